@@ -1,0 +1,64 @@
+# `make help` says what there is. Whatever is missing is fetched into target/ first, once.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: help setup build demo test test-nccl libtorch pytorch clean
+
+tools := target/tools
+export PATH := $(CURDIR)/$(tools)/bin:$(PATH)
+python := $(tools)/venv/bin/python
+
+help:
+	@echo "make demo [ARGS=...]      a rotted URL list goes in, a trained AlexNet comes out; all on this machine"
+	@echo "make build                the gleaner binary: target/debug/gleaner"
+	@echo "make test                 everything that has to hold, with the time of each stage"
+	@echo "make test-nccl            does the NCCL backend compile, link and start? (part of 'make test' when CI is set)"
+	@echo "make setup                libtorch and the build's tools, into target/; every other target does it first"
+	@echo "make libtorch CUDA=1      libtorch with CUDA and NCCL, into target/libtorch-cuda; to build with it:"
+	@echo "                          LIBTORCH=\$$PWD/target/libtorch-cuda cargo build --release --features nccl"
+	@echo "make pytorch              Python's torch, webdataset and a SeaweedFS, which tests compare with and store in"
+	@echo "make clean                removes what cargo built; 'rm -r target' removes the rest too"
+
+setup: $(tools)/ready target/libtorch/build-version
+
+build: setup
+	cargo build --locked -p gleaner
+
+demo: setup
+	cargo run --locked -p gleaner -- demo $(ARGS)
+
+test: setup pytorch
+	deploy/setup/test.sh
+
+test-nccl: setup
+	deploy/setup/nccl.sh
+
+# CUDA=1: with CUDA. LINK_ONLY=1 besides: without NVIDIA's libraries, for machines that have no GPU.
+libtorch: setup $(if $(CUDA),target/libtorch-cuda/$(if $(LINK_ONLY),link,full))
+
+pytorch: $(tools)/pytorch/ready
+
+clean:
+	cargo clean --profile dev
+	cargo clean --profile release
+
+$(tools)/ready: deploy/setup/tools.sh deploy/setup/tools.txt
+	deploy/setup/tools.sh
+	touch $@
+
+target/libtorch/build-version: deploy/setup/libtorch.py deploy/setup/libtorch.txt | $(tools)/ready
+	$(python) deploy/setup/libtorch.py cpu
+
+target/libtorch-cuda/full: deploy/setup/cuda.txt target/libtorch/build-version
+	$(python) deploy/setup/libtorch.py cuda
+	touch $@
+
+target/libtorch-cuda/link: deploy/setup/cuda.txt target/libtorch/build-version
+	$(python) deploy/setup/libtorch.py cuda-link
+	touch $@
+
+$(tools)/pytorch/ready: deploy/setup/python.txt target/libtorch/build-version
+	rm -rf $(@D)
+	python3 -m venv $(@D)
+	$(@D)/bin/python deploy/setup/libtorch.py python
+	touch $@

@@ -1,0 +1,61 @@
+//! What a request can fail of, and its one translation into a gRPC status.
+
+use tonic::Status;
+
+use crate::store::StoreError;
+
+/// Why a request is refused or failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    /// The request is bad, and will be each time.
+    #[error("{0}")]
+    Invalid(String),
+    /// What it names does not exist.
+    #[error("{0}")]
+    NotFound(String),
+    /// Another one has that name.
+    #[error("{0}")]
+    Exists(String),
+    /// Not in this state.
+    #[error("{0}")]
+    Precondition(String),
+    /// Somebody has seen a higher term: this coordinator is over.
+    #[error("this coordinator's term {own} is over: term {seen} has begun")]
+    Fenced { own: u64, seen: u64 },
+    /// The caller went away in the middle of its request.
+    #[error("the stream ended early: {0}")]
+    Aborted(String),
+    /// The store cannot be reached; another try may help.
+    #[error("{0}")]
+    Store(#[from] StoreError),
+    /// A temporary file, a thread: something of this machine.
+    #[error("{0}")]
+    Local(String),
+}
+
+impl From<std::io::Error> for Error {
+    fn from(error: std::io::Error) -> Self {
+        Self::Local(format!("temporary file: {error}"))
+    }
+}
+
+impl From<proto::SpecError> for Error {
+    fn from(error: proto::SpecError) -> Self {
+        Self::Invalid(error.to_string())
+    }
+}
+
+impl From<Error> for Status {
+    fn from(error: Error) -> Self {
+        let message = error.to_string();
+        match error {
+            Error::Invalid(_) => Status::invalid_argument(message),
+            Error::NotFound(_) => Status::not_found(message),
+            Error::Exists(_) => Status::already_exists(message),
+            Error::Precondition(_) | Error::Fenced { .. } => Status::failed_precondition(message),
+            Error::Aborted(_) => Status::aborted(message),
+            Error::Store(_) => Status::unavailable(message),
+            Error::Local(_) => Status::internal(message),
+        }
+    }
+}

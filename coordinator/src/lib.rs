@@ -1,0 +1,156 @@
+//! The coordinator: it decides. It turns URL lists into slices, leases them to workers, seals what they committed into
+//! manifests, and forms generations of ranks for runs. It touches no image, no web server and no tensor.
+//!
+//! All that lasts is in the object store; a coordinator that is killed is replaced by another one that lists it. [`run`]
+//! checks that the store can decide races, begins a term, recovers, and serves:
+//!
+//! - `catalog`, `list`, `spool`: lists of URLs become shuffled slices, in bounded memory;
+//! - `ledger` (pure): who may make which shard until when;
+//! - `datasets`, `manifest`: the state of all datasets, and their sealing;
+//! - `roster` (pure), `runs`: which rank runs where, and each run's history;
+//! - `service`: the gRPC face of all that;
+//! - `store`, `term`, `error`: what they stand on.
+
+mod catalog;
+mod datasets;
+mod error;
+mod ledger;
+mod list;
+mod manifest;
+mod roster;
+mod runs;
+mod service;
+mod spool;
+mod store;
+mod term;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use object_store::ObjectStore;
+use proto::pb;
+use proto::pb::dataset_service_server::DatasetServiceServer;
+use proto::pb::fetch_service_server::FetchServiceServer;
+use proto::pb::run_service_server::RunServiceServer;
+use proto::pb::trainer_service_server::TrainerServiceServer;
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Server;
+use tracing::info;
+
+use crate::datasets::Datasets;
+use crate::runs::Runs;
+use crate::service::dataset::DatasetApi;
+use crate::service::fetch::FetchApi;
+use crate::service::run::RunApi;
+use crate::service::trainer::TrainerApi;
+use crate::store::Store;
+use crate::term::Term;
+
+/// The coordinator's settings.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Config {
+    /// Seconds after which a worker that has not been heard of loses its shard
+    #[arg(long, env = "GLEANER_LEASE_SECONDS", default_value_t = 30.0, value_parser = lease_seconds)]
+    pub lease_seconds: f64,
+    /// Folder for the temporary files of large lists and datasets [default: the system's]
+    #[arg(long, env = "GLEANER_SPOOL_FOLDER")]
+    pub spool_folder: Option<PathBuf>,
+}
+
+fn lease_seconds(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(seconds) if (0.5..=3600.0).contains(&seconds) => Ok(seconds),
+        _ => Err("must be a number of seconds, 0.5 to 3600".to_owned()),
+    }
+}
+
+/// The largest message that is received. Lists come in pieces, so it is far more than is needed.
+const LARGEST_MESSAGE: usize = 16 << 20;
+
+/// How long open calls may go on once the end was asked for.
+const DRAIN: Duration = Duration::from_secs(3);
+
+/// How often the store is asked whether a higher term has begun.
+const LOOK_FOR_TERMS: Duration = Duration::from_secs(30);
+
+/// Serves on `listener` until `shutdown`; `store` is the cluster's, already prefixed. The gRPC health service answers SERVING once
+/// everything is recovered.
+///
+/// # Errors
+/// If the store lacks put-if-absent or cannot be read, if the port cannot be served, or if a later coordinator has begun its
+/// term: this one must then end.
+pub async fn run(
+    config: Config,
+    store: Arc<dyn ObjectStore>,
+    listener: TcpListener,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()> {
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health.set_not_serving::<DatasetServiceServer<DatasetApi>>().await;
+    let store = Store::new(store);
+    store.check().await?;
+    let term = Arc::new(Term::begin(&store).await.context("failed to begin a term")?);
+    let lease = Duration::from_secs_f64(config.lease_seconds);
+    let datasets = Datasets::new(store.clone(), Arc::clone(&term), lease, config.spool_folder);
+    datasets.recover().await.context("failed to recover the datasets")?;
+    let recovered = Runs::recover(store.clone(), Arc::clone(&term), Arc::clone(&datasets)).await;
+    let (runs, drive) = recovered.context("failed to recover the runs")?;
+    info!(term = term.number, store = store.name(), "coordinator begins its term");
+
+    // Whatever way `run` ends, its tasks end with it.
+    let tasks = CancellationToken::new();
+    let _end = tasks.clone().drop_guard();
+    tokio::spawn(tasks.clone().run_until_cancelled_owned(Arc::clone(&datasets).watch_leases()));
+    tokio::spawn(tasks.clone().run_until_cancelled_owned(drive));
+
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(pb::DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()?;
+    let router = Server::builder()
+        .http2_keepalive_interval(Some(Duration::from_secs(10)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(5)))
+        .tcp_nodelay(true)
+        .add_service(health_service)
+        .add_service(reflection)
+        .add_service(
+            DatasetServiceServer::new(DatasetApi(Arc::clone(&datasets))).max_decoding_message_size(LARGEST_MESSAGE),
+        )
+        .add_service(
+            FetchServiceServer::new(FetchApi(Arc::clone(&datasets))).max_decoding_message_size(LARGEST_MESSAGE),
+        )
+        .add_service(RunServiceServer::new(RunApi(Arc::clone(&runs))).max_decoding_message_size(LARGEST_MESSAGE))
+        .add_service(TrainerServiceServer::new(TrainerApi::new(runs)).max_decoding_message_size(LARGEST_MESSAGE));
+    health.set_serving::<DatasetServiceServer<DatasetApi>>().await;
+
+    let stop = CancellationToken::new();
+    let serve = router.serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.clone().cancelled_owned());
+    tokio::pin!(serve);
+    let fenced = tokio::select! {
+        served = &mut serve => return served.context("failed to serve"),
+        () = shutdown.cancelled() => None,
+        reason = until_over(&term, &store) => Some(reason),
+    };
+    health.set_not_serving::<DatasetServiceServer<DatasetApi>>().await;
+    stop.cancel();
+    // Watchers and long polls do not end by themselves.
+    let _ = tokio::time::timeout(DRAIN, serve).await;
+    match fenced {
+        Some(reason) => anyhow::bail!(reason),
+        None => Ok(()),
+    }
+}
+
+/// Returns when the term is over, with the reason.
+async fn until_over(term: &Term, store: &Store) -> String {
+    loop {
+        tokio::select! {
+            reason = term.ended() => return reason,
+            () = tokio::time::sleep(LOOK_FOR_TERMS) => term.look(store).await,
+        }
+    }
+}

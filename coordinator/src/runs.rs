@@ -1,0 +1,568 @@
+//! The runs: their stored history, the agents' connections, and the one task that feeds the roster and does what it says.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use futures::{StreamExt, TryStreamExt};
+use proto::manifest::Manifest;
+use proto::metric::MetricPoint;
+use proto::pb::{self, agent_message, rank_message};
+use proto::run_event::{EventRecord, RunEvent};
+use proto::{RunSpec, Split, keys};
+use serde::{Deserialize, Serialize};
+use tokio::sync::{mpsc, oneshot};
+use tonic::Status;
+use tracing::{error, info, warn};
+
+use crate::datasets::{Datasets, Stage};
+use crate::error::Error;
+use crate::roster::{Action, Now, Roster, Run};
+use crate::store::{Created, Store, StoreError, nonce, wall_millis};
+use crate::term::Term;
+
+/// How often the roster is asked what time calls for.
+const TICK: Duration = Duration::from_millis(200);
+
+/// Points of the curve of steps that are held in memory for one run; beyond it every other one is dropped.
+const MOST_STEP_POINTS: usize = 4096;
+
+/// Runs that are recovered at the same time.
+const PARALLEL: usize = 8;
+
+/// `runs/<run>/spec.json`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StoredRun {
+    nonce: String,
+    /// The caller's: a repeated request finds it here.
+    request_id: String,
+    /// `<name>-<uid>`.
+    dataset: String,
+    manifest_key: String,
+    manifest_sha256: String,
+    spec: RunSpec,
+}
+
+/// What belongs to a run beside its place in the roster.
+#[derive(Debug, Clone, Default)]
+struct Record {
+    request_id: String,
+    events: Vec<EventRecord>,
+    points: Vec<pb::Metric>,
+    /// Whether the points that an earlier coordinator heard have been read from the store.
+    loaded: bool,
+    revision: u64,
+}
+
+/// Where an agent's messages go.
+pub(crate) type Outgoing = mpsc::Sender<Result<pb::CoordinatorMessage, Status>>;
+
+enum Input {
+    Hello { hello: pb::Hello, connection: u64, outgoing: Outgoing },
+    Gone { agent: String, connection: u64 },
+    Said { agent: String, connection: u64, message: agent_message::Message },
+    Submit { name: String, run: Box<Run>, request_id: String, done: oneshot::Sender<()> },
+    Cancel { name: String, done: oneshot::Sender<()> },
+    Resume { name: String, request_id: String, done: oneshot::Sender<()> },
+}
+
+#[derive(Default)]
+struct State {
+    roster: Roster,
+    records: BTreeMap<String, Record>,
+    connections: HashMap<String, (u64, Outgoing)>,
+}
+
+/// All runs of the store.
+pub(crate) struct Runs {
+    pub(crate) store: Store,
+    pub(crate) term: Arc<Term>,
+    pub(crate) datasets: Arc<Datasets>,
+    started: Instant,
+    state: Mutex<State>,
+    inputs: mpsc::Sender<Input>,
+    submitting: tokio::sync::Mutex<()>,
+}
+
+impl Runs {
+    /// All runs as the store tells them, and the task that drives them, which ends when it is dropped.
+    pub(crate) async fn recover(
+        store: Store,
+        term: Arc<Term>,
+        datasets: Arc<Datasets>,
+    ) -> anyhow::Result<(Arc<Self>, impl Future<Output = ()> + Send + use<>)> {
+        let (inputs, receiver) = mpsc::channel(1024);
+        let started = Instant::now();
+        let submitting = tokio::sync::Mutex::default();
+        let runs = Arc::new(Self { store, term, datasets, started, state: Mutex::default(), inputs, submitting });
+        let names = runs.store.folders(keys::RUNS).await?;
+        let mut found: Vec<(String, StoredRun, Vec<EventRecord>)> = futures::stream::iter(names)
+            .map(|name| {
+                let runs = Arc::clone(&runs);
+                async move { runs.recover_one(name).await }
+            })
+            .buffered(PARALLEL)
+            .try_filter_map(|found| async move { Ok(found) })
+            .try_collect()
+            .await?;
+        let queued = |events: &[EventRecord]| {
+            let is =
+                |event: &&EventRecord| matches!(event.event, RunEvent::Submitted { .. } | RunEvent::Resumed { .. });
+            events.iter().rfind(is).map(|event| event.at_millis)
+        };
+        found.sort_by_key(|(_, _, events)| queued(events));
+        for (name, stored, events) in found {
+            let run = Run::recovered(runs.now(), stored.spec, (stored.manifest_key, stored.manifest_sha256), &events);
+            info!(run = name, state = ?run.state(), events = events.len(), "run recovered");
+            let mut state = runs.state();
+            state.roster.add(name.clone(), run);
+            let request_id = stored.request_id;
+            state.records.insert(name, Record { request_id, events, ..Record::default() });
+        }
+        let drive = Arc::clone(&runs).drive(receiver);
+        Ok((runs, drive))
+    }
+
+    async fn recover_one(&self, name: String) -> Result<Option<(String, StoredRun, Vec<EventRecord>)>, StoreError> {
+        let Some(json) = self.store.get(&keys::run_spec(&name)).await? else { return Ok(None) };
+        let events = self.store.get_all(self.store.list(&keys::events(&name)).await?).await?;
+        let parse = || {
+            let events = events.iter().map(|(_, json)| serde_json::from_slice(json)).collect::<Result<_, _>>()?;
+            Ok::<_, serde_json::Error>((name.clone(), serde_json::from_slice(&json)?, events))
+        };
+        match parse() {
+            Ok(found) => Ok(Some(found)),
+            // One broken run must not keep the cluster from starting.
+            Err(error) => {
+                error!(run = name, %error, "run cannot be read; it is left out");
+                Ok(None)
+            }
+        }
+    }
+
+    fn now(&self) -> Now {
+        Now { at: self.started.elapsed(), wall: wall_millis() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Nothing under the lock can leave the state half changed.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The one task that changes the roster: what it decides is done, in order, before the next input is looked at.
+    async fn drive(self: Arc<Self>, mut inputs: mpsc::Receiver<Input>) {
+        let mut clock = tokio::time::interval(TICK);
+        clock.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            // Inputs first: silence is judged only when everything that was said has been heard.
+            tokio::select! {
+                biased;
+                Some(input) = inputs.recv() => self.take(input).await,
+                _ = clock.tick() => {
+                    let actions = self.state().roster.tick(self.now());
+                    self.perform(actions).await;
+                }
+            }
+        }
+    }
+
+    async fn take(&self, input: Input) {
+        let now = self.now();
+        match input {
+            Input::Hello { hello, connection, outgoing } => {
+                info!(
+                    agent = hello.agent,
+                    devices = hello.devices.len(),
+                    occupied = hello.occupied.len(),
+                    "agent connected"
+                );
+                let actions = {
+                    let mut state = self.state();
+                    state.connections.insert(hello.agent.clone(), (connection, outgoing));
+                    state.roster.hello(now, &hello)
+                };
+                self.perform(actions).await;
+            }
+            Input::Gone { agent, connection } => {
+                let mut state = self.state();
+                if state.connections.get(&agent).is_some_and(|(current, _)| *current == connection) {
+                    info!(agent, "agent disconnected");
+                    state.connections.remove(&agent);
+                    state.roster.disconnected(&agent);
+                }
+            }
+            Input::Said { agent, connection, message } => {
+                let actions = {
+                    let mut state = self.state();
+                    if state.connections.get(&agent).is_none_or(|(current, _)| *current != connection) {
+                        return;
+                    }
+                    match &message {
+                        agent_message::Message::Heartbeat(beat) => {
+                            state.roster.heartbeat(now, &agent, &beat.silent_millis);
+                            Vec::new()
+                        }
+                        agent_message::Message::Serving(serving) => state.roster.serving(now, &agent, serving),
+                        agent_message::Message::Rank(said) => {
+                            state.hear(said);
+                            state.roster.rank(now, &agent, said)
+                        }
+                        agent_message::Message::Hello(_) => Vec::new(),
+                    }
+                };
+                self.perform(actions).await;
+            }
+            Input::Submit { name, run, request_id, done } => {
+                self.state()
+                    .records
+                    .insert(name.clone(), Record { request_id: request_id.clone(), loaded: true, ..Record::default() });
+                self.write(&name, RunEvent::Submitted { request_id }).await;
+                self.state().roster.add(name, *run);
+                let actions = self.state().roster.tick(now);
+                let _ = done.send(());
+                self.perform(actions).await;
+            }
+            Input::Cancel { name, done } => {
+                let actions = self.state().roster.cancel(now, &name);
+                self.perform(actions).await;
+                let _ = done.send(());
+            }
+            Input::Resume { name, request_id, done } => {
+                let actions = self.state().roster.resume(&name, request_id);
+                self.perform(actions).await;
+                let _ = done.send(());
+            }
+        }
+    }
+
+    async fn perform(&self, actions: Vec<Action>) {
+        for action in actions {
+            match action {
+                Action::Write { run, event } => self.write(&run, event).await,
+                Action::Send { agent, message } => {
+                    let outgoing = self.state().connections.get(&agent).map(|(_, outgoing)| outgoing.clone());
+                    let message = pb::CoordinatorMessage { message: Some(message) };
+                    // An agent that is away says what it has when it comes back.
+                    if outgoing.is_some_and(|outgoing| outgoing.try_send(Ok(message)).is_err()) {
+                        warn!(agent, "agent does not take its messages");
+                        self.state().connections.remove(&agent);
+                        self.state().roster.disconnected(&agent);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Puts the run's next event. Nothing may be done that is not written, so it tries until it can.
+    async fn write(&self, run: &str, event: RunEvent) {
+        let n = self.state().records.get(run).map_or(1, |record| record.events.len() as u64 + 1);
+        let record = EventRecord { n, term: self.term.number, nonce: nonce(), at_millis: wall_millis(), event };
+        let json = match serde_json::to_vec(&record) {
+            Ok(json) => bytes::Bytes::from(json),
+            Err(error) => return self.term.end(format!("an event of run {run} cannot be encoded: {error}")),
+        };
+        loop {
+            match self.store.create(&keys::event(run, n), json.clone(), &record.nonce).await {
+                Ok(Created::Won) => break,
+                Ok(Created::Lost(_)) => {
+                    self.term.end(format!("another coordinator has written event {n} of run {run}"));
+                    // The process ends; whatever was decided must not be done.
+                    return std::future::pending().await;
+                }
+                Err(error) => warn!(run, n, %error, "cannot write an event, trying again"),
+            }
+        }
+        info!(run, n, event = %String::from_utf8_lossy(&json), "run event");
+        let old = {
+            let mut state = self.state();
+            let keep = state.roster.runs.get(run).map_or(1, |run| run.spec.checkpoint.keep as usize);
+            let known = state.records.entry(run.to_owned()).or_default();
+            let checkpoint = matches!(record.event, RunEvent::Checkpoint { .. });
+            known.events.push(record);
+            known.revision += 1;
+            let checkpoints = known.events.iter().filter_map(|record| match &record.event {
+                RunEvent::Checkpoint { key, .. } => Some(key.clone()),
+                _ => None,
+            });
+            let checkpoints: Vec<String> = checkpoints.collect();
+            // One at a time goes, since each event brings one.
+            checkpoints.len().checked_sub(keep + 1).filter(|_| checkpoint).map(|at| checkpoints[at].clone())
+        };
+        if let Some(key) = old {
+            let (store, run) = (self.store.clone(), run.to_owned());
+            tokio::spawn(async move {
+                let removed = async { store.delete_all(store.list(&key).await?).await };
+                if let Err(error) = removed.await {
+                    warn!(run, key, %error, "cannot remove an old checkpoint");
+                }
+            });
+        }
+    }
+
+    /// Resolves a spec against the dataset, stores the run, and queues it. Returns its name.
+    pub(crate) async fn submit(&self, request: pb::SubmitRunRequest) -> Result<String, Error> {
+        let pb::SubmitRunRequest { request_id, name, spec_json } = request;
+        if request_id.is_empty() {
+            return Err(Error::Invalid("request_id is empty".to_owned()));
+        }
+        let mut spec = RunSpec::from_json(&spec_json)?;
+        let _one = self.submitting.lock().await;
+        if let Some((name, _)) = self.state().records.iter().find(|(_, record)| record.request_id == request_id) {
+            return Ok(name.clone());
+        }
+        let (dataset, _) = self.datasets.find(&spec.dataset)?;
+        let Stage::Ready(latest) = &dataset.stage else {
+            return Err(Error::Precondition(format!(
+                "dataset {:?} has no manifest yet: wait until it is ready",
+                spec.dataset
+            )));
+        };
+        let version = *spec.manifest.get_or_insert(latest.version);
+        let manifest_key = keys::manifest(&dataset.id, version);
+        let missing = || Error::NotFound(format!("dataset {:?} has no manifest of version {version}", spec.dataset));
+        let json = self.store.get(&manifest_key).await?.ok_or_else(missing)?;
+        let manifest = Manifest::from_json(&json).map_err(|e| Error::Local(format!("{manifest_key}: {e}")))?;
+        check(&spec, &manifest)?;
+        let name = match name.as_str() {
+            "" => self.free_name(&spec.dataset),
+            given if !keys::is_name(given) => {
+                let rule = "1 to 63 of a-z 0-9 - . , beginning and ending with a letter or digit";
+                return Err(Error::Invalid(format!("name = {given:?}: must be {rule}")));
+            }
+            given => given.to_owned(),
+        };
+        if self.state().records.contains_key(&name) {
+            return Err(Error::Exists(format!("a run is called {name:?} already")));
+        }
+        let manifest_sha256 = proto::shard::sha256_hex(&json);
+        let dataset = dataset.id.to_string();
+        let stored = StoredRun { nonce: nonce(), request_id, dataset, manifest_key, manifest_sha256, spec };
+        let json = serde_json::to_vec_pretty(&stored).map_err(|error| Error::Local(error.to_string()))?;
+        // This is the commit: a coordinator that recovers it queues it, and a repeated request finds it.
+        if let Created::Lost(_) = self.store.create(&keys::run_spec(&name), json.into(), &stored.nonce).await? {
+            return Err(Error::Exists(format!("a run is called {name:?} already")));
+        }
+        let StoredRun { spec, request_id, manifest_key, manifest_sha256, .. } = stored;
+        let run = Box::new(Run::recovered(self.now(), spec, (manifest_key, manifest_sha256), &[]));
+        let (done, told) = oneshot::channel();
+        self.input(Input::Submit { name: name.clone(), run, request_id, done }, told).await?;
+        Ok(name)
+    }
+
+    fn free_name(&self, dataset: &str) -> String {
+        let state = self.state();
+        let stem: String = dataset.chars().take(56).collect();
+        (1u32..).map(|n| format!("{stem}-{n}")).find(|name| !state.records.contains_key(name)).unwrap_or(stem)
+    }
+
+    async fn input(&self, input: Input, told: oneshot::Receiver<()>) -> Result<(), Error> {
+        let ending = |()| Error::Local("this coordinator is ending".to_owned());
+        self.inputs.send(input).await.map_err(|_| ending(()))?;
+        told.await.map_err(|_| ending(()))
+    }
+
+    /// Asks for the end of a run.
+    pub(crate) async fn cancel(&self, name: &str) -> Result<(), Error> {
+        self.revision(name)?;
+        let (done, told) = oneshot::channel();
+        self.input(Input::Cancel { name: name.to_owned(), done }, told).await
+    }
+
+    /// Queues an ended run again.
+    pub(crate) async fn resume(&self, name: &str, request_id: String) -> Result<(), Error> {
+        let _one = self.submitting.lock().await;
+        self.revision(name)?;
+        {
+            let state = self.state();
+            let same = |record: &EventRecord| matches!(&record.event, RunEvent::Resumed { request_id: id } if *id == request_id);
+            if state.records.get(name).is_some_and(|record| record.events.iter().any(same)) {
+                return Ok(());
+            }
+            match state.roster.runs.get(name).map(Run::state) {
+                Some(pb::RunState::Cancelled | pb::RunState::Failed) => {}
+                Some(pb::RunState::Done) => return Err(Error::Precondition(format!("run {name:?} is done"))),
+                _ => return Err(Error::Precondition(format!("run {name:?} has not ended"))),
+            }
+        }
+        let (done, told) = oneshot::channel();
+        self.input(Input::Resume { name: name.to_owned(), request_id, done }, told).await
+    }
+
+    /// Grows with each change of the run.
+    pub(crate) fn revision(&self, name: &str) -> Result<u64, Error> {
+        let state = self.state();
+        let record = state.records.get(name).ok_or_else(|| Error::NotFound(format!("no run is called {name:?}")))?;
+        Ok(record.revision)
+    }
+
+    /// Whether the run has ended.
+    pub(crate) fn ended(&self, name: &str) -> bool {
+        use pb::RunState::{Cancelled, Done, Failed};
+        self.state().roster.runs.get(name).is_none_or(|run| matches!(run.state(), Cancelled | Done | Failed))
+    }
+
+    /// Names of all runs.
+    pub(crate) fn names(&self) -> Vec<String> {
+        self.state().records.keys().cloned().collect()
+    }
+
+    /// The run as people see it.
+    pub(crate) async fn describe(&self, name: &str) -> Result<pb::Run, Error> {
+        self.load(name).await?;
+        let state = self.state();
+        let (Some(run), Some(record)) = (state.roster.runs.get(name), state.records.get(name)) else {
+            return Err(Error::NotFound(format!("no run is called {name:?}")));
+        };
+        let newest = |kind: &str| record.points.iter().rfind(|point| point.kind == kind).cloned();
+        let reason = match &run.phase {
+            crate::roster::Phase::Ended(crate::roster::End::Failed(reason)) => reason.clone(),
+            crate::roster::Phase::Waiting => run.reason.clone(),
+            _ => String::new(),
+        };
+        Ok(pb::Run {
+            run: name.to_owned(),
+            state: run.state().into(),
+            reason,
+            spec_json: run.spec.to_json(),
+            dataset: run.spec.dataset.clone(),
+            manifest_version: run.spec.manifest.unwrap_or(0),
+            generation: run.generation,
+            world_size: run.world,
+            epochs: run.spec.train.epochs.into(),
+            steps_per_epoch: run.steps_per_epoch,
+            step: run.step,
+            last_step: newest("step"),
+            last_validation: newest("validation"),
+            test: newest("test"),
+            checkpoint_step: run.checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.step),
+            events: record.events.iter().filter_map(|event| serde_json::to_string(event).ok()).collect(),
+        })
+    }
+
+    /// The points of the learning curve, of these kinds only unless there are none, in order.
+    pub(crate) async fn points(&self, name: &str, kinds: &[String]) -> Result<Vec<pb::Metric>, Error> {
+        self.load(name).await?;
+        let state = self.state();
+        let points = state.records.get(name).map_or(&[][..], |record| &record.points);
+        Ok(points.iter().filter(|point| kinds.is_empty() || kinds.contains(&point.kind)).cloned().collect())
+    }
+
+    /// Reads what the store has of the run's curve, once.
+    async fn load(&self, name: &str) -> Result<(), Error> {
+        match self.state().records.get(name) {
+            None => return Err(Error::NotFound(format!("no run is called {name:?}"))),
+            Some(record) if record.loaded => return Ok(()),
+            Some(_) => {}
+        }
+        let mut stored = Vec::new();
+        for (key, lines) in self.store.get_all(self.store.list(&keys::metrics_of(name)).await?).await? {
+            for line in lines.split(|&b| b == b'\n').filter(|line| !line.is_empty()) {
+                match serde_json::from_slice::<MetricPoint>(line) {
+                    Ok(point) => stored.push(point.into()),
+                    Err(error) => warn!(run = name, key, %error, "a line of the curve cannot be read"),
+                }
+            }
+        }
+        if let Some(record) = self.state().records.get_mut(name) {
+            stored.append(&mut record.points);
+            for point in stored {
+                add_point(&mut record.points, point);
+            }
+            record.loaded = true;
+        }
+        Ok(())
+    }
+
+    /// A new stream of an agent; the number tells it from later ones.
+    pub(crate) async fn connect(&self, hello: pb::Hello, connection: u64, outgoing: Outgoing) {
+        // The task that takes them ends only with the process.
+        let _ = self.inputs.send(Input::Hello { hello, connection, outgoing }).await;
+    }
+
+    /// What an agent says.
+    pub(crate) async fn said(&self, agent: &str, connection: u64, message: agent_message::Message) {
+        let _ = self.inputs.send(Input::Said { agent: agent.to_owned(), connection, message }).await;
+    }
+
+    /// The end of an agent's stream.
+    pub(crate) async fn gone(&self, agent: &str, connection: u64) {
+        let _ = self.inputs.send(Input::Gone { agent: agent.to_owned(), connection }).await;
+    }
+
+    /// Connected agents with what sits on their devices, then how many runs wait and how many run.
+    pub(crate) fn status(&self) -> (Vec<pb::AgentStatus>, u64, u64) {
+        let state = self.state();
+        let device = |device: &crate::roster::Device| pb::DeviceStatus {
+            device: device.name.clone(),
+            occupant: device.occupant.as_ref().map_or_else(String::new, |o| format!("{}/{}", o.run, o.rank)),
+        };
+        let agents = state.roster.agents.iter().filter(|(_, agent)| agent.connected);
+        let agents = agents.map(|(name, agent)| pb::AgentStatus {
+            agent: name.clone(),
+            address: agent.address.clone(),
+            devices: agent.devices.iter().map(device).collect(),
+        });
+        let of = |wanted| state.roster.runs.values().filter(|run| run.state() == wanted).count() as u64;
+        (agents.collect(), of(pb::RunState::Waiting), of(pb::RunState::Running))
+    }
+}
+
+impl State {
+    /// Keeps the points of the curve that rank 0 tells.
+    fn hear(&mut self, said: &pb::RankMessage) {
+        let Some(record) = self.records.get_mut(&said.run) else { return };
+        record.revision += 1;
+        let current = self.roster.runs.get(&said.run).is_some_and(|run| run.generation == said.generation);
+        if let (Some(rank_message::Message::Stepped(stepped)), true, 0) = (&said.message, current, said.rank) {
+            for point in &stepped.metrics {
+                add_point(&mut record.points, point.clone());
+            }
+        }
+    }
+}
+
+/// Adds a point; of two of one kind and step the higher generation's stands. After a return to a checkpoint the steps are
+/// done again, so the new point goes where the old one was.
+fn add_point(points: &mut Vec<pb::Metric>, point: pb::Metric) {
+    let at = points.partition_point(|other| other.step < point.step);
+    let same =
+        points[at..].iter().take_while(|other| other.step == point.step).position(|other| other.kind == point.kind);
+    match same.map(|same| &mut points[at + same]) {
+        Some(other) if other.generation <= point.generation => *other = point,
+        Some(_) => {}
+        None => {
+            let end = at + points[at..].partition_point(|other| other.step == point.step);
+            points.insert(end, point);
+        }
+    }
+    if points.iter().filter(|point| point.kind == "step").count() > MOST_STEP_POINTS {
+        let mut n = 0;
+        points.retain(|point| {
+            n += u64::from(point.kind == "step");
+            point.kind != "step" || n % 2 == 0
+        });
+    }
+}
+
+/// Whether the spec fits the samples: design's rules on steps and shares.
+fn check(spec: &RunSpec, manifest: &Manifest) -> Result<(), Error> {
+    let samples = manifest.samples(Split::Train);
+    let (batch, lanes) = (u64::from(spec.train.batch), u64::from(spec.ranks.lanes));
+    // Rounded to the nearest: an epoch has no short step at its end.
+    let steps = (samples + batch / 2) / batch;
+    if steps == 0 || samples / (steps * lanes) < 2 {
+        return Err(Error::Invalid(format!(
+            "train.batch = {batch} with ranks.lanes = {lanes}: the dataset has {samples} training images; \
+             each lane needs 2 in each step, and an epoch at least one step"
+        )));
+    }
+    if spec.input.crop > manifest.resize.size {
+        let size = manifest.resize.size;
+        return Err(Error::Invalid(format!(
+            "input.crop = {}: stored images have {size} pixels a side",
+            spec.input.crop
+        )));
+    }
+    Ok(())
+}

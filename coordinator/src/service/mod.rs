@@ -1,0 +1,6 @@
+//! The gRPC services: they translate messages, and decide nothing.
+
+pub(crate) mod dataset;
+pub(crate) mod fetch;
+pub(crate) mod run;
+pub(crate) mod trainer;

@@ -1,0 +1,271 @@
+//! The object store as the coordinator uses it: whole small objects, put-if-absent with a nonce, listings; each with retries.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt};
+use object_store::path::Path;
+use object_store::{Error as Cause, ObjectStore, ObjectStoreExt, PutMode, PutOptions};
+use tracing::warn;
+
+/// Tries of one operation; with the pauses between them about 12 seconds, beside the client's own retries.
+const TRIES: u32 = 6;
+
+/// Objects that are read or deleted at the same time.
+const PARALLEL: usize = 32;
+
+/// No single request to the store takes longer in earnest.
+const REQUEST_DEADLINE: Duration = Duration::from_secs(120);
+
+/// An operation that the store did not do, even when asked again.
+#[derive(Debug, thiserror::Error)]
+#[error("store: {operation} {key}: {cause}")]
+pub(crate) struct StoreError {
+    operation: &'static str,
+    key: String,
+    cause: String,
+}
+
+/// The result of a put-if-absent.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Created {
+    /// The object is ours.
+    Won,
+    /// Somebody else's object, with these bytes, is there.
+    Lost(Bytes),
+}
+
+/// A handle; clones share the connection.
+#[derive(Debug, Clone)]
+pub(crate) struct Store(Arc<dyn ObjectStore>);
+
+/// 128 random bits: tells the writer of an object that its put won although its answer was lost.
+pub(crate) fn nonce() -> String {
+    uuid::Uuid::new_v4().simple().to_string()
+}
+
+/// Milliseconds since 1970, for people.
+#[allow(clippy::disallowed_methods, reason = "nothing is decided by it; it is shown to people")]
+pub(crate) fn wall_millis() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+}
+
+impl Store {
+    pub(crate) fn new(store: Arc<dyn ObjectStore>) -> Self {
+        Self(store)
+    }
+
+    /// What the store calls itself.
+    pub(crate) fn name(&self) -> String {
+        self.0.to_string()
+    }
+
+    /// The whole object, or None if there is none.
+    pub(crate) async fn get(&self, key: &str) -> Result<Option<Bytes>, StoreError> {
+        let path = Path::from(key);
+        retry("get", key, || async {
+            let read = async { self.0.get(&path).await?.bytes().await };
+            match read.await {
+                Ok(bytes) => Ok(Some(bytes)),
+                Err(Cause::NotFound { .. }) => Ok(None),
+                Err(error) => Err(error),
+            }
+        })
+        .await
+    }
+
+    /// An object that must exist.
+    pub(crate) async fn need(&self, key: &str) -> Result<Bytes, StoreError> {
+        self.get(key).await?.ok_or_else(|| StoreError {
+            operation: "get",
+            key: key.to_owned(),
+            cause: "it is named by another object but does not exist".to_owned(),
+        })
+    }
+
+    /// The object as a stream of its bytes.
+    pub(crate) async fn stream(
+        &self,
+        key: &str,
+    ) -> Result<Option<futures::stream::BoxStream<'static, Result<Bytes, Cause>>>, StoreError> {
+        let path = Path::from(key);
+        retry("get", key, || async {
+            match self.0.get(&path).await {
+                Ok(found) => Ok(Some(found.into_stream())),
+                Err(Cause::NotFound { .. }) => Ok(None),
+                Err(error) => Err(error),
+            }
+        })
+        .await
+    }
+
+    /// Writes an object whatever is there; for keys that nobody else writes.
+    pub(crate) async fn put(&self, key: &str, bytes: Bytes) -> Result<(), StoreError> {
+        let path = Path::from(key);
+        retry("put", key, || async { self.0.put(&path, bytes.clone().into()).await.map(drop) }).await
+    }
+
+    /// Put-if-absent. `nonce` must occur in `bytes`: after an error, or if the object turns out to be there already, it is read
+    /// back, and our own nonce in it says that an earlier try of ours had won.
+    pub(crate) async fn create(&self, key: &str, bytes: Bytes, nonce: &str) -> Result<Created, StoreError> {
+        let path = Path::from(key);
+        retry("create", key, || async {
+            let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
+            let Err(error) = self.0.put_opts(&path, bytes.clone().into(), options).await else {
+                return Ok(Created::Won);
+            };
+            let read = async { self.0.get(&path).await?.bytes().await };
+            match read.await {
+                Ok(found) if contains(&found, nonce) => Ok(Created::Won),
+                Ok(found) => Ok(Created::Lost(found)),
+                Err(_) => Err(error),
+            }
+        })
+        .await
+    }
+
+    /// Keys under a folder, at any depth, in order.
+    pub(crate) async fn list(&self, folder: &str) -> Result<Vec<String>, StoreError> {
+        let path = Path::from(folder);
+        let mut keys: Vec<String> = retry("list", folder, || async {
+            self.0.list(Some(&path)).map_ok(|meta| meta.location.to_string()).try_collect().await
+        })
+        .await?;
+        keys.sort_unstable();
+        Ok(keys)
+    }
+
+    /// Names of a folder's folders, in order.
+    pub(crate) async fn folders(&self, folder: &str) -> Result<Vec<String>, StoreError> {
+        let path = Path::from(folder);
+        let listed = retry("list", folder, || async { self.0.list_with_delimiter(Some(&path)).await }).await?;
+        let mut names: Vec<String> =
+            listed.common_prefixes.iter().filter_map(|p| p.filename().map(str::to_owned)).collect();
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    /// Reads many objects at once; those that do not exist are left out.
+    pub(crate) async fn get_all(&self, keys: Vec<String>) -> Result<Vec<(String, Bytes)>, StoreError> {
+        futures::stream::iter(keys)
+            .map(|key| async move { Ok(self.get(&key).await?.map(|bytes| (key, bytes))) })
+            .buffered(PARALLEL)
+            .try_filter_map(|found| async move { Ok(found) })
+            .try_collect()
+            .await
+    }
+
+    /// Removes objects; those that do not exist are no error.
+    pub(crate) async fn delete_all(&self, keys: Vec<String>) -> Result<(), StoreError> {
+        futures::stream::iter(keys)
+            .map(Ok)
+            .try_for_each_concurrent(PARALLEL, |key| async move {
+                let path = Path::from(key.as_str());
+                retry("delete", &key, || async {
+                    match self.0.delete(&path).await {
+                        Err(Cause::NotFound { .. }) => Ok(()),
+                        other => other,
+                    }
+                })
+                .await
+            })
+            .await
+    }
+
+    /// Proves that this store has put-if-absent: of 16 racing puts exactly one may win. Some stores ignore the condition
+    /// silently, and every decision of the cluster would be lost on them.
+    pub(crate) async fn check(&self) -> anyhow::Result<()> {
+        const RACERS: usize = 16;
+        let path = Path::from(format!("coordinator/check/{}", nonce()));
+        let race = futures::future::join_all((0..RACERS).map(|racer| {
+            let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
+            let payload = Bytes::from(racer.to_string());
+            async { self.0.put_opts(&path, payload.into(), options).await }
+        }));
+        let results = tokio::time::timeout(REQUEST_DEADLINE, race)
+            .await
+            .map_err(|_| anyhow::anyhow!("the store {self_} does not answer", self_ = self.name()))?;
+        let winners = results.iter().filter(|result| result.is_ok()).count();
+        let cleaned = self.delete_all(vec![path.to_string()]).await;
+        let broken = results.into_iter().filter_map(Result::err).find(|e| !lost(e));
+        match (winners, broken) {
+            (1, None) => Ok(cleaned?),
+            (2.., _) => anyhow::bail!(
+                "the store {} has no put-if-absent: {winners} of {RACERS} racing puts of one key won, where one must. \
+                 Use a store that honours `If-None-Match: *` (S3, GCS, Azure, a local folder)",
+                self.name()
+            ),
+            (_, Some(error)) => anyhow::bail!("the store {} cannot be used: {error}", self.name()),
+            (_, None) => {
+                anyhow::bail!("the store {} has no put-if-absent: none of {RACERS} racing puts won", self.name())
+            }
+        }
+    }
+}
+
+/// Whether a put-if-absent was refused because somebody else was first. S3 answers 409 (conflict) while a race is undecided.
+fn lost(error: &Cause) -> bool {
+    matches!(error, Cause::AlreadyExists { .. } | Cause::Precondition { .. }) || error.to_string().contains("Conflict")
+}
+
+fn contains(bytes: &[u8], word: &str) -> bool {
+    bytes.windows(word.len()).any(|window| window == word.as_bytes())
+}
+
+/// Asks again after errors that another try may mend.
+async fn retry<T, F: Future<Output = Result<T, Cause>>>(
+    operation: &'static str,
+    key: &str,
+    attempt: impl Fn() -> F,
+) -> Result<T, StoreError> {
+    let mut pause = Duration::from_millis(100);
+    let mut tries = 1;
+    loop {
+        let (cause, hopeless) = match tokio::time::timeout(REQUEST_DEADLINE, attempt()).await {
+            Ok(Ok(done)) => return Ok(done),
+            Ok(Err(error)) => {
+                let hopeless = matches!(
+                    error,
+                    Cause::InvalidPath { .. }
+                        | Cause::NotSupported { .. }
+                        | Cause::NotImplemented { .. }
+                        | Cause::PermissionDenied { .. }
+                        | Cause::Unauthenticated { .. }
+                );
+                (error.to_string(), hopeless)
+            }
+            Err(_) => ("no answer in time".to_owned(), false),
+        };
+        if hopeless || tries == TRIES {
+            return Err(StoreError { operation, key: key.to_owned(), cause });
+        }
+        warn!(operation, key, tries, cause, "store error, trying again");
+        tokio::time::sleep(pause).await;
+        pause *= 2;
+        tries += 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use object_store::memory::InMemory;
+
+    #[tokio::test]
+    async fn a_put_that_is_retried_after_it_won_has_won() {
+        let store = Store::new(Arc::new(InMemory::new()));
+        assert_eq!(store.create("a/1", Bytes::from("x mine"), "mine").await.expect("works"), Created::Won);
+        assert_eq!(store.create("a/1", Bytes::from("y mine"), "mine").await.expect("works"), Created::Won);
+        let lost = store.create("a/1", Bytes::from("other"), "other").await.expect("works");
+        assert_eq!(lost, Created::Lost(Bytes::from("x mine")));
+    }
+
+    #[tokio::test]
+    async fn a_store_with_put_if_absent_passes_the_check_and_is_left_clean() {
+        let store = Store::new(Arc::new(InMemory::new()));
+        store.check().await.expect("memory has put-if-absent");
+        assert!(store.list("coordinator").await.expect("lists").is_empty());
+    }
+}

@@ -1,0 +1,90 @@
+//! Terms: one coordinator's time in office. Each coordinator begins by creating the next term's object, and ends when it
+//! hears of a higher term than its own.
+
+use std::sync::OnceLock;
+
+use anyhow::Context;
+use bytes::Bytes;
+use proto::keys;
+use serde::Serialize;
+use tokio_util::sync::CancellationToken;
+
+use crate::error::Error;
+use crate::store::{Created, Store, nonce, wall_millis};
+
+/// The stored object.
+#[derive(Serialize)]
+struct TermRecord<'a> {
+    term: u64,
+    nonce: &'a str,
+    /// For people only.
+    at_millis: u64,
+    version: &'static str,
+}
+
+/// This coordinator's term, and what ends it.
+#[derive(Debug)]
+pub(crate) struct Term {
+    /// The number.
+    pub(crate) number: u64,
+    over: CancellationToken,
+    reason: OnceLock<String>,
+}
+
+impl Term {
+    /// Creates the object of the next term. Whoever else starts at the same moment gets another number, and the higher one
+    /// fences the lower.
+    pub(crate) async fn begin(store: &Store) -> anyhow::Result<Self> {
+        let nonce = nonce();
+        let highest = highest(store).await?;
+        for number in highest + 1.. {
+            let record = TermRecord {
+                term: number,
+                nonce: &nonce,
+                at_millis: wall_millis(),
+                version: env!("CARGO_PKG_VERSION"),
+            };
+            let json = Bytes::from(serde_json::to_vec_pretty(&record).context("failed to encode the term")?);
+            if store.create(&keys::term(number), json, &nonce).await? == Created::Won {
+                return Ok(Self { number, over: CancellationToken::new(), reason: OnceLock::new() });
+            }
+        }
+        anyhow::bail!("no term is left")
+    }
+
+    /// Takes note of a term that a caller has seen.
+    pub(crate) fn hear(&self, seen: u64) -> Result<(), Error> {
+        if seen <= self.number {
+            return Ok(());
+        }
+        let error = Error::Fenced { own: self.number, seen };
+        self.end(error.to_string());
+        Err(error)
+    }
+
+    /// Ends this coordinator: the process exits with the reason.
+    pub(crate) fn end(&self, reason: String) {
+        self.reason.get_or_init(|| reason);
+        self.over.cancel();
+    }
+
+    /// Returns once the term is over, with the reason.
+    pub(crate) async fn ended(&self) -> String {
+        self.over.cancelled().await;
+        self.reason.get().cloned().unwrap_or_default()
+    }
+
+    /// Ends the term if the store holds a higher one.
+    pub(crate) async fn look(&self, store: &Store) {
+        match store.get(&keys::term(self.number + 1)).await {
+            Ok(None) => {}
+            Ok(Some(_)) => drop(self.hear(self.number + 1)),
+            Err(error) => tracing::warn!(%error, "cannot look for a higher term"),
+        }
+    }
+}
+
+async fn highest(store: &Store) -> anyhow::Result<u64> {
+    let listed = store.list(keys::TERMS).await.context("failed to list the terms")?;
+    Ok(listed.iter().filter_map(|key| keys::number(key).ok()).max().unwrap_or(0))
+}

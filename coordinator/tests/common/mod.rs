@@ -1,0 +1,258 @@
+//! A coordinator over loopback with a folder as its store, and a worker written by hand.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use object_store::local::LocalFileSystem;
+use object_store::path::Path as Key;
+use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions};
+use proto::outcomes::{self, OutcomeRow};
+use proto::pb::create_dataset_request::{Part, Source, Start};
+use proto::pb::dataset_service_client::DatasetServiceClient;
+use proto::pb::fetch_service_client::FetchServiceClient;
+use proto::pb::{self, DatasetState};
+use proto::rejection::KEPT;
+use proto::shard::{Moments, Origin, StoredFile, Tar, TarWriter, hex, sha256_hex};
+use proto::{Attempt, DatasetSpec, Rejection, Sample, ShardIndex, Split, keys};
+use sha2::{Digest, Sha256};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+use tonic::transport::{Channel, Endpoint};
+
+/// Nothing in these tests takes so long.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A running coordinator.
+pub struct Cluster {
+    pub channel: Channel,
+    pub store: Arc<dyn ObjectStore>,
+    shutdown: CancellationToken,
+    pub running: JoinHandle<anyhow::Result<()>>,
+}
+
+impl Cluster {
+    /// Starts on what is in the folder.
+    pub async fn start(folder: &Path, lease_seconds: f64) -> Self {
+        let store: Arc<dyn ObjectStore> =
+            Arc::new(LocalFileSystem::new_with_prefix(folder).expect("the folder exists"));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("bound");
+        let shutdown = CancellationToken::new();
+        let config = coordinator::Config { lease_seconds, spool_folder: None };
+        let running = tokio::spawn(coordinator::run(config, Arc::clone(&store), listener, shutdown.clone()));
+        let endpoint = Endpoint::from_shared(format!("http://{address}")).expect("a URL");
+        let channel = endpoint.connect().await.expect("the port is bound");
+        Self { channel, store, shutdown, running }
+    }
+
+    /// Ends it orderly.
+    pub async fn stop(self) {
+        self.shutdown.cancel();
+        let ended = tokio::time::timeout(PATIENCE, self.running).await.expect("in time");
+        ended.expect("no panic").expect("an orderly end");
+    }
+
+    /// Ends it as a kill would: no goodbye.
+    pub fn kill(self) {
+        self.running.abort();
+    }
+
+    pub fn datasets(&self) -> DatasetServiceClient<Channel> {
+        DatasetServiceClient::new(self.channel.clone())
+    }
+
+    pub fn fetch(&self) -> FetchServiceClient<Channel> {
+        FetchServiceClient::new(self.channel.clone())
+    }
+
+    /// Creates a dataset from a list.
+    pub async fn create(
+        &self,
+        name: &str,
+        request_id: &str,
+        slice_urls: u32,
+        list: &str,
+    ) -> Result<pb::CreateDatasetResponse, Status> {
+        let spec = DatasetSpec { slice_urls, ..DatasetSpec::default() };
+        let start = Start {
+            request_id: request_id.to_owned(),
+            name: name.to_owned(),
+            spec_json: spec.to_json(),
+            ..Start::default()
+        };
+        let source = Part::Source(Source { name: "list".to_owned() });
+        let pieces = list.as_bytes().chunks(100).map(|piece| Part::Data(Bytes::copy_from_slice(piece)));
+        let parts: Vec<Part> = [Part::Start(start), source].into_iter().chain(pieces).collect();
+        let stream = tokio_stream::iter(parts.into_iter().map(|part| pb::CreateDatasetRequest { part: Some(part) }));
+        Ok(self.datasets().create_dataset(stream).await?.into_inner())
+    }
+
+    pub async fn dataset(&self, name: &str) -> Result<pb::Dataset, Status> {
+        Ok(self.datasets().get_dataset(pb::GetDatasetRequest { name: name.to_owned() }).await?.into_inner())
+    }
+
+    /// Watches until the dataset is ready or failed.
+    pub async fn sealed(&self, name: &str) -> pb::Dataset {
+        let watch = async {
+            let request = pb::GetDatasetRequest { name: name.to_owned() };
+            let mut stream = self.datasets().watch_dataset(request).await.expect("exists").into_inner();
+            let mut last = None;
+            while let Some(dataset) = stream.message().await.expect("watches") {
+                last = Some(dataset);
+            }
+            last.expect("at least one")
+        };
+        let dataset = tokio::time::timeout(PATIENCE, watch).await.expect("in time");
+        assert!(matches!(dataset.state(), DatasetState::Ready | DatasetState::Failed));
+        dataset
+    }
+
+    pub async fn manifest(&self, name: &str) -> proto::Manifest {
+        let request = pb::GetManifestRequest { name: name.to_owned(), version: 0 };
+        let mut stream = self.datasets().get_manifest(request).await.expect("exists").into_inner();
+        let mut json = Vec::new();
+        while let Some(chunk) = stream.message().await.expect("streams") {
+            json.extend_from_slice(&chunk.json);
+        }
+        proto::Manifest::from_json(&json).expect("a manifest")
+    }
+
+    /// Waits for a shard.
+    pub async fn lease(&self, wait: Duration) -> Option<pb::Lease> {
+        let request =
+            pb::LeaseShardRequest { term_seen: 0, worker: "w1".to_owned(), wait_millis: wait.as_millis() as u64 };
+        self.fetch().lease_shard(request).await.expect("answers").into_inner().lease
+    }
+
+    /// Makes every shard that is there.
+    pub async fn work(&self) {
+        while let Some(lease) = self.lease(Duration::from_millis(100)).await {
+            put_shard(&*self.store, &lease).await;
+            self.complete(&lease).await;
+        }
+    }
+
+    pub async fn complete(&self, lease: &pb::Lease) -> String {
+        let request = pb::CompleteShardRequest {
+            term_seen: 0,
+            worker: "w1".to_owned(),
+            dataset: lease.dataset.clone(),
+            shard: lease.shard,
+            attempt: lease.attempt.clone(),
+        };
+        self.fetch().complete_shard(request).await.expect("answers").into_inner().committed
+    }
+
+    /// The lease's new duration; 0: it is over.
+    pub async fn renew(&self, lease: &pb::Lease) -> u64 {
+        let request = pb::RenewLeaseRequest {
+            term_seen: 0,
+            worker: "w1".to_owned(),
+            dataset: lease.dataset.clone(),
+            shard: lease.shard,
+            attempt: lease.attempt.clone(),
+            outcomes: [("kept".to_owned(), 1)].into(),
+        };
+        self.fetch().renew_lease(request).await.expect("answers").into_inner().duration_millis
+    }
+
+    pub async fn release(&self, lease: &pb::Lease, failure: &str) {
+        let request = pb::ReleaseLeaseRequest {
+            term_seen: 0,
+            worker: "w1".to_owned(),
+            dataset: lease.dataset.clone(),
+            shard: lease.shard,
+            attempt: lease.attempt.clone(),
+            failure: failure.to_owned(),
+        };
+        self.fetch().release_lease(request).await.expect("answers");
+    }
+}
+
+pub async fn get(store: &dyn ObjectStore, key: &str) -> Bytes {
+    store.get(&Key::from(key)).await.expect(key).bytes().await.expect(key)
+}
+
+pub async fn put(store: &dyn ObjectStore, key: &str, bytes: impl Into<Bytes>) {
+    store.put(&Key::from(key), bytes.into().into()).await.expect(key);
+}
+
+/// What the worker makes of a URL: `http://h/<content>/...` is an image of that content; any other is gone.
+fn content(url: &str) -> Option<&str> {
+    url.strip_prefix("http://h/").and_then(|rest| rest.split('/').next())
+}
+
+/// Makes a shard as a worker does: tars, outcomes, then the index.
+pub async fn put_shard(store: &dyn ObjectStore, lease: &pb::Lease) {
+    let spec = DatasetSpec::from_json(&lease.spec_json).expect("the coordinator's");
+    let attempt: Attempt = lease.attempt.parse().expect("the coordinator's");
+    let slice = get(store, &keys::slice(&lease.dataset, lease.shard)).await;
+    let text = String::from_utf8(zstd::decode_all(&slice[..]).expect("zstd")).expect("UTF-8");
+    let mut tars: BTreeMap<Split, (TarWriter, Vec<u32>, Moments)> = BTreeMap::new();
+    let (mut rows, mut counts) = (Vec::new(), BTreeMap::<String, u64>::new());
+    for line in text.lines() {
+        let [key, synset, url] = line.splitn(3, '\t').collect::<Vec<_>>()[..] else { panic!("{line}") };
+        let key: u64 = key.parse().expect("a number");
+        let mut row = OutcomeRow {
+            key: key as i64,
+            synset: synset.to_owned(),
+            url: url.to_owned(),
+            outcome: Rejection::NotFound.name().to_owned(),
+            ..OutcomeRow::default()
+        };
+        if let Some(content) = content(url) {
+            let sha: [u8; 32] = Sha256::digest(content).into();
+            let split = spec.splits.split_of(&sha);
+            let label = spec.classes.iter().position(|class| class.synset == synset).expect("a class") as u32;
+            let (writer, per_class, moments) = tars.entry(split).or_default();
+            let sample = Sample { key, label, jpeg: Bytes::copy_from_slice(content.as_bytes()) };
+            let origin =
+                Origin { synset: synset.to_owned(), url: url.to_owned(), sha256: hex(&sha), width: 1, height: 1 };
+            let (offset, length) = writer.append(&sample, &origin);
+            per_class.resize(per_class.len().max(label as usize + 1), 0);
+            per_class[label as usize] += 1;
+            let of_one = Moments { pixels: 1, sum: [key; 3], sum_of_squares: [key * key; 3] };
+            moments.add(&of_one);
+            row.set_moments(&of_one);
+            row.outcome = KEPT.to_owned();
+            row.sha256 = Some(hex(&sha));
+            row.split = Some(split.name().to_owned());
+            row.tar = Some(keys::tar(&lease.dataset, split, lease.shard, attempt));
+            row.offset = Some(offset as i64);
+            row.length = Some(length as i64);
+        }
+        *counts.entry(row.outcome.clone()).or_default() += 1;
+        rows.push(row);
+    }
+    let mut index = ShardIndex {
+        version: 1,
+        nonce: format!("{:032x}", attempt.n),
+        writer: "w1".to_owned(),
+        shard: lease.shard,
+        attempt: lease.attempt.clone(),
+        outcomes: counts,
+        tars: BTreeMap::new(),
+        outcomes_file: None,
+    };
+    for (split, (mut writer, per_class, moments)) in tars {
+        let mut bytes = writer.take().to_vec();
+        let (rest, length, sha256, blocks) = writer.finish();
+        bytes.extend_from_slice(&rest);
+        let key = keys::tar(&lease.dataset, split, lease.shard, attempt);
+        put(store, &key, bytes).await;
+        let samples = per_class.iter().sum();
+        index.tars.insert(split, Tar { key, bytes: length, sha256, samples, per_class, blocks, moments });
+    }
+    let file = outcomes::write(&rows).expect("encodes");
+    let key = keys::outcomes(&lease.dataset, lease.shard, attempt);
+    index.outcomes_file = Some(StoredFile { key: key.clone(), bytes: file.len() as u64, sha256: sha256_hex(&file) });
+    put(store, &key, file).await;
+    let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
+    let key = Key::from(keys::index(&lease.dataset, lease.shard));
+    // Somebody else may have been first; that is the coordinator's to say.
+    let _ = store.put_opts(&key, index.to_json().into(), options).await;
+}

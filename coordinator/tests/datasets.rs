@@ -1,0 +1,229 @@
+//! Datasets over real gRPC, with a folder as the store.
+
+#[allow(dead_code, unreachable_pub, reason = "each test file uses a part of it")]
+mod common;
+
+use std::time::Duration;
+
+use common::{Cluster, PATIENCE, get, put, put_shard};
+use object_store::ObjectStore;
+use proto::Split;
+use proto::manifest::{Skip, Skips};
+use proto::pb::{self, DatasetState};
+use tonic::Code;
+
+/// Three classes; 5 URLs are gone; one picture stands twice in its class, one in two classes.
+fn list() -> String {
+    let mut list = String::from("# a list\n");
+    for i in 0..120 {
+        list += &format!("n{}\thttp://h/picture{i}\n", i % 3);
+    }
+    list += "n0\thttp://h/picture0/again\nn0\thttp://h/shared\nn1\thttp://h/shared\n";
+    for i in 0..5 {
+        list += &format!("n1\tgone:{i}\n");
+    }
+    list + "no tab here\n"
+}
+
+async fn listed(store: &dyn ObjectStore, folder: &str) -> Vec<String> {
+    use futures::TryStreamExt;
+    let found: Vec<_> = store.list(Some(&folder.into())).try_collect().await.expect("lists");
+    found.into_iter().map(|meta| meta.location.to_string()).collect()
+}
+
+#[tokio::test]
+async fn a_list_becomes_a_manifest_that_counts_every_url_and_outlives_the_coordinator() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cluster = Cluster::start(folder.path(), 30.0).await;
+    let created = cluster.create("birds", "request-1", 50, &list()).await.expect("a good list");
+    assert_eq!((created.urls, created.shards, created.bad_lines), (128, 3, 1));
+    assert_eq!(created.bad_line_examples, ["list:130: no tab between synset and URL"]);
+    assert_eq!(cluster.create("birds", "request-1", 50, &list()).await.expect("repeated"), created);
+    let other = cluster.create("birds", "request-2", 50, &list()).await.expect_err("the name is taken");
+    assert_eq!(other.code(), Code::AlreadyExists);
+
+    cluster.work().await;
+    let dataset = cluster.sealed("birds").await;
+    assert_eq!(dataset.state(), DatasetState::Ready, "{}", dataset.error);
+    assert_eq!(dataset.outcomes, [("kept".to_owned(), 123), ("not_found".to_owned(), 5)].into());
+    assert_eq!(dataset.skipped, [("duplicate".to_owned(), 1), ("several_classes".to_owned(), 2)].into());
+    assert_eq!(dataset.classes.iter().map(|class| class.urls).collect::<Vec<_>>(), [42, 46, 40]);
+    let counted: u64 = dataset.classes.iter().map(|class| class.train + class.validation + class.test).sum();
+    assert_eq!(counted, 120);
+
+    let manifest = cluster.manifest("birds").await;
+    let (mut kept, mut skipped, mut pixels, mut sum) = (0, 0, 0, 0);
+    for shard in &manifest.shards {
+        let skips = match &shard.skips {
+            Some(file) => Skips::from_bytes(&get(&*cluster.store, &file.key).await),
+            None => Skips::default(),
+        };
+        for (split, tar) in &shard.tars {
+            let bytes = get(&*cluster.store, &tar.key).await;
+            let mut ordinal = tar.first;
+            for block in &tar.blocks {
+                let part = bytes.slice(block.offset as usize..(block.offset + block.length) as usize);
+                let samples = proto::shard::read_block(&part).expect("a block");
+                assert_eq!(samples.len(), block.samples as usize);
+                let before = kept;
+                for sample in samples {
+                    if skips.contains(ordinal) {
+                        skipped += 1;
+                        let content = String::from_utf8(sample.jpeg.to_vec()).expect("text");
+                        assert!(["shared", "picture0"].contains(&content.as_str()), "{content}");
+                    } else {
+                        kept += 1;
+                        if *split == Split::Train {
+                            (pixels, sum) = (pixels + 1, sum + sample.key);
+                        }
+                    }
+                    ordinal += 1;
+                }
+                assert_eq!(kept - before, block.kept);
+            }
+        }
+    }
+    assert_eq!((kept, skipped), (120, 3));
+    assert!((manifest.mean[0] - sum as f64 / f64::from(pixels) / 255.0).abs() < 1e-12);
+    assert_eq!(manifest.skipped[&Skip::Duplicate], 1);
+    cluster.stop().await;
+
+    let cluster = Cluster::start(folder.path(), 30.0).await;
+    assert_eq!(cluster.dataset("birds").await.expect("recovered"), dataset);
+    assert_eq!(cluster.create("birds", "request-1", 50, &list()).await.expect("repeated"), created);
+    let deleted = pb::DeleteDatasetRequest { name: "birds".to_owned() };
+    cluster.datasets().delete_dataset(deleted).await.expect("exists");
+    assert_eq!(cluster.dataset("birds").await.expect_err("deleted").code(), Code::NotFound);
+    cluster.create("birds", "request-3", 50, &list()).await.expect("the name is free at once");
+    cluster.stop().await;
+}
+
+#[tokio::test]
+async fn a_new_coordinator_adopts_leases_that_are_renewed_and_grants_the_rest_after_a_lease_time() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cluster = Cluster::start(folder.path(), 2.0).await;
+    cluster.create("birds", "request-1", 50, &list()).await.expect("a good list");
+    let wait = Duration::from_millis(100);
+    let (held, dropped) = (cluster.lease(wait).await.expect("one"), cluster.lease(wait).await.expect("two"));
+    cluster.kill();
+
+    let cluster = Cluster::start(folder.path(), 2.0).await;
+    assert_eq!(cluster.renew(&held).await, 2000, "adopted");
+    assert_eq!(cluster.dataset("birds").await.expect("recovered").outcomes["kept"], 1, "progress is live");
+    assert_eq!(cluster.lease(wait).await, None, "an unknown worker may still hold the others");
+    // The others are free two seconds after the start; the adopted one must be renewed until then.
+    tokio::time::sleep(Duration::from_millis(1200)).await;
+    assert_eq!(cluster.renew(&held).await, 2000);
+    let granted = cluster.lease(PATIENCE).await.expect("after a lease time");
+    assert_ne!(granted.shard, held.shard);
+    assert!(granted.attempt.starts_with("2."), "{}", granted.attempt);
+    // The worker of the first term was late, but its index is there first.
+    let (late, mine) = if granted.shard == dropped.shard { (dropped, granted) } else { (granted.clone(), granted) };
+    put_shard(&*cluster.store, &late).await;
+    put_shard(&*cluster.store, &mine).await;
+    assert_eq!(cluster.complete(&mine).await, late.attempt);
+    assert_eq!(cluster.renew(&held).await, 2000);
+    put_shard(&*cluster.store, &held).await;
+    cluster.complete(&held).await;
+    assert_eq!(cluster.renew(&held).await, 0, "a committed shard's lease is over");
+    cluster.work().await;
+    let dataset = cluster.sealed("birds").await;
+    assert_eq!(dataset.state(), DatasetState::Ready, "{}", dataset.error);
+    if late.attempt != mine.attempt {
+        let swept = async {
+            while listed(&*cluster.store, &format!("datasets/{}/outcomes", late.dataset)).await.len() > 3 {
+                tokio::time::sleep(wait).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, swept).await.expect("what the losing attempt left is removed");
+    }
+    cluster.stop().await;
+}
+
+#[tokio::test]
+async fn a_shard_whose_worker_died_after_its_index_is_not_made_again() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cluster = Cluster::start(folder.path(), 0.5).await;
+    cluster.create("birds", "request-1", 1000, &list()).await.expect("a good list");
+    let lease = cluster.lease(PATIENCE).await.expect("the only one");
+    put_shard(&*cluster.store, &lease).await;
+    let dataset = cluster.sealed("birds").await;
+    assert_eq!((dataset.state(), dataset.shards_committed), (DatasetState::Ready, 1));
+    cluster.stop().await;
+}
+
+#[tokio::test]
+async fn a_slice_that_fails_again_and_again_is_closed_and_seen() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cluster = Cluster::start(folder.path(), 0.5).await;
+    cluster.create("birds", "request-1", 1000, &list()).await.expect("a good list");
+    for _ in 0..5 {
+        let lease = cluster.lease(PATIENCE).await.expect("given again");
+        cluster.release(&lease, "the disk is full").await;
+    }
+    let dataset = cluster.sealed("birds").await;
+    assert_eq!(dataset.state(), DatasetState::Failed);
+    assert_eq!(dataset.outcomes, [("slice_failed".to_owned(), 128)].into());
+    assert!(dataset.error.contains("no training image"), "{}", dataset.error);
+    cluster.stop().await;
+}
+
+#[tokio::test]
+async fn a_coordinator_that_hears_of_a_higher_term_refuses_and_ends() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cluster = Cluster::start(folder.path(), 30.0).await;
+    let request = pb::LeaseShardRequest { term_seen: 2, worker: "w1".to_owned(), wait_millis: 0 };
+    let refused = cluster.fetch().lease_shard(request).await.expect_err("its term is 1");
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    let ended = tokio::time::timeout(PATIENCE, cluster.running).await.expect("in time").expect("no panic");
+    assert!(ended.expect_err("fenced").to_string().contains("term 2"));
+}
+
+#[tokio::test]
+async fn nothing_exists_after_a_list_that_was_cut_or_is_bad() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cluster = Cluster::start(folder.path(), 0.5).await;
+    let bad = cluster.create("birds", "request-1", 50, "no tab\n").await.expect_err("no good line");
+    assert_eq!(bad.code(), Code::InvalidArgument);
+    assert!(bad.message().contains("list:1: no tab"), "{}", bad.message());
+    for name in ["Birds", ""] {
+        assert_eq!(cluster.create(name, "r", 50, &list()).await.expect_err("bad name").code(), Code::InvalidArgument);
+    }
+    let (sender, receiver) = tokio::sync::mpsc::channel(4);
+    use proto::pb::create_dataset_request::{Part, Start};
+    let start = Start { request_id: "r".into(), name: "birds".into(), ..Start::default() };
+    for part in [Part::Start(start), Part::Data("n1\thttp://h/1\n".into())] {
+        sender.send(pb::CreateDatasetRequest { part: Some(part) }).await.expect("open");
+    }
+    let mut client = cluster.datasets();
+    let call =
+        tokio::spawn(async move { client.create_dataset(tokio_stream::wrappers::ReceiverStream::new(receiver)).await });
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    call.abort();
+    // The name is held until the coordinator has seen the caller go.
+    let again = async { cluster.create("birds", "request-2", 50, &list()).await.expect("the name is free") };
+    tokio::time::timeout(PATIENCE, again).await.expect("in time");
+    assert_eq!(listed(&*cluster.store, "datasets").await.iter().filter(|key| key.ends_with("spec.json")).count(), 1);
+    cluster.stop().await;
+}
+
+#[tokio::test]
+async fn lists_in_the_own_store_are_read_after_the_streamed_ones() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cluster = Cluster::start(folder.path(), 30.0).await;
+    let packed = zstd::encode_all(list().as_bytes(), 1).expect("to memory");
+    put(&*cluster.store, "lists/birds.tsv.zst", packed).await;
+    use proto::pb::create_dataset_request::{Part, Start};
+    let create = |name: &str, key: &str| {
+        let start =
+            Start { request_id: name.into(), name: name.into(), store_keys: vec![key.into()], ..Start::default() };
+        let stream = tokio_stream::iter([pb::CreateDatasetRequest { part: Some(Part::Start(start)) }]);
+        let mut client = cluster.datasets();
+        async move { client.create_dataset(stream).await }
+    };
+    assert_eq!(create("birds", "lists/birds.tsv.zst").await.expect("a good list").into_inner().urls, 128);
+    let missing = create("dogs", "lists/dogs").await.expect_err("no such object");
+    assert_eq!(missing.code(), Code::InvalidArgument);
+    assert!(missing.message().contains("lists/dogs"), "{}", missing.message());
+    cluster.stop().await;
+}

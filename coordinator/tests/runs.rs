@@ -1,0 +1,183 @@
+//! Runs over real gRPC, with a folder as the store and an agent written by hand.
+
+#[allow(dead_code, unreachable_pub, reason = "each test file uses a part of it")]
+mod common;
+
+use std::time::Duration;
+
+use common::{Cluster, PATIENCE, put};
+use proto::pb::agent_message::Message as ToCoordinator;
+use proto::pb::coordinator_message::Message as ToAgent;
+use proto::pb::rank_message::Message as Said;
+use proto::pb::run_service_client::RunServiceClient;
+use proto::pb::trainer_service_client::TrainerServiceClient;
+use proto::pb::{self, RunState};
+use proto::{RunSpec, keys};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Channel;
+use tonic::{Code, Streaming};
+
+struct Agent {
+    to: mpsc::Sender<pb::AgentMessage>,
+    from: Streaming<pb::CoordinatorMessage>,
+}
+
+impl Agent {
+    async fn connect(cluster: &Cluster, occupied: Vec<pb::Occupied>) -> Self {
+        let (to, outgoing) = mpsc::channel(16);
+        let hello = pb::Hello {
+            agent: "agent-1".to_owned(),
+            advertise_address: "127.0.0.1".to_owned(),
+            devices: vec!["cpu".to_owned()],
+            occupied,
+            ..pb::Hello::default()
+        };
+        let agent = ToCoordinator::Hello(hello);
+        to.send(pb::AgentMessage { message: Some(agent) }).await.expect("open");
+        let mut client = TrainerServiceClient::new(cluster.channel.clone());
+        let from = client.connect(ReceiverStream::new(outgoing)).await.expect("connects").into_inner();
+        let mut agent = Self { to, from };
+        assert!(matches!(agent.hear().await, ToAgent::Welcome(_)));
+        agent
+    }
+
+    async fn hear(&mut self) -> ToAgent {
+        let message = tokio::time::timeout(PATIENCE, self.from.message()).await.expect("in time").expect("streams");
+        message.expect("open").message.expect("one of them")
+    }
+
+    async fn say(&self, message: ToCoordinator) {
+        self.to.send(pb::AgentMessage { message: Some(message) }).await.expect("open");
+    }
+
+    async fn rank(&self, said: Said) {
+        let run = "birds-1".to_owned();
+        let message = pb::RankMessage { run, generation: 1, rank: 0, device: 0, message: Some(said) };
+        self.say(ToCoordinator::Rank(message)).await;
+    }
+}
+
+fn runs(cluster: &Cluster) -> RunServiceClient<Channel> {
+    RunServiceClient::new(cluster.channel.clone())
+}
+
+fn point(kind: &str, step: u64, loss: f64) -> pb::Metric {
+    pb::Metric { kind: kind.to_owned(), generation: 1, step, loss, ..pb::Metric::default() }
+}
+
+/// A cluster with a dataset of about a hundred images.
+async fn with_dataset(folder: &std::path::Path) -> Cluster {
+    let cluster = Cluster::start(folder, 30.0).await;
+    let list: String = (0..120).map(|i| format!("n{}\thttp://h/picture{i}\n", i % 3)).collect();
+    cluster.create("birds", "request-1", 50, &list).await.expect("a good list");
+    cluster.work().await;
+    cluster.sealed("birds").await;
+    cluster
+}
+
+fn submit(batch: u32) -> pb::SubmitRunRequest {
+    let mut spec = RunSpec::from_toml("dataset = \"birds\"").expect("one line is enough");
+    (spec.train.batch, spec.ranks.failure_detection_seconds) = (batch, 2.0);
+    pb::SubmitRunRequest { request_id: "run-1".to_owned(), name: String::new(), spec_json: spec.to_json() }
+}
+
+#[tokio::test]
+async fn a_run_goes_from_its_submission_to_its_end_over_a_restart_of_the_coordinator() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cluster = with_dataset(folder.path()).await;
+    let refused = runs(&cluster).submit_run(submit(2000)).await.expect_err("more than there are");
+    assert_eq!(refused.code(), Code::InvalidArgument);
+    assert!(refused.message().contains("train.batch"), "{}", refused.message());
+    let run = runs(&cluster).submit_run(submit(32)).await.expect("a good spec").into_inner();
+    assert_eq!((run.run.as_str(), run.state(), run.manifest_version), ("birds-1", RunState::Waiting, 1));
+    let again = runs(&cluster).submit_run(submit(32)).await.expect("repeated").into_inner();
+    assert_eq!(again.run, "birds-1");
+
+    let mut agent = Agent::connect(&cluster, vec![]).await;
+    assert!(matches!(agent.hear().await, ToAgent::Serve(_)), "after a moment of gathering");
+    let serving = pb::Serving { run: "birds-1".to_owned(), generation: 1, port: 29500, error: String::new() };
+    agent.say(ToCoordinator::Serving(serving)).await;
+    let ToAgent::Join(join) = agent.hear().await else { panic!("a join") };
+    assert_eq!((join.store.as_str(), join.world_size, join.checkpoint), ("127.0.0.1:29500", 1, None));
+    let manifest = common::get(&*cluster.store, &join.manifest_key).await;
+    assert_eq!(proto::shard::sha256_hex(&manifest), join.manifest_sha256);
+    agent.rank(Said::Joined(pb::Joined { step: 0, steps_per_epoch: 3 })).await;
+    agent.rank(Said::Stepped(pb::Stepped { step: 1, metrics: vec![point("step", 1, 3.0)] })).await;
+    let key = keys::checkpoint("birds-1", 1, 1, "x");
+    put(&*cluster.store, &format!("{key}/state.json"), "{}").await;
+    let digests = [("state.json".to_owned(), "0".to_owned())].into();
+    agent.rank(Said::Checkpointed(pb::Checkpointed { step: 1, key, digests })).await;
+    let mut watch =
+        runs(&cluster).watch_run(pb::GetRunRequest { run: "birds-1".to_owned() }).await.expect("exists").into_inner();
+    let checkpointed = async {
+        loop {
+            let run = watch.message().await.expect("streams").expect("open");
+            if run.checkpoint_step == 1 {
+                return run;
+            }
+        }
+    };
+    let run = tokio::time::timeout(PATIENCE, checkpointed).await.expect("in time");
+    assert_eq!((run.state(), run.step, run.last_step.map(|point| point.loss)), (RunState::Running, 1, Some(3.0)));
+    // Rank 0 stores its points, and its agent what it says.
+    let stored = r#"{"kind":"step","generation":1,"epoch":1,"step":1,"loss":3.0,"top1":0.1,"top5":0.5,"samples":32,"learning_rate":0.1,"images_per_second":9.0,"seconds":1.0,"data_wait":0.0}"#;
+    put(&*cluster.store, &keys::metrics("birds-1", 1, 1), stored).await;
+    put(&*cluster.store, &keys::logs("birds-1", 1, 0, 1), "one\ntwo\n").await;
+    cluster.kill();
+
+    let cluster = Cluster::start(folder.path(), 30.0).await;
+    let occupied = pb::Occupied { device: 0, run: "birds-1".to_owned(), generation: 1, rank: 0, joined: true, step: 2 };
+    let mut agent = Agent::connect(&cluster, vec![occupied]).await;
+    agent.rank(Said::Stepped(pb::Stepped { step: 3, metrics: vec![point("test", 3, 1.0)] })).await;
+    agent.rank(Said::Finished(pb::Finished { key: keys::model("birds-1"), digests: Default::default() })).await;
+    let left = pb::Left { why: pb::left::Why::Finished.into(), step: 3, detail: String::new() };
+    agent.rank(Said::Left(left)).await;
+    assert!(matches!(agent.hear().await, ToAgent::Kill(pb::Kill { device: 0 })));
+    let run =
+        runs(&cluster).get_run(pb::GetRunRequest { run: "birds-1".to_owned() }).await.expect("exists").into_inner();
+    assert_eq!((run.state(), run.step, run.generation), (RunState::Done, 3, 1));
+    let kinds: Vec<&str> = run.events.iter().map(|event| event.split("\"kind\":\"").nth(1).expect("a kind")).collect();
+    for (event, kind) in kinds.iter().zip(["submitted", "generation", "checkpoint", "done"]) {
+        assert!(event.starts_with(kind), "{event}");
+    }
+    let request = pb::GetMetricsRequest { run: "birds-1".to_owned(), kinds: vec![] };
+    let points = runs(&cluster).get_metrics(request).await.expect("exists").into_inner().metrics;
+    assert_eq!(points.iter().map(|p| (p.kind.as_str(), p.step)).collect::<Vec<_>>(), [("step", 1), ("test", 3)]);
+    let request = pb::GetLogsRequest { run: "birds-1".to_owned(), follow: false };
+    let mut logs = runs(&cluster).get_logs(request).await.expect("exists").into_inner();
+    let mut lines = Vec::new();
+    while let Some(line) = logs.message().await.expect("streams") {
+        lines.push(line.line);
+    }
+    assert_eq!(lines, ["one", "two"]);
+    let done = pb::ResumeRunRequest { request_id: "x".to_owned(), run: "birds-1".to_owned() };
+    assert_eq!(runs(&cluster).resume_run(done).await.expect_err("done").code(), Code::FailedPrecondition);
+    let status = runs(&cluster).get_status(pb::GetStatusRequest {}).await.expect("answers").into_inner();
+    assert_eq!((status.term, status.agents[0].devices[0].occupant.as_str()), (2, ""));
+    cluster.stop().await;
+}
+
+#[tokio::test]
+async fn a_cancelled_run_that_waits_ends_at_once_and_can_be_resumed() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cluster = with_dataset(folder.path()).await;
+    runs(&cluster).submit_run(submit(32)).await.expect("a good spec");
+    let cancel = || pb::CancelRunRequest { run: "birds-1".to_owned() };
+    for _ in 0..2 {
+        let run = runs(&cluster).cancel_run(cancel()).await.expect("exists").into_inner();
+        assert_eq!(run.state(), RunState::Cancelled);
+    }
+    let resume = || pb::ResumeRunRequest { request_id: "again".to_owned(), run: "birds-1".to_owned() };
+    for _ in 0..2 {
+        let run = runs(&cluster).resume_run(resume()).await.expect("it was cancelled").into_inner();
+        assert_eq!(run.state(), RunState::Waiting);
+    }
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let run =
+        runs(&cluster).get_run(pb::GetRunRequest { run: "birds-1".to_owned() }).await.expect("exists").into_inner();
+    assert!(run.reason.contains("needs 1 ranks"), "{}", run.reason);
+    let missing = runs(&cluster).cancel_run(pb::CancelRunRequest { run: "no".to_owned() }).await;
+    assert_eq!(missing.expect_err("no such run").code(), Code::NotFound);
+    cluster.stop().await;
+}

@@ -1,0 +1,249 @@
+#!/usr/bin/env python3
+"""Renders every overlay and checks what a cluster would otherwise be the first to say.
+
+    check.py [FOLDER ...]      the overlays, or these folders
+
+Each object is held to Kubernetes' own schema, in which unknown fields and API versions are errors, then to what no schema sees:
+references, selectors, ports, quantities, and how a pod must be confined. Before that, the check checks itself: it breaks the
+overlay `local` in many ways, each of which must be found. Needs kubectl, and kubernetes-validate for Python.
+"""
+
+import copy
+import functools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import kubernetes_validate
+import yaml
+
+HERE = Path(__file__).resolve().parent
+# The oldest that the manifests are written for, and the newest that they were checked for.
+VERSIONS = ("1.31", "1.36")
+QUANTITY = re.compile(r"\d+(\.\d+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?")
+REFERENCES = {
+    "configMapRef": "ConfigMap", "configMapKeyRef": "ConfigMap", "configMap": "ConfigMap", "secretRef": "Secret",
+    "secretKeyRef": "Secret", "secret": "Secret", "persistentVolumeClaim": "PersistentVolumeClaim",
+}
+CONFINED_POD = {"automountServiceAccountToken": False, "securityContext.runAsNonRoot": True,
+                "securityContext.seccompProfile.type": "RuntimeDefault"}
+CONFINED_CONTAINER = {"securityContext.allowPrivilegeEscalation": False, "securityContext.readOnlyRootFilesystem": True,
+                      "securityContext.capabilities": {"drop": ["ALL"]}}
+# The binary's flags that are variables too.
+FLAGS = {flag for path in HERE.parents[1].glob("*/src/**/*.rs") for flag in re.findall(r'env = "(GLEANER_\w+)"', path.read_text())}
+PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
+
+
+def render(folder):
+    kubectl = Path(sys.executable).with_name("kubectl")
+    command = [kubectl if kubectl.exists() else "kubectl", "kustomize", folder]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode or done.stderr:
+        raise SystemExit(f"{folder}: {done.stderr.strip()}")
+    return [item for item in yaml.safe_load_all(done.stdout) if item]
+
+
+def get(item, path, default=None):
+    """The value at a dotted path; nothing on the way is a nothing at its end."""
+    for key in path.split("."):
+        item = item.get(key) if isinstance(item, dict) else None
+    return default if item is None else item
+
+
+def every(item, key):
+    """All values of `key` at any depth."""
+    if isinstance(item, dict):
+        yield from [item[key]] if key in item else []
+        item = [*item.values()]
+    for value in item if isinstance(item, list) else []:
+        yield from every(value, key)
+
+
+def matches(selector, labels):
+    if selector.get("matchExpressions"):
+        raise ValueError("matchExpressions are not understood by this check")
+    return all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items())
+
+
+@functools.cache
+def schema(text):
+    faults = []
+    for version in VERSIONS:
+        try:
+            kubernetes_validate.validate(json.loads(text), version, strict=True)
+        except kubernetes_validate.ValidationError as error:
+            faults.append(f"{'.'.join(map(str, error.path))}: {error.message[:200]} (schema {version})")
+        except (kubernetes_validate.SchemaNotFoundError, KeyError) as error:
+            faults.append(f"unknown kind or apiVersion: {getattr(error, 'message', error)}")
+    return faults
+
+
+def differs(item, wanted):
+    return (f"{path} is not {value}" for path, value in wanted.items() if get(item, path) != value)
+
+
+def workload(item, have):
+    template, spec = get(item, "spec.template"), get(item, "spec.template.spec")
+    labels = get(template, "metadata.labels", {})
+    if not get(item, "spec.selector.matchLabels") or not matches(get(item, "spec.selector"), labels):
+        yield "selector does not match its own pods' labels"
+    if item["kind"] == "StatefulSet" and ("Service", get(item, "spec.serviceName")) not in have:
+        yield f"serviceName {get(item, 'spec.serviceName')} does not exist"
+    yield from differs(spec, CONFINED_POD)
+    if not get(spec, "securityContext.runAsUser", 0) or get(spec, "hostNetwork") or any(every(spec, "hostPath")):
+        yield "pod runs as root, or in the node's network or files"
+    if not all(matches(spread["labelSelector"], labels) for spread in spec.get("topologySpreadConstraints", [])):
+        yield "topologySpreadConstraints select other pods"
+    wanted = [("ServiceAccount", spec.get("serviceAccountName"))]
+    for key, kind in REFERENCES.items():
+        refs = [ref for ref in every(spec, key) if not ref.get("optional")]
+        wanted += [(kind, ref.get("name") or ref.get("secretName") or ref.get("claimName")) for ref in refs]
+    yield from (f"{kind} {name} does not exist" for kind, name in wanted if (kind, name) not in have)
+    volumes = {volume["name"] for volume in spec.get("volumes", [])}
+    for container in get(spec, "initContainers", []) + get(spec, "containers", []):
+        yield from (f"container {container.get('name')}: {fault}" for fault in confined(container, volumes))
+
+
+def ports(container):
+    """A container's ports, by number and by name."""
+    return {key for port in container.get("ports", []) for key in (port["containerPort"], port.get("name"))}
+
+
+def confined(container, volumes):
+    if not re.fullmatch(r"[^@]+(:(?!latest$)[\w][\w.-]*|@sha256:[0-9a-f]{64})", str(container.get("image"))):
+        yield f"image {container.get('image')} has no tag, or `latest`"
+    for kind in ("requests", "limits"):
+        for resource in ("cpu", "memory", "ephemeral-storage"):
+            if not get(container, f"resources.{kind}.{resource}"):
+                yield f"no resources.{kind}.{resource}"
+    yield from differs(container, CONFINED_CONTAINER)
+    mounted = (mount["name"] for mount in container.get("volumeMounts", []))
+    yield from (f"volume {name} does not exist" for name in mounted if name not in volumes)
+    for probe in PROBES:
+        if ports(container) and not container.get(probe):
+            yield f"listens, but has no {probe}"
+        for port in every(container.get(probe), "port"):
+            if port not in ports(container):
+                yield f"{probe} asks port {port}, which is not there"
+
+
+def service(item, found):
+    targets = found({"matchLabels": get(item, "spec.selector", {})})
+    if not get(item, "spec.selector") or not targets:
+        yield "selector matches no pod"
+    for port in get(item, "spec.ports", []):
+        target = port.get("targetPort", port["port"])
+        if not port.get("name") or any(target not in ports for ports in targets):
+            yield f"port {port['port']} has no name, or no pod has its target {target}"
+
+
+def policy(item, found):
+    """A NetworkPolicy. Peers in other namespaces are not among the overlay's objects."""
+    selectors = [get(item, "spec.podSelector", {})]
+    for way, peers in (("ingress", "from"), ("egress", "to")):
+        rules = get(item, f"spec.{way}", [])
+        if rules and way.title() not in get(item, "spec.policyTypes", []):
+            yield f"has rules for {way} that policyTypes does not name"
+        if not all(get(rule, peers) for rule in rules):
+            yield f"{way} lets everybody through"
+        selectors += [peer["podSelector"] for rule in rules for peer in get(rule, peers, []) if [*peer] == ["podSelector"]]
+    if not all(map(found, selectors)):
+        yield "selector matches no pod"
+
+
+def check(items):
+    """All faults of one overlay's objects, each with the object that it is in."""
+    faults, have, pods = [], {(item.get("kind"), get(item, "metadata.name")) for item in items}, []
+    namespaces = {name for kind, name in have if kind == "Namespace"}
+    for template in filter(None, (get(item, "spec.template") for item in items)):
+        pods.append((get(template, "metadata.labels", {}), set().union(*map(ports, get(template, "spec.containers", [])))))
+
+    def found(selector):
+        return [ports for labels, ports in pods if matches(selector, labels)]
+
+    for item in items:
+        kind, here = item.get("kind"), list(schema(json.dumps(item)))
+        if get(item, "spec.template"):
+            here += workload(item, have)
+        if kind == "Service":
+            here += service(item, found)
+        if kind == "NetworkPolicy":
+            here += policy(item, found)
+        if kind == "PodDisruptionBudget" and not found(get(item, "spec.selector", {})):
+            here.append("selector matches no pod")
+        variables = [*get(item, "data", {}), *(entry["name"] for env in every(item, "env") for entry in env)]
+        here += [f"{name} is no flag of the binary" for name in variables if name.startswith("GLEANER_") and name not in FLAGS]
+        amounts = [*every(item, "sizeLimit"), *(q for key in ("requests", "limits") for of in every(item, key) for q in of.values())]
+        here += [f"{value!r} is not a quantity" for value in amounts if not QUANTITY.fullmatch(str(value))]
+        if kind != "Namespace" and get(item, "metadata.namespace") not in namespaces:
+            here.append("is in no namespace of this overlay")
+        faults += [f"{kind} {get(item, 'metadata.name')}: {fault}" for fault in here]
+    if not any(item.get("kind") == "NetworkPolicy" and get(item, "spec.podSelector") == {} for item in items):
+        faults.append("no NetworkPolicy holds for all pods")
+    return faults
+
+
+# (object, where, what to put there (None: take it away), the fault that must be found)
+BREAKS = (
+    ("Deployment/worker", "spec.template.spec.containers.0.imagePulPolicy", "x", "Additional properties are not allowed"),
+    ("Deployment/worker", "apiVersion", "apps/v1beta1", "unknown kind or apiVersion"),
+    ("Deployment/worker", "spec.selector.matchLabels", {"app": "worker"}, "does not match its own pods"),
+    ("Service/coordinator", "spec.selector", {"app.kubernetes.io/component": "coordinater"}, "selector matches no pod"),
+    ("PodDisruptionBudget/trainer", "spec.selector.matchLabels", {"app": "x"}, "selector matches no pod"),
+    ("NetworkPolicy/client", "spec.podSelector.matchLabels", {"gleaner-client": "yes"}, "selector matches no pod"),
+    ("NetworkPolicy/coordinator", "spec.ingress.0.from.0.podSelector.matchLabels", {"a": "b"}, "selector matches no pod"),
+    ("NetworkPolicy/coordinator", "spec.ingress.0.from", None, "lets everybody through"),
+    ("NetworkPolicy/default", "spec.policyTypes", ["Ingress"], "policyTypes does not name"),
+    ("NetworkPolicy/default", "spec.podSelector", {"matchLabels": {"app.kubernetes.io/name": "gleaner"}}, "holds for all pods"),
+    ("Service/coordinator", "spec.ports.0.targetPort", "http", "no pod has its target http"),
+    ("StatefulSet/trainer", "spec.serviceName", "trainers", "serviceName trainers does not exist"),
+    ("Deployment/worker", "spec.template.spec.serviceAccountName", "work", "ServiceAccount work does not exist"),
+    ("Deployment/worker", "spec.template.spec.containers.0.envFrom.0.configMapRef.name", "st", "ConfigMap st does not exist"),
+    ("Deployment/worker", "spec.template.spec.containers.0.envFrom.0", {"secretRef": {"name": "s"}}, "Secret s does not exist"),
+    ("PersistentVolumeClaim/store", "metadata.name", "stores", "PersistentVolumeClaim store does not exist"),
+    ("Deployment/worker", "spec.template.spec.containers.0.volumeMounts.0.name", "v", "volume v does not exist"),
+    ("Deployment/worker", "spec.template.spec.containers.0.image", "gleaner:latest", "has no tag, or `latest`"),
+    ("Deployment/worker", "spec.template.spec.containers.0.resources.limits.memory", "1GB", "'1GB' is not a quantity"),
+    ("Deployment/worker", "spec.template.spec.containers.0.resources", None, "no resources.requests.cpu"),
+    ("Deployment/coordinator", "spec.template.spec.containers.0.readinessProbe", None, "has no readinessProbe"),
+    ("Deployment/coordinator", "spec.template.spec.containers.0.livenessProbe.grpc.port", 7071, "asks port 7071"),
+    ("Deployment/worker", "spec.template.spec.containers.0.securityContext.readOnlyRootFilesystem", False, "is not True"),
+    ("Deployment/worker", "spec.template.spec.securityContext.runAsUser", 0, "runs as root"),
+    ("Deployment/worker", "spec.template.spec.automountServiceAccountToken", True, "automountServiceAccountToken is not False"),
+    ("Deployment/worker", "metadata.namespace", None, "is in no namespace"),
+    ("Deployment/worker", "spec.template.spec.containers.0.env.0.name", "GLEANER_COORD", "is no flag of the binary"),
+)
+
+
+def self_test(items):
+    for name, path, value, expected in BREAKS:
+        broken = copy.deepcopy(items)
+        at = next(item for item in broken if f"{item['kind']}/{item['metadata']['name']}" == name)
+        *way, last = (int(key) if key.isdigit() else key for key in path.split("."))
+        for key in way:
+            at = at[key]
+        if value is None:
+            del at[last]
+        else:
+            at[last] = value
+        faults = check(broken)
+        if not any(expected in fault for fault in faults):
+            raise SystemExit(f"the check is broken: {name} with {path} = {value!r} gave {faults}, not {expected!r}")
+
+
+def main():
+    self_test(render(HERE / "overlays/local"))
+    print(f"{len(BREAKS)} deliberate mistakes, all found")
+    wrong = False
+    for folder in map(Path, sys.argv[1:] or sorted((HERE / "overlays").iterdir())):
+        items = render(folder)
+        faults = check(items)
+        wrong |= bool(faults)
+        print(f"{folder.name}: {len(items)} objects, {len(faults)} faults", *faults, sep="\n  ")
+    sys.exit(wrong)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# `make test`: every stage in turn, the first that fails ends it, and a table of their times either way.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+table=()
+summary() {
+    local status=$?
+    printf '\n%-10s %8s\n' stage seconds
+    printf '%-10s %8d\n' ${table[@]+"${table[@]}"}
+    if ((status)); then echo "make test: FAILED in stage '$current'"; else echo "make test: passed"; fi
+}
+trap summary EXIT
+
+# stage NAME COMMAND...
+stage() {
+    current=$1
+    local start=$SECONDS status=0
+    echo "== $current: ${*:2}"
+    "${@:2}" || status=$?
+    table+=("$current" "$((SECONDS - start))")
+    return "$status"
+}
+
+# The crates that PACKAGE's normal build depends on, one a line: tree PACKAGE [CARGO-TREE-FLAGS]
+tree() { cargo tree --locked --quiet --edges normal,build --prefix none --format '{p}' -p "$@" | cut -d' ' -f1 | sort -u; }
+
+# depends_not WHY PATTERN PACKAGE [CARGO-TREE-FLAGS]: fails if PACKAGE needs a crate whose name matches.
+depends_not() {
+    local crates found
+    crates=$(tree "${@:3}") || return
+    if found=$(grep -xE "$2" <<<"$crates"); then
+        echo "${*:3} depends on ${found//$'\n'/, }: $1" >&2
+        return 1
+    fi
+}
+
+layers() {
+    local role others status=0
+    for role in coordinator worker trainer; do
+        others=$(printf '%s\n' coordinator worker trainer | grep -vx "$role" | paste -sd'|')
+        depends_not "roles know the contracts and never each other" "gleaner|gleaner-($others)" "gleaner-$role" --all-features || status=1
+    done
+    depends_not "contracts know no role" 'gleaner|gleaner-(coordinator|worker|trainer)' gleaner-proto --all-features || status=1
+    depends_not "without the feature trainer there is no libtorch" 'tch|torch-sys|gleaner-trainer' gleaner --no-default-features || status=1
+    return "$status"
+}
+
+# Only if a doc comment opens a block of Rust: rustdoc takes its time to find out that there is none.
+doctests() {
+    # shellcheck disable=SC2016 # the backquotes are Markdown's
+    local fences='/^ *\/\/[\/!] *```/ { if (!open && /```(rust|no_run|should_panic|compile_fail)?[, ]*$/) found = 1; open = !open }
+                  END { exit !found }'
+    if find . -path ./target -prune -o -name '*.rs' -exec cat {} + | awk "$fences"; then
+        cargo test --locked --doc --workspace
+    else
+        echo "no doc tests"
+    fi
+}
+
+profile=default
+[[ -z ${CI:-} ]] || profile=ci
+
+stage fmt cargo fmt --all --check
+stage layers layers
+stage k8s target/tools/venv/bin/python deploy/k8s/check.py
+stage deny cargo deny --locked --log-level error check --hide-inclusion-graph licenses bans sources
+stage clippy cargo clippy --locked --workspace --all-targets -- -D warnings
+stage slim cargo clippy --locked -p gleaner --no-default-features -- -D warnings
+stage build cargo nextest run --locked --workspace --no-run
+stage tests cargo nextest run --locked --workspace --profile "$profile"
+stage doctests doctests
+[[ -z ${CI:-} ]] || stage nccl deploy/setup/nccl.sh

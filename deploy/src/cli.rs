@@ -1,0 +1,145 @@
+//! The command tree. Flags are few, and a new one is a decision: a test holds the list.
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use crate::client::ClusterArgs;
+use crate::telemetry::LogFormat;
+use crate::{dataset, doctor, local, roles, run, status};
+
+/// A distributed data-and-training cluster for image classification
+///
+/// A list of URLs goes in (most of them rotted); validated, resized, labelled images and a trained AlexNet come out.
+#[derive(Debug, Parser)]
+#[command(name = "gleaner", version, disable_help_subcommand = true)]
+pub(crate) struct Cli {
+    /// How log lines on standard error look; GLEANER_LOG or RUST_LOG chooses which there are
+    #[arg(long, global = true, env = "GLEANER_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
+    pub(crate) log_format: LogFormat,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// All commands.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a whole cluster on this machine: coordinator, fetch workers, trainer agent
+    Local(local::Args),
+    /// Show the whole job on this machine: a rotted list goes in, a trained AlexNet comes out
+    #[cfg(feature = "demo")]
+    Demo(crate::demo::Args),
+    /// Create, show and delete datasets
+    #[command(subcommand)]
+    Dataset(dataset::Command),
+    /// Submit, show and end training runs
+    #[command(subcommand)]
+    Run(run::Command),
+    /// Show what the cluster consists of and what waits
+    Status(ClusterArgs),
+    /// Check this machine: version, devices, store, coordinator
+    Doctor(doctor::Args),
+    /// Run the coordinator, which decides who does what
+    Coordinator(roles::CoordinatorArgs),
+    /// Run a fetch worker
+    Worker(roles::WorkerArgs),
+    /// Run a trainer agent, which offers this machine's devices
+    #[cfg(feature = "trainer")]
+    Trainer(roles::TrainerArgs),
+    /// One rank process; started by its trainer agent
+    #[cfg(feature = "trainer")]
+    #[command(hide = true)]
+    Rank(roles::RankArgs),
+}
+
+impl Command {
+    /// What is logged when nobody chose: the roles tell of their work, the other commands only of trouble.
+    pub(crate) fn default_log(&self) -> &'static str {
+        match self {
+            Command::Local(_) | Command::Coordinator(_) | Command::Worker(_) => "info",
+            #[cfg(feature = "trainer")]
+            Command::Trainer(_) | Command::Rank(_) => "info",
+            _ => "warn",
+        }
+    }
+
+    /// Does it.
+    pub(crate) async fn run(self, log_format: LogFormat) -> Result<()> {
+        match self {
+            Command::Local(args) => local::run(args, log_format).await,
+            #[cfg(feature = "demo")]
+            Command::Demo(args) => crate::demo::run(args).await,
+            Command::Dataset(command) => dataset::run(command).await,
+            Command::Run(command) => run::run(command).await,
+            Command::Status(args) => status::run(&args).await,
+            Command::Doctor(args) => doctor::run(args).await,
+            Command::Coordinator(args) => roles::coordinator(args).await,
+            Command::Worker(args) => roles::worker(args).await,
+            #[cfg(feature = "trainer")]
+            Command::Trainer(args) => roles::trainer(args).await,
+            #[cfg(feature = "trainer")]
+            Command::Rank(args) => roles::rank(args).await,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    /// The long flags of a command, without those that every command has.
+    fn flags(path: &[&str]) -> Vec<String> {
+        let mut command = Cli::command();
+        command.build();
+        let found = path.iter().fold(&command, |command, name| command.find_subcommand(name).expect("a command"));
+        let every = ["help", "log-format", "coordinator", "output"];
+        let longs = found.get_arguments().filter_map(|arg| arg.get_long());
+        longs.filter(|long| !every.contains(long)).map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn the_flags_are_these_and_no_more() {
+        Cli::command().debug_assert();
+        #[rustfmt::skip]
+        let expected: [(&[&str], &str); 19] = [
+            (&["local"], "store listen workers ranks allow-net exit-with-stdin"),
+            (&["dataset", "create"], "urls synsets url-template store-key format synset-column url-column size quality \
+                validation test seed slice-urls min-bytes spec set wait timeout"),
+            (&["dataset", "list"], ""),
+            (&["dataset", "describe"], ""),
+            (&["dataset", "watch"], ""),
+            (&["dataset", "wait"], "timeout"),
+            (&["dataset", "manifest"], "version"),
+            (&["dataset", "delete"], "yes"),
+            (&["run", "submit"], "file set dataset name dry-run wait follow timeout"),
+            (&["run", "list"], ""),
+            (&["run", "describe"], ""),
+            (&["run", "watch"], ""),
+            (&["run", "wait"], "timeout"),
+            (&["run", "logs"], "follow"),
+            (&["run", "metrics"], "kind csv"),
+            (&["run", "cancel"], ""),
+            (&["run", "resume"], "wait timeout"),
+            (&["status"], ""),
+            (&["doctor"], "store"),
+        ];
+        for (path, expected) in expected {
+            let expected: Vec<&str> = expected.split_whitespace().collect();
+            assert_eq!(flags(path), expected, "gleaner {}", path.join(" "));
+        }
+    }
+
+    #[test]
+    fn every_command_and_flag_says_what_it_is_for() {
+        fn check(command: &clap::Command, path: &str) {
+            assert!(command.get_about().is_some(), "{path}");
+            for arg in command.get_arguments() {
+                assert!(arg.get_help().is_some(), "{path} --{}", arg.get_id());
+            }
+            for sub in command.get_subcommands() {
+                check(sub, &format!("{path} {}", sub.get_name()));
+            }
+        }
+        check(&Cli::command(), "gleaner");
+    }
+}

@@ -1,0 +1,202 @@
+//! The command line's way to the coordinator: addresses, deadlines, repetition, and waits that outlive a coordinator.
+
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use proto::pb::dataset_service_client::DatasetServiceClient;
+use proto::pb::run_service_client::RunServiceClient;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Response, Status, Streaming};
+
+use crate::exit::{Ended, Exit, is_outage};
+use crate::output::{Format, note};
+
+/// One call may take so long; a list that is streamed up may take longer.
+const CALL_DEADLINE: Duration = Duration::from_secs(30);
+/// A wait gives up when the coordinator could not be reached for so long.
+const WAIT_PATIENCE: Duration = Duration::from_secs(60);
+/// A call that changes something is repeated for so long when its connection breaks.
+const CALL_PATIENCE: Duration = Duration::from_secs(20);
+/// Datasets with tens of thousands of classes have long descriptions.
+const MESSAGE_BYTES: usize = 256 << 20;
+
+/// What every command that asks the cluster takes.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct ClusterArgs {
+    /// Where the coordinator listens: http://HOST:PORT or HOST:PORT
+    #[arg(long, env = "GLEANER_COORDINATOR", default_value = "http://127.0.0.1:7070", value_parser = address)]
+    pub(crate) coordinator: String,
+    /// How to answer
+    #[arg(short, long, value_enum, default_value_t = Format::Table)]
+    pub(crate) output: Format,
+}
+
+/// A coordinator's address with its scheme.
+pub(crate) fn address(text: &str) -> Result<String, String> {
+    let with_scheme = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
+    let url = url::Url::parse(&with_scheme).map_err(|e| format!("{e}; write http://HOST:PORT or HOST:PORT"))?;
+    match (url.scheme(), url.host_str()) {
+        ("http", Some(_)) => Ok(with_scheme.trim_end_matches('/').to_owned()),
+        _ => Err("must be http://HOST:PORT or HOST:PORT".to_owned()),
+    }
+}
+
+/// Clients of one coordinator. They connect by themselves, again after each loss.
+#[derive(Debug, Clone)]
+pub(crate) struct Cluster {
+    /// For datasets.
+    pub(crate) datasets: DatasetServiceClient<Channel>,
+    /// For runs and the cluster's status.
+    pub(crate) runs: RunServiceClient<Channel>,
+}
+
+impl Cluster {
+    /// Does not connect yet, so that a wait can begin while the coordinator is down.
+    pub(crate) fn new(args: &ClusterArgs) -> Result<Self> {
+        let endpoint = Endpoint::from_shared(args.coordinator.clone())
+            .with_context(|| format!("--coordinator {}", args.coordinator))?
+            .connect_timeout(Duration::from_secs(5))
+            .http2_keep_alive_interval(Duration::from_secs(10))
+            .keep_alive_timeout(Duration::from_secs(5))
+            .keep_alive_while_idle(true);
+        let channel = endpoint.connect_lazy();
+        Ok(Self {
+            datasets: DatasetServiceClient::new(channel.clone()).max_decoding_message_size(MESSAGE_BYTES),
+            runs: RunServiceClient::new(channel).max_decoding_message_size(MESSAGE_BYTES),
+        })
+    }
+}
+
+/// The answer of one call, or its failure, within the deadline of a call.
+pub(crate) async fn answer<T>(call: impl Future<Output = Result<Response<T>, Status>>) -> Result<T, Status> {
+    match tokio::time::timeout(CALL_DEADLINE, call).await {
+        Ok(answer) => answer.map(Response::into_inner),
+        Err(_) => Err(Status::deadline_exceeded(format!("no answer within {} s", CALL_DEADLINE.as_secs()))),
+    }
+}
+
+/// The answer of a call that may be repeated with the same request id: repeated while the coordinator is away, unless it was
+/// never there.
+pub(crate) async fn insist<T>(mut call: impl AsyncFnMut() -> Result<T, Status>) -> Result<T, Status> {
+    let begun = Instant::now();
+    let mut lost = false;
+    loop {
+        match call().await {
+            Err(status) if is_outage(&status) && (lost || !is_refused(&status)) && begun.elapsed() < CALL_PATIENCE => {
+                if !lost {
+                    note("the coordinator was lost; trying again");
+                }
+                lost = true;
+                tokio::time::sleep(Duration::from_millis(500)).await;
+            }
+            result => return result,
+        }
+    }
+}
+
+/// Whether nobody listens at the address.
+fn is_refused(status: &Status) -> bool {
+    let mut cause = std::error::Error::source(status);
+    while let Some(error) = cause {
+        if let Some(io) = error.downcast_ref::<std::io::Error>() {
+            return io.kind() == std::io::ErrorKind::ConnectionRefused;
+        }
+        cause = error.source();
+    }
+    false
+}
+
+/// Reads a stream until `seen` breaks, opening it again whenever it ends early or breaks: a coordinator may die and be
+/// replaced in between. Gives up when it could not be reached for a minute.
+pub(crate) async fn follow<T, R>(
+    mut open: impl AsyncFnMut() -> Result<Response<Streaming<T>>, Status>,
+    mut seen: impl AsyncFnMut(T) -> Result<ControlFlow<R>>,
+) -> Result<R> {
+    let mut lost_since = None;
+    let mut pause = Duration::from_millis(100);
+    loop {
+        let end = match answer(open()).await {
+            Ok(mut stream) => loop {
+                match stream.message().await {
+                    Ok(Some(message)) => {
+                        (lost_since, pause) = (None, Duration::from_millis(100));
+                        if let ControlFlow::Break(result) = seen(message).await? {
+                            return Ok(result);
+                        }
+                    }
+                    Ok(None) => break Status::unavailable("the coordinator ended the stream"),
+                    Err(status) => break status,
+                }
+            },
+            Err(status) => status,
+        };
+        if !is_outage(&end) {
+            return Err(end.into());
+        }
+        let since = lost_since.get_or_insert_with(|| {
+            note("the coordinator does not answer; trying again for a minute");
+            Instant::now()
+        });
+        if since.elapsed() > WAIT_PATIENCE {
+            return Err(end.into());
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_secs(2));
+    }
+}
+
+/// Waits for `work`, but not longer than `timeout` and not after Ctrl-C. Both leave the work itself running; `again` is the
+/// command that comes back to it.
+pub(crate) async fn wait_for<R>(
+    work: impl Future<Output = Result<R>>,
+    timeout: Option<Duration>,
+    again: &str,
+) -> Result<R> {
+    let late = async {
+        match timeout {
+            Some(timeout) => tokio::time::sleep(timeout).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        result = work => result,
+        () = late => Err(Ended::error(Exit::TimedOut, format!("the time is over; the work goes on. Come back with: {again}"))),
+        _ = tokio::signal::ctrl_c() => Err(Ended::error(Exit::Interrupted, format!("detached; the work goes on. Come back with: {again}"))),
+    }
+}
+
+/// A duration as people write it: `90`, `90s`, `5m`, `2h`.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    let (number, seconds) = match text.char_indices().last() {
+        Some((at, 's')) => (&text[..at], 1.0),
+        Some((at, 'm')) => (&text[..at], 60.0),
+        Some((at, 'h')) => (&text[..at], 3600.0),
+        _ => (text, 1.0),
+    };
+    let wrong = || format!("{text:?} is no duration; write 90s, 5m or 2h");
+    let number: f64 = number.parse().map_err(|_| wrong())?;
+    Duration::try_from_secs_f64(number * seconds).map_err(|_| wrong())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_need_no_scheme_and_nothing_but_http_is_taken() {
+        assert_eq!(address("127.0.0.1:7070").as_deref(), Ok("http://127.0.0.1:7070"));
+        assert_eq!(address("http://gleaner:7070/").as_deref(), Ok("http://gleaner:7070"));
+        assert!(address("ftp://x").is_err() && address("").is_err());
+    }
+
+    #[test]
+    fn durations_have_units_and_nonsense_is_refused() {
+        assert_eq!(duration("90"), Ok(Duration::from_secs(90)));
+        assert_eq!(duration("1.5m"), Ok(Duration::from_secs(90)));
+        assert_eq!(duration("2h"), Ok(Duration::from_secs(7200)));
+        for wrong in ["", "m", "-1", "1d", "NaN", "1e300h"] {
+            assert!(duration(wrong).is_err(), "{wrong}");
+        }
+    }
+}

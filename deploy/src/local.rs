@@ -1,0 +1,229 @@
+//! `gleaner local`: a whole cluster as one process tree. Coordinator, workers and trainer agent are child processes of the same
+//! binary, so that each can be killed, and they talk over loopback as they would between machines. A child that dies is started
+//! again; a child whose supervisor is gone ends by itself, because its standard input closes.
+
+use std::fs::{File, TryLockError};
+use std::net::SocketAddr;
+use std::process::{ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use proto::pb::GetStatusRequest;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, Command};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::client::{Cluster, ClusterArgs, answer};
+use crate::exit::{Ended, Exit};
+use crate::output::{Format, note};
+use crate::roles::{self, DEFAULT_LISTEN};
+use crate::store;
+use crate::telemetry::LogFormat;
+
+/// For the coordinator to answer after the start.
+const START: Duration = Duration::from_secs(60);
+/// For a child to end after it was told to.
+const STOP: Duration = Duration::from_secs(10);
+/// A child that lived so long was well: its next restart is quick again.
+const WELL: Duration = Duration::from_secs(30);
+/// The longest pause before a restart.
+const LONGEST_PAUSE: Duration = Duration::from_secs(15);
+/// The lock on a folder in which a cluster runs.
+const LOCK: &str = "local.lock";
+
+/// Arguments of `gleaner local`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The cluster's object store: a folder, made if missing, or a bucket's URL
+    #[arg(long, env = "GLEANER_STORE", default_value = "./gleaner-data")]
+    store: String,
+    /// Address and port of the coordinator
+    #[arg(long, env = "GLEANER_LISTEN", default_value = DEFAULT_LISTEN)]
+    listen: SocketAddr,
+    /// Fetch workers
+    #[arg(long, default_value_t = 1)]
+    workers: u32,
+    /// Ranks on the CPU, each with a part of the cores; 0: no trainer [default: one on each GPU, or else one on the CPU]
+    #[arg(long)]
+    ranks: Option<u32>,
+    /// Nets (CIDR) that workers may reach although they are private; loopback is always among them here
+    #[arg(long, env = "GLEANER_ALLOW_NET", value_name = "CIDR", value_delimiter = ',')]
+    allow_net: Vec<String>,
+    #[command(flatten)]
+    end: roles::EndArgs,
+}
+
+/// Runs the cluster until it is told to end.
+pub(crate) async fn run(args: Args, log_format: LogFormat) -> Result<()> {
+    let shutdown = roles::told_to_end(args.end.exit_with_stdin)?;
+    let _lock = lock(&args.store)?;
+    // Taken here for a moment, so that a port in use is one clear error and not a child that dies again and again.
+    let listen = roles::bind(args.listen).await?.local_addr()?;
+    let address = format!("http://{}", reachable(listen));
+
+    let stop_clients = CancellationToken::new();
+    let stop_coordinator = CancellationToken::new();
+    let mut coordinator = JoinSet::new();
+    let mut clients = JoinSet::new();
+    let listen = listen.to_string();
+    let keep = |name: &str, arguments: &[&str]| Kept {
+        name: name.to_owned(),
+        arguments: arguments.iter().map(|&argument| argument.to_owned()).collect(),
+        log_format,
+    };
+    let store = ["--store", &args.store, "--exit-with-stdin"];
+    let to = ["--coordinator", &address];
+    coordinator.spawn(
+        keep("coordinator", &[&["coordinator", "--listen", &listen], &store[..]].concat())
+            .run(stop_coordinator.clone()),
+    );
+    let started = tokio::select! {
+        started = ready(&address) => started,
+        () = shutdown.cancelled() => Ok(()),
+    };
+    if started.is_ok() && !shutdown.is_cancelled() {
+        let nets = [&["127.0.0.0/8".to_owned(), "::1/128".to_owned()], &args.allow_net[..]].concat().join(",");
+        for n in 1..=args.workers {
+            let arguments = [&["worker"], &store[..], &to, &["--allow-net", &nets]].concat();
+            clients.spawn(keep(&format!("worker-{n}"), &arguments).run(stop_clients.clone()));
+        }
+        if cfg!(feature = "trainer") && args.ranks != Some(0) {
+            let devices = args.ranks.map(|ranks| format!("cpu:{ranks}"));
+            let devices: Vec<&str> = devices.iter().flat_map(|devices| ["--devices", devices]).collect();
+            let arguments = [&["trainer"], &store[..], &to, &["--advertise-address", "127.0.0.1"], &devices].concat();
+            clients.spawn(keep("trainer", &arguments).run(stop_clients.clone()));
+        }
+        note(format!("cluster is up at {address}, store {}; Ctrl-C ends it. In another terminal:", args.store));
+        let flag =
+            if args.listen.to_string() == DEFAULT_LISTEN { String::new() } else { format!(" --coordinator {address}") };
+        note(format!("  gleaner dataset create birds --urls birds.txt --wait{flag}"));
+        note(format!("  gleaner status{flag}"));
+        shutdown.cancelled().await;
+    }
+    // Workers and agents first: they give back what they hold.
+    stop_clients.cancel();
+    clients.join_all().await;
+    stop_coordinator.cancel();
+    coordinator.join_all().await;
+    started
+}
+
+/// Locks a folder, so that no two clusters push each other's coordinator out of office again and again.
+fn lock(location: &str) -> Result<Option<File>> {
+    let Some(folder) = store::folder(location)? else { return Ok(None) };
+    std::fs::create_dir_all(&folder).with_context(|| format!("cannot make the store's folder {}", folder.display()))?;
+    let path = folder.join(LOCK);
+    let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(Some(file)),
+        Err(TryLockError::WouldBlock) => {
+            Err(Ended::error(Exit::Conflict, format!("another `gleaner local` runs in {}", folder.display())))
+        }
+        Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("cannot lock {}", path.display())),
+    }
+}
+
+/// The address by which this machine reaches a listener; one that listens everywhere is reached by loopback.
+fn reachable(mut listen: SocketAddr) -> SocketAddr {
+    if listen.ip().is_unspecified() {
+        let loopback: [std::net::IpAddr; 2] = [[127, 0, 0, 1].into(), std::net::Ipv6Addr::LOCALHOST.into()];
+        listen.set_ip(loopback[usize::from(listen.is_ipv6())]);
+    }
+    listen
+}
+
+/// Waits until the coordinator answers.
+async fn ready(address: &str) -> Result<()> {
+    let cluster = Cluster::new(&ClusterArgs { coordinator: address.to_owned(), output: Format::Table })?;
+    let begun = Instant::now();
+    loop {
+        match answer(cluster.runs.clone().get_status(GetStatusRequest {})).await {
+            Ok(_) => return Ok(()),
+            Err(status) => ensure!(
+                begun.elapsed() < START,
+                "the coordinator does not come up ({}); its own lines above say why",
+                status.message()
+            ),
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// A child process that is kept running.
+struct Kept {
+    name: String,
+    arguments: Vec<String>,
+    log_format: LogFormat,
+}
+
+impl Kept {
+    /// Starts it, and again whenever it ends, until `stop`; then ends it.
+    async fn run(self, stop: CancellationToken) {
+        let mut pause = Duration::from_millis(250);
+        loop {
+            let begun = Instant::now();
+            match self.once(&stop).await {
+                Ok(None) => return,
+                Ok(Some(status)) => warn!(name = self.name, %status, "child ended; it is started again"),
+                Err(error) => warn!(name = self.name, %error, "child cannot be started"),
+            }
+            pause = if begun.elapsed() > WELL { Duration::from_millis(250) } else { (pause * 2).min(LONGEST_PAUSE) };
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = stop.cancelled() => return,
+            }
+        }
+    }
+
+    /// Runs it once; returns how it ended, or nothing if it was told to.
+    async fn once(&self, stop: &CancellationToken) -> Result<Option<ExitStatus>> {
+        let mut child = self.command()?.spawn()?;
+        // Kept apart from the child, because waiting for a child closes its standard input.
+        let stdin = child.stdin.take();
+        info!(name = self.name, pid = child.id(), "child started");
+        if let Some(stderr) = child.stderr.take() {
+            tokio::spawn(forward(stderr, (self.log_format == LogFormat::Text).then(|| self.name.clone())));
+        }
+        tokio::select! {
+            status = child.wait() => Ok(Some(status?)),
+            () = stop.cancelled() => {
+                drop(stdin);
+                self.end(child).await.map(|()| None)
+            }
+        }
+    }
+
+    fn command(&self) -> Result<Command> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(&self.arguments);
+        if self.log_format == LogFormat::Json {
+            command.args(["--log-format", "json"]);
+        }
+        // Its own group: Ctrl-C in the terminal is for the supervisor, which ends its children in order.
+        command.process_group(0).kill_on_drop(true);
+        command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+        Ok(command)
+    }
+
+    async fn end(&self, mut child: Child) -> Result<()> {
+        if tokio::time::timeout(STOP, child.wait()).await.is_err() {
+            warn!(name = self.name, "child does not end; killing it");
+            child.kill().await?;
+        }
+        Ok(())
+    }
+}
+
+/// Passes a child's lines on, under its name.
+async fn forward(stderr: impl tokio::io::AsyncRead + Unpin, name: Option<String>) {
+    let mut lines = BufReader::new(stderr).split(b'\n');
+    while let Ok(Some(line)) = lines.next_segment().await {
+        let line = String::from_utf8_lossy(&line);
+        match &name {
+            Some(name) => note(format!("{name:<11} | {line}")),
+            None => note(line),
+        }
+    }
+}

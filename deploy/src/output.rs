@@ -1,0 +1,153 @@
+//! What people and programs read: data on standard output, chatter and progress on standard error.
+
+use std::fmt::Display;
+use std::io::{IsTerminal, Write};
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressStyle};
+use serde::Serialize;
+
+/// Without a terminal, progress is told at most so often.
+const PLAIN_EVERY: Duration = Duration::from_secs(10);
+
+/// How a read command answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Format {
+    /// For people
+    Table,
+    /// For programs: field names are those of the .proto files
+    Json,
+}
+
+/// One line of data.
+pub(crate) fn say(line: impl Display) {
+    // Whoever read it has gone (`| head`): there is nobody left to work for.
+    if writeln!(std::io::stdout().lock(), "{line}").is_err() {
+        std::process::exit(0);
+    }
+}
+
+/// One line of chatter.
+pub(crate) fn note(line: impl Display) {
+    // Without standard error there is no place to complain to.
+    let _ = writeln!(std::io::stderr().lock(), "{line}");
+}
+
+/// One JSON document, indented.
+pub(crate) fn say_json(value: &impl Serialize) -> anyhow::Result<()> {
+    say(serde_json::to_string_pretty(value)?);
+    Ok(())
+}
+
+/// Rows under headings, in columns as wide as their widest cell.
+pub(crate) struct Table {
+    rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    /// A table without rows.
+    pub(crate) fn new(headings: &[&str]) -> Self {
+        Self { rows: vec![headings.iter().map(|heading| heading.to_uppercase()).collect()] }
+    }
+
+    /// Appends a row; it has as many cells as there are headings.
+    pub(crate) fn row(&mut self, cells: Vec<String>) {
+        self.rows.push(cells);
+    }
+
+    /// The lines; columns in which every cell is a number are set to the right.
+    pub(crate) fn lines(&self) -> Vec<String> {
+        let columns = self.rows[0].len();
+        let width = |column: usize| self.rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+        let is_number = |column: usize| {
+            let plain = |cell: &String| cell.trim_end_matches([' ', '%']).parse::<f64>().is_ok() || cell == "-";
+            self.rows.len() > 1 && self.rows[1..].iter().all(|row| plain(&row[column]))
+        };
+        let shapes: Vec<(usize, bool)> = (0..columns).map(|column| (width(column), is_number(column))).collect();
+        let line = |row: &Vec<String>| {
+            let cell = |(cell, &(width, right)): (&String, &(usize, bool))| {
+                if right { format!("{cell:>width$}") } else { format!("{cell:<width$}") }
+            };
+            let cells: Vec<String> = row.iter().zip(&shapes).map(cell).collect();
+            cells.join("  ").trim_end().to_owned()
+        };
+        self.rows.iter().map(line).collect()
+    }
+
+    /// Prints it.
+    pub(crate) fn say(&self) {
+        self.lines().iter().for_each(say);
+    }
+}
+
+/// Progress of a wait on standard error: a bar on a terminal, now and then a plain line elsewhere.
+pub(crate) struct Progress {
+    bar: ProgressBar,
+    told: Option<Instant>,
+    phase: String,
+}
+
+impl Progress {
+    /// `unit` is what is counted ("URLs", "steps").
+    pub(crate) fn new(unit: &str) -> Self {
+        let target = match std::io::stderr().is_terminal() {
+            true => ProgressDrawTarget::stderr(),
+            false => ProgressDrawTarget::hidden(),
+        };
+        let style = ProgressStyle::with_template(&format!("{{wide_bar}} {{pos}}/{{len}} {unit}  {{msg}}"))
+            .expect("a template of known parts");
+        let bar = ProgressBar::with_draw_target(Some(0), target).with_style(style);
+        Self { bar: bar.with_finish(ProgressFinish::AndClear), told: None, phase: String::new() }
+    }
+
+    /// `done` of `total` units; a change of `phase` is always told.
+    pub(crate) fn update(&mut self, done: u64, total: u64, phase: &str, details: &str) {
+        let line = [phase, details].iter().filter(|part| !part.is_empty()).copied().collect::<Vec<_>>().join(", ");
+        if !self.bar.is_hidden() {
+            self.bar.set_length(total);
+            self.bar.set_position(done);
+            self.bar.set_message(line);
+        } else if self.phase != phase || self.told.is_none_or(|told| told.elapsed() >= PLAIN_EVERY) {
+            note(format!("{done}/{total} {line}"));
+            self.told = Some(Instant::now());
+        }
+        phase.clone_into(&mut self.phase);
+    }
+
+    /// Prints a line of data without tearing the bar.
+    pub(crate) fn say(&self, line: impl Display) {
+        self.bar.suspend(|| say(line));
+    }
+}
+
+/// `part` of `whole` as a percentage.
+pub(crate) fn percent(part: u64, whole: u64) -> String {
+    if whole == 0 { "-".to_owned() } else { format!("{:.1} %", 100.0 * part as f64 / whole as f64) }
+}
+
+/// The name of a protobuf enum's value as people and JSON see it: `DATASET_STATE_READY` -> `ready`.
+pub(crate) fn state_name(value: &str, prefix: &str) -> String {
+    value.strip_prefix(prefix).unwrap_or(value).to_lowercase()
+}
+
+/// Puts the spec, which travels as JSON in a string, into `value` as an object.
+pub(crate) fn unfold_spec(value: &mut serde_json::Value) {
+    if let Some(object) = value.as_object_mut()
+        && let Some(serde_json::Value::String(text)) = object.remove("spec_json")
+    {
+        object.insert("spec".to_owned(), serde_json::from_str(&text).unwrap_or(serde_json::Value::Null));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_stand_to_the_right_and_words_to_the_left() {
+        let mut table = Table::new(&["outcome", "urls", "share"]);
+        table.row(vec!["kept".into(), "1200".into(), percent(1200, 1205)]);
+        table.row(vec!["not_found".into(), "5".into(), percent(5, 1205)]);
+        assert_eq!(table.lines(), ["OUTCOME    URLS   SHARE", "kept       1200  99.6 %", "not_found     5   0.4 %"]);
+    }
+}

@@ -1,0 +1,90 @@
+//! Opens the object store that a `--store` names.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use object_store::local::LocalFileSystem;
+use object_store::prefix::PrefixStore;
+use object_store::{ObjectStore, parse_url_opts};
+use url::Url;
+
+use crate::exit::Ended;
+
+/// What every role takes.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct StoreArgs {
+    /// The cluster's object store: a folder, or s3://, gs:// or az:// BUCKET/PREFIX with AWS_*, GOOGLE_* or AZURE_* variables
+    #[arg(long, env = "GLEANER_STORE")]
+    pub(crate) store: String,
+}
+
+/// Opens a folder (made if missing, written with fsync) or a bucket. Keys are relative to the URL's path.
+///
+/// # Errors
+/// If the URL's scheme is none of these, or the store cannot be opened with what the environment says.
+pub(crate) fn open(location: &str) -> Result<Arc<dyn ObjectStore>> {
+    if let Some(folder) = folder(location)? {
+        std::fs::create_dir_all(&folder)
+            .with_context(|| format!("cannot make the store's folder {}", folder.display()))?;
+        let store = LocalFileSystem::new_with_prefix(&folder)
+            .with_context(|| format!("cannot open the store's folder {}", folder.display()))?;
+        return Ok(Arc::new(store.with_fsync(true)));
+    }
+    let url = Url::parse(location).map_err(|e| Ended::usage(format!("--store {location}: {e}")))?;
+    let variables = match url.scheme() {
+        "s3" => "AWS_",
+        "gs" => "GOOGLE_",
+        "az" => "AZURE_",
+        scheme => {
+            let message =
+                format!("--store {location}: {scheme}:// is no store; use a folder, file://, s3://, gs:// or az://");
+            return Err(Ended::usage(message));
+        }
+    };
+    let options = std::env::vars().filter(|(name, _)| name.starts_with(variables));
+    let (store, prefix) = parse_url_opts(&url, options)
+        .with_context(|| format!("cannot open the store {location}; its options come from {variables}* variables"))?;
+    Ok(if prefix.as_ref().is_empty() { Arc::from(store) } else { Arc::new(PrefixStore::new(store, prefix)) })
+}
+
+/// The folder that `location` names, if it names one.
+pub(crate) fn folder(location: &str) -> Result<Option<PathBuf>> {
+    if !location.contains("://") {
+        return match location {
+            "" => Err(Ended::usage("--store is empty")),
+            path => Ok(Some(Path::new(path).to_owned())),
+        };
+    }
+    match Url::parse(location) {
+        Ok(url) if url.scheme() == "file" => {
+            let path = url.to_file_path();
+            path.map(Some).map_err(|()| Ended::usage(format!("--store {location}: write file:///an/absolute/path")))
+        }
+        _ => Ok(None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use object_store::{ObjectStoreExt, PutPayload, path::Path as Key};
+
+    #[tokio::test]
+    async fn a_folder_is_made_and_its_path_and_file_url_are_the_same_store() {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let path = folder.path().join("a/b");
+        let key = Key::from("x/y");
+        open(&path.display().to_string()).expect("path").put(&key, PutPayload::from("1")).await.expect("put");
+        let same = open(&format!("file://{}", path.display())).expect("url");
+        assert_eq!(same.get(&key).await.expect("get").bytes().await.expect("bytes"), "1");
+    }
+
+    #[test]
+    fn other_schemes_are_refused_with_the_ones_that_are_not() {
+        for location in ["memory:///", "http://x/y", "ftp://x", "file://host/relative", ""] {
+            let error = open(location).err().map(|e| e.to_string()).unwrap_or_default();
+            assert!(error.contains("--store"), "{location}: {error}");
+        }
+    }
+}

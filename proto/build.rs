@@ -1,0 +1,40 @@
+//! Compiles the .proto files with protox, so that no protoc is needed, into tonic's clients and servers and a descriptor
+//! set for gRPC reflection.
+
+use std::path::PathBuf;
+
+use prost_types::FileDescriptorSet;
+
+const FILES: [&str; 4] = ["dataset.proto", "fetch.proto", "run.proto", "trainer.proto"];
+
+/// Messages that the command line also prints as JSON.
+const PRINTED: [&str; 10] = [
+    "AgentStatus",
+    "ClassCount",
+    "CreateDatasetResponse",
+    "Dataset",
+    "DeviceStatus",
+    "LogLine",
+    "Metric",
+    "Run",
+    "Status",
+    "WorkerStatus",
+];
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    println!("cargo:rerun-if-changed=proto");
+    let files = FILES.map(|file| format!("gleaner/v1/{file}"));
+    let descriptors: FileDescriptorSet = protox::compile(files, ["proto"])?;
+    let out = PathBuf::from(std::env::var("OUT_DIR")?);
+    std::fs::write(out.join("descriptors.bin"), prost::Message::encode_to_vec(&descriptors))?;
+    let mut config = tonic_prost_build::configure();
+    for message in PRINTED {
+        config = config.message_attribute(format!(".gleaner.v1.{message}"), "#[derive(serde::Serialize)]");
+    }
+    config
+        // The roles bring the transport; this crate stays free of it.
+        .build_transport(false)
+        .bytes(".")
+        .compile_fds(descriptors)?;
+    Ok(())
+}

@@ -1,0 +1,292 @@
+//! What a dataset is: chosen once, at its creation, and stored as `spec.json`.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// A spec that cannot be meant so: what is wrong, where, and what is allowed.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct SpecError(pub(crate) String);
+
+/// The resolved description of a dataset. Every field but `classes` has a default; unknown keys are refused.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DatasetSpec {
+    /// The classes; a class's place here is its label. When a dataset is created this is the choice of synsets out of the
+    /// list (empty: all that occur, in alphabetical order); in `spec.json` it is complete.
+    pub classes: Vec<Class>,
+    /// How fetched images become stored ones.
+    pub resize: Resize,
+    /// Which share of the images goes where.
+    pub splits: Splits,
+    /// What is refused, and how long is waited.
+    pub limits: Limits,
+    /// URLs in one slice; a slice becomes one shard.
+    pub slice_urls: u32,
+    /// Seed of the shuffle that deals URLs to slices.
+    pub seed: u64,
+}
+
+/// One class of images.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Class {
+    /// Its id in the URL list, ImageNet's `n02084071` or any other word without white space.
+    pub synset: String,
+    /// For people; the synset itself if nobody gave a name.
+    #[serde(default)]
+    pub name: String,
+}
+
+/// How fetched images become stored ones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Resize {
+    /// Stored images are `size` x `size` pixels: the shorter side is scaled to it (up or down), the centre is cut out.
+    pub size: u32,
+    /// JPEG quality of stored images, 1 to 100.
+    pub quality: u8,
+}
+
+/// Shares of the splits; what is left over trains. An image's split is a pure function of its bytes (see [`Splits::split_of`]).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Splits {
+    /// Share of the images that validate, 0 to 0.5.
+    pub validation: f64,
+    /// Share of the images that test, 0 to 0.5.
+    pub test: f64,
+    /// Goes into the hash, so that two datasets can be split differently.
+    pub salt: String,
+}
+
+/// What is refused, and how long is waited.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// Bodies under this many bytes are no photos.
+    pub min_bytes: u64,
+    /// Bodies over this many bytes are refused, before and after decompression.
+    pub max_bytes: u64,
+    /// The shorter side must have this many pixels.
+    pub min_side: u32,
+    /// Width x height may be at most this, read from the header before anything is decoded.
+    pub max_pixels: u64,
+    /// The longer side may be at most this many times the shorter one.
+    pub max_aspect: f64,
+    /// For one URL in all: names, connections, redirects and body together.
+    pub timeout_seconds: f64,
+    /// For one connection.
+    pub connect_timeout_seconds: f64,
+    /// Redirects that are followed.
+    pub redirects: u32,
+}
+
+/// A part of the dataset that is used for one purpose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Split {
+    /// Trained on.
+    Train,
+    /// Looked at after each epoch.
+    Validation,
+    /// Looked at once, at the end.
+    Test,
+}
+
+impl Default for DatasetSpec {
+    fn default() -> Self {
+        Self {
+            classes: Vec::new(),
+            resize: Resize::default(),
+            splits: Splits::default(),
+            limits: Limits::default(),
+            slice_urls: 10_000,
+            seed: 0,
+        }
+    }
+}
+
+impl Default for Resize {
+    fn default() -> Self {
+        Self { size: 256, quality: 95 }
+    }
+}
+
+impl Default for Splits {
+    fn default() -> Self {
+        Self { validation: 0.05, test: 0.05, salt: String::new() }
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            min_bytes: 5_000,
+            max_bytes: 32 << 20,
+            min_side: 64,
+            max_pixels: 100_000_000,
+            max_aspect: 8.0,
+            timeout_seconds: 30.0,
+            connect_timeout_seconds: 10.0,
+            redirects: 5,
+        }
+    }
+}
+
+impl DatasetSpec {
+    /// Parses JSON and checks every value.
+    pub fn from_json(json: &str) -> Result<Self, SpecError> {
+        let spec: Self = serde_json::from_str(json).map_err(|e| SpecError(format!("dataset spec: {e}")))?;
+        spec.check()?;
+        Ok(spec)
+    }
+
+    /// The stored form.
+    pub fn to_json(&self) -> String {
+        serde_json::to_string_pretty(self).expect("strings and numbers only")
+    }
+
+    fn check(&self) -> Result<(), SpecError> {
+        let Self { classes, resize, splits, limits, slice_urls, .. } = self;
+        check("resize.size", resize.size, (8..=4096).contains(&resize.size), "8 to 4096")?;
+        check("resize.quality", resize.quality, (1..=100).contains(&resize.quality), "1 to 100")?;
+        for (key, share) in [("splits.validation", splits.validation), ("splits.test", splits.test)] {
+            check(key, share, (0.0..=0.5).contains(&share), "0 to 0.5")?;
+        }
+        check(
+            "splits.validation + splits.test",
+            splits.validation + splits.test,
+            splits.validation + splits.test < 1.0,
+            "less than 1",
+        )?;
+        check("slice_urls", slice_urls, (1..=1_000_000).contains(slice_urls), "1 to 1000000")?;
+        check("limits.max_bytes", limits.max_bytes, limits.max_bytes >= limits.min_bytes, "at least limits.min_bytes")?;
+        check("limits.max_aspect", limits.max_aspect, limits.max_aspect >= 1.0, "at least 1")?;
+        for (key, seconds) in [
+            ("limits.timeout_seconds", limits.timeout_seconds),
+            ("limits.connect_timeout_seconds", limits.connect_timeout_seconds),
+        ] {
+            check(key, seconds, seconds > 0.0 && seconds <= 3600.0, "more than 0, at most 3600")?;
+        }
+        let mut seen = HashSet::new();
+        for class in classes {
+            let ok = !class.synset.is_empty() && !class.synset.contains(char::is_whitespace);
+            check("classes.synset", format!("{:?}", class.synset), ok, "a word without white space")?;
+            check("classes.synset", format!("{:?}", class.synset), seen.insert(&class.synset), "named once only")?;
+        }
+        Ok(())
+    }
+}
+
+/// Fails with the key, the value and what is allowed, unless `ok`.
+pub(crate) fn check(key: &str, value: impl fmt::Display, ok: bool, allowed: &str) -> Result<(), SpecError> {
+    if ok { Ok(()) } else { Err(SpecError(format!("{key} = {value}: must be {allowed}"))) }
+}
+
+impl Limits {
+    /// For one URL in all.
+    pub fn timeout(&self) -> Duration {
+        Duration::from_secs_f64(self.timeout_seconds)
+    }
+
+    /// For one connection.
+    pub fn connect_timeout(&self) -> Duration {
+        Duration::from_secs_f64(self.connect_timeout_seconds)
+    }
+}
+
+impl Splits {
+    /// The split of an image whose bytes, as fetched, have this SHA-256. A pure function of the content, so that one picture
+    /// under two URLs can never stand in both train and test.
+    pub fn split_of(&self, sha256: &[u8; 32]) -> Split {
+        use sha2::{Digest, Sha256};
+        let hash = Sha256::new().chain_update(self.salt.as_bytes()).chain_update(sha256).finalize();
+        let mut first = [0; 8];
+        first.copy_from_slice(&hash[..8]);
+        // 53 bits fill an f64's mantissa: uniform in [0, 1).
+        let share = (u64::from_be_bytes(first) >> 11) as f64 / (1u64 << 53) as f64;
+        if share < self.test {
+            Split::Test
+        } else if share < self.test + self.validation {
+            Split::Validation
+        } else {
+            Split::Train
+        }
+    }
+}
+
+impl Split {
+    /// All three, in the order in which a shard's samples are counted.
+    pub const ALL: [Split; 3] = [Split::Train, Split::Validation, Split::Test];
+
+    /// `train`, `validation` or `test`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Split::Train => "train",
+            Split::Validation => "validation",
+            Split::Test => "test",
+        }
+    }
+}
+
+impl fmt::Display for Split {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Split {
+    type Err = SpecError;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        Split::ALL
+            .into_iter()
+            .find(|split| split.name() == name)
+            .ok_or_else(|| SpecError(format!("split = {name:?}: must be train, validation or test")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_spec_is_the_default_and_round_trips() {
+        let spec = DatasetSpec::from_json("{}").expect("all fields have defaults");
+        assert_eq!(spec, DatasetSpec::default());
+        assert_eq!(DatasetSpec::from_json(&spec.to_json()).expect("own output"), spec);
+    }
+
+    #[test]
+    fn unknown_keys_and_impossible_values_are_refused_by_name() {
+        for (json, said) in [
+            (r#"{"resise": {}}"#, "resise"),
+            (r#"{"resize": {"size": 0}}"#, "resize.size = 0"),
+            (r#"{"splits": {"validation": 0.9}}"#, "splits.validation = 0.9"),
+            (r#"{"classes": [{"synset": "a"}, {"synset": "a"}]}"#, "named once only"),
+        ] {
+            let error = DatasetSpec::from_json(json).expect_err(json).to_string();
+            assert!(error.contains(said), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_split_depends_on_content_and_salt_alone_and_keeps_the_shares() {
+        let splits = Splits::default();
+        let mut counts = [0; 3];
+        for i in 0..20_000u32 {
+            let mut sha = [0; 32];
+            sha[..4].copy_from_slice(&i.to_be_bytes());
+            counts[splits.split_of(&sha) as usize] += 1;
+        }
+        let [_, validation, test] = counts;
+        assert!((900..1100).contains(&validation) && (900..1100).contains(&test), "{counts:?}");
+        let other = Splits { salt: "x".into(), ..splits.clone() };
+        assert!((0..64).any(|i| splits.split_of(&[i; 32]) != other.split_of(&[i; 32])));
+    }
+}

@@ -1,0 +1,249 @@
+//! Object keys: the one place where they are built and parsed. The store's layout is:
+//!
+//! ```text
+//! coordinator/terms/000009.json                          Create at start: this coordinator's term
+//! datasets/<dataset>/spec.json                           Create: what the dataset is; tombstone.json beside it once deleted
+//! datasets/<dataset>/slices/000007.tsv.zst               the URLs of shard 7
+//! datasets/<dataset>/catalog/000001.json                 Create = the commit of round 1
+//! datasets/<dataset>/shards/<split>/000007-9.2.tar       attempt 9.2's samples of that split
+//! datasets/<dataset>/outcomes/000007-9.2.parquet         one row per URL
+//! datasets/<dataset>/index/000007.json                   Create = the commit of shard 7
+//! datasets/<dataset>/manifests/000003.json               Create = version 3 of the manifest
+//! datasets/<dataset>/manifests/000003/skips/000007.bits  which of shard 7's samples version 3 skips
+//! runs/<run>/spec.json                                   Create: the resolved run spec
+//! runs/<run>/events/000012.json                          Create: the run's history, written by the coordinator alone
+//! runs/<run>/ledger/<generation>-<n>.json                what was really trained on
+//! runs/<run>/metrics/<generation>-<n>.jsonl              points of the learning curve
+//! runs/<run>/logs/<generation>-<rank>-<n>.log            what a rank said
+//! runs/<run>/checkpoints/<step>-<generation>-<nonce>/    exists once an event names it with its digests
+//! runs/<run>/model/                                      the trained model
+//! ```
+//!
+//! `<dataset>` is `<name>-<uid>`: a name that is deleted and made again never meets its old objects.
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::Split;
+
+/// Folder of the coordinators' terms.
+pub const TERMS: &str = "coordinator/terms";
+/// Folder of all datasets.
+pub const DATASETS: &str = "datasets";
+/// Folder of all runs.
+pub const RUNS: &str = "runs";
+
+/// The number of one attempt at a shard: the term of the coordinator that granted it, and a counter inside that term.
+/// It is in every key that the attempt writes and is never reused, so no late writer can overwrite what somebody else committed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Attempt {
+    /// The granting coordinator's term.
+    pub term: u64,
+    /// Counts the grants of that term, from 1.
+    pub n: u64,
+}
+
+impl fmt::Display for Attempt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.term, self.n)
+    }
+}
+
+/// A text that is not what a key or an attempt must be.
+#[derive(Debug, thiserror::Error)]
+#[error("{text:?} is no {what}")]
+pub struct KeyError {
+    what: &'static str,
+    text: String,
+}
+
+impl FromStr for Attempt {
+    type Err = KeyError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let parse = || {
+            let (term, n) = text.split_once('.')?;
+            Some(Attempt { term: term.parse().ok()?, n: n.parse().ok()? })
+        };
+        parse().ok_or_else(|| KeyError { what: "attempt (<term>.<n>)", text: text.to_owned() })
+    }
+}
+
+/// `coordinator/terms/000009.json`
+pub fn term(term: u64) -> String {
+    format!("{TERMS}/{term:06}.json")
+}
+
+/// `datasets/<dataset>`
+pub fn dataset(dataset: &str) -> String {
+    format!("{DATASETS}/{dataset}")
+}
+
+/// `datasets/<dataset>/spec.json`
+pub fn dataset_spec(dataset: &str) -> String {
+    format!("{DATASETS}/{dataset}/spec.json")
+}
+
+/// `datasets/<dataset>/tombstone.json`
+pub fn tombstone(dataset: &str) -> String {
+    format!("{DATASETS}/{dataset}/tombstone.json")
+}
+
+/// `datasets/<dataset>/slices/000007.tsv.zst`
+pub fn slice(dataset: &str, shard: u32) -> String {
+    format!("{DATASETS}/{dataset}/slices/{shard:06}.tsv.zst")
+}
+
+/// `datasets/<dataset>/catalog`
+pub fn rounds(dataset: &str) -> String {
+    format!("{DATASETS}/{dataset}/catalog")
+}
+
+/// `datasets/<dataset>/catalog/000001.json`
+pub fn round(dataset: &str, round: u32) -> String {
+    format!("{}/{round:06}.json", rounds(dataset))
+}
+
+/// `datasets/<dataset>/shards/<split>/000007-9.2.tar`
+pub fn tar(dataset: &str, split: Split, shard: u32, attempt: Attempt) -> String {
+    format!("{DATASETS}/{dataset}/shards/{split}/{shard:06}-{attempt}.tar")
+}
+
+/// `datasets/<dataset>/outcomes/000007-9.2.parquet`
+pub fn outcomes(dataset: &str, shard: u32, attempt: Attempt) -> String {
+    format!("{DATASETS}/{dataset}/outcomes/{shard:06}-{attempt}.parquet")
+}
+
+/// `datasets/<dataset>/index`
+pub fn indexes(dataset: &str) -> String {
+    format!("{DATASETS}/{dataset}/index")
+}
+
+/// `datasets/<dataset>/index/000007.json`
+pub fn index(dataset: &str, shard: u32) -> String {
+    format!("{}/{shard:06}.json", indexes(dataset))
+}
+
+/// `datasets/<dataset>/manifests`
+pub fn manifests(dataset: &str) -> String {
+    format!("{DATASETS}/{dataset}/manifests")
+}
+
+/// `datasets/<dataset>/manifests/000003.json`
+pub fn manifest(dataset: &str, version: u32) -> String {
+    format!("{}/{version:06}.json", manifests(dataset))
+}
+
+/// `datasets/<dataset>/manifests/000003/skips/000007.bits`
+pub fn skips(dataset: &str, version: u32, shard: u32) -> String {
+    format!("{}/{version:06}/skips/{shard:06}.bits", manifests(dataset))
+}
+
+/// `runs/<run>/spec.json`
+pub fn run_spec(run: &str) -> String {
+    format!("{RUNS}/{run}/spec.json")
+}
+
+/// `runs/<run>/events`
+pub fn events(run: &str) -> String {
+    format!("{RUNS}/{run}/events")
+}
+
+/// `runs/<run>/events/000012.json`
+pub fn event(run: &str, n: u64) -> String {
+    format!("{}/{n:06}.json", events(run))
+}
+
+/// `runs/<run>/ledger`
+pub fn ledgers(run: &str) -> String {
+    format!("{RUNS}/{run}/ledger")
+}
+
+/// `runs/<run>/ledger/<generation>-<n>.json`
+pub fn ledger(run: &str, generation: u64, n: u64) -> String {
+    format!("{}/{generation:06}-{n:06}.json", ledgers(run))
+}
+
+/// `runs/<run>/metrics`
+pub fn metrics_of(run: &str) -> String {
+    format!("{RUNS}/{run}/metrics")
+}
+
+/// `runs/<run>/metrics/<generation>-<n>.jsonl`
+pub fn metrics(run: &str, generation: u64, n: u64) -> String {
+    format!("{}/{generation:06}-{n:06}.jsonl", metrics_of(run))
+}
+
+/// `runs/<run>/logs`
+pub fn logs_of(run: &str) -> String {
+    format!("{RUNS}/{run}/logs")
+}
+
+/// `runs/<run>/logs/<generation>-<rank>-<n>.log`
+pub fn logs(run: &str, generation: u64, rank: u32, n: u64) -> String {
+    format!("{}/{generation:06}-{rank:04}-{n:06}.log", logs_of(run))
+}
+
+/// `runs/<run>/checkpoints/<step>-<generation>-<nonce>`
+pub fn checkpoint(run: &str, step: u64, generation: u64, nonce: &str) -> String {
+    format!("{RUNS}/{run}/checkpoints/{step:08}-{generation:06}-{nonce}")
+}
+
+/// `runs/<run>/model`
+pub fn model(run: &str) -> String {
+    format!("{RUNS}/{run}/model")
+}
+
+/// The number that a key's last part begins with: `.../events/000012.json` -> 12, `.../slices/000007.tsv.zst` -> 7.
+pub fn number(key: &str) -> Result<u64, KeyError> {
+    let file = key.rsplit('/').next().unwrap_or(key);
+    let digits = file.find(|c: char| !c.is_ascii_digit()).map_or(file, |end| &file[..end]);
+    digits.parse().map_err(|_| KeyError { what: "numbered key", text: key.to_owned() })
+}
+
+/// The shard and attempt of `.../000007-9.2.tar` or `.../000007-9.2.parquet`.
+pub fn attempt_of(key: &str) -> Result<(u32, Attempt), KeyError> {
+    let parse = || {
+        let file = key.rsplit('/').next()?;
+        let (stem, _) = file.rsplit_once('.')?;
+        let (shard, attempt) = stem.split_once('-')?;
+        Some((shard.parse().ok()?, attempt.parse().ok()?))
+    };
+    parse().ok_or_else(|| KeyError { what: "key of an attempt", text: key.to_owned() })
+}
+
+/// Whether `name` may name a dataset or a run: 1 to 63 of `a-z 0-9 - .`, beginning with a letter or digit, so that it can
+/// stand in keys, URLs and Kubernetes labels alike.
+pub fn is_name(name: &str) -> bool {
+    let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+    name.len() <= 63
+        && name.starts_with(plain)
+        && name.ends_with(plain)
+        && name.chars().all(|c| plain(c) || c == '-' || c == '.')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn keys_are_parsed_back(shard: u32, term: u64, n: u64) {
+            let attempt = Attempt { term, n };
+            for key in [tar("birds-1", Split::Train, shard, attempt), outcomes("birds-1", shard, attempt)] {
+                prop_assert_eq!(attempt_of(&key).expect("built above"), (shard, attempt));
+            }
+            prop_assert_eq!(number(&slice("birds-1", shard)).expect("built above"), u64::from(shard));
+            prop_assert_eq!(number(&event("r", n)).expect("built above"), n);
+        }
+    }
+
+    #[test]
+    fn names_with_slashes_dots_first_or_capitals_are_refused() {
+        assert!(is_name("birds-2.v1"));
+        for bad in ["", "../x", "a/b", "Birds", "-a", "a-", ".a", &"a".repeat(64)] {
+            assert!(!is_name(bad), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,35 @@
+//! The contracts of Gleaner: all that two roles must agree on. No I/O and no runtime.
+//!
+//! - [`pb`]: the gRPC services, generated from `proto/gleaner/v1/*.proto`, which are their specification;
+//! - [`keys`]: object keys, built and parsed here alone;
+//! - [`dataset_spec`], [`run_spec`]: what people ask for;
+//! - [`rejection`], [`outcomes`]: what became of each URL;
+//! - [`shard`]: tars, blocks and the index that commits them;
+//! - [`manifest`]: an immutable version of a dataset;
+//! - [`run_event`], [`metric`]: a run's history and its learning curve.
+
+pub mod dataset_spec;
+pub mod keys;
+pub mod manifest;
+pub mod metric;
+pub mod outcomes;
+pub mod rejection;
+pub mod run_event;
+pub mod run_spec;
+pub mod shard;
+
+pub use dataset_spec::{Class, DatasetSpec, Limits, Resize, SpecError, Split, Splits};
+pub use keys::Attempt;
+pub use manifest::Manifest;
+pub use rejection::{Outcome, Rejection};
+pub use run_spec::RunSpec;
+pub use shard::{Sample, ShardIndex};
+
+/// Messages, clients and servers generated from the .proto files, and their descriptors.
+#[allow(missing_docs, unreachable_pub, clippy::all, reason = "generated; the .proto files hold the comments")]
+pub mod pb {
+    tonic::include_proto!("gleaner.v1");
+
+    /// The encoded `FileDescriptorSet`, for gRPC reflection.
+    pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+}

@@ -1,0 +1,181 @@
+//! The manifest: an immutable version of a dataset. Everything that a run reads is named in it.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::shard::FormatError;
+use crate::{Resize, Split};
+
+/// An immutable version of a dataset.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// Of this format: 1.
+    pub format: u32,
+    /// The writer's own random word.
+    pub nonce: String,
+    /// `<name>-<uid>`.
+    pub dataset: String,
+    /// Counts the dataset's manifests from 1.
+    pub version: u32,
+    /// Rounds of the catalog that it covers, from the first.
+    pub rounds: u32,
+    /// How stored images came about; `resize.size` is their width and height.
+    pub resize: Resize,
+    /// In the order of the labels.
+    pub classes: Vec<ManifestClass>,
+    /// URLs by outcome's name.
+    pub outcomes: BTreeMap<String, u64>,
+    /// Kept samples that are skipped, by reason.
+    pub skipped: BTreeMap<Skip, u64>,
+    /// Of the training samples that count, on the scale of 0 to 1: red, green, blue.
+    pub mean: [f64; 3],
+    /// Likewise.
+    pub std: [f64; 3],
+    /// In order of their numbers; those without samples are left out.
+    pub shards: Vec<ManifestShard>,
+}
+
+/// Why a kept sample does not count. A sample has one reason at the most, the first of these that holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Skip {
+    /// The same bytes under so many different URLs that they can only be a placeholder which nobody had listed.
+    ManyUrls,
+    /// The same bytes under several classes.
+    SeveralClasses,
+    /// The same bytes as a sample of its class with a lower key.
+    Duplicate,
+}
+
+impl Skip {
+    /// The stable name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Skip::ManyUrls => "many_urls",
+            Skip::SeveralClasses => "several_classes",
+            Skip::Duplicate => "duplicate",
+        }
+    }
+}
+
+/// A class and its samples that count.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ManifestClass {
+    /// Its id.
+    pub synset: String,
+    /// For people.
+    pub name: String,
+    /// URLs that were listed for it.
+    pub urls: u64,
+    /// Samples by split.
+    pub samples: BTreeMap<Split, u64>,
+}
+
+/// One committed shard.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ManifestShard {
+    /// Its number.
+    pub shard: u32,
+    /// The bitmap of its samples that are skipped; none if all count. See [`Skips`].
+    pub skips: Option<crate::shard::StoredFile>,
+    /// A tar for each split that has samples.
+    pub tars: BTreeMap<Split, ManifestTar>,
+}
+
+/// One tar of one shard.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ManifestTar {
+    /// Object key.
+    pub key: String,
+    /// SHA-256 of its bytes, in hex.
+    pub sha256: String,
+    /// The place of its first sample in the shard's bitmap of skips.
+    pub first: u32,
+    /// In order.
+    pub blocks: Vec<ManifestBlock>,
+}
+
+/// A part of a tar that is read at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ManifestBlock {
+    /// From the tar's start, in bytes.
+    pub offset: u64,
+    /// In bytes.
+    pub length: u64,
+    /// Samples in it.
+    pub samples: u32,
+    /// Samples in it that count.
+    pub kept: u32,
+}
+
+impl Manifest {
+    /// Parses the stored form.
+    ///
+    /// # Errors
+    /// If it is not a manifest of a format that this program knows.
+    pub fn from_json(json: &[u8]) -> Result<Self, FormatError> {
+        let manifest: Self = serde_json::from_slice(json).map_err(|e| FormatError(format!("manifest: {e}")))?;
+        match manifest.format {
+            1 => Ok(manifest),
+            format => Err(FormatError(format!("manifest of format {format}: this program reads format 1"))),
+        }
+    }
+
+    /// The stored form.
+    pub fn to_json(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("strings and numbers only")
+    }
+
+    /// Samples of a split that count.
+    pub fn samples(&self, split: Split) -> u64 {
+        self.classes.iter().filter_map(|class| class.samples.get(&split)).sum()
+    }
+}
+
+/// Which samples of one shard are skipped: bit i (bit i % 8 of byte i / 8) is the shard's i-th sample, counting those of the
+/// training tar first, then validation, then test.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Skips(Vec<u8>);
+
+impl Skips {
+    /// From the stored bytes.
+    pub fn from_bytes(bytes: &[u8]) -> Self {
+        Self(bytes.to_vec())
+    }
+
+    /// The stored form.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// Marks sample `i`.
+    pub fn insert(&mut self, i: u32) {
+        let byte = i as usize / 8;
+        if byte >= self.0.len() {
+            self.0.resize(byte + 1, 0);
+        }
+        self.0[byte] |= 1 << (i % 8);
+    }
+
+    /// Whether sample `i` is skipped.
+    pub fn contains(&self, i: u32) -> bool {
+        self.0.get(i as usize / 8).is_some_and(|byte| byte & (1 << (i % 8)) != 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn skips_hold_what_was_inserted_and_nothing_else() {
+        let mut skips = Skips::default();
+        for i in [0, 9, 1000] {
+            skips.insert(i);
+        }
+        let read = Skips::from_bytes(skips.as_bytes());
+        assert_eq!((0..2000).filter(|&i| read.contains(i)).collect::<Vec<_>>(), [0, 9, 1000]);
+    }
+}

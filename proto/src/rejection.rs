@@ -1,0 +1,120 @@
+//! Why a URL gave no sample.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+/// What became of one URL of the catalog in one round: kept, or exactly one reason why not.
+pub type Outcome = Result<(), Rejection>;
+
+/// The name of the outcome in logs, metrics, Parquet and the command line: `kept`, or the rejection's name.
+pub fn outcome_name(outcome: Outcome) -> &'static str {
+    outcome.map_or_else(Rejection::name, |()| KEPT)
+}
+
+/// The name of the outcome of a URL that gave a sample.
+pub const KEPT: &str = "kept";
+
+macro_rules! rejections {
+    ($($(#[doc = $doc:literal])+ $variant:ident = $name:literal,)+) => {
+        /// One reason why a URL gave no sample. The names are stable: they stand in Parquet files and dashboards.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+        pub enum Rejection {
+            $($(#[doc = $doc])+ #[serde(rename = $name)] $variant,)+
+        }
+
+        impl Rejection {
+            /// Every rejection, in the order in which a URL meets them on its way.
+            pub const ALL: &[Rejection] = &[$(Rejection::$variant),+];
+
+            /// The stable name.
+            pub fn name(self) -> &'static str {
+                match self { $(Rejection::$variant => $name),+ }
+            }
+        }
+    };
+}
+
+rejections! {
+    /// The line has no URL that can be parsed, or its scheme is neither http nor https.
+    BadUrl = "bad_url",
+    /// Its class had enough samples already, so it was not fetched.
+    ClassFull = "class_full",
+    /// Its host failed so often that no more was asked of it in this round.
+    HostGivenUp = "host_given_up",
+    /// The host's name does not resolve.
+    Dns = "dns",
+    /// The host's name, or a redirect's, resolves to an address that workers may not reach (private, loopback, metadata ...).
+    BlockedAddress = "blocked_address",
+    /// No connection: refused, unreachable, or not established in time.
+    Connect = "connect",
+    /// The TLS handshake failed.
+    Tls = "tls",
+    /// The URL's total deadline passed, whatever it was waiting for.
+    Timeout = "timeout",
+    /// The server broke HTTP: garbage, a reset, a body cut short of its length.
+    Protocol = "protocol",
+    /// More redirects than allowed, or a loop.
+    RedirectLimit = "redirect_limit",
+    /// 404 or 410: the picture is gone.
+    NotFound = "not_found",
+    /// Any other status than 200.
+    HttpStatus = "http_status",
+    /// The owner opted out of machine learning (`X-Robots-Tag`).
+    OptedOut = "opted_out",
+    /// More bytes than allowed, before or after decompression.
+    TooLarge = "too_large",
+    /// Fewer bytes than allowed (5,000 unless the dataset says otherwise).
+    TooSmall = "too_small",
+    /// The bytes are no image of a known format.
+    NotAnImage = "not_an_image",
+    /// The bytes or the pixels are those of a known "no longer available" picture.
+    Placeholder = "placeholder",
+    /// More pixels than allowed, known from the header before anything is decoded.
+    TooManyPixels = "too_many_pixels",
+    /// The shorter side has fewer pixels than allowed.
+    TooFewPixels = "too_few_pixels",
+    /// The longer side is more than so many times the shorter one.
+    Aspect = "aspect",
+    /// The image stops before its end.
+    Truncated = "truncated",
+    /// It says that it is an image, but cannot be decoded.
+    Undecodable = "undecodable",
+    /// All pixels have nearly the same colour.
+    Flat = "flat",
+    /// The slice failed its workers again and again, so the coordinator closed it.
+    SliceFailed = "slice_failed",
+}
+
+impl fmt::Display for Rejection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A text that names no rejection.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:?} is no rejection's name")]
+pub struct UnknownRejection(String);
+
+impl FromStr for Rejection {
+    type Err = UnknownRejection;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        Self::ALL.iter().copied().find(|r| r.name() == name).ok_or_else(|| UnknownRejection(name.to_owned()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_parsed_back_and_unique() {
+        for &rejection in Rejection::ALL {
+            assert_eq!(rejection.name().parse::<Rejection>().expect("its own name"), rejection);
+            assert_eq!(serde_json::to_string(&rejection).expect("a unit variant"), format!("{:?}", rejection.name()));
+        }
+    }
+}

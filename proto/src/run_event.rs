@@ -1,0 +1,90 @@
+//! A run's history: numbered objects, each put-if-absent by the coordinator before it acts on it.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// One stored event.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EventRecord {
+    /// Counts the run's events from 1.
+    pub n: u64,
+    /// The term of the coordinator that wrote it.
+    pub term: u64,
+    /// The writer's own random word: tells a put that was retried from one that lost.
+    pub nonce: String,
+    /// When, in milliseconds since 1970, by the coordinator's clock; for people only.
+    pub at_millis: u64,
+    /// What happened.
+    pub event: RunEvent,
+}
+
+/// What happened to a run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "kind", deny_unknown_fields)]
+pub enum RunEvent {
+    /// It was queued for the first time.
+    Submitted {
+        /// The caller's request id: a repeated request finds it here.
+        request_id: String,
+    },
+    /// A generation was formed.
+    Generation {
+        /// Counts from 1; higher than all before.
+        generation: u64,
+        /// In the order of the ranks.
+        members: Vec<Member>,
+    },
+    /// A checkpoint exists from now on.
+    Checkpoint {
+        /// Steps applied in it.
+        step: u64,
+        /// Its folder in the store.
+        key: String,
+        /// File name -> SHA-256 in hex.
+        digests: BTreeMap<String, String>,
+    },
+    /// A generation ended because of a failure.
+    Failure {
+        /// Which.
+        generation: u64,
+        /// The rank that was at fault, if known.
+        rank: Option<u32>,
+        /// The last step that survivors hold.
+        step: u64,
+        /// For people.
+        reason: String,
+    },
+    /// Somebody asked for its end.
+    Cancelling,
+    /// It ended because somebody asked for it.
+    Cancelled,
+    /// It cannot go on.
+    Failed {
+        /// For people.
+        reason: String,
+    },
+    /// It was queued again, from its last checkpoint.
+    Resumed {
+        /// The caller's request id.
+        request_id: String,
+    },
+    /// All epochs, the test and the model are done.
+    Done {
+        /// The model's folder in the store.
+        model: String,
+        /// File name -> SHA-256 in hex.
+        digests: BTreeMap<String, String>,
+    },
+}
+
+/// One rank of a generation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Member {
+    /// The agent process.
+    pub agent: String,
+    /// The device's place in the agent's list.
+    pub device: u32,
+}

@@ -1,0 +1,281 @@
+//! What a training run is: chosen once, at its submission, and stored as the run's `spec.json`.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::dataset_spec::{SpecError, check};
+
+/// The description of a run, as a user writes it in TOML. Every field but `dataset` has a default; unknown keys are refused.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunSpec {
+    /// The dataset's name.
+    pub dataset: String,
+    /// The manifest's version; the latest one if left out. Always there in the stored spec.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub manifest: Option<u32>,
+    /// Seed of weights, order, augmentation and dropout.
+    #[serde(default)]
+    pub seed: u64,
+    /// The network.
+    #[serde(default)]
+    pub model: Model,
+    /// From stored image to network input.
+    #[serde(default)]
+    pub input: Input,
+    /// How it learns.
+    #[serde(default)]
+    pub train: Train,
+    /// On how many devices, and how they talk.
+    #[serde(default)]
+    pub ranks: Ranks,
+    /// What is kept on the way.
+    #[serde(default)]
+    pub checkpoint: CheckpointSpec,
+}
+
+/// The network.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Model {
+    /// Which layers.
+    pub arch: Arch,
+    /// Factor on the channels of all layers, 0.1 to 4.
+    pub width: f64,
+    /// Probability that a unit before a fully-connected layer is dropped while training, 0 to 0.9.
+    pub dropout: f64,
+}
+
+/// The networks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Arch {
+    /// torchvision's AlexNet (the layout of "One weird trick", Krizhevsky 2014), without normalisation layers.
+    Alexnet,
+    /// The same with batch normalisation after each convolution and each hidden fully-connected layer.
+    AlexnetBn,
+    /// `alexnet-bn` with a global average pooling head instead of the fully-connected layers: small enough for a phone.
+    AlexnetSlim,
+}
+
+/// From stored image to network input.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Input {
+    /// Pixels of the square that is cut out: at a random place to train (which is the translation), at the centre to evaluate.
+    pub crop: u32,
+    /// Whether images are mirrored at random while training.
+    pub flip: bool,
+    /// Pixel values are multiplied by a random factor from 1 - this to 1 + this while training, 0 to 0.9.
+    pub brightness: f64,
+}
+
+/// How it learns: SGD with momentum, as in the paper.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Train {
+    /// Passes over the training samples.
+    pub epochs: u32,
+    /// Samples in one step, over all ranks together.
+    pub batch: u32,
+    /// Peak learning rate.
+    pub learning_rate: f64,
+    /// Of SGD, 0 to less than 1.
+    pub momentum: f64,
+    /// L2 penalty.
+    pub weight_decay: f64,
+    /// Probability that is spread over the wrong classes, 0 to less than 1.
+    pub label_smoothing: f64,
+    /// Epochs over which the learning rate rises from 0 to its peak.
+    pub warmup_epochs: f64,
+    /// How it falls afterwards.
+    pub schedule: Schedule,
+    /// With `step`: the learning rate is divided by 10 each time this many epochs have passed.
+    pub step_epochs: f64,
+    /// Gradients are scaled down to this norm at most; 0: never.
+    pub clip_norm: f64,
+}
+
+/// How the learning rate falls after the warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Schedule {
+    /// Half a cosine down to 0 at the last step (Loshchilov & Hutter, 2017).
+    Cosine,
+    /// Divided by 10 each `step_epochs`.
+    Step,
+    /// Not at all.
+    Constant,
+}
+
+/// On how many devices, and how they talk.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Ranks {
+    /// With fewer the run waits.
+    pub min: u32,
+    /// More are not used.
+    pub max: u32,
+    /// Virtual ranks: the fixed parts of each global batch. The same numbers come out for any number of ranks up to this.
+    pub lanes: u32,
+    /// Threads of each rank's tensor operations; 0: the machine's cores divided by the agent's devices.
+    pub threads: u32,
+    /// After so long without a sign of life a rank counts as lost; the other deadlines derive from it.
+    pub failure_detection_seconds: f64,
+    /// After this many generations that ended in failure without a step between them the run fails.
+    pub max_failures: u32,
+    /// Arithmetic of weights and gradients.
+    pub precision: Precision,
+}
+
+/// Arithmetic of weights and gradients.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// 32 bits.
+    F32,
+    /// 64 bits: to compare runs to the last digit.
+    F64,
+}
+
+/// What is kept on the way.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CheckpointSpec {
+    /// A checkpoint is written each time this many epochs have passed (0.5: twice an epoch), and at the end.
+    pub every_epochs: f64,
+    /// So many of the newest are kept.
+    pub keep: u32,
+}
+
+impl Default for Model {
+    fn default() -> Self {
+        Self { arch: Arch::AlexnetBn, width: 1.0, dropout: 0.5 }
+    }
+}
+
+impl Default for Input {
+    fn default() -> Self {
+        Self { crop: 224, flip: true, brightness: 0.2 }
+    }
+}
+
+impl Default for Train {
+    fn default() -> Self {
+        Self {
+            epochs: 90,
+            batch: 256,
+            learning_rate: 0.02,
+            momentum: 0.9,
+            weight_decay: 5e-4,
+            label_smoothing: 0.0,
+            warmup_epochs: 1.0,
+            schedule: Schedule::Cosine,
+            step_epochs: 30.0,
+            clip_norm: 0.0,
+        }
+    }
+}
+
+impl Default for Ranks {
+    fn default() -> Self {
+        Self {
+            min: 1,
+            max: 8,
+            lanes: 8,
+            threads: 0,
+            failure_detection_seconds: 10.0,
+            max_failures: 3,
+            precision: Precision::F32,
+        }
+    }
+}
+
+impl Default for CheckpointSpec {
+    fn default() -> Self {
+        Self { every_epochs: 1.0, keep: 3 }
+    }
+}
+
+impl RunSpec {
+    /// Parses a user's TOML and checks every value.
+    pub fn from_toml(toml: &str) -> Result<Self, SpecError> {
+        let spec: Self = toml::from_str(toml).map_err(|e| SpecError(format!("run spec: {e}")))?;
+        spec.check()?;
+        Ok(spec)
+    }
+
+    /// Parses JSON and checks every value.
+    pub fn from_json(json: &str) -> Result<Self, SpecError> {
+        let spec: Self = serde_json::from_str(json).map_err(|e| SpecError(format!("run spec: {e}")))?;
+        spec.check()?;
+        Ok(spec)
+    }
+
+    /// The stored form.
+    pub fn to_json(&self) -> String {
+        serde_json::to_string_pretty(self).expect("strings and numbers only")
+    }
+
+    /// The one knob from which every deadline of training derives.
+    pub fn failure_detection(&self) -> Duration {
+        Duration::from_secs_f64(self.ranks.failure_detection_seconds)
+    }
+
+    fn check(&self) -> Result<(), SpecError> {
+        let Self { model, input, train, ranks, checkpoint, .. } = self;
+        check("dataset", format!("{:?}", self.dataset), crate::keys::is_name(&self.dataset), "a dataset's name")?;
+        check("model.width", model.width, (0.1..=4.0).contains(&model.width), "0.1 to 4")?;
+        check("model.dropout", model.dropout, (0.0..=0.9).contains(&model.dropout), "0 to 0.9")?;
+        check("input.crop", input.crop, (64..=1024).contains(&input.crop), "64 to 1024")?;
+        check("input.brightness", input.brightness, (0.0..=0.9).contains(&input.brightness), "0 to 0.9")?;
+        check("train.epochs", train.epochs, (1..=100_000).contains(&train.epochs), "1 to 100000")?;
+        check("train.learning_rate", train.learning_rate, train.learning_rate > 0.0, "more than 0")?;
+        check("train.momentum", train.momentum, (0.0..1.0).contains(&train.momentum), "0 to less than 1")?;
+        check("train.weight_decay", train.weight_decay, train.weight_decay >= 0.0, "0 or more")?;
+        check(
+            "train.label_smoothing",
+            train.label_smoothing,
+            (0.0..1.0).contains(&train.label_smoothing),
+            "0 to less than 1",
+        )?;
+        check("train.warmup_epochs", train.warmup_epochs, train.warmup_epochs >= 0.0, "0 or more")?;
+        check("train.step_epochs", train.step_epochs, train.step_epochs > 0.0, "more than 0")?;
+        check("train.clip_norm", train.clip_norm, train.clip_norm >= 0.0, "0 or more")?;
+        check("ranks.lanes", ranks.lanes, (1..=4096).contains(&ranks.lanes), "1 to 4096")?;
+        check("ranks.max", ranks.max, (1..=ranks.lanes).contains(&ranks.max), "1 to ranks.lanes")?;
+        check("ranks.min", ranks.min, (1..=ranks.max).contains(&ranks.min), "1 to ranks.max")?;
+        // A lane normalises its share alone, and one sample has no deviation.
+        check("train.batch", train.batch, train.batch / ranks.lanes >= 2, "at least 2 x ranks.lanes")?;
+        let seconds = ranks.failure_detection_seconds;
+        check("ranks.failure_detection_seconds", seconds, (1.0..=3600.0).contains(&seconds), "1 to 3600")?;
+        check("checkpoint.every_epochs", checkpoint.every_epochs, checkpoint.every_epochs > 0.0, "more than 0")?;
+        check("checkpoint.keep", checkpoint.keep, checkpoint.keep >= 1, "at least 1")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_spec_of_one_line_has_defaults_for_the_rest_and_round_trips() {
+        let spec = RunSpec::from_toml("dataset = \"birds\"").expect("one line is enough");
+        assert_eq!(spec.train, Train::default());
+        assert_eq!(RunSpec::from_json(&spec.to_json()).expect("own output"), spec);
+    }
+
+    #[test]
+    fn unknown_keys_and_impossible_values_are_refused_by_name() {
+        for (toml, said) in [
+            ("dataset = \"b\"\n[train]\nlr = 1", "lr"),
+            ("dataset = \"b\"\n[model]\narch = \"vgg\"", "alexnet-bn"),
+            ("dataset = \"b\"\n[train]\nbatch = 8", "2 x ranks.lanes"),
+            ("dataset = \"b\"\n[ranks]\nmax = 9", "1 to ranks.lanes"),
+        ] {
+            let error = RunSpec::from_toml(toml).expect_err(toml).to_string();
+            assert!(error.contains(said), "{error}");
+        }
+    }
+}

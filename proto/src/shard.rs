@@ -1,0 +1,391 @@
+//! The shard format: tar files in WebDataset's layout, and the index that commits them. Bytes in, bytes out.
+//!
+//! A sample is three members of a tar, one after the other: `KEY.jpg`, `KEY.cls` (its label in decimal), `KEY.json` (where it
+//! came from), KEY being 12 digits. A tar is cut into blocks of whole samples, a few MB each, which can be read by range and
+//! understood alone.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::Split;
+
+/// A tar's block is closed once it has this many bytes.
+pub const BLOCK_BYTES: u64 = 2 << 20;
+
+/// One stored image with its label.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sample {
+    /// The URL's ordinal in the catalog: names the sample within its dataset, for ever.
+    pub key: u64,
+    /// The place of its class in the dataset's spec.
+    pub label: u32,
+    /// The encoded image.
+    pub jpeg: Bytes,
+}
+
+/// What stands beside a sample, for people and other tools.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// Its class.
+    pub synset: String,
+    /// As in the list.
+    pub url: String,
+    /// SHA-256 of the bytes as fetched, in hex.
+    pub sha256: String,
+    /// Of the image as fetched.
+    pub width: u32,
+    /// Of the image as fetched.
+    pub height: u32,
+}
+
+/// A part of a tar that holds whole samples.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Block {
+    /// From the tar's start, in bytes.
+    pub offset: u64,
+    /// In bytes.
+    pub length: u64,
+    /// Samples in it.
+    pub samples: u32,
+}
+
+/// Sums over the pixels of stored images, as integers, so that the order of adding cannot change them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Moments {
+    /// Pixels summed over.
+    pub pixels: u64,
+    /// Of each channel's values (0 to 255), in the order red, green, blue.
+    pub sum: [u64; 3],
+    /// Of their squares.
+    pub sum_of_squares: [u64; 3],
+}
+
+impl Moments {
+    /// Adds `other`.
+    pub fn add(&mut self, other: &Moments) {
+        self.pixels += other.pixels;
+        for channel in 0..3 {
+            self.sum[channel] += other.sum[channel];
+            self.sum_of_squares[channel] += other.sum_of_squares[channel];
+        }
+    }
+
+    /// Takes away `other`, which must have been added.
+    pub fn subtract(&mut self, other: &Moments) {
+        self.pixels -= other.pixels;
+        for channel in 0..3 {
+            self.sum[channel] -= other.sum[channel];
+            self.sum_of_squares[channel] -= other.sum_of_squares[channel];
+        }
+    }
+
+    /// Mean and standard deviation of each channel, on the scale of 0 to 1; of no pixels, 0 and 1.
+    pub fn mean_and_std(&self) -> ([f64; 3], [f64; 3]) {
+        let (mut mean, mut std) = ([0.0; 3], [1.0; 3]);
+        if self.pixels > 0 {
+            let n = self.pixels as f64;
+            for channel in 0..3 {
+                let m = self.sum[channel] as f64 / n;
+                let variance = (self.sum_of_squares[channel] as f64 / n - m * m).max(0.0);
+                mean[channel] = m / 255.0;
+                // A channel without any variation must not divide by zero.
+                std[channel] = (variance.sqrt() / 255.0).max(1e-3);
+            }
+        }
+        (mean, std)
+    }
+}
+
+/// Writes one tar. Its bytes are handed out piece by piece ([`TarWriter::take`]), so that a large tar is uploaded while it
+/// grows.
+#[derive(Debug, Default)]
+pub struct TarWriter {
+    pending: Vec<u8>,
+    hasher: Sha256,
+    taken: u64,
+    blocks: Vec<Block>,
+    open: OpenBlock,
+}
+
+/// The block that still grows.
+#[derive(Debug, Default, Clone, Copy)]
+struct OpenBlock {
+    offset: u64,
+    samples: u32,
+}
+
+/// What the writer knows of its finished tar.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tar {
+    /// Object key.
+    pub key: String,
+    /// Length in bytes.
+    pub bytes: u64,
+    /// SHA-256 of its bytes, in hex.
+    pub sha256: String,
+    /// Its samples.
+    pub samples: u32,
+    /// Its samples by label; classes without any at the end may be missing.
+    pub per_class: Vec<u32>,
+    /// In order; every sample is in exactly one.
+    pub blocks: Vec<Block>,
+    /// Over all its samples.
+    pub moments: Moments,
+}
+
+impl TarWriter {
+    /// A tar without samples.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Appends one sample. Returns the offset and length of the encoded image within the tar.
+    pub fn append(&mut self, sample: &Sample, origin: &Origin) -> (u64, u64) {
+        let key = format!("{:012}", sample.key);
+        let json = serde_json::to_vec(origin).expect("strings and numbers only");
+        let offset = self.member(&format!("{key}.jpg"), &sample.jpeg);
+        self.member(&format!("{key}.cls"), sample.label.to_string().as_bytes());
+        self.member(&format!("{key}.json"), &json);
+        self.open.samples += 1;
+        if self.position() - self.open.offset >= BLOCK_BYTES {
+            self.close_block();
+        }
+        (offset, sample.jpeg.len() as u64)
+    }
+
+    /// The bytes written since the last call.
+    pub fn take(&mut self) -> Bytes {
+        self.hasher.update(&self.pending);
+        self.taken += self.pending.len() as u64;
+        Bytes::from(std::mem::take(&mut self.pending))
+    }
+
+    /// Bytes that [`TarWriter::take`] would return.
+    pub fn pending(&self) -> usize {
+        self.pending.len()
+    }
+
+    /// Ends the tar. Returns its last bytes, its length, its SHA-256 in hex, and its blocks.
+    pub fn finish(mut self) -> (Bytes, u64, String, Vec<Block>) {
+        if self.open.samples > 0 {
+            self.close_block();
+        }
+        // Two empty records end a tar (POSIX.1-1988).
+        self.pending.extend_from_slice(&[0; 1024]);
+        let rest = self.take();
+        (rest, self.taken, hex(&self.hasher.finalize()), self.blocks)
+    }
+
+    fn position(&self) -> u64 {
+        self.taken + self.pending.len() as u64
+    }
+
+    fn close_block(&mut self) {
+        let end = self.position();
+        self.blocks.push(Block {
+            offset: self.open.offset,
+            length: end - self.open.offset,
+            samples: self.open.samples,
+        });
+        self.open = OpenBlock { offset: end, samples: 0 };
+    }
+
+    fn member(&mut self, name: &str, data: &[u8]) -> u64 {
+        let mut header = tar::Header::new_ustar();
+        header.set_path(name).expect("12 digits and an ending fit a header");
+        header.set_size(data.len() as u64);
+        header.set_mode(0o644);
+        // The same samples make the same bytes, whenever and by whomever they are written.
+        header.set_mtime(0);
+        header.set_cksum();
+        self.pending.extend_from_slice(header.as_bytes());
+        let offset = self.position();
+        self.pending.extend_from_slice(data);
+        self.pending.resize(self.pending.len().next_multiple_of(512), 0);
+        offset
+    }
+}
+
+/// A block or index that is not what it must be.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct FormatError(pub(crate) String);
+
+/// Reads the samples of one block, in order, without copying the images.
+///
+/// # Errors
+/// If the bytes are not whole samples in [`TarWriter`]'s layout.
+pub fn read_block(block: &Bytes) -> Result<Vec<Sample>, FormatError> {
+    let bad = |what: &str| FormatError(format!("tar block of {} bytes: {what}", block.len()));
+    let mut archive = tar::Archive::new(block.as_ref());
+    let mut samples = Vec::new();
+    let mut open: Option<(u64, Bytes, Option<u32>)> = None;
+    for entry in archive.entries().map_err(|e| bad(&e.to_string()))? {
+        let entry = entry.map_err(|e| bad(&e.to_string()))?;
+        let path = entry.path_bytes();
+        let name = std::str::from_utf8(&path).map_err(|_| bad("a member's name is not UTF-8"))?;
+        let (key, ending) = name.split_once('.').ok_or_else(|| bad(&format!("member {name:?} has no ending")))?;
+        let key: u64 = key.parse().map_err(|_| bad(&format!("member {name:?} is not named by a key")))?;
+        let start = usize::try_from(entry.raw_file_position()).map_err(|_| bad("too large"))?;
+        let end = usize::try_from(entry.size()).ok().and_then(|size| start.checked_add(size));
+        let data = match end {
+            Some(end) if end <= block.len() => block.slice(start..end),
+            _ => return Err(bad(&format!("member {name:?} is cut short"))),
+        };
+        match (ending, &mut open) {
+            ("jpg", None) => open = Some((key, data, None)),
+            ("cls", Some((of, _, label @ None))) if *of == key => {
+                let text = std::str::from_utf8(&data).map_err(|_| bad(&format!("member {name:?} is not UTF-8")))?;
+                *label = Some(text.trim().parse().map_err(|_| bad(&format!("member {name:?} holds no label")))?);
+            }
+            ("json", Some((of, _, Some(_)))) if *of == key => {
+                if let Some((key, jpeg, Some(label))) = open.take() {
+                    samples.push(Sample { key, label, jpeg });
+                }
+            }
+            _ => return Err(bad(&format!("member {name:?} is out of order"))),
+        }
+    }
+    match open {
+        None => Ok(samples),
+        Some((key, ..)) => Err(bad(&format!("sample {key} is cut short"))),
+    }
+}
+
+/// The object that commits a shard: names its files, their checksums, counts, moments and blocks. Put with put-if-absent;
+/// whatever it does not name is no part of the dataset.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShardIndex {
+    /// Of this format: 1.
+    pub version: u32,
+    /// The writer's own random word: tells a put that was retried from one that lost.
+    pub nonce: String,
+    /// Who wrote it: a worker's name, or "coordinator" for a slice that failed.
+    pub writer: String,
+    /// The shard's number.
+    pub shard: u32,
+    /// `<term>.<n>`.
+    pub attempt: String,
+    /// URLs of the slice by outcome's name; they add up to the slice.
+    pub outcomes: BTreeMap<String, u64>,
+    /// A tar for each split that has samples.
+    pub tars: BTreeMap<Split, Tar>,
+    /// The Parquet file with one row per URL; none for a slice that failed.
+    pub outcomes_file: Option<StoredFile>,
+}
+
+/// An object with its checksum.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredFile {
+    /// Object key.
+    pub key: String,
+    /// Length in bytes.
+    pub bytes: u64,
+    /// SHA-256 of its bytes, in hex.
+    pub sha256: String,
+}
+
+impl ShardIndex {
+    /// Parses the stored form.
+    ///
+    /// # Errors
+    /// If it is not an index of a version that this program knows.
+    pub fn from_json(json: &[u8]) -> Result<Self, FormatError> {
+        let index: Self = serde_json::from_slice(json).map_err(|e| FormatError(format!("shard index: {e}")))?;
+        match index.version {
+            1 => Ok(index),
+            version => Err(FormatError(format!("shard index of version {version}: this program reads version 1"))),
+        }
+    }
+
+    /// The stored form.
+    pub fn to_json(&self) -> Vec<u8> {
+        serde_json::to_vec_pretty(self).expect("strings and numbers only")
+    }
+}
+
+/// Lower-case hex.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// SHA-256 of `bytes`, in hex.
+pub fn sha256_hex(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn origin() -> Origin {
+        Origin { synset: "n1".into(), url: "http://x/".into(), sha256: "00".into(), width: 5, height: 7 }
+    }
+
+    /// The tar, its blocks, and each sample with its place in the tar.
+    fn write(images: &[Vec<u8>]) -> (Bytes, Vec<Block>, Vec<(Sample, (u64, u64))>) {
+        let mut writer = TarWriter::new();
+        let (mut bytes, mut samples) = (Vec::new(), Vec::new());
+        for (i, image) in images.iter().enumerate() {
+            let sample = Sample { key: i as u64 * 3, label: i as u32 % 7, jpeg: Bytes::from(image.clone()) };
+            let place = writer.append(&sample, &origin());
+            bytes.extend_from_slice(&writer.take());
+            samples.push((sample, place));
+        }
+        let (rest, length, sha256, blocks) = writer.finish();
+        bytes.extend_from_slice(&rest);
+        assert_eq!((length, sha256), (bytes.len() as u64, sha256_hex(&bytes)));
+        (bytes.into(), blocks, samples)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(16))]
+        #[test]
+        fn blocks_hold_every_sample_once_and_in_order(sizes in prop::collection::vec(0usize..900_000, 0..20)) {
+            let images: Vec<Vec<u8>> = sizes.iter().map(|&n| vec![n as u8; n]).collect();
+            let (tar, blocks, samples) = write(&images);
+            let mut read = Vec::new();
+            for block in &blocks {
+                let bytes = tar.slice(block.offset as usize..(block.offset + block.length) as usize);
+                let found = read_block(&bytes).expect("a whole block");
+                prop_assert_eq!(found.len(), block.samples as usize);
+                read.extend(found);
+            }
+            prop_assert!(read.iter().eq(samples.iter().map(|(sample, _)| sample)));
+            for (sample, (offset, length)) in samples {
+                prop_assert_eq!(&tar[offset as usize..(offset + length) as usize], &sample.jpeg[..]);
+            }
+        }
+
+        #[test]
+        fn bytes_that_are_no_block_are_an_error_not_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..3000)) {
+            let _ = read_block(&Bytes::from(bytes));
+        }
+    }
+
+    #[test]
+    fn a_block_that_is_cut_anywhere_is_refused_or_has_fewer_whole_samples() {
+        let (tar, blocks, written) = write(&[vec![1; 700], vec![2; 10], vec![3; 513]]);
+        let samples: Vec<Sample> = written.into_iter().map(|(sample, _)| sample).collect();
+        let whole = blocks[0].length as usize;
+        for end in 1..whole {
+            if let Ok(found) = read_block(&tar.slice(..end)) {
+                assert!(found.len() < samples.len() && samples.starts_with(&found), "cut at {end}");
+            }
+        }
+        assert_eq!(read_block(&tar.slice(..whole)).expect("whole"), samples);
+    }
+
+    #[test]
+    fn moments_give_mean_and_deviation_on_the_scale_of_one() {
+        let mut moments = Moments::default();
+        moments.add(&Moments { pixels: 2, sum: [255, 0, 510], sum_of_squares: [255 * 255, 0, 2 * 255 * 255] });
+        let (mean, std) = moments.mean_and_std();
+        assert_eq!((mean, std), ([0.5, 0.0, 1.0], [0.5, 1e-3, 1e-3]));
+    }
+}

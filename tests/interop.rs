@@ -1,0 +1,216 @@
+//! Formats and numbers against independent implementations: Python's webdataset and Pillow, PyTorch, a real S3 server.
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use demo_origin::{origin, rot};
+use proto::{Manifest, RunSpec, shard};
+use safetensors::{Dtype, tensor::TensorView};
+use support::{Cluster, PATIENCE, root};
+
+/// A program of the environment that `make pytorch` makes.
+fn python(program: &str) -> Command {
+    let path = root().join("target/tools/pytorch/bin").join(program);
+    assert!(path.exists(), "{} is missing: make pytorch", path.display());
+    Command::new(path)
+}
+
+fn printed(command: &mut Command) -> String {
+    let output = command.output().expect("it can be started");
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("text")
+}
+
+/// A dataset of a few dozen pictures, made by one worker.
+fn dataset(cluster: &Cluster) -> Manifest {
+    let runtime = tokio::runtime::Runtime::new().expect("threads");
+    let origin = runtime.block_on(origin::Origin::start(9)).expect("loopback");
+    let good = (0..60).map(|n| rot::url(rot::Rot::Good, (n as usize % 3, n), n, &origin));
+    let list: String = good.enumerate().map(|(n, url)| format!("n{}\t{url}\n", n % 3)).collect();
+    let list = cluster.write("urls.txt", &list);
+    let args =
+        ["--size", "72", "--slice-urls", "20", "--validation", "0.2", "--test", "0.2", "--wait", "--timeout", "120s"];
+    cluster.gleaner(&[&["dataset", "create", "small", "--urls", &list], &args[..]].concat());
+    Manifest::from_json(cluster.gleaner(&["dataset", "manifest", "small"]).as_bytes()).expect("a manifest")
+}
+
+#[test]
+fn webdataset_reads_the_same_pixels_and_labels_as_we_do() {
+    let mut cluster = Cluster::start();
+    cluster.start_worker("worker");
+    let manifest = dataset(&cluster);
+    let tars: Vec<PathBuf> = manifest
+        .shards
+        .iter()
+        .flat_map(|shard| shard.tars.values())
+        .map(|tar| Path::new(&cluster.store).join(&tar.key))
+        .collect();
+    let mut ours = BTreeMap::new();
+    for (tar, blocks) in tars.iter().zip(manifest.shards.iter().flat_map(|shard| shard.tars.values())) {
+        let bytes = Bytes::from(std::fs::read(tar).expect("a tar"));
+        assert_eq!(shard::sha256_hex(&bytes), blocks.sha256);
+        for block in &blocks.blocks {
+            let range = block.offset as usize..(block.offset + block.length) as usize;
+            for sample in shard::read_block(&bytes.slice(range)).expect("a block") {
+                let image = turbojpeg::decompress(&sample.jpeg, turbojpeg::PixelFormat::RGB).expect("a JPEG");
+                let pixels = shard::sha256_hex(&image.pixels);
+                ours.insert(sample.key, format!("{} {pixels} {} {}", sample.label, image.width, image.height));
+            }
+        }
+    }
+    assert_eq!(ours.len(), 60);
+    let theirs = printed(python("python").arg(root().join("tests/python/read_shards.py")).args(&tars));
+    let theirs: BTreeMap<u64, String> = theirs
+        .lines()
+        .map(|line| line.split_once(' ').expect("a key and the rest"))
+        .map(|(key, rest)| (key.parse().expect("a key"), rest.to_owned()))
+        .collect();
+    assert_eq!(theirs, ours);
+}
+
+/// Eight images of noise with their labels, as safetensors.
+fn a_batch() -> Vec<u8> {
+    let mut state = 1_u32;
+    let mut noise = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        state as f32 / u32::MAX as f32 * 4.0 - 2.0
+    };
+    let images: Vec<u8> = (0..8 * 3 * 224 * 224).flat_map(|_| noise().to_le_bytes()).collect();
+    let labels: Vec<u8> = [0_i64, 1, 2, 3, 4, 0, 1, 2].iter().flat_map(|label| label.to_le_bytes()).collect();
+    let images = TensorView::new(Dtype::F32, vec![8, 3, 224, 224], &images).expect("as many bytes");
+    let labels = TensorView::new(Dtype::I64, vec![8], &labels).expect("as many bytes");
+    safetensors::serialize([("images", images), ("labels", labels)], None).expect("plain tensors")
+}
+
+#[test]
+fn one_step_of_each_network_is_pytorch_s() {
+    for (arch, precision, tolerance) in
+        [("alexnet", "f32", 2e-4), ("alexnet-bn", "f64", 1e-9), ("alexnet-slim", "f64", 1e-9), ("alexnet", "f64", 1e-9)]
+    {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let [batch, step] = ["batch", "step"].map(|name| dir.path().join(name).with_extension("safetensors"));
+        std::fs::write(&batch, a_batch()).expect("a folder to write to");
+        let spec = RunSpec::from_toml(&format!(
+            "dataset = \"d\"
+            model = {{ arch = \"{arch}\", width = 0.25, dropout = 0.0 }}
+            train = {{ batch = 8, learning_rate = 0.1, momentum = 0.9, weight_decay = 0.01, label_smoothing = 0.1 }}
+            ranks = {{ max = 1, lanes = 1, precision = \"{precision}\" }}"
+        ))
+        .expect("a sound spec");
+        trainer::reference_step(&spec, 5, &batch, &step).expect("a sound batch");
+        let script = root().join("tests/python/alexnet_step.py");
+        let numbers = ["0.1", "0.9", "0.01", "0.1"];
+        let differences = printed(python("python").arg(script).args([&batch, &step]).arg(arch).args(numbers));
+        for difference in differences.split_whitespace() {
+            let difference: f64 = difference.parse().expect("a number");
+            assert!(difference < tolerance, "{arch} {precision}: logits, loss, gradients, steps: {differences}");
+        }
+    }
+}
+
+/// SeaweedFS, which speaks S3 and checks signatures; ended when dropped.
+struct SeaweedFs {
+    child: Child,
+    _dir: tempfile::TempDir,
+    s3: u16,
+    filer: u16,
+}
+
+impl SeaweedFs {
+    fn start() -> Self {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let identities = r#"{"identities":[{"name":"t","credentials":[{"accessKey":"K","secretKey":"S"}],"actions":["Admin","Read","Write","List","Tagging"]}]}"#;
+        let config = dir.path().join("s3.json");
+        std::fs::write(&config, identities).expect("a folder to write to");
+        // Each port P also takes P + 10000.
+        let port = || loop {
+            let port =
+                std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port").port();
+            if port < 50_000 && std::net::TcpListener::bind(("127.0.0.1", port + 10_000)).is_ok() {
+                return port;
+            }
+        };
+        let [master, volume, filer, s3] = [port(), port(), port(), port()];
+        let child = python("weed")
+            .args([
+                "server",
+                "-ip=127.0.0.1",
+                "-ip.bind=127.0.0.1",
+                "-master.volumeSizeLimitMB=64",
+                "-volume.max=20",
+                "-s3",
+            ])
+            .arg(format!("-dir={}", dir.path().display()))
+            .arg(format!("-s3.config={}", config.display()))
+            .args([format!("-master.port={master}"), format!("-volume.port={volume}")])
+            .args([format!("-filer.port={filer}"), format!("-s3.port={s3}")])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("weed starts");
+        let server = Self { child, _dir: dir, s3, filer };
+        let begun = Instant::now();
+        while [s3, filer].iter().any(|&port| TcpStream::connect(("127.0.0.1", port)).is_err()) {
+            assert!(begun.elapsed() < PATIENCE, "SeaweedFS does not come up");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        server
+    }
+
+    /// A bucket is a folder of the filer.
+    fn make_bucket(&self, name: &str) {
+        let url = format!("http://127.0.0.1:{}/buckets/{name}/", self.filer);
+        let script = "import sys, urllib.request as u; u.urlopen(u.Request(sys.argv[1], method='POST'), timeout=30)";
+        printed(python("python").args(["-c", script, &url]));
+    }
+
+    fn env(&self) -> Vec<(String, String)> {
+        let endpoint = format!("http://127.0.0.1:{}", self.s3);
+        [
+            ("AWS_ENDPOINT", endpoint.as_str()),
+            ("AWS_ALLOW_HTTP", "true"),
+            ("AWS_ACCESS_KEY_ID", "K"),
+            ("AWS_SECRET_ACCESS_KEY", "S"),
+            ("AWS_REGION", "us-east-1"),
+        ]
+        .map(|(key, value)| (key.to_owned(), value.to_owned()))
+        .into()
+    }
+}
+
+impl Drop for SeaweedFs {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn the_whole_job_runs_on_a_real_s3_server() {
+    let s3 = SeaweedFs::start();
+    let mut cluster = Cluster::new(Some("s3://gleaner/cluster"), s3.env());
+    s3.make_bucket("gleaner");
+    cluster.start_coordinator();
+    cluster.start_worker("worker");
+    cluster.start_trainer("trainer", 2);
+    let manifest = dataset(&cluster);
+    assert_eq!(proto::Split::ALL.map(|split| manifest.samples(split)).iter().sum::<u64>(), 60);
+    cluster.gleaner(
+        &[
+            &["run", "submit", "--dataset", "small", "--name", "s3", "--wait", "--timeout", "120s"][..],
+            &["--set", "model.arch=\"alexnet-slim\"", "--set", "model.width=0.125", "--set", "input.crop=64"],
+            &["--set", "train.epochs=2", "--set", "train.batch=16", "--set", "ranks.max=2", "--set", "ranks.lanes=2"],
+        ]
+        .concat(),
+    );
+    let run = cluster.json(&["run", "describe", "s3"]);
+    assert_eq!(run["state"], "done", "{run}");
+}

@@ -1,0 +1,192 @@
+//! A cluster of real processes over a store in a temporary folder, and the demo's web origin.
+//!
+//! ```text
+//! test -> gleaner (command line) -> coordinator <- workers, agent -> ranks
+//!                                        \___________ store ___________/
+//!                                    workers -> origin (in the test's own process)
+//! ```
+
+#![allow(
+    dead_code,
+    unreachable_pub,
+    missing_docs,
+    clippy::print_stdout,
+    reason = "shared by several test binaries, each of which uses a part"
+)]
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// How long any one thing may take before the test fails.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Processes over one store; all are killed when it is dropped.
+pub struct Cluster {
+    pub dir: tempfile::TempDir,
+    pub address: String,
+    pub store: String,
+    env: Vec<(String, String)>,
+    processes: Vec<(String, Child)>,
+}
+
+impl Cluster {
+    /// A coordinator over a folder.
+    pub fn start() -> Self {
+        let mut cluster = Self::new(None, Vec::new());
+        cluster.start_coordinator();
+        cluster
+    }
+
+    /// Nothing is started yet. `store`: another one than a folder, with the environment that opens it.
+    pub fn new(store: Option<&str>, env: Vec<(String, String)>) -> Self {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let store = store.map_or_else(|| dir.path().join("store").display().to_string(), str::to_owned);
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let address = listener.local_addr().expect("bound").to_string();
+        Self { dir, address, store, env, processes: Vec::new() }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub fn write(&self, name: &str, text: &str) -> String {
+        let path = self.path(name);
+        std::fs::write(&path, text).expect("the temporary folder is writable");
+        path.display().to_string()
+    }
+
+    /// Short leases, so that a killed worker's shard is soon free.
+    pub fn start_coordinator(&mut self) {
+        let address = self.address.clone();
+        self.spawn("coordinator", &["coordinator", "--listen", &address, "--lease-seconds", "3"]);
+        self.eventually("the coordinator answers", |cluster| cluster.try_gleaner(&["status"]).status.success());
+    }
+
+    pub fn start_worker(&mut self, name: &str) {
+        self.spawn(name, &["worker", "--allow-net", "127.0.0.0/8"]);
+    }
+
+    pub fn start_trainer(&mut self, name: &str, devices: usize) {
+        self.spawn(
+            name,
+            &["trainer", "--advertise-address", "127.0.0.1", "--devices", &vec!["cpu"; devices].join(",")],
+        );
+    }
+
+    fn spawn(&mut self, name: &str, args: &[&str]) {
+        let log = std::fs::File::create(self.path(&format!("{name}.log"))).expect("a log file");
+        let child = self
+            .command(args)
+            .args(["--exit-with-stdin"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .expect("the binary under test");
+        self.processes.push((name.to_owned(), child));
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_gleaner"));
+        command
+            .args(args)
+            .env("GLEANER_STORE", &self.store)
+            .env("GLEANER_COORDINATOR", format!("http://{}", self.address))
+            .envs(self.env.iter().cloned())
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// `kill -9`.
+    pub fn kill(&mut self, name: &str) {
+        let place = self.processes.iter().position(|(of, _)| of == name).expect("it was started");
+        let (_, mut child) = self.processes.remove(place);
+        child.kill().expect("it was running");
+        child.wait().expect("it was our child");
+    }
+
+    pub fn is_running(&mut self, name: &str) -> bool {
+        let (_, child) = self.processes.iter_mut().find(|(of, _)| of == name).expect("it was started");
+        child.try_wait().expect("our child").is_none()
+    }
+
+    /// What a role has logged so far.
+    pub fn log(&self, name: &str) -> String {
+        std::fs::read_to_string(self.path(&format!("{name}.log"))).unwrap_or_default()
+    }
+
+    /// Runs the command line, whatever comes out.
+    pub fn try_gleaner(&self, args: &[&str]) -> Output {
+        self.command(args).output().expect("the binary under test")
+    }
+
+    /// Runs the command line, which must succeed; what it printed.
+    pub fn gleaner(&self, args: &[&str]) -> String {
+        let output = self.try_gleaner(args);
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        assert!(
+            output.status.success(),
+            "gleaner {args:?}: {}\n{}{}",
+            output.status,
+            text(&output.stdout),
+            text(&output.stderr)
+        );
+        text(&output.stdout)
+    }
+
+    pub fn json(&self, args: &[&str]) -> Value {
+        let text = self.gleaner(&[args, &["-o", "json"]].concat());
+        serde_json::from_str(&text).unwrap_or_else(|e| panic!("gleaner {args:?}: {e}: {text}"))
+    }
+
+    /// Waits until `done`, checking a few times a second.
+    pub fn eventually(&self, what: &str, mut done: impl FnMut(&Self) -> bool) {
+        let begun = Instant::now();
+        while !done(self) {
+            assert!(begun.elapsed() < PATIENCE, "not within {PATIENCE:?}: {what}");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// Process ids of this cluster's rank processes.
+    pub fn ranks(&self) -> Vec<u32> {
+        let store = self.store.as_bytes();
+        let is_rank = |pid: &u32| {
+            let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let args: Vec<&[u8]> = line.split(|&b| b == 0).collect();
+            args.get(1) == Some(&b"rank".as_slice()) && args.contains(&store)
+        };
+        let pids = std::fs::read_dir("/proc").expect("/proc").flatten();
+        pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter(is_rank).collect()
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            for (name, _) in &self.processes {
+                println!("--- {name}.log\n{}", self.log(name));
+            }
+        }
+        for (_, child) in &mut self.processes {
+            // It may have ended by itself, and then there is nothing left to do.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// `kill -9` of any process.
+pub fn kill(pid: u32) {
+    let status = Command::new("kill").args(["-9", &pid.to_string()]).status().expect("kill(1)");
+    assert!(status.success(), "kill -9 {pid}");
+}
+
+/// The repository's folder.
+pub fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("deploy/ lies in the repository")
+}

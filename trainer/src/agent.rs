@@ -1,0 +1,388 @@
+//! The agent: offers this machine's devices, and runs a rank process on each that is assigned. It decides nothing: it passes on what the
+//! coordinator says to ranks and what ranks say to the coordinator, says who is silent and who is gone, serves the stores of generations,
+//! and keeps logs.
+
+use std::collections::{HashMap, VecDeque};
+use std::ffi::OsString;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use object_store::ObjectStore;
+use proto::metric::MetricKind;
+use proto::pb::{self, agent_message, coordinator_message, left::Why, rank_message};
+use tokio::sync::mpsc;
+use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::ipc::Setup;
+use crate::link::{self, Link};
+use crate::logs::Logs;
+use crate::process::{Heard, Process, What};
+use crate::{Config, c10d, devices};
+
+const HEARTBEAT: Duration = Duration::from_secs(1);
+/// Log lines are in the store after so long.
+const FLUSH: Duration = Duration::from_secs(2);
+/// When told to end, ranks have so long to finish their step and to leave.
+const GRACE: Duration = Duration::from_secs(10);
+/// Messages that wait for a coordinator.
+const MOST_WAITING: usize = 1024;
+
+struct Agent {
+    name: String,
+    address: String,
+    cache_bytes: u64,
+    rank_command: Vec<OsString>,
+    slots: Vec<Slot>,
+    heard: mpsc::Sender<Heard>,
+    processes: u64,
+    /// The stores of generations, by run.
+    stores: HashMap<String, (u64, c10d::Store)>,
+    serving: mpsc::Sender<(pb::Serve, c10d::Result<c10d::Store>)>,
+    logs: Logs,
+    term: u64,
+    to_coordinator: Option<mpsc::Sender<pb::AgentMessage>>,
+    waiting: VecDeque<pb::RankMessage>,
+}
+
+/// A device, and the rank on it.
+struct Slot {
+    device: String,
+    seat: Option<Seat>,
+}
+
+struct Seat {
+    id: u64,
+    process: Process,
+    run: String,
+    generation: u64,
+    rank: u32,
+    joined: bool,
+    step: u64,
+    heard: Instant,
+}
+
+/// Runs the agent until `shutdown`.
+pub(crate) async fn run(
+    config: Config,
+    store: Arc<dyn ObjectStore>,
+    rank_command: Vec<OsString>,
+    shutdown: CancellationToken,
+) -> Result<()> {
+    let endpoint = link::endpoint(&config.coordinator)?;
+    let devices = match &config.devices {
+        Some(text) => devices::chosen(text)?,
+        None => devices::devices(),
+    };
+    let address = match config.advertise_address {
+        Some(address) => address,
+        None => link::own_address(&endpoint)?,
+    };
+    let (heard, mut from_ranks) = mpsc::channel(1024);
+    let (serving, mut served) = mpsc::channel(16);
+    let (links, mut from_link) = mpsc::channel(64);
+    let mut agent = Agent {
+        name: uuid::Uuid::new_v4().simple().to_string(),
+        address,
+        cache_bytes: config.cache_bytes,
+        rank_command,
+        slots: devices.into_iter().map(|device| Slot { device, seat: None }).collect(),
+        heard,
+        processes: 0,
+        stores: HashMap::new(),
+        serving,
+        logs: Logs::new(store),
+        term: 0,
+        to_coordinator: None,
+        waiting: VecDeque::new(),
+    };
+    info!(agent = agent.name, address = agent.address, devices = agent.slots.len(), "agent started");
+    let link = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(link::keep(endpoint, links)));
+    let (mut heartbeat, mut flush) = (interval(HEARTBEAT), interval(FLUSH));
+    heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    flush.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut end: Option<Instant> = None;
+    loop {
+        tokio::select! {
+            Some(link) = from_link.recv() => agent.link(link),
+            Some(heard) = from_ranks.recv() => agent.heard(heard),
+            Some((serve, store)) = served.recv() => agent.served(serve, store),
+            _ = heartbeat.tick() => agent.heartbeat(),
+            _ = flush.tick() => agent.logs.flush(),
+            () = shutdown.cancelled(), if end.is_none() => {
+                end = Some(Instant::now());
+                agent.leave_all();
+            }
+        }
+        if end.is_some_and(|end| end.elapsed() > GRACE || !agent.busy()) {
+            break;
+        }
+    }
+    // What was said last has a moment to reach the coordinator.
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    drop(link);
+    agent.slots.clear();
+    if timeout(GRACE, agent.logs.finish()).await.is_err() {
+        warn!("logs not written in time");
+    }
+    info!("agent ended");
+    Ok(())
+}
+
+impl Agent {
+    fn link(&mut self, link: Link) {
+        match link {
+            Link::Opened(to) => {
+                self.to_coordinator = Some(to);
+                let hello = self.hello();
+                self.say(agent_message::Message::Hello(hello));
+                self.send_waiting();
+            }
+            Link::Closed => self.to_coordinator = None,
+            Link::Said(message) => self.obey(*message),
+        }
+    }
+
+    fn hello(&self) -> pb::Hello {
+        let occupied = self.slots.iter().zip(0..).filter_map(|(slot, device)| {
+            let Seat { run, generation, rank, joined, step, .. } = slot.seat.as_ref()?;
+            let (run, generation, rank, joined, step) = (run.clone(), *generation, *rank, *joined, *step);
+            Some(pb::Occupied { device, run, generation, rank, joined, step })
+        });
+        pb::Hello {
+            term_seen: self.term,
+            agent: self.name.clone(),
+            advertise_address: self.address.clone(),
+            devices: self.slots.iter().map(|slot| slot.device.clone()).collect(),
+            occupied: occupied.collect(),
+        }
+    }
+
+    fn obey(&mut self, message: coordinator_message::Message) {
+        use coordinator_message::Message;
+        match message {
+            Message::Welcome(welcome) if welcome.term < self.term => {
+                warn!(term = welcome.term, newest = self.term, "an outdated coordinator answered");
+                self.to_coordinator = None;
+            }
+            Message::Welcome(welcome) => {
+                self.term = welcome.term;
+                info!(term = welcome.term, "connected to the coordinator");
+            }
+            // A stream that was refused may still carry words.
+            _ if self.to_coordinator.is_none() => {}
+            Message::Serve(serve) => self.serve(serve),
+            Message::Join(join) => self.join(join),
+            Message::Leave(leave) => self.leave(&leave),
+            Message::Kill(kill) => self.kill(kill.device as usize),
+        }
+    }
+
+    /// Opens the store of a generation, beside everything else: looking up the own name may take a while.
+    fn serve(&mut self, serve: pb::Serve) {
+        let (address, done) = (self.address.clone(), self.serving.clone());
+        tokio::task::spawn_blocking(move || {
+            let store = c10d::Store::serve(&address);
+            let _ = done.blocking_send((serve, store));
+        });
+    }
+
+    fn served(&mut self, serve: pb::Serve, store: c10d::Result<c10d::Store>) {
+        let pb::Serve { run, generation } = serve;
+        let (port, error) = match store {
+            Ok(store) => {
+                let port = store.port();
+                self.keep_store(run.clone(), generation, store);
+                (u32::from(port), String::new())
+            }
+            Err(error) => (0, error.to_string()),
+        };
+        self.say(agent_message::Message::Serving(pb::Serving { run, generation, port, error }));
+    }
+
+    fn keep_store(&mut self, run: String, generation: u64, store: c10d::Store) {
+        if self.stores.get(&run).is_none_or(|(newest, _)| *newest < generation) {
+            drop_store(self.stores.insert(run, (generation, store)));
+        }
+    }
+
+    fn join(&mut self, join: pb::Join) {
+        let device = join.device as usize;
+        let Some(slot) = self.slots.get_mut(device) else {
+            warn!(device, "asked to join on a device that is not here");
+            return;
+        };
+        // A rank of another run holds nothing that this one could use.
+        if slot.seat.as_ref().is_some_and(|seat| seat.run != join.run) {
+            slot.seat = None;
+        }
+        let (run, generation, rank) = (join.run.clone(), join.generation, join.rank);
+        if let Some(seat) = &mut slot.seat {
+            (seat.generation, seat.rank, seat.joined) = (generation, rank, true);
+            seat.process.order(coordinator_message::Message::Join(join));
+            return;
+        }
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let setup = Setup {
+            device: slot.device.clone(),
+            advertise_address: self.address.clone(),
+            threads: (cores / self.slots.len()).max(1) as u32,
+            cache_bytes: self.cache_bytes / self.slots.len() as u64,
+        };
+        self.processes += 1;
+        let id = self.processes;
+        match Process::start(&self.rank_command, &setup, (device, id), &self.heard) {
+            Ok(process) => {
+                info!(run, generation, rank, device, "rank started");
+                process.order(coordinator_message::Message::Join(join));
+                let heard = Instant::now();
+                self.slots[device].seat =
+                    Some(Seat { id, process, run, generation, rank, joined: true, step: 0, heard });
+            }
+            Err(error) => {
+                let detail = format!("{error:#}");
+                warn!(run, generation, rank, error = detail, "rank not started");
+                let left = pb::Left { why: Why::Error.into(), step: 0, detail };
+                let message = Some(rank_message::Message::Left(left));
+                self.report(pb::RankMessage { run, generation, rank, device: device as u32, message });
+            }
+        }
+    }
+
+    fn leave(&mut self, leave: &pb::Leave) {
+        if leave.abort && self.stores.get(&leave.run).is_some_and(|(generation, _)| *generation == leave.generation) {
+            // Ranks that still wait for each other at the store find out at once.
+            drop_store(self.stores.remove(&leave.run));
+        }
+        for seat in self.slots.iter().filter_map(|slot| slot.seat.as_ref()) {
+            if (seat.run.as_str(), seat.generation) == (leave.run.as_str(), leave.generation) {
+                seat.process.order(coordinator_message::Message::Leave(leave.clone()));
+            }
+        }
+    }
+
+    /// Asks every rank here to leave after its step, with a checkpoint.
+    fn leave_all(&mut self) {
+        for seat in self.slots.iter().filter_map(|slot| slot.seat.as_ref()).filter(|seat| seat.joined) {
+            let (run, generation) = (seat.run.clone(), seat.generation);
+            let leave = pb::Leave { run, generation, checkpoint: true, abort: false };
+            seat.process.order(coordinator_message::Message::Leave(leave));
+        }
+    }
+
+    fn busy(&self) -> bool {
+        self.slots.iter().filter_map(|slot| slot.seat.as_ref()).any(|seat| seat.joined)
+    }
+
+    fn kill(&mut self, device: usize) {
+        let Some(Seat { id, run, generation, rank, .. }) = self.slots.get_mut(device).and_then(|slot| slot.seat.take())
+        else {
+            return;
+        };
+        info!(run, generation, rank, device, process = id, "rank ended");
+        let left = pb::Left { why: Why::Exited.into(), step: 0, detail: "killed as the coordinator asked".to_owned() };
+        let message = Some(rank_message::Message::Left(left));
+        self.gone(&run);
+        self.report(pb::RankMessage { run, generation, rank, device: device as u32, message });
+    }
+
+    /// After the last rank of a run here, nothing of the run is kept.
+    fn gone(&mut self, run: &str) {
+        if !self.slots.iter().filter_map(|slot| slot.seat.as_ref()).any(|seat| seat.run == run) {
+            drop_store(self.stores.remove(run));
+            self.logs.close(run);
+        }
+    }
+
+    fn heard(&mut self, Heard { device, process, what }: Heard) {
+        let Some(seat) = self.slots[device].seat.as_mut().filter(|seat| seat.id == process) else { return };
+        let (run, generation, rank) = (seat.run.clone(), seat.generation, seat.rank);
+        let device = device as u32;
+        match what {
+            What::Message(message) => {
+                seat.heard = Instant::now();
+                let sign_of_life = message.run.is_empty();
+                match &message.message {
+                    Some(rank_message::Message::Joined(joined)) => seat.step = joined.step,
+                    Some(rank_message::Message::Stepped(stepped)) => seat.step = stepped.step,
+                    Some(rank_message::Message::Left(left)) if message.generation == seat.generation => {
+                        (seat.joined, seat.step) = (false, left.step);
+                    }
+                    _ => {}
+                }
+                if !sign_of_life {
+                    self.report(pb::RankMessage { device, ..message });
+                }
+            }
+            What::Line(line) => {
+                self.logs.line(&run, generation, rank, &line);
+                // It is in the store anyhow, so it need not wait for a coordinator.
+                if self.to_coordinator.is_some() {
+                    let message = Some(rank_message::Message::Log(pb::LogLine { generation, rank, line }));
+                    self.report(pb::RankMessage { run, generation, rank, device, message });
+                }
+            }
+            What::Exited(status) => {
+                warn!(run, generation, rank, status, "rank process is gone");
+                let left = pb::Left { why: Why::Exited.into(), step: seat.step, detail: status };
+                self.slots[device as usize].seat = None;
+                self.gone(&run);
+                let message = Some(rank_message::Message::Left(left));
+                self.report(pb::RankMessage { run, generation, rank, device, message });
+            }
+        }
+    }
+
+    fn heartbeat(&mut self) {
+        let silent = |slot: &Slot| slot.seat.as_ref().map_or(0, |seat| seat.heard.elapsed().as_millis() as u64);
+        let silent_millis = self.slots.iter().map(silent).collect();
+        self.say(agent_message::Message::Heartbeat(pb::Heartbeat { silent_millis }));
+        self.send_waiting();
+    }
+
+    /// Says something that is of no use later.
+    fn say(&self, message: agent_message::Message) -> bool {
+        let message = pb::AgentMessage { message: Some(message) };
+        self.to_coordinator.as_ref().is_some_and(|to| to.try_send(message).is_ok())
+    }
+
+    /// Tells the coordinator, as soon as there is one.
+    fn report(&mut self, mut message: pb::RankMessage) {
+        if let Some(rank_message::Message::Stepped(newest)) = &mut message.message {
+            // While messages wait, of a device's steps only the newest counts; the curve's points are in the store as well.
+            self.waiting.retain_mut(|other| match &mut other.message {
+                Some(rank_message::Message::Stepped(older)) if other.device == message.device => {
+                    older.metrics.retain(|point| point.kind != MetricKind::Step.name());
+                    newest.metrics.splice(0..0, older.metrics.drain(..));
+                    false
+                }
+                _ => true,
+            });
+        }
+        if self.waiting.len() < MOST_WAITING {
+            self.waiting.push_back(message);
+        }
+        self.send_waiting();
+    }
+
+    fn send_waiting(&mut self) {
+        while let Some(message) = self.waiting.front() {
+            if !self.say(agent_message::Message::Rank(message.clone())) {
+                return;
+            }
+            self.waiting.pop_front();
+        }
+    }
+}
+
+/// Dropping a server joins its thread, for which the loop need not wait.
+fn drop_store(store: Option<(u64, c10d::Store)>) {
+    if let Some(store) = store {
+        tokio::task::spawn_blocking(move || drop(store));
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,153 @@
+//! The agent against a coordinator that does as the test says, with shells in the place of ranks.
+
+use std::pin::Pin;
+
+use futures::{Stream, TryStreamExt};
+use object_store::ObjectStoreExt;
+use object_store::memory::InMemory;
+use proto::pb::trainer_service_server::{TrainerService, TrainerServiceServer};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::*;
+
+type ToAgent = mpsc::Sender<Result<pb::CoordinatorMessage, Status>>;
+
+/// Hands each new stream to the test.
+struct Puppet(mpsc::Sender<(Streaming<pb::AgentMessage>, ToAgent)>);
+
+#[tonic::async_trait]
+impl TrainerService for Puppet {
+    type ConnectStream = Pin<Box<dyn Stream<Item = Result<pb::CoordinatorMessage, Status>> + Send>>;
+
+    async fn connect(
+        &self,
+        request: Request<Streaming<pb::AgentMessage>>,
+    ) -> Result<Response<Self::ConnectStream>, Status> {
+        let (to_agent, messages) = mpsc::channel(16);
+        self.0.send((request.into_inner(), to_agent)).await.map_err(|_| Status::unavailable("the test is over"))?;
+        Ok(Response::new(Box::pin(ReceiverStream::new(messages))))
+    }
+}
+
+struct Stage {
+    streams: mpsc::Receiver<(Streaming<pb::AgentMessage>, ToAgent)>,
+    store: Arc<dyn ObjectStore>,
+    shutdown: CancellationToken,
+    agent: tokio::task::JoinHandle<Result<()>>,
+}
+
+impl Stage {
+    /// An agent with two devices whose ranks run `script`.
+    async fn with(script: &str) -> Self {
+        // Free again at once, for the server; the agent tries until it is there.
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = listener.local_addr().expect("it is bound");
+        drop(listener);
+        let coordinator = format!("http://{address}");
+        let (send, streams) = mpsc::channel(4);
+        let service = TrainerServiceServer::new(Puppet(send));
+        tokio::spawn(tonic::transport::Server::builder().serve(address, service));
+        let store: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
+        let config =
+            Config { coordinator, advertise_address: None, devices: Some("cpu:2".to_owned()), cache_bytes: 1 << 20 };
+        let shutdown = CancellationToken::new();
+        let command = ["sh", "-c", script].map(OsString::from).to_vec();
+        let agent = tokio::spawn(run(config, store.clone(), command, shutdown.clone()));
+        Self { streams, store, shutdown, agent }
+    }
+
+    async fn next_stream(&mut self) -> (Streaming<pb::AgentMessage>, ToAgent) {
+        timeout(GRACE, self.streams.recv()).await.expect("in time").expect("the server lives")
+    }
+}
+
+async fn tell(to: &ToAgent, message: coordinator_message::Message) {
+    to.send(Ok(pb::CoordinatorMessage { message: Some(message) })).await.expect("the stream is open");
+}
+
+/// The next message that `of` knows.
+async fn hear<T>(from: &mut Streaming<pb::AgentMessage>, of: impl Fn(agent_message::Message) -> Option<T>) -> T {
+    let heard = async {
+        loop {
+            let message = from.message().await.expect("the stream is open").expect("it goes on");
+            if let Some(found) = message.message.and_then(&of) {
+                return found;
+            }
+        }
+    };
+    timeout(GRACE, heard).await.expect("in time")
+}
+
+fn join(device: u32) -> coordinator_message::Message {
+    let join = pb::Join { run: "r".into(), generation: 4, device, rank: device, world_size: 2, ..Default::default() };
+    coordinator_message::Message::Join(join)
+}
+
+fn hello(message: agent_message::Message) -> Option<pb::Hello> {
+    if let agent_message::Message::Hello(hello) = message { Some(hello) } else { None }
+}
+
+fn left(message: agent_message::Message) -> Option<(u32, pb::Left)> {
+    match message {
+        agent_message::Message::Rank(pb::RankMessage {
+            device,
+            message: Some(rank_message::Message::Left(left)),
+            ..
+        }) => Some((device, left)),
+        _ => None,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rank_that_dies_is_reported_with_its_status_and_its_words_are_in_the_store() {
+    let mut stage = Stage::with("echo out of luck >&2; exit 3").await;
+    let (mut said, to) = stage.next_stream().await;
+    let hello = hear(&mut said, hello).await;
+    assert_eq!(
+        (hello.advertise_address.as_str(), hello.devices),
+        ("127.0.0.1", vec!["cpu".to_owned(), "cpu".to_owned()])
+    );
+    tell(&to, coordinator_message::Message::Welcome(pb::Welcome { term: 6 })).await;
+    tell(&to, coordinator_message::Message::Serve(pb::Serve { run: "r".into(), generation: 4 })).await;
+    let serving = |message| if let agent_message::Message::Serving(serving) = message { Some(serving) } else { None };
+    let serving = hear(&mut said, serving).await;
+    assert_eq!((serving.generation, serving.error.as_str()), (4, ""));
+    let port = u16::try_from(serving.port).expect("a port");
+    tokio::task::spawn_blocking(move || c10d::Store::connect("127.0.0.1", port, GRACE))
+        .await
+        .expect("no panic")
+        .expect("it serves");
+    tell(&to, join(1)).await;
+    let (device, left) = hear(&mut said, left).await;
+    assert_eq!((device, left.why()), (1, Why::Exited));
+    assert!(left.detail.contains('3'), "{}", left.detail);
+    stage.shutdown.cancel();
+    stage.agent.await.expect("no panic").expect("an orderly end");
+    let files: Vec<_> = stage.store.list(None).try_collect().await.expect("memory lists");
+    assert_eq!(files.len(), 1);
+    let log = stage.store.get(&files[0].location).await.expect("it was listed").bytes().await.expect("it is there");
+    assert_eq!((files[0].location.as_ref(), &log[..]), ("runs/r/logs/000004-0001-000001.log", &b"out of luck\n"[..]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ranks_outlive_the_coordinator_and_are_offered_to_the_next_one() {
+    let mut stage = Stage::with("cat > /dev/null").await;
+    let (mut said, to) = stage.next_stream().await;
+    assert!(hear(&mut said, hello).await.occupied.is_empty());
+    tell(&to, coordinator_message::Message::Welcome(pb::Welcome { term: 6 })).await;
+    tell(&to, join(0)).await;
+    let beat = |message| if let agent_message::Message::Heartbeat(beat) = message { Some(beat) } else { None };
+    while hear(&mut said, beat).await.silent_millis[0] == 0 {}
+    drop((said, to));
+
+    let (mut said, to) = stage.next_stream().await;
+    let hello = hear(&mut said, hello).await;
+    assert_eq!(hello.term_seen, 6);
+    let occupied = pb::Occupied { device: 0, run: "r".into(), generation: 4, rank: 0, joined: true, step: 0 };
+    assert_eq!(hello.occupied, [occupied]);
+    tell(&to, coordinator_message::Message::Kill(pb::Kill { device: 0 })).await;
+    assert_eq!(hear(&mut said, left).await.0, 0);
+    stage.shutdown.cancel();
+    stage.agent.await.expect("no panic").expect("an orderly end");
+}

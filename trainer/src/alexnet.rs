@@ -1,0 +1,376 @@
+//! The networks: AlexNet in torchvision's layout (Krizhevsky, "One weird trick for parallelizing convolutional neural networks", 2014),
+//! plain, with batch normalisation, or slim.
+//!
+//! | | parameters at width 1, crop 224, 1000 classes |
+//! | --- | --- |
+//! | `alexnet` | 61,100,840 (torchvision's) |
+//! | `alexnet-bn` | 61,110,184 |
+//! | `alexnet-slim` | 2,727,848 |
+//!
+//! Batch normalisation here is per virtual rank ("ghost" batch norm, Hoffer et al., 2017): the share of each lane in a batch is normalised
+//! alone. So the numbers are the same on any number of ranks, and nothing need be sent in forward or backward. With it a layer has no bias of
+//! its own, since the norm would take it out again.
+
+use proto::run_spec::{Arch, Model};
+use tch::{Device, Kind, Tensor};
+
+use crate::random;
+
+/// Weight of one step's statistics in the running ones, and the floor of a variance (PyTorch's defaults).
+const NORM_MOMENTUM: f64 = 0.1;
+const NORM_EPS: f64 = 1e-5;
+
+/// Crops under this have a first convolution of stride 2 instead of 4: the maps behind it would be too small to tell shapes apart.
+const SMALL_CROP: i64 = 96;
+
+/// Names and tensors that share memory with their owner, in an order that is the same on every rank.
+pub(crate) type Named = Vec<(String, Tensor)>;
+
+/// A network with its weights.
+///
+/// Tensors are named as in torchvision (`features.0.weight`, `classifier.1.bias`), a layer's norm as `features.0.norm.weight`.
+#[derive(Debug)]
+pub(crate) struct AlexNet {
+    features: Vec<Layer>,
+    hidden: Vec<Layer>,
+    output: Layer,
+    stride: i64,
+    /// Side of the map that the features are averaged to.
+    grid: i64,
+    dropout: f64,
+}
+
+/// What one rank's forward pass in training gives.
+#[derive(Debug)]
+pub(crate) struct Forward {
+    /// [samples, classes].
+    pub logits: Tensor,
+    /// Per norm its channels' means, then their unbiased variances, each summed over the lanes of this rank, as f64; empty without norms.
+    pub statistics: Tensor,
+}
+
+#[derive(Debug)]
+struct Layer {
+    name: String,
+    weight: Tensor,
+    bias: Option<Tensor>,
+    norm: Option<Norm>,
+}
+
+#[derive(Debug)]
+struct Norm {
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+}
+
+impl AlexNet {
+    /// A network for images of `crop` x `crop` pixels, with fresh weights: uniform within 1 / sqrt(fan in), as PyTorch's layers have by
+    /// default (Kaiming's with a = sqrt 5), the same for a seed on every machine and for every `kind`.
+    pub(crate) fn new(model: &Model, classes: i64, crop: i64, seed: u64, kind: Kind, device: Device) -> Self {
+        // Multiples of 8 fill the vector registers of convolution kernels.
+        let wide = |channels: i64| (((channels as f64 * model.width / 8.0).round() as i64) * 8).max(8);
+        let normed = model.arch != Arch::Alexnet;
+        let slim = model.arch == Arch::AlexnetSlim;
+        let stride = if crop < SMALL_CROP { 2 } else { 4 };
+        let pooled = |side: i64| (side - 3) / 2 + 1;
+        let side = pooled(pooled(pooled((crop + 4 - 11) / stride + 1)));
+        let grid = if slim { 1 } else { side.min(6) };
+
+        let mut stream = 0;
+        let mut layer = |name: String, shape: &[i64], norm: bool| {
+            stream += 1;
+            Layer::new(name, shape, norm, random::key(&[seed, stream]), kind, device)
+        };
+        let mut features = Vec::new();
+        let mut inputs = 3;
+        for (index, channels, size) in [(0, 64, 11), (3, 192, 5), (6, 384, 3), (8, 256, 3), (10, 256, 3)] {
+            features.push(layer(format!("features.{index}"), &[wide(channels), inputs, size, size], normed));
+            inputs = wide(channels);
+        }
+        inputs *= grid * grid;
+        let mut hidden = Vec::new();
+        for index in if slim { &[][..] } else { &[1, 4] } {
+            hidden.push(layer(format!("classifier.{index}"), &[wide(4096), inputs], normed));
+            inputs = wide(4096);
+        }
+        let output = layer("classifier.6".to_owned(), &[classes, inputs], false);
+        Self { features, hidden, output, stride, grid, dropout: model.dropout }
+    }
+
+    /// The forward pass in training on this rank's part of a batch: `images` [samples, 3, crop, crop], normalised, lane after lane;
+    /// `shares`: how many samples each lane has, two at least; `keys`: one random key per sample and step, of which dropout is made.
+    pub(crate) fn train(&self, images: &Tensor, shares: &[i64], keys: &[u64]) -> Forward {
+        let mut statistics = Vec::new();
+        let mut norm = |norm: &Norm, x: &Tensor| norm.train(x, shares, &mut statistics);
+        let dropout = |layer: u64, x: Tensor| self.drop_units(x, layer, keys);
+        let logits = self.forward(images, &mut norm, &dropout);
+        let statistics = match statistics.is_empty() {
+            true => Tensor::zeros([0], (Kind::Double, images.device())),
+            false => Tensor::cat(&statistics, 0),
+        };
+        Forward { logits, statistics }
+    }
+
+    /// The logits [samples, classes] of normalised images [samples, 3, crop, crop], by the running statistics.
+    pub(crate) fn evaluate(&self, images: &Tensor) -> Tensor {
+        tch::no_grad(|| self.forward(images, &mut |norm, x| norm.evaluate(x), &|_, x| x))
+    }
+
+    /// Moves the running statistics towards those of a step: [`Forward::statistics`] summed over ranks and divided by the number of lanes.
+    pub(crate) fn update_running(&self, statistics: &Tensor) {
+        let buffers = self.buffers();
+        let sizes: Vec<i64> =
+            buffers.iter().map(|(_, buffer)| buffer.size1().expect("one value per channel")).collect();
+        tch::no_grad(|| {
+            for ((_, buffer), new) in buffers.iter().zip(statistics.split_with_sizes(&sizes, 0)) {
+                let _ =
+                    buffer.shallow_clone().lerp_(&new.to_device(buffer.device()).to_kind(buffer.kind()), NORM_MOMENTUM);
+            }
+        });
+    }
+
+    /// All that is learned by gradients, from input to output.
+    pub(crate) fn parameters(&self) -> Named {
+        let mut named = Vec::new();
+        for layer in self.layers() {
+            named.push((format!("{}.weight", layer.name), layer.weight.shallow_clone()));
+            if let Some(bias) = &layer.bias {
+                named.push((format!("{}.bias", layer.name), bias.shallow_clone()));
+            }
+            if let Some(norm) = &layer.norm {
+                named.push((format!("{}.norm.weight", layer.name), norm.weight.shallow_clone()));
+                named.push((format!("{}.norm.bias", layer.name), norm.bias.shallow_clone()));
+            }
+        }
+        named
+    }
+
+    /// The running statistics of the norms, in the order of [`Forward::statistics`].
+    pub(crate) fn buffers(&self) -> Named {
+        let mut named = Vec::new();
+        for layer in self.layers() {
+            if let Some(norm) = &layer.norm {
+                named.push((format!("{}.norm.running_mean", layer.name), norm.mean.shallow_clone()));
+                named.push((format!("{}.norm.running_var", layer.name), norm.variance.shallow_clone()));
+            }
+        }
+        named
+    }
+
+    fn layers(&self) -> impl Iterator<Item = &Layer> {
+        self.features.iter().chain(&self.hidden).chain([&self.output])
+    }
+
+    fn forward(
+        &self,
+        images: &Tensor,
+        normalise: &mut dyn FnMut(&Norm, &Tensor) -> Tensor,
+        dropout: &dyn Fn(u64, Tensor) -> Tensor,
+    ) -> Tensor {
+        let mut activate = |layer: &Layer, x: Tensor| match &layer.norm {
+            Some(norm) => normalise(norm, &x).relu_(),
+            None => x.shallow_clone().relu_(),
+        };
+        let mut x = images.shallow_clone();
+        for (index, layer) in self.features.iter().enumerate() {
+            let (stride, padding) = [(self.stride, 2), (1, 2), (1, 1), (1, 1), (1, 1)][index];
+            x = x.conv2d(&layer.weight, layer.bias.as_ref(), [stride, stride], [padding, padding], [1, 1], 1);
+            x = activate(layer, x);
+            if matches!(index, 0 | 1 | 4) {
+                x = x.max_pool2d([3, 3], [2, 2], [0, 0], [1, 1], false);
+            }
+        }
+        x = x.adaptive_avg_pool2d([self.grid, self.grid]).flatten(1, -1);
+        for (index, layer) in self.hidden.iter().enumerate() {
+            x = dropout(index as u64, x).linear(&layer.weight, layer.bias.as_ref());
+            x = activate(layer, x);
+        }
+        if self.hidden.is_empty() {
+            x = dropout(0, x);
+        }
+        x.linear(&self.output.weight, self.output.bias.as_ref())
+    }
+
+    /// Drops units and scales up the rest, by 16 random bits per unit.
+    fn drop_units(&self, x: Tensor, layer: u64, keys: &[u64]) -> Tensor {
+        let threshold = (self.dropout * 65536.0).round() as u64;
+        if threshold == 0 {
+            return x;
+        }
+        let units = x.size()[1] as usize;
+        let scale = (65536.0 / (65536 - threshold) as f64) as f32;
+        let mut mask = vec![0.0_f32; keys.len() * units];
+        for (key, row) in keys.iter().zip(mask.chunks_mut(units)) {
+            let key = random::key(&[*key, layer]);
+            for (index, four) in row.chunks_mut(4).enumerate() {
+                let bits = random::bits(key, index as u64);
+                for (part, unit) in four.iter_mut().enumerate() {
+                    *unit = if (bits >> (16 * part)) & 0xffff < threshold { 0.0 } else { scale };
+                }
+            }
+        }
+        let mask = Tensor::from_slice(&mask).view([keys.len() as i64, units as i64]);
+        let mask = mask.to_device(x.device()).to_kind(x.kind());
+        x * mask
+    }
+}
+
+impl Layer {
+    fn new(name: String, shape: &[i64], norm: bool, key: u64, kind: Kind, device: Device) -> Self {
+        let fan_in: i64 = shape[1..].iter().product();
+        let bound = 1.0 / (fan_in as f32).sqrt();
+        let mut next = 0;
+        let mut uniform = |shape: &[i64]| {
+            let count = shape.iter().product::<i64>() as u64;
+            let values: Vec<f32> =
+                (next..next + count).map(|i| bound * (2.0 * random::uniform(key, i) - 1.0)).collect();
+            next += count;
+            Tensor::from_slice(&values).view(shape).to_kind(kind).to_device(device).set_requires_grad(true)
+        };
+        let weight = uniform(shape);
+        let bias = (!norm).then(|| uniform(&shape[..1]));
+        let norm = norm.then(|| Norm {
+            weight: Tensor::ones(&shape[..1], (kind, device)).set_requires_grad(true),
+            bias: Tensor::zeros(&shape[..1], (kind, device)).set_requires_grad(true),
+            mean: Tensor::zeros(&shape[..1], (kind, device)),
+            variance: Tensor::ones(&shape[..1], (kind, device)),
+        });
+        Self { name, weight, bias, norm }
+    }
+}
+
+impl Norm {
+    /// Lane by lane with libtorch's own kernel, so that a lane's numbers cannot depend on which other lanes stand beside it.
+    fn train(&self, x: &Tensor, shares: &[i64], statistics: &mut Vec<Tensor>) -> Tensor {
+        let (sums, lanes): (Vec<_>, Vec<_>) = x
+            .split_with_sizes(shares, 0)
+            .iter()
+            .map(|lane| {
+                // Running statistics that forget all at once are the lane's own.
+                let (mean, variance) = (self.mean.zeros_like(), self.mean.zeros_like());
+                let y = lane.batch_norm(
+                    Some(&self.weight),
+                    Some(&self.bias),
+                    Some(&mean),
+                    Some(&variance),
+                    true,
+                    1.0,
+                    NORM_EPS,
+                    true,
+                );
+                (Tensor::cat(&[mean, variance], 0), y)
+            })
+            .unzip();
+        // In f64, so that the order of summing over lanes and ranks does not show in f32.
+        statistics.push(Tensor::stack(&sums, 0).sum_dim_intlist([0_i64].as_slice(), false, Kind::Double));
+        match lanes.as_slice() {
+            [all] => all.shallow_clone(),
+            lanes => Tensor::cat(lanes, 0),
+        }
+    }
+
+    fn evaluate(&self, x: &Tensor) -> Tensor {
+        let (mean, variance) = (Some(&self.mean), Some(&self.variance));
+        x.batch_norm(Some(&self.weight), Some(&self.bias), mean, variance, false, 0.0, NORM_EPS, true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn network(arch: Arch, width: f64, classes: i64, crop: i64) -> AlexNet {
+        AlexNet::new(&Model { arch, width, dropout: 0.5 }, classes, crop, 1, Kind::Double, Device::Cpu)
+    }
+
+    fn images(samples: i64, crop: i64) -> Tensor {
+        let values: Vec<f64> =
+            (0..(samples * 3 * crop * crop) as u64).map(|i| f64::from(random::uniform(3, i)) - 0.5).collect();
+        Tensor::from_slice(&values).view([samples, 3, crop, crop])
+    }
+
+    #[test]
+    fn each_network_has_the_documented_number_of_parameters() {
+        for (arch, documented) in
+            [(Arch::Alexnet, 61_100_840), (Arch::AlexnetBn, 61_110_184), (Arch::AlexnetSlim, 2_727_848)]
+        {
+            let model = Model { arch, width: 1.0, dropout: 0.5 };
+            let network = AlexNet::new(&model, 1000, 224, 1, Kind::Float, Device::Cpu);
+            let count: usize = network.parameters().iter().map(|(_, parameter)| parameter.numel()).sum();
+            assert_eq!(count, documented, "{arch:?}");
+        }
+    }
+
+    #[test]
+    fn two_lanes_on_one_rank_give_what_each_gives_alone() {
+        let (a, b) = (3, 4);
+        let (images, keys) = (images(a + b, 64), [1, 2, 3, 4, 5, 6, 7]);
+        let together = network(Arch::AlexnetBn, 0.125, 5, 64);
+        let forward = together.train(&images, &[a, b], &keys);
+        let weights = Tensor::arange((a + b) * 5, (Kind::Double, Device::Cpu)).view([a + b, 5]).cos();
+        (&forward.logits * &weights).sum(Kind::Double).backward();
+
+        let apart = network(Arch::AlexnetBn, 0.125, 5, 64);
+        let mut sum = forward.statistics.zeros_like();
+        for (start, count) in [(0, a), (a, b)] {
+            let lane =
+                apart.train(&images.narrow(0, start, count), &[count], &keys[start as usize..][..count as usize]);
+            let difference = (&lane.logits - forward.logits.narrow(0, start, count)).abs().max().double_value(&[]);
+            assert!(difference < 1e-12, "logits differ by {difference}");
+            (&lane.logits * weights.narrow(0, start, count)).sum(Kind::Double).backward();
+            sum += lane.statistics;
+        }
+        for ((name, one), (_, other)) in together.parameters().iter().zip(apart.parameters()) {
+            let (one, other) = (one.grad(), other.grad());
+            let relative = (&one - &other).norm().double_value(&[]) / one.norm().double_value(&[]);
+            assert!(relative < 1e-12, "{name}: {relative}");
+        }
+        assert!((&sum - &forward.statistics).abs().max().double_value(&[]) < 1e-12);
+
+        together.update_running(&(&forward.statistics / 2.0));
+        let buffers = together.buffers();
+        let (name, mean) = &buffers[0];
+        assert_eq!(name, "features.0.norm.running_mean");
+        let expected = forward.statistics.narrow(0, 0, mean.size()[0]) * (0.1 / 2.0);
+        assert!((mean - expected).abs().max().double_value(&[]) < 1e-15);
+    }
+
+    #[test]
+    fn one_lane_has_the_running_statistics_of_pytorchs_batch_norm() {
+        let network = network(Arch::AlexnetSlim, 0.125, 5, 64);
+        let images = images(6, 64);
+        let forward = network.train(&images, &[6], &[0; 6]);
+        network.update_running(&forward.statistics);
+        let first = &network.features[0];
+        let x = images.conv2d(&first.weight, None::<Tensor>, [2, 2], [2, 2], [1, 1], 1);
+        let (variance, mean) = x.var_mean_dim([0_i64, 2, 3].as_slice(), true, false);
+        let norm = first.norm.as_ref().expect("a slim network is normed");
+        assert!((&norm.mean - mean * 0.1).abs().max().double_value(&[]) < 1e-12);
+        assert!((&norm.variance - (variance * 0.1 + 0.9)).abs().max().double_value(&[]) < 1e-12);
+    }
+
+    #[test]
+    fn dropout_depends_on_the_sample_and_not_on_its_place() {
+        let network = network(Arch::Alexnet, 0.125, 5, 64);
+        let ones = Tensor::ones([3, 1001], (Kind::Double, Device::Cpu));
+        let masks = network.drop_units(ones.shallow_clone(), 0, &[7, 8, 7]);
+        assert_eq!(masks.get(0), masks.get(2));
+        assert_ne!(masks.get(0), masks.get(1));
+        assert_ne!(masks, network.drop_units(ones, 1, &[7, 8, 7]));
+        let kept = masks.count_nonzero(None).int64_value(&[]) as f64 / 3003.0;
+        assert!((kept - 0.5).abs() < 0.05, "{kept} kept");
+        assert_eq!(masks.max().double_value(&[]), 2.0);
+    }
+
+    #[test]
+    fn every_crop_size_goes_through() {
+        for crop in [64, 65, 95, 96, 97, 112, 160, 224, 300] {
+            for arch in [Arch::Alexnet, Arch::AlexnetBn, Arch::AlexnetSlim] {
+                let logits = network(arch, 0.125, 7, crop).evaluate(&images(2, crop));
+                assert_eq!(logits.size(), [2, 7], "{arch:?} {crop}");
+            }
+        }
+    }
+}

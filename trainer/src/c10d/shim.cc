@@ -1,0 +1,242 @@
+#include "shim.h"
+
+#include <ATen/ATen.h>
+#include <ATen/ops/_fused_sgd.h>
+#include <c10/core/Event.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
+#include <torch/csrc/distributed/c10d/TCPStore.hpp>
+#include <torch/csrc/distributed/c10d/reducer.hpp>
+#ifdef USE_C10D_NCCL
+#include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
+#endif
+
+#include <cstring>
+#include <typeinfo>
+
+using c10::intrusive_ptr;
+using c10::make_intrusive;
+using std::chrono::milliseconds;
+
+struct c10d_store {
+  intrusive_ptr<c10d::Store> it;
+};
+struct c10d_group {
+  intrusive_ptr<c10d::ProcessGroup> it;
+};
+struct c10d_work {
+  intrusive_ptr<c10d::Work> it;
+  // c10d reads and writes them until the work is done.
+  std::vector<at::Tensor> tensors;
+};
+struct c10d_reducer {
+  // Before the reducer, so that they outlive it: their hooks point into it.
+  std::vector<at::Tensor> parameters;
+  std::shared_ptr<c10d::Reducer> it;
+};
+struct c10d_event {
+  c10::Event it;
+};
+
+namespace {
+
+template <class F>
+char* guard(F&& f) noexcept {
+  try {
+    f();
+    return nullptr;
+  } catch (const c10::Error& e) {
+    return strdup(e.what_without_backtrace());
+  } catch (const std::exception& e) {
+    return strdup(e.what());
+  } catch (...) {
+    return strdup("an exception of an unknown type");
+  }
+}
+
+at::Tensor tensor(c10d_tensor t) {
+  return *static_cast<const at::Tensor*>(t);
+}
+
+std::vector<at::Tensor> list(const c10d_tensor* t, size_t count) {
+  std::vector<at::Tensor> tensors;
+  tensors.reserve(count);
+  for (size_t i = 0; i < count; i++) tensors.push_back(tensor(t[i]));
+  return tensors;
+}
+
+// ProcessGroupGloo has no abort of its own: what waits for a peer that hangs would wait until its timeout.
+class Gloo : public c10d::ProcessGroupGloo {
+ public:
+  using ProcessGroupGloo::ProcessGroupGloo;
+
+  void abort() override {
+    for (auto& context : contexts_) {
+      for (int rank = 0; rank < getSize(); rank++) {
+        auto* pair = context->getPair(rank).get();
+        // By name, because only the declaration is ours. Another transport than TCP falls back to closing below.
+        if (pair && !strcmp(typeid(*pair).name(), "N4gloo9transport3tcp4PairE"))
+          reinterpret_cast<gloo::transport::tcp::Pair*>(pair)->signalExceptionExternal("aborted");
+      }
+      context->closeConnections();
+    }
+  }
+};
+
+} // namespace
+
+extern "C" {
+
+void c10d_free_message(char* message) {
+  free(message);
+}
+
+char* c10d_store_serve(const char* host, uint16_t port, int listener, c10d_store** out) {
+  return guard([&] {
+    c10d::TCPStoreOptions options;
+    options.port = port;
+    options.isServer = true;
+    options.waitWorkers = false;
+    options.masterListenFd = listener;
+    *out = new c10d_store{make_intrusive<c10d::TCPStore>(host, options)};
+  });
+}
+
+char* c10d_store_connect(const char* host, uint16_t port, int64_t timeout_ms, c10d_store** out) {
+  return guard([&] {
+    c10d::TCPStoreOptions options;
+    options.port = port;
+    options.waitWorkers = false;
+    options.timeout = milliseconds(timeout_ms);
+    *out = new c10d_store{make_intrusive<c10d::TCPStore>(host, options)};
+  });
+}
+
+void c10d_store_free(c10d_store* store) {
+  free(guard([&] { delete store; }));
+}
+
+char* c10d_group_new(c10d_store* store, int rank, int world, int64_t timeout_ms, const char* address, int cuda, c10d_group** out) {
+  return guard([&] {
+    using c10d::ProcessGroup;
+    auto group = make_intrusive<ProcessGroup>(store->it, rank, world);
+    auto options = c10d::ProcessGroupGloo::Options::create(milliseconds(timeout_ms));
+    options->devices.push_back(c10d::ProcessGroupGloo::createDeviceForHostname(address));
+    intrusive_ptr<c10d::Backend> gloo = make_intrusive<Gloo>(make_intrusive<c10d::PrefixStore>("gloo", store->it), rank, world, options);
+    group->setBackend(c10::kCPU, ProcessGroup::BackendType::GLOO, gloo);
+    group->setDefaultBackend(ProcessGroup::BackendType::GLOO);
+    if (cuda >= 0) {
+#ifdef USE_C10D_NCCL
+      auto nccl_options = c10d::ProcessGroupNCCL::Options::create();
+      nccl_options->timeout = milliseconds(timeout_ms);
+      intrusive_ptr<c10d::Backend> nccl =
+          make_intrusive<c10d::ProcessGroupNCCL>(make_intrusive<c10d::PrefixStore>("nccl", store->it), rank, world, nccl_options);
+      group->setBoundDeviceId(at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(cuda)));
+      group->setBackend(c10::kCUDA, ProcessGroup::BackendType::NCCL, nccl);
+      group->setDefaultBackend(ProcessGroup::BackendType::NCCL);
+#endif
+    }
+    group->setGroupName("ranks");
+    *out = new c10d_group{group};
+  });
+}
+
+char* c10d_group_abort(c10d_group* group) {
+  return guard([&] { group->it->abort(); });
+}
+
+void c10d_group_free(c10d_group* group) {
+  free(guard([&] { delete group; }));
+}
+
+char* c10d_all_reduce(c10d_group* group, c10d_tensor t, int op, c10d_work** out) {
+  return guard([&] {
+    std::vector<at::Tensor> tensors{tensor(t)};
+    c10d::AllreduceOptions options;
+    options.reduceOp = op == 0 ? c10d::ReduceOp::SUM : c10d::ReduceOp::MAX;
+    auto work = group->it->allreduce(tensors, options);
+    *out = new c10d_work{work, tensors};
+  });
+}
+
+char* c10d_broadcast(c10d_group* group, const c10d_tensor* t, size_t count, int root) {
+  return guard([&] {
+    auto tensors = list(t, count);
+    for (auto& tensor : tensors) tensor = tensor.detach();
+    c10d::broadcast_coalesced(group->it, tensors, 64 << 20, root);
+  });
+}
+
+char* c10d_work_wait(c10d_work* work, int64_t timeout_ms) {
+  return guard([&] {
+    if (!work->it->wait(milliseconds(timeout_ms))) throw std::runtime_error("the collective was aborted");
+  });
+}
+
+void c10d_work_free(c10d_work* work) {
+  free(guard([&] { delete work; }));
+}
+
+char* c10d_reducer_new(c10d_group* group, const c10d_tensor* t, size_t count, int64_t first_bucket_bytes, int64_t bucket_bytes, c10d_reducer** out) {
+  return guard([&] {
+    auto parameters = list(t, count);
+    c10d::verify_params_across_processes(group->it, parameters, std::nullopt);
+    std::vector<bool> sparse(count, false);
+    // One bucket for the first step, as DistributedDataParallel does: it shows in which order gradients become ready, and the
+    // reducer then cuts its buckets in that order.
+    auto buckets = std::get<0>(c10d::compute_bucket_assignment_by_size(parameters, {static_cast<size_t>(INT64_MAX)}, sparse));
+    auto reducer = std::make_shared<c10d::Reducer>(
+        parameters, buckets, group->it, sparse, bucket_bytes, /*find_unused_parameters=*/false, /*gradient_as_bucket_view=*/true,
+        std::unordered_map<size_t, std::string>(), first_bucket_bytes, /*skip_all_reduce_unused_params=*/false,
+        /*use_python_reducer=*/false, std::vector<int64_t>());
+    *out = new c10d_reducer{parameters, reducer};
+  });
+}
+
+char* c10d_reducer_prepare(c10d_reducer* reducer) {
+  return guard([&] {
+    for (auto& parameter : reducer->parameters) parameter.mutable_grad().reset();
+    reducer->it->prepare_for_forward();
+    reducer->it->rebuild_buckets();
+    reducer->it->prepare_for_backward({});
+  });
+}
+
+char* c10d_reducer_buckets(c10d_reducer* reducer, size_t* out) {
+  return guard([&] { *out = reducer->it->get_grad_buckets().size(); });
+}
+
+void c10d_reducer_free(c10d_reducer* reducer) {
+  free(guard([&] { delete reducer; }));
+}
+
+char* c10d_event_record(int cuda, c10d_event** out) {
+  return guard([&] {
+    at::Device device(at::kCUDA, static_cast<c10::DeviceIndex>(cuda));
+    c10::Event event(at::kCUDA);
+    event.record(c10::impl::VirtualGuardImpl(at::kCUDA).getStream(device));
+    *out = new c10d_event{std::move(event)};
+  });
+}
+
+char* c10d_event_reached(c10d_event* event, int* out) {
+  return guard([&] { *out = event->it.query(); });
+}
+
+void c10d_event_free(c10d_event* event) {
+  free(guard([&] { delete event; }));
+}
+
+char* c10d_fused_sgd(const c10d_tensor* parameters, const c10d_tensor* gradients, const c10d_tensor* momenta, size_t count,
+                     double learning_rate, double momentum, double weight_decay) {
+  return guard([&] {
+    at::NoGradGuard no_grad;
+    auto p = list(parameters, count), g = list(gradients, count), m = list(momenta, count);
+    at::_fused_sgd_(p, g, m, weight_decay, momentum, learning_rate, /*dampening=*/0.0, /*nesterov=*/false, /*maximize=*/false,
+                    /*is_first_step=*/false);
+  });
+}
+
+} // extern "C"

@@ -1,0 +1,49 @@
+// The part of libtorch's c10d that tch does not bind, as C functions. Called by c10d.rs alone.
+//
+// Every function that can fail returns NULL, or a message to be freed with c10d_free_message: no exception leaves this file.
+// `out` is written on success only. Tensors are borrowed at::Tensor pointers, as tch::Tensor::as_ptr gives them.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+extern "C" {
+typedef struct c10d_store c10d_store;
+typedef struct c10d_group c10d_group;
+typedef struct c10d_work c10d_work;
+typedef struct c10d_reducer c10d_reducer;
+typedef struct c10d_event c10d_event;
+typedef const void* c10d_tensor;
+
+void c10d_free_message(char* message);
+
+// Serves a store on a listening socket, which it takes over.
+char* c10d_store_serve(const char* host, uint16_t port, int listener, c10d_store** out);
+char* c10d_store_connect(const char* host, uint16_t port, int64_t timeout_ms, c10d_store** out);
+void c10d_store_free(c10d_store* store);
+
+// Blocks until all ranks have come. `address` is this rank's own, for gloo; `cuda` its device for NCCL, or -1 for gloo alone.
+char* c10d_group_new(c10d_store* store, int rank, int world, int64_t timeout_ms, const char* address, int cuda, c10d_group** out);
+// Fails what is in flight and closes the connections. From any thread.
+char* c10d_group_abort(c10d_group* group);
+void c10d_group_free(c10d_group* group);
+
+// op: 0 sum, 1 maximum.
+char* c10d_all_reduce(c10d_group* group, c10d_tensor tensor, int op, c10d_work** out);
+char* c10d_broadcast(c10d_group* group, const c10d_tensor* tensors, size_t count, int root);
+char* c10d_work_wait(c10d_work* work, int64_t timeout_ms);
+void c10d_work_free(c10d_work* work);
+
+char* c10d_reducer_new(c10d_group* group, const c10d_tensor* parameters, size_t count, int64_t first_bucket_bytes, int64_t bucket_bytes, c10d_reducer** out);
+// To be called before each backward; drops the gradients of the step before.
+char* c10d_reducer_prepare(c10d_reducer* reducer);
+char* c10d_reducer_buckets(c10d_reducer* reducer, size_t* out);
+void c10d_reducer_free(c10d_reducer* reducer);
+
+// Marks the place that a CUDA device's current stream has come to.
+char* c10d_event_record(int cuda, c10d_event** out);
+char* c10d_event_reached(c10d_event* event, int* out);
+void c10d_event_free(c10d_event* event);
+
+char* c10d_fused_sgd(const c10d_tensor* parameters, const c10d_tensor* gradients, const c10d_tensor* momenta, size_t count,
+                     double learning_rate, double momentum, double weight_decay);
+}

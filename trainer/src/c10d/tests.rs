@@ -1,0 +1,200 @@
+use tch::Kind;
+
+use super::*;
+use crate::random;
+
+const LONG: Duration = Duration::from_secs(60);
+
+/// Runs each rank of a generation on a thread of its own and gives what they returned, by rank.
+fn generation<T: Send>(world: usize, timeout: Duration, rank: impl Fn(Group) -> T + Sync) -> Vec<T> {
+    let served = Store::serve("127.0.0.1").expect("a free port");
+    std::thread::scope(|scope| {
+        let (served, rank) = (&served, &rank);
+        let threads: Vec<_> = (0..world)
+            .map(|number| scope.spawn(move || rank(join(served, number, world, timeout).expect("all ranks come"))))
+            .collect();
+        threads.into_iter().map(|thread| thread.join().expect("no rank panics")).collect()
+    })
+}
+
+fn join(served: &Store, rank: usize, world: usize, timeout: Duration) -> Result<Group> {
+    let store = Store::connect("127.0.0.1", served.port(), timeout)?;
+    let address = "127.0.0.1".to_owned();
+    Group::new(&store, Member { rank, world, address, device: Device::Cpu, timeout })
+}
+
+fn reduced(group: &Group, value: f64, op: Op, timeout: Duration) -> Result<f64> {
+    let tensor = Tensor::full([1000], value, (Kind::Double, Device::Cpu));
+    group.all_reduce(&tensor, op)?.wait(timeout)?;
+    Ok(tensor.double_value(&[999]))
+}
+
+#[test]
+fn one_two_and_three_ranks_reduce_and_broadcast() {
+    for world in 1..=3 {
+        let results = generation(world, LONG, |group| {
+            let rank = group.member.rank as f64;
+            let tensors = [Tensor::from_slice(&[rank]), Tensor::from_slice(&[rank as f32, 5.0])];
+            group.broadcast(&tensors, world - 1).expect("all are here");
+            let sum = reduced(&group, rank + 1.0, Op::Sum, LONG).expect("all are here");
+            let max = reduced(&group, rank + 1.0, Op::Max, LONG).expect("all are here");
+            (sum, max, tensors[0].double_value(&[0]), tensors[1].double_value(&[1]))
+        });
+        let world = world as f64;
+        assert_eq!(results, vec![(world * (world + 1.0) / 2.0, world, world - 1.0, 5.0); results.len()]);
+    }
+}
+
+#[test]
+fn survivors_of_a_peer_that_goes_away_hear_it_at_once_and_form_the_next_generation() {
+    let served = Store::serve("127.0.0.1").expect("a free port");
+    let next = Store::serve("127.0.0.1").expect("a free port");
+    std::thread::scope(|scope| {
+        for rank in 0..3 {
+            let (served, next) = (&served, &next);
+            scope.spawn(move || {
+                let group = join(served, rank, 3, LONG).expect("all ranks come");
+                assert_eq!(reduced(&group, 1.0, Op::Sum, LONG).expect("all are here"), 3.0);
+                if rank == 2 {
+                    return;
+                }
+                let start = Instant::now();
+                let error = reduced(&group, 1.0, Op::Sum, LONG).expect_err("one is gone");
+                assert!(matches!(error, Error::Collective(_)), "{error}");
+                group.aborter().abort().expect("gloo can");
+                drop(group);
+                assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+                let group = join(next, rank, 2, LONG).expect("both survivors come");
+                assert_eq!(reduced(&group, 1.0, Op::Sum, LONG).expect("both are here"), 2.0);
+            });
+        }
+    });
+}
+
+#[test]
+fn what_waits_for_a_hung_peer_ends_at_its_timeout_or_at_once_when_another_thread_aborts() {
+    let short = Duration::from_secs(1);
+    generation(2, short, |group| {
+        if group.member.rank == 1 {
+            std::thread::sleep(short * 2);
+            return;
+        }
+        let start = Instant::now();
+        let error = reduced(&group, 1.0, Op::Sum, short).expect_err("nobody answers");
+        assert!(matches!(error, Error::Timeout(_)), "{error}");
+        assert!(start.elapsed() < short * 2, "{:?}", start.elapsed());
+    });
+    generation(2, LONG, |group| {
+        if group.member.rank == 1 {
+            std::thread::sleep(short * 2);
+            return;
+        }
+        let aborter = group.aborter();
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                std::thread::sleep(short / 10);
+                aborter.abort().expect("gloo can");
+            });
+            let start = Instant::now();
+            let error = reduced(&group, 1.0, Op::Sum, LONG).expect_err("aborted");
+            assert!(matches!(error, Error::Collective(_)), "{error}");
+            assert!(start.elapsed() < short, "{:?}", start.elapsed());
+        });
+    });
+}
+
+#[test]
+fn a_group_whose_other_rank_never_comes_is_refused_at_the_timeout() {
+    let served = Store::serve("127.0.0.1").expect("a free port");
+    let start = Instant::now();
+    let error = join(&served, 0, 2, Duration::from_secs(1)).expect_err("rank 1 is missing");
+    assert!(matches!(error, Error::Timeout(_)), "{error}");
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+}
+
+#[test]
+fn a_build_without_nccl_says_what_to_do_about_it() {
+    let served = Store::serve("127.0.0.1").expect("a free port");
+    let address = "127.0.0.1".to_owned();
+    let member = Member { rank: 0, world: 1, address, device: Device::Cuda(0), timeout: LONG };
+    let error = Group::new(&served, member).expect_err("no GPU, or no NCCL, or not its environment").to_string();
+    let said = if cfg!(feature = "nccl") { NCCL_ENVIRONMENT[0].0 } else { "make libtorch CUDA=1" };
+    assert!(error.contains(said), "{error}");
+}
+
+/// Inputs and outputs of each layer: 1.28 MB of weights, so that each layer is a bucket of its own.
+const UNITS: i64 = 400;
+
+fn small_network() -> Vec<Tensor> {
+    (0..3)
+        .map(|layer| (numbers(&[99, layer], UNITS) - 0.5) / 10.0)
+        .map(|weight| weight.set_requires_grad(true))
+        .collect()
+}
+
+/// The network's loss on samples that depend on step and rank.
+fn sample_loss(parameters: &[Tensor], step: u64, rank: u64) -> Tensor {
+    let samples = numbers(&[step, rank], 4);
+    parameters.iter().fold(samples, |x, weight| x.matmul(weight).tanh()).sum(Kind::Double)
+}
+
+fn numbers(key: &[u64], rows: i64) -> Tensor {
+    let key = random::key(key);
+    let values: Vec<f64> = (0..(rows * UNITS) as u64).map(|i| f64::from(random::uniform(key, i))).collect();
+    Tensor::from_slice(&values).view([rows, UNITS])
+}
+
+#[test]
+fn the_reducer_gives_the_mean_of_the_ranks_gradients_step_after_step() {
+    generation(2, LONG, |group| {
+        let parameters = small_network();
+        let reducer = Reducer::new(&group, &parameters, 1000).expect("all are here");
+        for step in 0..3 {
+            reducer.backward(&sample_loss(&parameters, step, group.member.rank as u64)).expect("all are here");
+            let alone = small_network();
+            ((sample_loss(&alone, step, 0) + sample_loss(&alone, step, 1)) / 2.0).backward();
+            for (averaged, alone) in parameters.iter().zip(&alone) {
+                let difference = (averaged.grad() - alone.grad()).abs().max().double_value(&[]);
+                assert!(difference < 1e-14, "step {step}: {difference}");
+            }
+        }
+        assert_eq!(reducer.buckets().expect("alive"), 3);
+    });
+}
+
+#[test]
+fn backward_fails_when_a_peer_goes_away_in_it() {
+    generation(2, LONG, |group| {
+        let parameters = small_network();
+        let reducer = Reducer::new(&group, &parameters, 1000).expect("all are here");
+        reducer.backward(&sample_loss(&parameters, 0, 0)).expect("all are here");
+        if group.member.rank == 1 {
+            return;
+        }
+        let start = Instant::now();
+        let error = reducer.backward(&sample_loss(&parameters, 1, 0)).expect_err("one is gone");
+        assert!(matches!(error, Error::Collective(_)), "{error}");
+        assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+    });
+}
+
+#[test]
+fn a_device_that_is_slow_is_waited_for_and_one_that_hangs_fails_or_is_aborted_is_not_believed() {
+    let completion = Completion {
+        device: Device::Cpu,
+        timeout: Duration::from_millis(50),
+        aborted: Arc::new(AtomicBool::new(false)),
+    };
+    let mut asked = 0;
+    completion
+        .poll(|| {
+            asked += 1;
+            Ok(asked == 5)
+        })
+        .expect("done at the fifth time");
+    assert!(matches!(completion.poll(|| Ok(false)), Err(Error::Timeout(_))));
+    let failed = completion.poll(|| Err(Error::Other("launch failure".to_owned())));
+    assert!(matches!(failed, Err(Error::Other(_))));
+    completion.aborted.store(true, Ordering::Relaxed);
+    assert!(matches!(completion.poll(|| Ok(true)), Err(Error::Collective(_))));
+}

@@ -1,0 +1,216 @@
+//! A rank's state as files: checkpoints to go on from, and the trained model.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail, ensure};
+use object_store::ObjectStore;
+use proto::run_spec::Model;
+use proto::shard::sha256_hex;
+use proto::{Class, Manifest, RunSpec, keys};
+use safetensors::tensor::{Dtype, SafeTensors, View};
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+use crate::alexnet::Named;
+use crate::history::{Line, Sums};
+use crate::stream::{get_checked, put};
+
+const TENSORS: &str = "state.safetensors";
+const POSITION: &str = "state.json";
+
+/// Where a run stands; together with the tensors all that a rank needs to go on.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Progress {
+    /// Steps applied.
+    pub step: u64,
+    /// Epochs after which the validation split was looked at.
+    pub validated: u64,
+    /// Over the steps of the epoch that has begun.
+    pub sums: Sums,
+    /// The newest lines of the ledger, which may not be in the store yet.
+    pub tail: Vec<Line>,
+}
+
+/// What stands beside a checkpoint's tensors.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Position {
+    format: u32,
+    run: String,
+    generation: u64,
+    steps_per_epoch: u64,
+    progress: Progress,
+}
+
+/// A tensor's bytes, on their way to a file.
+struct Raw {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    bytes: Vec<u8>,
+}
+
+impl View for Raw {
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        Cow::Borrowed(&self.bytes)
+    }
+
+    fn data_len(&self) -> usize {
+        self.bytes.len()
+    }
+}
+
+/// A state that was copied, so that training can go on while it is written.
+pub(crate) struct Snapshot {
+    tensors: Vec<(String, Raw)>,
+    position: Position,
+}
+
+impl Snapshot {
+    /// Copies the tensors.
+    pub(crate) fn take(
+        run: &str,
+        generation: u64,
+        steps_per_epoch: u64,
+        progress: &Progress,
+        tensors: &Named,
+    ) -> Result<Self> {
+        let position =
+            Position { format: 1, run: run.to_owned(), generation, steps_per_epoch, progress: progress.clone() };
+        Ok(Self { tensors: tensors.iter().map(copy).collect::<Result<_>>()?, position })
+    }
+
+    /// Writes the files. Returns the step, the checkpoint's folder and the files' digests; nothing exists until an event names them.
+    pub(crate) async fn write(self, store: Arc<dyn ObjectStore>) -> Result<(u64, String, HashMap<String, String>)> {
+        let Self { tensors, position } = self;
+        let step = position.progress.step;
+        let folder = keys::checkpoint(&position.run, step, position.generation, &nonce());
+        let tensors = safetensors::serialize(tensors, None).context("failed to write a checkpoint")?;
+        let position = serde_json::to_vec(&position)?;
+        let digests = put_files(&store, &folder, [(TENSORS, tensors), (POSITION, position)]).await?;
+        Ok((step, folder, digests))
+    }
+}
+
+/// Reads a checkpoint whose files must have these digests.
+pub(crate) async fn read(
+    store: &Arc<dyn ObjectStore>,
+    folder: &str,
+    digests: &HashMap<String, String>,
+    steps_per_epoch: u64,
+) -> Result<(Progress, Named)> {
+    let file = async |name: &str| {
+        let digest = digests.get(name).with_context(|| format!("checkpoint {folder} has no {name}"))?;
+        get_checked(store, &format!("{folder}/{name}"), digest).await
+    };
+    let Position { format, steps_per_epoch: found, progress, .. } =
+        serde_json::from_slice(&file(POSITION).await?).with_context(|| format!("{folder}/{POSITION}"))?;
+    ensure!(format == 1, "checkpoint {folder} is of format {format}: this program reads format 1");
+    ensure!(found == steps_per_epoch, "checkpoint {folder} has {found} steps in an epoch, this run {steps_per_epoch}");
+    let bytes = file(TENSORS).await?;
+    let tensors = SafeTensors::deserialize(&bytes).with_context(|| format!("{folder}/{TENSORS}"))?;
+    let named = tensors.iter().map(|(name, view)| {
+        let kind = match view.dtype() {
+            Dtype::F32 => Kind::Float,
+            Dtype::F64 => Kind::Double,
+            other => bail!("{folder}/{TENSORS}: tensor {name} is of kind {other:?}"),
+        };
+        let shape: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
+        Ok((name.to_owned(), Tensor::f_from_data_size(view.data(), &shape, kind)?))
+    });
+    let mut named = named.collect::<Result<Named>>()?;
+    // A file's tensors come in no order.
+    named.sort_by(|(one, _), (other, _)| one.cmp(other));
+    Ok((progress, named))
+}
+
+/// What stands beside a trained model's weights: all that is needed to use it.
+#[derive(Debug, Serialize)]
+struct Description<'a> {
+    format: u32,
+    run: &'a str,
+    model: &'a Model,
+    crop: u32,
+    /// Pixel values from 0 to 1 become (value - mean) / std, channel by channel: red, green, blue.
+    mean: [f64; 3],
+    std: [f64; 3],
+    /// In the order of the outputs.
+    classes: Vec<Class>,
+    dataset: &'a str,
+    manifest_version: u32,
+    epochs: u32,
+    test: Option<Sums>,
+}
+
+/// Writes the model's folder. Returns it and the digests of its files.
+pub(crate) async fn export(
+    store: &Arc<dyn ObjectStore>,
+    run: &str,
+    spec: &RunSpec,
+    manifest: &Manifest,
+    tensors: &Named,
+    test: Option<Sums>,
+) -> Result<(String, HashMap<String, String>)> {
+    let weights = tensors
+        .iter()
+        .map(|(name, tensor)| copy(&(name.clone(), tensor.f_to_kind(Kind::Float)?)))
+        .collect::<Result<Vec<_>>>()?;
+    let classes = manifest.classes.iter().map(|class| Class { synset: class.synset.clone(), name: class.name.clone() });
+    let description = Description {
+        format: 1,
+        run,
+        model: &spec.model,
+        crop: spec.input.crop,
+        mean: manifest.mean,
+        std: manifest.std,
+        classes: classes.collect(),
+        dataset: &manifest.dataset,
+        manifest_version: manifest.version,
+        epochs: spec.train.epochs,
+        test: test.map(|sums| sums.mean()),
+    };
+    let folder = keys::model(run);
+    let weights = safetensors::serialize(weights, None).context("failed to write the model")?;
+    let description = serde_json::to_vec_pretty(&description)?;
+    let digests = put_files(store, &folder, [("model.safetensors", weights), ("model.json", description)]).await?;
+    Ok((folder, digests))
+}
+
+async fn put_files(
+    store: &Arc<dyn ObjectStore>,
+    folder: &str,
+    files: [(&str, Vec<u8>); 2],
+) -> Result<HashMap<String, String>> {
+    let mut digests = HashMap::new();
+    for (name, bytes) in files {
+        digests.insert(name.to_owned(), sha256_hex(&bytes));
+        put(store, &format!("{folder}/{name}"), bytes.into()).await?;
+    }
+    Ok(digests)
+}
+
+fn copy((name, tensor): &(String, Tensor)) -> Result<(String, Raw)> {
+    let dtype = match tensor.kind() {
+        Kind::Float => Dtype::F32,
+        Kind::Double => Dtype::F64,
+        other => bail!("tensor {name} is of kind {other:?}"),
+    };
+    let tensor = tensor.detach().f_to_device(tch::Device::Cpu)?.f_contiguous()?;
+    let mut bytes = vec![0; tensor.numel() * tensor.kind().elt_size_in_bytes()];
+    tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;
+    Ok((name.clone(), Raw { dtype, shape: tensor.size().iter().map(|&n| n as usize).collect(), bytes }))
+}
+
+fn nonce() -> String {
+    uuid::Uuid::new_v4().simple().to_string()
+}

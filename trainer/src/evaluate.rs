@@ -1,0 +1,54 @@
+//! Loss and accuracy over a whole split: each sample once, whatever the number of ranks.
+
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use anyhow::anyhow;
+use proto::Split;
+use tch::{Kind, Tensor};
+
+use crate::c10d::Op;
+use crate::history::Sums;
+use crate::job::Job;
+use crate::loader;
+use crate::plan;
+use crate::rank::Wishes;
+use crate::step;
+use crate::train::{Failure, Seat};
+
+/// The sums over `split` on all ranks, and how long it took; None if the split has no samples.
+pub(crate) fn evaluate(
+    job: &Job,
+    split: Split,
+    mine: Range<u32>,
+    seat: &Seat,
+    wishes: &Wishes,
+) -> Result<Option<(Sums, Duration)>, Failure> {
+    let began = Instant::now();
+    let kept = job.kept(split);
+    if kept.iter().all(|&samples| samples == 0) {
+        return Ok(None);
+    }
+    let places: Vec<_> = plan::evaluation(&kept, job.spec.ranks.lanes, mine).collect();
+    let batch = (job.spec.train.batch as usize / seat.world).max(1);
+    let expected = places.len().div_ceil(batch);
+    let mut batches = job.loader(split).batches(loader::evaluation(places, batch, job.spec.input.crop))?;
+    let sums = Tensor::zeros([4], (Kind::Double, job.device));
+    for _ in 0..expected {
+        let batch = batches.next(|| wishes.aborted()).unwrap_or_else(|| Err(anyhow!("the batches ended early")));
+        if wishes.aborted() {
+            return Err(Failure::Collective("aborted during an evaluation".to_owned()));
+        }
+        let batch = batch?;
+        let (images, labels) = job.normalise.apply(&batch.pixels)?;
+        let logits = job.model.evaluate(&images);
+        let loss = step::loss(&logits, &labels, 0.0).to_kind(Kind::Double).reshape([1]);
+        let count = Tensor::from_slice(&[batch.samples as f64]).to_device(job.device);
+        let _ = sums.shallow_clone().f_add_(&Tensor::cat(&[loss, step::correct(&logits, &labels), count], 0))?;
+    }
+    let sums = sums.to_device(tch::Device::Cpu);
+    seat.group.all_reduce(&sums, Op::Sum)?.wait(seat.group.timeout())?;
+    let sum = |i| sums.double_value(&[i]);
+    let sums = Sums { loss: sum(0), top1: sum(1), top5: sum(2), samples: sum(3) };
+    Ok(Some((sums, began.elapsed())))
+}

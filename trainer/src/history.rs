@@ -1,0 +1,166 @@
+//! What a run writes down of itself: the ledger of the samples that it was trained on, and its learning curve.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use object_store::ObjectStore;
+use proto::keys;
+use proto::metric::MetricPoint;
+use serde::{Deserialize, Serialize};
+use tokio::task::JoinHandle;
+use tracing::warn;
+
+use crate::random;
+use crate::stream::put;
+
+/// Lines and points are in the store after so long, whatever happens.
+const FLUSH: Duration = Duration::from_secs(60);
+
+/// One step in the ledger.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Line {
+    /// Epochs begun, from 1.
+    pub epoch: u64,
+    /// Steps applied with this one.
+    pub step: u64,
+    /// Samples of the step on all ranks.
+    pub samples: u64,
+    /// Sum of a hash of each sample's key: the same in whatever order they are added.
+    pub digest: u64,
+}
+
+/// An object of the ledger.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Ledger {
+    /// Of this format: 1.
+    pub format: u32,
+    /// In the order of the steps. Of two lines of one step that of the higher generation counts.
+    pub lines: Vec<Line>,
+}
+
+/// A sample's part of a digest: 40 bits, so that 8,000,000 samples can be added without overflow.
+pub(crate) fn digest(keys: &[u64]) -> i64 {
+    keys.iter().map(|&key| (random::key(&[key]) >> 24) as i64).sum()
+}
+
+/// Sums over samples.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Sums {
+    /// Of the losses.
+    pub loss: f64,
+    /// Samples whose label is the first guess.
+    pub top1: f64,
+    /// Samples whose label is among the first five.
+    pub top5: f64,
+    /// Samples.
+    pub samples: f64,
+}
+
+impl Sums {
+    /// Adds `other`.
+    pub(crate) fn add(&mut self, other: &Sums) {
+        self.loss += other.loss;
+        self.top1 += other.top1;
+        self.top5 += other.top5;
+        self.samples += other.samples;
+    }
+
+    /// The same per sample; `samples` stays.
+    pub(crate) fn mean(&self) -> Sums {
+        let n = self.samples.max(1.0);
+        Sums { loss: self.loss / n, top1: self.top1 / n, top5: self.top5 / n, samples: self.samples }
+    }
+}
+
+/// Writes ledger and curve of one generation, in batches, beside the training.
+pub(crate) struct History {
+    store: Arc<dyn ObjectStore>,
+    runtime: tokio::runtime::Handle,
+    run: String,
+    generation: u64,
+    files: u64,
+    points: Vec<MetricPoint>,
+    flushed: Instant,
+    /// The write under way, and the step up to which the ledger is in the store once it is done.
+    writing: Option<(u64, JoinHandle<bool>)>,
+    /// The ledger is in the store up to this step.
+    pub(crate) stored: u64,
+}
+
+impl History {
+    /// For rank 0 of a generation.
+    pub(crate) fn new(
+        store: Arc<dyn ObjectStore>,
+        runtime: tokio::runtime::Handle,
+        run: &str,
+        generation: u64,
+    ) -> Self {
+        let flushed = Instant::now();
+        let run = run.to_owned();
+        Self { store, runtime, run, generation, files: 0, points: Vec::new(), flushed, writing: None, stored: 0 }
+    }
+
+    /// Adds a point to the curve.
+    pub(crate) fn point(&mut self, point: MetricPoint) {
+        self.points.push(point);
+    }
+
+    /// Has the ledger's `tail` and the new points written, if it is time or `now`. At most one write is under way.
+    pub(crate) fn flush(&mut self, tail: &[Line], now: bool) {
+        if let Some((step, write)) = self.writing.take_if(|(_, write)| write.is_finished())
+            && self.runtime.block_on(write).unwrap_or(false)
+        {
+            self.stored = step;
+        }
+        let new: Vec<Line> = tail.iter().filter(|line| line.step > self.stored).cloned().collect();
+        if self.writing.is_some()
+            || !(now || self.flushed.elapsed() > FLUSH)
+            || (new.is_empty() && self.points.is_empty())
+        {
+            return;
+        }
+        self.flushed = Instant::now();
+        self.files += 1;
+        let mut files = Vec::new();
+        let step = new.last().map_or(self.stored, |line| line.step);
+        if !new.is_empty() {
+            let ledger = serde_json::to_vec(&Ledger { format: 1, lines: new }).expect("numbers only");
+            files.push((keys::ledger(&self.run, self.generation, self.files), Bytes::from(ledger)));
+        }
+        if !self.points.is_empty() {
+            let line = |point| serde_json::to_string(&point).expect("numbers only") + "\n";
+            let points: String = std::mem::take(&mut self.points).into_iter().map(line).collect();
+            files.push((keys::metrics(&self.run, self.generation, self.files), Bytes::from(points)));
+        }
+        let store = self.store.clone();
+        let write = async move {
+            for (key, bytes) in files {
+                if let Err(error) = put(&store, &key, bytes).await {
+                    warn!(key, error = format!("{error:#}"), "history not written");
+                    return false;
+                }
+            }
+            true
+        };
+        self.writing = Some((step, self.runtime.spawn(write)));
+    }
+
+    /// Writes what is left, and waits for it.
+    pub(crate) fn finish(&mut self, tail: &[Line]) {
+        for _ in 0..2 {
+            if let Some((step, write)) = self.writing.take()
+                && self.runtime.block_on(write).unwrap_or(false)
+            {
+                self.stored = step;
+            }
+            self.flush(tail, true);
+        }
+        if let Some((_, write)) = self.writing.take() {
+            let _ = self.runtime.block_on(write);
+        }
+    }
+}

@@ -1,0 +1,69 @@
+//! What an agent and its rank processes say to each other, over the rank's stdin and stdout: frames of a length (4 bytes, big endian)
+//! and so many bytes. Down: first a [`Setup`] in JSON, then encoded `CoordinatorMessage`s. Up: encoded `RankMessage`s; one without
+//! content is a sign of life.
+
+use std::io::{self, Read, Write};
+
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+/// A frame that claims to be longer is none.
+const LIMIT: u32 = 64 << 20;
+
+/// What a rank process is told about its place, once.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Setup {
+    /// `cpu` or `cuda:N`.
+    pub device: String,
+    /// Where other machines reach this one.
+    pub advertise_address: String,
+    /// This process' part of the machine's cores.
+    pub threads: u32,
+    /// Decoded images may take so many bytes of memory.
+    pub cache_bytes: u64,
+}
+
+/// Reads a frame; None at the end.
+pub(crate) fn read(from: &mut impl Read) -> io::Result<Option<Vec<u8>>> {
+    let mut length = [0; 4];
+    match from.read_exact(&mut length) {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+        read => read?,
+    }
+    let mut frame = vec![0; checked(u32::from_be_bytes(length))?];
+    from.read_exact(&mut frame)?;
+    Ok(Some(frame))
+}
+
+/// Writes a frame.
+pub(crate) fn write(to: &mut impl Write, frame: &[u8]) -> io::Result<()> {
+    to.write_all(&(frame.len() as u32).to_be_bytes())?;
+    to.write_all(frame)?;
+    to.flush()
+}
+
+/// [`read`], for the agent.
+pub(crate) async fn receive(from: &mut (impl AsyncRead + Unpin)) -> io::Result<Option<Vec<u8>>> {
+    let length = match from.read_u32().await {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+        read => read?,
+    };
+    let mut frame = vec![0; checked(length)?];
+    from.read_exact(&mut frame).await?;
+    Ok(Some(frame))
+}
+
+/// [`write`], for the agent.
+pub(crate) async fn send(to: &mut (impl AsyncWrite + Unpin), frame: &[u8]) -> io::Result<()> {
+    to.write_u32(frame.len() as u32).await?;
+    to.write_all(frame).await?;
+    to.flush().await
+}
+
+fn checked(length: u32) -> io::Result<usize> {
+    if length > LIMIT {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("a frame of {length} bytes")));
+    }
+    Ok(length as usize)
+}

@@ -1,0 +1,198 @@
+//! What a rank process holds of its run: opened at the first generation, kept through all that follow.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result, ensure};
+use object_store::ObjectStore;
+use proto::{Manifest, RunSpec, Split, pb};
+use tch::{Device, Kind, Tensor};
+
+use crate::alexnet::{AlexNet, Named};
+use crate::batch::Normalise;
+use crate::c10d::{Group, Op};
+use crate::checkpoint::{self, Progress};
+use crate::history::{Line, Sums};
+use crate::ipc::Setup;
+use crate::loader::{Cache, Loader};
+use crate::plan::{EpochPlan, steps_per_epoch};
+use crate::step::{self, Sgd};
+use crate::stream::{Blocks, get_checked};
+use crate::train::Failure;
+
+/// Where all of a process' work runs.
+#[derive(Debug, Clone)]
+pub(crate) struct Home {
+    pub store: Arc<dyn ObjectStore>,
+    pub runtime: tokio::runtime::Handle,
+    pub setup: Setup,
+}
+
+/// One run on one rank: its data, its network, and how far it has come.
+pub(crate) struct Job {
+    pub home: Home,
+    pub run: String,
+    pub spec: RunSpec,
+    pub manifest: Manifest,
+    pub device: Device,
+    pub normalise: Normalise,
+    pub steps_per_epoch: u64,
+    pub model: AlexNet,
+    pub sgd: Sgd,
+    pub progress: Progress,
+    /// Whether model, momenta and progress are a state of the run: not before a state was agreed, nor after a half one came.
+    pub held: bool,
+    cache: Arc<Cache>,
+    blocks: [Arc<Blocks>; 3],
+}
+
+impl Job {
+    /// Reads the manifest and makes a fresh network.
+    ///
+    /// # Errors
+    /// If spec and dataset do not go together.
+    pub(crate) fn open(home: &Home, join: &pb::Join) -> Result<Self> {
+        let spec = RunSpec::from_json(&join.spec_json)?;
+        let manifest = home.runtime.block_on(get_checked(&home.store, &join.manifest_key, &join.manifest_sha256))?;
+        let manifest = Manifest::from_json(&manifest).with_context(|| join.manifest_key.clone())?;
+        let (crop, size) = (spec.input.crop, manifest.resize.size);
+        ensure!(crop <= size, "input.crop = {crop}: must be at most {size}, the size of the dataset's stored images");
+        let blocks = Split::ALL.map(|split| Arc::new(Blocks::new(home.store.clone(), &manifest, split)));
+        // Whether an epoch can be planned is the same for all epochs.
+        EpochPlan::new(&blocks[0].kept(), spec.ranks.lanes, spec.train.batch, spec.seed, 0)?;
+        let device = crate::devices::parse(&home.setup.device)?;
+        let threads = if spec.ranks.threads > 0 { spec.ranks.threads } else { home.setup.threads };
+        tch::set_num_threads(threads as i32);
+        let kind = step::kind(spec.ranks.precision);
+        let (model, sgd) = fresh(&spec, &manifest, kind, device);
+        Ok(Self {
+            home: home.clone(),
+            run: join.run.clone(),
+            normalise: Normalise::new(manifest.mean, manifest.std, device, kind),
+            steps_per_epoch: steps_per_epoch(blocks[0].samples(), spec.train.batch),
+            progress: Progress::default(),
+            held: false,
+            cache: Arc::new(Cache::new(home.setup.cache_bytes)),
+            spec,
+            manifest,
+            device,
+            model,
+            sgd,
+            blocks,
+        })
+    }
+
+    /// Steps of the whole run.
+    pub(crate) fn steps(&self) -> u64 {
+        self.steps_per_epoch * u64::from(self.spec.train.epochs)
+    }
+
+    /// How many samples of each block of a split count.
+    pub(crate) fn kept(&self, split: Split) -> Vec<u32> {
+        self.blocks[split as usize].kept()
+    }
+
+    /// Where batches of a split come from.
+    pub(crate) fn loader(&self, split: Split) -> Loader {
+        Loader {
+            split,
+            blocks: self.blocks[split as usize].clone(),
+            size: self.manifest.resize.size,
+            cache: self.cache.clone(),
+            threads: self.home.setup.threads.max(1) as usize,
+            runtime: self.home.runtime.clone(),
+        }
+    }
+
+    /// All tensors of the state by name: parameters, running statistics, momenta.
+    pub(crate) fn tensors(&self) -> Named {
+        let momenta = self.sgd.momenta().into_iter().map(|(name, momentum)| (format!("momentum.{name}"), momentum));
+        self.weights().into_iter().chain(momenta).collect()
+    }
+
+    /// Parameters and running statistics by name.
+    pub(crate) fn weights(&self) -> Named {
+        let parameters = self.model.parameters().into_iter().map(|(name, parameter)| (name, parameter.detach()));
+        parameters.chain(self.model.buffers()).collect()
+    }
+
+    /// Makes sure that all ranks hold the same state: that of the lowest rank among those that have come furthest; if none holds any, what
+    /// rank 0 finds in `checkpoint`, or fresh weights.
+    pub(crate) fn agree(
+        &mut self,
+        group: &Group,
+        rank: usize,
+        world: usize,
+        checkpoint: Option<&pb::Checkpointed>,
+    ) -> Result<(), Failure> {
+        let mine = if self.held { self.progress.step as i64 + 1 } else { 0 };
+        let furthest = largest(group, mine)?;
+        let root = if furthest == 0 {
+            if rank == 0 {
+                self.load(checkpoint)?;
+            }
+            0
+        } else {
+            let vote = if mine == furthest { world - rank } else { 0 };
+            world - largest(group, vote as i64)? as usize
+        };
+        // What is overwritten half way is no state any more.
+        self.held &= rank == root;
+        let tensors: Vec<Tensor> = self.tensors().into_iter().map(|(_, tensor)| tensor).collect();
+        group.broadcast(&tensors, root)?;
+        self.progress = broadcast_progress(group, &self.progress, root)?;
+        self.held = true;
+        Ok(())
+    }
+
+    fn load(&mut self, checkpoint: Option<&pb::Checkpointed>) -> Result<()> {
+        (self.model, self.sgd) = fresh(&self.spec, &self.manifest, step::kind(self.spec.ranks.precision), self.device);
+        self.progress = Progress::default();
+        if let Some(pb::Checkpointed { key, digests, .. }) = checkpoint {
+            let read = checkpoint::read(&self.home.store, key, digests, self.steps_per_epoch);
+            let (progress, tensors) = self.home.runtime.block_on(read)?;
+            step::load(&self.tensors(), &tensors).with_context(|| key.clone())?;
+            self.progress = progress;
+        }
+        Ok(())
+    }
+}
+
+fn fresh(spec: &RunSpec, manifest: &Manifest, kind: Kind, device: Device) -> (AlexNet, Sgd) {
+    let (classes, crop) = (manifest.classes.len() as i64, i64::from(spec.input.crop));
+    let model = AlexNet::new(&spec.model, classes, crop, spec.seed, kind, device);
+    let sgd = Sgd::new(&model, &spec.train);
+    (model, sgd)
+}
+
+fn largest(group: &Group, mine: i64) -> Result<i64, Failure> {
+    let value = Tensor::from_slice(&[mine]);
+    group.all_reduce(&value, Op::Max)?.wait(group.timeout())?;
+    Ok(value.int64_value(&[0]))
+}
+
+fn broadcast_progress(group: &Group, mine: &Progress, root: usize) -> Result<Progress, Failure> {
+    let Progress { step, validated, sums, tail } = mine;
+    let head = Tensor::from_slice(&[*step as i64, *validated as i64, tail.len() as i64]);
+    let totals = Tensor::from_slice(&[sums.loss, sums.top1, sums.top5, sums.samples]);
+    group.broadcast(&[head.shallow_clone()], root)?;
+    group.broadcast(&[totals.shallow_clone()], root)?;
+    let head = |i| head.int64_value(&[i]);
+    let of = |line: &Line| [line.epoch as i64, line.step as i64, line.samples as i64, line.digest as i64];
+    let mut lines: Vec<i64> = tail.iter().flat_map(of).collect();
+    lines.resize(4 * head(2) as usize, 0);
+    let lines = Tensor::from_slice(&lines);
+    if head(2) > 0 {
+        group.broadcast(&[lines.shallow_clone()], root)?;
+    }
+    let line = |i: i64| {
+        let at = |column| lines.int64_value(&[4 * i + column]) as u64;
+        Line { epoch: at(0), step: at(1), samples: at(2), digest: at(3) }
+    };
+    let total = |i| totals.double_value(&[i]);
+    Ok(Progress {
+        step: head(0) as u64,
+        validated: head(1) as u64,
+        sums: Sums { loss: total(0), top1: total(1), top5: total(2), samples: total(3) },
+        tail: (0..head(2)).map(line).collect(),
+    })
+}

@@ -1,0 +1,79 @@
+//! The trainer: learns from what the workers fetched, on as many devices as there are, and goes on when some of them die.
+//!
+//! The life of a run, file by file:
+//! - `agent` offers this machine's devices to the coordinator over one stream (`link`), and runs a rank `process` on each that is
+//!   assigned; it keeps their `logs`;
+//! - `rank` is that process: it takes part in one generation after the other, as its agent says over `ipc`;
+//! - `job` is what it holds of its run: data, network, progress; here the ranks agree on a state;
+//! - `plan` says which samples come in which order, `stream` reads them from the store, `batch` decodes and cuts them, and `loader` does
+//!   all this ahead of the step;
+//! - `train` is the loop, in the order of the mathematics: `alexnet` the network, `step` loss and optimizer, `c10d` the collectives;
+//! - `evaluate` measures a split; `checkpoint` keeps the state and the trained model; `history` the ledger and the learning curve.
+//!
+//! Whatever is random comes from `random`, as a function of what it is for.
+
+mod agent;
+mod alexnet;
+mod batch;
+mod c10d;
+mod checkpoint;
+mod devices;
+mod evaluate;
+mod history;
+mod ipc;
+mod job;
+mod link;
+mod loader;
+mod logs;
+mod plan;
+mod process;
+mod random;
+mod rank;
+mod step;
+mod stream;
+mod train;
+
+#[cfg(test)]
+mod tests;
+
+use std::ffi::OsString;
+use std::sync::Arc;
+
+use object_store::ObjectStore;
+use tokio_util::sync::CancellationToken;
+
+pub use devices::{describe, devices};
+pub use rank::run_rank;
+pub use step::reference_step;
+
+/// Settings of a trainer agent.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Config {
+    /// Where the coordinator is
+    #[arg(long, env = "GLEANER_COORDINATOR", value_name = "URL")]
+    pub coordinator: String,
+    /// Host name or address at which the ranks of other machines reach this one [default: that from which the coordinator is reached]
+    #[arg(long, env = "GLEANER_ADVERTISE_ADDRESS", value_name = "HOST")]
+    pub advertise_address: Option<String>,
+    /// What ranks run on: cpu, cpu:N (N ranks), cuda (all GPUs), cuda:N (that GPU), or several of these with commas
+    /// [default: all GPUs, or else one cpu]
+    #[arg(long, env = "GLEANER_DEVICES")]
+    pub devices: Option<String>,
+    /// Decoded images may take so many bytes of memory, all ranks of this machine together
+    #[arg(long, env = "GLEANER_CACHE_BYTES", default_value_t = 1 << 30, value_name = "BYTES")]
+    pub cache_bytes: u64,
+}
+
+/// Runs a trainer agent until `shutdown`. `rank_command` starts a rank process: a program that calls [`run_rank`] on the same store, with
+/// stdin and stdout left to it.
+///
+/// # Errors
+/// If the settings cannot be meant so. Whatever fails later is tried again, or told to the coordinator.
+pub async fn run(
+    config: Config,
+    store: Arc<dyn ObjectStore>,
+    rank_command: Vec<OsString>,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()> {
+    agent::run(config, store, rank_command, shutdown).await
+}

@@ -1,0 +1,315 @@
+//! The order of samples: a pure function of the blocks' counts, the seed and the epoch. Which rank reads what follows from the lanes
+//! alone, so any number of ranks trains on the same samples in the same steps.
+//!
+//! An epoch shuffles the blocks and lays them end to end; lane v of V owns an equal part of that line, cut inside blocks where it must be.
+//! Within a window of blocks the lane's samples are shuffled, and what comes out is spread evenly over the epoch's steps.
+//!
+//! Nothing is laid out per sample but the windows at hand: 100,000,000 samples are some million blocks, and a lane's place in the line is
+//! found from them.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::random::{key, shuffle};
+
+/// Blocks in the windows of all lanes together. With blocks of 2 MiB this bounds what a single rank holds to 256 MiB.
+const WINDOW_BLOCKS: usize = 128;
+
+/// A sample of a split: the `sample`-th one that counts of the `block`-th block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct Place {
+    /// Counts the split's blocks from 0.
+    pub block: u32,
+    /// Counts the block's samples that are not skipped from 0.
+    pub sample: u32,
+}
+
+/// Why a split cannot be trained on in this way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{samples} training samples in {steps} steps of {lanes} lanes are fewer than 2 for some lane and step, which batch normalisation \
+     needs: choose a train.batch of at least {at_least}, or fewer ranks.lanes"
+)]
+pub(crate) struct TooFewSamples {
+    samples: u64,
+    steps: u64,
+    lanes: u32,
+    at_least: u64,
+}
+
+/// One epoch's order.
+#[derive(Debug)]
+pub(crate) struct EpochPlan {
+    /// The blocks that have samples, in the order in which they lie on the line.
+    order: Vec<u32>,
+    /// `ends[i]`: where on the line block `order[i]` ends.
+    ends: Vec<u64>,
+    lanes: u32,
+    steps: u64,
+    seed: u64,
+}
+
+/// The lanes of rank `rank` of `world`. The parts of all ranks are contiguous and differ by at most one lane.
+pub(crate) fn lanes_of(rank: u32, world: u32, lanes: u32) -> Range<u32> {
+    let cut = |rank: u32| part(u64::from(lanes), u64::from(rank), u64::from(world)) as u32;
+    cut(rank)..cut(rank + 1)
+}
+
+/// Steps of an epoch: as many as bring the global batch nearest to `batch`.
+pub(crate) fn steps_per_epoch(samples: u64, batch: u32) -> u64 {
+    let batch = u64::from(batch);
+    ((samples + batch / 2) / batch).max(1)
+}
+
+/// Where the `i`-th of `of` equal parts of `total` begins.
+fn part(total: u64, i: u64, of: u64) -> u64 {
+    (u128::from(total) * u128::from(i) / u128::from(of)) as u64
+}
+
+impl EpochPlan {
+    /// For blocks with `kept[i]` samples that count, in `lanes` lanes, with about `batch` samples in a step. Epochs count from 0.
+    ///
+    /// # Errors
+    /// If a lane's share of a step could have fewer than two samples.
+    pub(crate) fn new(kept: &[u32], lanes: u32, batch: u32, seed: u64, epoch: u64) -> Result<Self, TooFewSamples> {
+        let seed = key(&[seed, epoch]);
+        let mut order: Vec<u32> = (0..kept.len() as u32).filter(|&block| kept[block as usize] > 0).collect();
+        shuffle(&mut order, seed);
+        let mut end = 0;
+        let ends: Vec<u64> = order
+            .iter()
+            .map(|&block| {
+                end += u64::from(kept[block as usize]);
+                end
+            })
+            .collect();
+        let steps = steps_per_epoch(end, batch);
+        if end / u64::from(lanes) / steps < 2 {
+            // Rounding the number of steps takes a quarter of a share at the most (1.5 batches in 2 steps).
+            let at_least = u64::from(lanes) * 3;
+            return Err(TooFewSamples { samples: end, steps, lanes, at_least });
+        }
+        Ok(Self { order, ends, lanes, steps, seed })
+    }
+
+    /// Samples of step `step` (counted within the epoch) in all lanes together.
+    pub(crate) fn samples(&self, step: u64) -> u64 {
+        (0..self.lanes).map(|lane| self.share(lane, step)).map(|share| share.end - share.start).sum()
+    }
+
+    /// The shares of one lane from step `from` on (counted within the epoch): each step's samples, until the epoch ends.
+    pub(crate) fn lane(self: &Arc<Self>, lane: u32, from: u64) -> Lane {
+        Lane { plan: self.clone(), lane, step: from, window: 0..0, places: Vec::new() }
+    }
+
+    /// How many of its samples each block has for these lanes, in no order; blocks without any are left out.
+    pub(crate) fn uses(&self, lanes: &Range<u32>) -> impl Iterator<Item = (u32, u32)> {
+        let line = if lanes.is_empty() { 0..0 } else { self.line(lanes.start).start..self.line(lanes.end - 1).end };
+        let first = self.ends.partition_point(|&end| end <= line.start);
+        (first..self.order.len()).map_while(move |i| {
+            let samples = overlap(&self.block(i), &line);
+            (!samples.is_empty()).then(|| (self.order[i], (samples.end - samples.start) as u32))
+        })
+    }
+
+    /// The part of the line that a lane owns.
+    fn line(&self, lane: u32) -> Range<u64> {
+        let samples = self.ends.last().copied().unwrap_or(0);
+        let cut = |lane: u32| part(samples, u64::from(lane), u64::from(self.lanes));
+        cut(lane)..cut(lane + 1)
+    }
+
+    /// The part of the line that a lane owns in one step.
+    fn share(&self, lane: u32, step: u64) -> Range<u64> {
+        let line = self.line(lane);
+        let cut = |step| line.start + part(line.end - line.start, step, self.steps);
+        cut(step)..cut(step + 1)
+    }
+
+    /// Where the `i`-th block lies on the line.
+    fn block(&self, i: usize) -> Range<u64> {
+        i.checked_sub(1).map_or(0, |before| self.ends[before])..self.ends[i]
+    }
+
+    /// The window around `position` on `lane`'s line: its place on the line, and its samples in order.
+    fn window(&self, lane: u32, position: u64) -> (Range<u64>, Vec<Place>) {
+        let line = self.line(lane);
+        let at = |position| self.ends.partition_point(|&end| end <= position);
+        let (first, end) = (at(line.start), at(line.end - 1) + 1);
+        let (size, pieces) = ((WINDOW_BLOCKS / self.lanes as usize).max(1), end - first);
+        // The lanes' first windows differ in size, so that they do not all ask for a new window's blocks at the same step.
+        let head = if pieces <= size { pieces } else { (size * (lane as usize + 1) / self.lanes as usize).max(1) };
+        let piece = at(position) - first;
+        let from = if piece < head { 0 } else { piece - (piece - head) % size };
+        let to = if from == 0 { head } else { (from + size).min(pieces) };
+        let mut places = Vec::new();
+        for i in first + from..first + to {
+            let block = self.block(i);
+            places.extend(
+                overlap(&block, &line).map(|p| Place { block: self.order[i], sample: (p - block.start) as u32 }),
+            );
+        }
+        shuffle(&mut places, key(&[self.seed, u64::from(lane), from as u64]));
+        (overlap(&(self.block(first + from).start..self.block(first + to - 1).end), &line), places)
+    }
+}
+
+/// One lane's shares, step by step.
+#[derive(Debug)]
+pub(crate) struct Lane {
+    plan: Arc<EpochPlan>,
+    lane: u32,
+    step: u64,
+    window: Range<u64>,
+    places: Vec<Place>,
+}
+
+impl Iterator for Lane {
+    type Item = Vec<Place>;
+
+    fn next(&mut self) -> Option<Vec<Place>> {
+        if self.step >= self.plan.steps {
+            return None;
+        }
+        let share = self.plan.share(self.lane, self.step);
+        self.step += 1;
+        let places = share.map(|position| {
+            if !self.window.contains(&position) {
+                (self.window, self.places) = self.plan.window(self.lane, position);
+            }
+            self.places[(position - self.window.start) as usize]
+        });
+        Some(places.collect())
+    }
+}
+
+/// The samples that lanes `part` of `lanes` evaluate, in the order in which they are stored.
+pub(crate) fn evaluation(kept: &[u32], lanes: u32, mine: Range<u32>) -> impl Iterator<Item = Place> {
+    let total = kept.iter().map(|&n| u64::from(n)).sum();
+    let cut = |lane: u32| part(total, u64::from(lane), u64::from(lanes));
+    let line = cut(mine.start)..cut(mine.end);
+    let mut start = 0;
+    let blocks: Vec<(u32, Range<u64>)> = kept
+        .iter()
+        .enumerate()
+        .filter_map(|(block, &n)| {
+            let at = start..start + u64::from(n);
+            start = at.end;
+            let samples = overlap(&at, &line);
+            (!samples.is_empty()).then(|| (block as u32, samples.start - at.start..samples.end - at.start))
+        })
+        .collect();
+    blocks.into_iter().flat_map(|(block, samples)| samples.map(move |sample| Place { block, sample: sample as u32 }))
+}
+
+fn overlap(a: &Range<u64>, b: &Range<u64>) -> Range<u64> {
+    a.start.max(b.start)..a.end.min(b.end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::HashMap;
+
+    fn all(kept: &[u32]) -> Vec<Place> {
+        let of = |(block, &n): (usize, &u32)| (0..n).map(move |sample| Place { block: block as u32, sample });
+        kept.iter().enumerate().flat_map(of).collect()
+    }
+
+    fn plan(kept: &[u32], lanes: u32, batch: u32, epoch: u64) -> Option<Arc<EpochPlan>> {
+        EpochPlan::new(kept, lanes, batch, 7, epoch).ok().map(Arc::new)
+    }
+
+    fn blocks() -> impl Strategy<Value = Vec<u32>> {
+        prop_oneof![
+            prop::collection::vec(0u32..40, 1..400),
+            prop::collection::vec(0u32..700, 1..12),
+            prop::collection::vec(0u32..3, 100..900),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+        #[test]
+        fn an_epoch_has_every_sample_once_in_equal_lanes_and_shares(kept in blocks(), lanes in 1u32..20, batch in 2u32..300, epoch in 0u64..3) {
+            let total = all(&kept).len() as u64;
+            let Some(plan) = plan(&kept, lanes, batch, epoch) else {
+                prop_assert!(total / u64::from(lanes) / steps_per_epoch(total, batch) < 2);
+                return Ok(());
+            };
+            let mut seen = Vec::new();
+            let mut sizes = Vec::new();
+            for lane in 0..lanes {
+                let shares: Vec<_> = plan.lane(lane, 0).collect();
+                prop_assert_eq!(shares.len() as u64, plan.steps);
+                prop_assert!(shares.iter().zip(0..).all(|(share, step)| share.len() as u64 <= plan.samples(step)));
+                let (least, most) = (shares.iter().map(Vec::len).min(), shares.iter().map(Vec::len).max());
+                prop_assert!(least >= Some(2) && most <= least.map(|n| n + 1));
+                sizes.push(shares.iter().map(Vec::len).sum::<usize>());
+                seen.extend(shares.into_iter().flatten());
+            }
+            prop_assert_eq!((0..plan.steps).map(|step| plan.samples(step)).sum::<u64>(), total);
+            prop_assert!(sizes.iter().max() <= sizes.iter().min().map(|n| n + 1).as_ref());
+            seen.sort_unstable();
+            prop_assert_eq!(seen, all(&kept));
+        }
+
+        #[test]
+        fn a_lane_that_begins_in_the_middle_goes_on_as_one_that_did_not(kept in blocks(), lanes in 1u32..10, from in 0u64..200) {
+            let Some(plan) = plan(&kept, lanes, lanes * 5, 1) else { return Ok(()) };
+            for lane in 0..lanes {
+                let whole: Vec<_> = plan.lane(lane, 0).skip(from as usize).collect();
+                prop_assert_eq!(plan.lane(lane, from).collect::<Vec<_>>(), whole);
+            }
+        }
+
+        #[test]
+        fn ranks_own_all_lanes_and_know_how_often_they_use_a_block(kept in blocks(), world in 1u32..8) {
+            let Some(plan) = plan(&kept, 8, 40, 0) else { return Ok(()) };
+            let mut next = 0;
+            for rank in 0..world {
+                let mine = lanes_of(rank, world, 8);
+                prop_assert_eq!(mine.start, next);
+                prop_assert!(!mine.is_empty());
+                next = mine.end;
+                let mut used = HashMap::new();
+                for place in mine.clone().flat_map(|lane| plan.lane(lane, 0).flatten()) {
+                    *used.entry(place.block).or_insert(0) += 1;
+                }
+                prop_assert_eq!(plan.uses(&mine).collect::<HashMap<_, _>>(), used);
+            }
+            prop_assert_eq!(next, 8);
+        }
+
+        #[test]
+        fn an_evaluation_has_every_sample_once_in_the_stored_order(kept in blocks(), world in 1u32..8) {
+            let read: Vec<_> = (0..world).flat_map(|rank| evaluation(&kept, 8, lanes_of(rank, world, 8))).collect();
+            prop_assert_eq!(read, all(&kept));
+        }
+    }
+
+    #[test]
+    fn epochs_and_seeds_change_the_order_and_steps_mix_blocks() {
+        let kept = [100; 40];
+        let first = |seed, epoch| {
+            let plan = Arc::new(EpochPlan::new(&kept, 4, 64, seed, epoch).expect("enough samples"));
+            plan.lane(0, 0).next().expect("a step")
+        };
+        assert_ne!(first(1, 0), first(1, 1));
+        assert_ne!(first(1, 0), first(2, 0));
+        let mut blocks: Vec<u32> = first(1, 0).iter().map(|place| place.block).collect();
+        blocks.sort_unstable();
+        blocks.dedup();
+        assert!(blocks.len() >= 5, "{blocks:?}");
+    }
+
+    #[test]
+    fn a_hundred_million_samples_are_planned_by_block_and_window() {
+        let kept = vec![70; 1_430_000];
+        let plan = Arc::new(EpochPlan::new(&kept, 64, 4096, 1, 2).expect("enough samples"));
+        let mut lane = plan.lane(63, plan.steps - 3);
+        assert_eq!(lane.by_ref().map(|share| share.len()).min(), Some(64));
+        assert!(lane.places.len() <= 70 * WINDOW_BLOCKS / 64);
+    }
+}

@@ -1,0 +1,130 @@
+//! One rank process, as its agent sees it: started, spoken to, heard, ended.
+
+use std::ffi::OsString;
+use std::process::Stdio;
+
+use anyhow::{Context, Result};
+use prost::Message;
+use proto::pb;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::Command;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::c10d::NCCL_ENVIRONMENT;
+use crate::ipc::{self, Setup};
+
+/// A log line's bytes; the rest is cut off.
+const LONGEST_LINE: usize = 8 << 10;
+
+/// What is heard of a process, with the number of its device and its own.
+#[derive(Debug)]
+pub(crate) struct Heard {
+    pub device: usize,
+    pub process: u64,
+    pub what: What,
+}
+
+/// What is heard of a process.
+#[derive(Debug)]
+pub(crate) enum What {
+    Message(pb::RankMessage),
+    /// A line on its stderr.
+    Line(String),
+    /// It is gone: its exit code or signal.
+    Exited(String),
+}
+
+/// A running rank process. Dropping it kills it.
+#[derive(Debug)]
+pub(crate) struct Process {
+    orders: mpsc::UnboundedSender<Vec<u8>>,
+    _kill: oneshot::Sender<()>,
+}
+
+impl Process {
+    /// Starts `command` as a rank on a device.
+    pub(crate) fn start(
+        command: &[OsString],
+        setup: &Setup,
+        (device, process): (usize, u64),
+        heard: &mpsc::Sender<Heard>,
+    ) -> Result<Self> {
+        let (program, arguments) = command.split_first().context("the command that starts a rank is empty")?;
+        let mut child = Command::new(program)
+            .args(arguments)
+            .envs(NCCL_ENVIRONMENT)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .with_context(|| format!("failed to start {}", program.to_string_lossy()))?;
+        let (Some(mut stdin), Some(mut stdout), Some(stderr)) =
+            (child.stdin.take(), child.stdout.take(), child.stderr.take())
+        else {
+            anyhow::bail!("a rank process has no pipes");
+        };
+        // Few and small: what the coordinator says to one rank.
+        let (orders, mut to_write) = mpsc::unbounded_channel::<Vec<u8>>();
+        orders.send(serde_json::to_vec(setup)?)?;
+        tokio::spawn(async move {
+            while let Some(frame) = to_write.recv().await {
+                if ipc::send(&mut stdin, &frame).await.is_err() {
+                    return;
+                }
+            }
+        });
+        let tell = {
+            let heard = heard.clone();
+            move |what| {
+                let heard = heard.clone();
+                async move { heard.send(Heard { device, process, what }).await.is_ok() }
+            }
+        };
+        let messages = tokio::spawn({
+            let tell = tell.clone();
+            async move {
+                while let Ok(Some(frame)) = ipc::receive(&mut stdout).await {
+                    let Ok(message) = pb::RankMessage::decode(frame.as_slice()) else { return };
+                    if !tell(What::Message(message)).await {
+                        return;
+                    }
+                }
+            }
+        });
+        let lines = tokio::spawn({
+            let tell = tell.clone();
+            async move {
+                let mut stderr = BufReader::new(stderr);
+                let mut line = Vec::new();
+                while matches!(stderr.read_until(b'\n', &mut line).await, Ok(1..)) {
+                    let text = String::from_utf8_lossy(&line[..line.len().min(LONGEST_LINE)]).trim_end().to_owned();
+                    line.clear();
+                    if !tell(What::Line(text)).await {
+                        return;
+                    }
+                }
+            }
+        });
+        let (kill, killed) = oneshot::channel::<()>();
+        tokio::spawn(async move {
+            tokio::select! {
+                _ = child.wait() => {}
+                _ = killed => {
+                    let _ = child.start_kill();
+                }
+            }
+            let status = child.wait().await;
+            // All that it said comes before its end.
+            let _ = tokio::join!(messages, lines);
+            tell(What::Exited(status.map_or_else(|error| error.to_string(), |status| status.to_string()))).await;
+        });
+        Ok(Self { orders, _kill: kill })
+    }
+
+    /// Passes an order on. If the process is gone that is heard in another way.
+    pub(crate) fn order(&self, message: pb::coordinator_message::Message) {
+        let message = pb::CoordinatorMessage { message: Some(message) };
+        let _ = self.orders.send(message.encode_to_vec());
+    }
+}

@@ -1,0 +1,244 @@
+//! One step without the communication: loss, learning rate, optimizer, and what is counted.
+
+use std::path::Path;
+
+use anyhow::{Context, ensure};
+use proto::RunSpec;
+use proto::run_spec::{Precision, Schedule, Train};
+use tch::{Device, Kind, Reduction, Tensor};
+
+use crate::alexnet::{AlexNet, Named};
+use crate::c10d;
+
+/// The cross entropy of `logits` [samples, classes] with `labels` [samples] (i64), summed over samples.
+///
+/// What a rank sends into backward is this times `world` / (samples in the step on all ranks): the reducer divides by `world`.
+pub(crate) fn loss(logits: &Tensor, labels: &Tensor, label_smoothing: f64) -> Tensor {
+    logits.cross_entropy_loss(labels, None::<Tensor>, Reduction::Sum, -100, label_smoothing)
+}
+
+/// How many samples have their label as the first, and among the first five, of the classes by logit: [top1, top5] as f64.
+pub(crate) fn correct(logits: &Tensor, labels: &Tensor) -> Tensor {
+    let k = logits.size()[1].min(5);
+    let (_, best) = logits.detach().topk(k, 1, true, true);
+    let hits = best.eq_tensor(&labels.unsqueeze(1)).to_kind(Kind::Double);
+    Tensor::stack(&[hits.narrow(1, 0, 1).sum(Kind::Double), hits.sum(Kind::Double)], 0)
+}
+
+/// The learning rate of step `step` (from 0): a linear rise to the peak, then the schedule.
+pub(crate) fn learning_rate(step: u64, steps_per_epoch: u64, train: &Train) -> f64 {
+    let per_epoch = steps_per_epoch as f64;
+    let total = per_epoch * f64::from(train.epochs);
+    let warmup = (per_epoch * train.warmup_epochs).min(total);
+    let step = step as f64;
+    if step < warmup {
+        return train.learning_rate * ((step + 1.0) / warmup).min(1.0);
+    }
+    let factor = match train.schedule {
+        Schedule::Constant => 1.0,
+        Schedule::Step => 0.1_f64.powf((step / per_epoch / train.step_epochs).floor()),
+        Schedule::Cosine => {
+            let progress = ((step - warmup) / (total - warmup)).min(1.0);
+            0.5 * (1.0 + (std::f64::consts::PI * progress).cos())
+        }
+    };
+    train.learning_rate * factor
+}
+
+/// SGD with momentum and weight decay on all parameters, as `torch.optim.SGD` counts.
+#[derive(Debug)]
+pub(crate) struct Sgd {
+    parameters: Vec<Tensor>,
+    momenta: Named,
+    momentum: f64,
+    weight_decay: f64,
+    clip_norm: f64,
+}
+
+impl Sgd {
+    /// For the parameters of a network, with momenta of zero.
+    pub(crate) fn new(model: &AlexNet, train: &Train) -> Self {
+        let momenta = model.parameters().into_iter().map(|(name, parameter)| (name, parameter.detach().zeros_like()));
+        Self {
+            momenta: momenta.collect(),
+            parameters: model.parameters().into_iter().map(|(_, parameter)| parameter).collect(),
+            momentum: train.momentum,
+            weight_decay: train.weight_decay,
+            clip_norm: train.clip_norm,
+        }
+    }
+
+    /// Applies the gradients that the parameters hold, scaled down to the norm's limit if there is one.
+    pub(crate) fn step(&mut self, learning_rate: f64) -> c10d::Result<()> {
+        let gradients: Vec<Tensor> = self.parameters.iter().map(Tensor::grad).collect();
+        if self.clip_norm > 0.0 {
+            clip(&gradients, self.clip_norm);
+        }
+        let momenta: Vec<Tensor> = self.momenta.iter().map(|(_, momentum)| momentum.shallow_clone()).collect();
+        c10d::fused_sgd(&self.parameters, &gradients, &momenta, learning_rate, self.momentum, self.weight_decay)
+    }
+
+    /// The momenta by their parameters' names.
+    pub(crate) fn momenta(&self) -> Named {
+        self.momenta.iter().map(|(name, momentum)| (name.clone(), momentum.shallow_clone())).collect()
+    }
+}
+
+/// Scales all gradients by one factor so that their common norm is at most `limit`. Without waiting for the device.
+fn clip(gradients: &[Tensor], limit: f64) {
+    tch::no_grad(|| {
+        let norms: Vec<Tensor> = gradients.iter().map(|gradient| gradient.norm()).collect();
+        let factor = (limit / (Tensor::stack(&norms, 0).norm() + 1e-6)).clamp_max(1.0);
+        for gradient in gradients {
+            let _ = gradient.shallow_clone().g_mul_(&factor);
+        }
+    });
+}
+
+/// Copies tensors into those of the same names, such as a checkpoint's into a network's. Names and shapes must be the same on both sides.
+pub(crate) fn load(into: &Named, from: &Named) -> anyhow::Result<()> {
+    ensure!(into.len() == from.len(), "{} tensors where {} belong", from.len(), into.len());
+    for (name, target) in into {
+        let (_, source) = from.iter().find(|(other, _)| other == name).with_context(|| format!("no tensor {name}"))?;
+        let (found, wanted) = (source.size(), target.size());
+        ensure!(found == wanted, "tensor {name} has shape {found:?} where {wanted:?} belongs");
+        tch::no_grad(|| target.shallow_clone().f_copy_(source)).with_context(|| format!("tensor {name}"))?;
+    }
+    Ok(())
+}
+
+/// One whole step on one rank from the seed's weights, for comparison with another implementation.
+///
+/// `batch` is a safetensors file with `images` [samples, 3, crop, crop] (f32, normalised) and `labels` [samples] (i64). `out` will be one with
+/// `before.NAME`, `gradient.NAME` and `after.NAME` of each parameter (and `after.NAME` of each running statistic), `logits` and `loss` (the
+/// mean over samples). The step has the spec's peak learning rate; the samples are shared out to `ranks.lanes` lanes in their order.
+pub fn reference_step(spec: &RunSpec, classes: i64, batch: &Path, out: &Path) -> anyhow::Result<()> {
+    let kind = kind(spec.ranks.precision);
+    let tensors = Tensor::read_safetensors(batch).with_context(|| format!("failed to read {}", batch.display()))?;
+    let get = |name: &str| {
+        let found = tensors.iter().find(|(other, _)| other == name).map(|(_, tensor)| tensor);
+        found.with_context(|| format!("{}: no tensor {name}", batch.display()))
+    };
+    let (images, labels) = (get("images")?.to_kind(kind), get("labels")?);
+    let (samples, lanes) = (images.size()[0], i64::from(spec.ranks.lanes));
+    let shares: Vec<i64> = (0..lanes).map(|lane| samples * (lane + 1) / lanes - samples * lane / lanes).collect();
+    let keys: Vec<u64> = (0..samples as u64).map(|sample| crate::random::key(&[spec.seed, sample])).collect();
+
+    let crop = i64::from(spec.input.crop);
+    let model = AlexNet::new(&spec.model, classes, crop, spec.seed, kind, Device::Cpu);
+    let mut sgd = Sgd::new(&model, &spec.train);
+    let mut written: Named = Vec::new();
+    let mut write = |prefix: &str, named: Named| {
+        written.extend(named.into_iter().map(|(name, tensor)| (format!("{prefix}{name}"), tensor.detach().copy())));
+    };
+    write("before.", model.parameters());
+    let forward = model.train(&images, &shares, &keys);
+    let loss = loss(&forward.logits, labels, spec.train.label_smoothing) / samples as f64;
+    loss.f_backward()?;
+    write("gradient.", model.parameters().into_iter().map(|(name, parameter)| (name, parameter.grad())).collect());
+    sgd.step(spec.train.learning_rate)?;
+    model.update_running(&(forward.statistics / lanes as f64));
+    write("after.", model.parameters());
+    write("after.", model.buffers());
+    write("", vec![("logits".to_owned(), forward.logits), ("loss".to_owned(), loss)]);
+    Tensor::write_safetensors(&written, out).with_context(|| format!("failed to write {}", out.display()))
+}
+
+/// libtorch's name of a precision.
+pub(crate) fn kind(precision: Precision) -> Kind {
+    match precision {
+        Precision::F32 => Kind::Float,
+        Precision::F64 => Kind::Double,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_learning_rate_rises_and_falls_as_the_spec_says() {
+        let mut train =
+            Train { epochs: 4, learning_rate: 2.0, warmup_epochs: 1.0, step_epochs: 2.0, ..Train::default() };
+        let rates = |train: &Train| -> Vec<f64> {
+            [0, 1, 4, 9, 10, 25, 39].iter().map(|step| learning_rate(*step, 10, train)).collect()
+        };
+        train.schedule = Schedule::Constant;
+        assert_eq!(rates(&train), [0.2, 0.4, 1.0, 2.0, 2.0, 2.0, 2.0]);
+        train.schedule = Schedule::Step;
+        assert_eq!(rates(&train), [0.2, 0.4, 1.0, 2.0, 2.0, 0.2, 0.2]);
+        train.schedule = Schedule::Cosine;
+        let last = 1.0 + (std::f64::consts::PI * 29.0 / 30.0).cos();
+        for (rate, expected) in rates(&train).iter().zip([0.2, 0.4, 1.0, 2.0, 2.0, 1.0, last]) {
+            assert!((rate - expected).abs() < 1e-12, "{rate} is not {expected}");
+        }
+    }
+
+    #[test]
+    fn top_1_and_top_5_are_counted() {
+        let logits = Tensor::from_slice(&[9.0_f32, 8.0, 7.0, 6.0, 5.0, 4.0]).view([1, 6]).repeat([3, 1]);
+        let counts = correct(&logits, &Tensor::from_slice(&[0_i64, 4, 5]));
+        assert_eq!(Vec::<f64>::try_from(&counts).expect("two numbers"), [1.0, 2.0]);
+        let two_classes = correct(&logits.narrow(1, 0, 2), &Tensor::from_slice(&[1_i64, 1, 0]));
+        assert_eq!(Vec::<f64>::try_from(&two_classes).expect("two numbers"), [1.0, 3.0]);
+    }
+
+    #[test]
+    fn the_loss_is_a_sum_with_label_smoothing() {
+        // Two classes with logits ln 3 and 0: probabilities 3/4 and 1/4.
+        let logits = Tensor::from_slice(&[3.0_f64.ln(), 0.0]).view([1, 2]).repeat([2, 1]);
+        let sum = loss(&logits, &Tensor::from_slice(&[0_i64, 1]), 0.2).double_value(&[]);
+        let (right, wrong) = (-(0.75_f64.ln()), -(0.25_f64.ln()));
+        let expected = (0.9 * right + 0.1 * wrong) + (0.9 * wrong + 0.1 * right);
+        assert!((sum - expected).abs() < 1e-12, "{sum} is not {expected}");
+    }
+
+    #[test]
+    fn clipped_gradients_have_the_limits_norm_and_small_ones_are_left_alone() {
+        let gradients = || vec![Tensor::from_slice(&[3.0_f64, 0.0]), Tensor::from_slice(&[4.0_f64])];
+        let large = gradients();
+        clip(&large, 1.0);
+        assert!((large[1].double_value(&[0]) - 0.8).abs() < 1e-6);
+        let small = gradients();
+        clip(&small, 10.0);
+        assert_eq!(small[0].double_value(&[0]), 3.0);
+    }
+
+    #[test]
+    fn sgd_counts_as_pytorch_does() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let (batch, out) = (dir.path().join("batch"), dir.path().join("out"));
+        let images = Tensor::arange(4 * 3 * 64 * 64, (Kind::Float, Device::Cpu)).sin().view([4, 3, 64, 64]);
+        let labels = Tensor::from_slice(&[0_i64, 1, 2, 0]);
+        Tensor::write_safetensors(&[("images", &images), ("labels", &labels)], &batch).expect("a folder to write to");
+        let spec = RunSpec::from_toml(
+            "dataset = \"d\"
+            model = { arch = \"alexnet-slim\", width = 0.125, dropout = 0.0 }
+            input = { crop = 64 }
+            train = { batch = 4, learning_rate = 0.5, momentum = 0.9, weight_decay = 0.1 }
+            ranks = { max = 1, lanes = 1, precision = \"f64\" }",
+        )
+        .expect("a sound spec");
+        reference_step(&spec, 3, &batch, &out).expect("a sound batch");
+
+        let written = Tensor::read_safetensors(&out).expect("own output");
+        let get = |name: &str| &written.iter().find(|(other, _)| other == name).expect(name).1;
+        let name = "features.3.weight";
+        let [before, gradient, after] = ["before", "gradient", "after"].map(|prefix| get(&format!("{prefix}.{name}")));
+        let expected = before - (gradient + before * 0.1) * 0.5;
+        assert!((after - expected).abs().max().double_value(&[]) < 1e-12);
+        assert!(gradient.abs().max().double_value(&[]) > 0.0);
+        assert!((get("loss").double_value(&[]) - 3.0_f64.ln()).abs() < 1.0);
+    }
+
+    #[test]
+    fn tensors_that_do_not_fit_are_named() {
+        let tensor = |size: i64| Tensor::zeros([size], (Kind::Float, Device::Cpu));
+        let into = vec![("a".to_owned(), tensor(2))];
+        let error = |from: Named| format!("{:#}", load(&into, &from).expect_err("it does not fit"));
+        assert!(error(vec![("b".to_owned(), tensor(2))]).contains("no tensor a"));
+        assert!(error(vec![("a".to_owned(), tensor(3))]).contains("[3] where [2]"));
+        load(&into, &vec![("a".to_owned(), tensor(2) + 1.0)]).expect("it fits");
+        assert_eq!(into[0].1.double_value(&[1]), 1.0);
+    }
+}

@@ -1,0 +1,383 @@
+//! Whole runs of one to three ranks on a small dataset in a folder, without a coordinator. Ranks are threads here; processes of their own
+//! they are in the tests of the binary.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use futures::TryStreamExt;
+use object_store::path::Path;
+use object_store::{ObjectStore, ObjectStoreExt};
+use proto::manifest::{ManifestBlock, ManifestClass, ManifestShard, ManifestTar, Skips};
+use proto::pb::{self, left::Why, rank_message::Message};
+use proto::shard::{Origin, StoredFile, TarWriter, sha256_hex};
+use proto::{Attempt, Manifest, Resize, Sample, Split, keys};
+
+use crate::alexnet::Named;
+use crate::history::{Ledger, Line};
+use crate::ipc::Setup;
+use crate::job::Home;
+use crate::rank::{Wishes, serve};
+use crate::{c10d, checkpoint};
+
+const SIZE: usize = 72;
+const DEADLINE: Duration = Duration::from_secs(120);
+
+/// A store with a dataset of three classes, which differ in colour: 150 samples to train on, 12 each to validate and to test.
+struct World {
+    _folder: tempfile::TempDir,
+    runtime: tokio::runtime::Runtime,
+    store: Arc<dyn ObjectStore>,
+    manifest: StoredFile,
+}
+
+impl World {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = object_store::local::LocalFileSystem::new_with_prefix(folder.path()).expect("the folder is there");
+        let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+        let mut world = Self {
+            _folder: folder,
+            runtime,
+            store: Arc::new(store),
+            manifest: StoredFile { key: String::new(), bytes: 0, sha256: String::new() },
+        };
+        world.write_dataset();
+        world
+    }
+
+    fn put(&self, key: &str, bytes: impl Into<Bytes>) -> StoredFile {
+        let bytes = bytes.into();
+        let file = StoredFile { key: key.to_owned(), bytes: bytes.len() as u64, sha256: sha256_hex(&bytes) };
+        self.runtime.block_on(self.store.put(&Path::from(key), bytes.into())).expect("a folder takes it");
+        file
+    }
+
+    fn write_dataset(&mut self) {
+        let mut key = 0;
+        let mut shards = Vec::new();
+        let mut counted = [BTreeMap::new(), BTreeMap::new(), BTreeMap::new()];
+        for shard in 0..5 {
+            let (mut tars, mut first, mut skips) = (BTreeMap::new(), 0, Skips::default());
+            for (split, samples) in [(Split::Train, 31), (Split::Validation, 4), (Split::Test, 4)] {
+                if shard == 3 && split != Split::Train || shard == 4 && split == Split::Validation {
+                    continue;
+                }
+                let mut tar = TarWriter::new();
+                for i in 0..samples {
+                    let label = (key % 3) as u32;
+                    tar.append(&Sample { key, label, jpeg: picture(key, label) }, &origin());
+                    let skip = split == Split::Train && i == 7;
+                    if skip {
+                        skips.insert(first + i);
+                    } else {
+                        *counted[label as usize].entry(split).or_insert(0) += 1;
+                    }
+                    key += 1;
+                }
+                let mut bytes = tar.take().to_vec();
+                let (rest, _, sha256, blocks) = tar.finish();
+                bytes.extend_from_slice(&rest);
+                let name = keys::tar("d-1", split, shard, Attempt { term: 1, n: 1 });
+                self.put(&name, bytes);
+                let kept = |samples| if split == Split::Train { samples - 1 } else { samples };
+                let blocks = blocks.iter().map(|b| ManifestBlock {
+                    offset: b.offset,
+                    length: b.length,
+                    samples: b.samples,
+                    kept: kept(b.samples),
+                });
+                tars.insert(split, ManifestTar { key: name, sha256, first, blocks: blocks.collect() });
+                first += samples;
+            }
+            let skips = Some(self.put(&keys::skips("d-1", 1, shard), skips.as_bytes().to_vec()));
+            shards.push(ManifestShard { shard, skips, tars });
+        }
+        let class = |(i, samples): (usize, &BTreeMap<Split, u64>)| ManifestClass {
+            synset: format!("n{i}"),
+            name: format!("class {i}"),
+            urls: 60,
+            samples: samples.clone(),
+        };
+        let manifest = Manifest {
+            format: 1,
+            nonce: "0".to_owned(),
+            dataset: "d-1".to_owned(),
+            version: 1,
+            rounds: 1,
+            resize: Resize { size: SIZE as u32, quality: 90 },
+            classes: counted.iter().enumerate().map(class).collect(),
+            outcomes: BTreeMap::new(),
+            skipped: BTreeMap::new(),
+            mean: [0.5; 3],
+            std: [0.25; 3],
+            shards,
+        };
+        self.manifest = self.put(&keys::manifest("d-1", 1), manifest.to_json());
+    }
+
+    fn rank(&self) -> Rank {
+        let (orders, to_rank) = channel();
+        let (reports, said) = channel();
+        let setup = Setup {
+            device: "cpu".to_owned(),
+            advertise_address: "127.0.0.1".to_owned(),
+            threads: 1,
+            // Holds about half of the images, so that both ways are gone.
+            cache_bytes: (80 * 3 * SIZE * SIZE) as u64,
+        };
+        let home = Home { store: self.store.clone(), runtime: self.runtime.handle().clone(), setup };
+        std::thread::spawn(move || serve(&home, &to_rank, &reports));
+        Rank { orders, said, heard: Mutex::default(), applied: Arc::default() }
+    }
+
+    /// Has the ranks join a new generation.
+    fn generation(
+        &self,
+        run: &str,
+        spec: &str,
+        n: u64,
+        ranks: &[&Rank],
+        checkpoint: Option<pb::Checkpointed>,
+    ) -> Generation {
+        let store = c10d::Store::serve("127.0.0.1").expect("loopback");
+        let wishes = ranks.iter().enumerate().map(|(rank, to)| {
+            let join = pb::Join {
+                run: run.to_owned(),
+                generation: n,
+                device: rank as u32,
+                rank: rank as u32,
+                world_size: ranks.len() as u32,
+                store: format!("127.0.0.1:{}", store.port()),
+                spec_json: spec.to_owned(),
+                manifest_key: self.manifest.key.clone(),
+                manifest_sha256: self.manifest.sha256.clone(),
+                checkpoint: checkpoint.clone(),
+                elapsed_seconds: 1.0,
+            };
+            let wishes = Arc::new(Wishes::new(&join, to.applied.clone()));
+            to.orders.send((join, wishes.clone())).expect("the rank lives");
+            wishes
+        });
+        Generation { wishes: wishes.collect(), _store: store }
+    }
+
+    /// Runs from the beginning to the end, undisturbed.
+    fn whole(&self, run: &str, spec: &str, world: usize) -> Outcome {
+        let ranks: Vec<Rank> = (0..world).map(|_| self.rank()).collect();
+        let _generation = self.generation(run, spec, 1, &ranks.iter().collect::<Vec<_>>(), None);
+        for rank in &ranks {
+            rank.left(Why::Finished);
+        }
+        self.outcome(run, &ranks)
+    }
+
+    fn outcome(&self, run: &str, ranks: &[Rank]) -> Outcome {
+        let prefix = Path::from(keys::ledgers(run));
+        let mut files: Vec<_> =
+            self.runtime.block_on(self.store.list(Some(&prefix)).try_collect()).expect("a folder lists");
+        files.sort_by(|a: &object_store::ObjectMeta, b| a.location.cmp(&b.location));
+        let mut ledger = BTreeMap::new();
+        for file in files {
+            let bytes = self.runtime.block_on(async { self.store.get(&file.location).await?.bytes().await });
+            let read: Ledger = serde_json::from_slice(&bytes.expect("it was listed")).expect("a ledger");
+            ledger.extend(read.lines.into_iter().map(|line| (line.step, line)));
+        }
+        let said: Vec<Message> = ranks.iter().flat_map(Rank::all).collect();
+        let metrics = said.iter().filter_map(|message| match message {
+            Message::Stepped(stepped) => Some(stepped.metrics.clone()),
+            _ => None,
+        });
+        let end = last_checkpoint(&said).expect("one is written at the end");
+        let (progress, tensors) = self.read(&end);
+        assert_eq!(progress.step, 20);
+        assert!(said.iter().any(|message| matches!(message, Message::Finished(_))), "a model is exported");
+        Outcome { ledger, tensors, metrics: metrics.flatten().collect() }
+    }
+
+    fn read(&self, checkpoint: &pb::Checkpointed) -> (checkpoint::Progress, Named) {
+        let read = checkpoint::read(&self.store, &checkpoint.key, &checkpoint.digests, 5);
+        self.runtime.block_on(read).expect("a whole checkpoint")
+    }
+}
+
+struct Generation {
+    wishes: Vec<Arc<Wishes>>,
+    _store: c10d::Store,
+}
+
+struct Rank {
+    orders: Sender<(pb::Join, Arc<Wishes>)>,
+    said: Receiver<pb::RankMessage>,
+    heard: Mutex<Vec<Message>>,
+    applied: Arc<AtomicU64>,
+}
+
+impl Rank {
+    /// Waits until it has left its generation, which must be for this reason.
+    fn left(&self, why: Why) -> pb::Left {
+        let end = Instant::now() + DEADLINE;
+        loop {
+            let message = self.said.recv_timeout(end - Instant::now()).expect("a rank says why it left");
+            let message = message.message.expect("reports have content");
+            self.heard.lock().expect("no panic").push(message.clone());
+            if let Message::Left(left) = message {
+                assert_eq!(left.why(), why, "{}", left.detail);
+                return left;
+            }
+        }
+    }
+
+    fn all(&self) -> Vec<Message> {
+        self.heard.lock().expect("no panic").clone()
+    }
+
+    fn wait_for_step(&self, step: u64) {
+        let begun = Instant::now();
+        while self.applied.load(Ordering::Relaxed) < step {
+            assert!(begun.elapsed() < DEADLINE, "step {step} never came");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+/// What must not depend on who computed it.
+struct Outcome {
+    ledger: BTreeMap<u64, Line>,
+    tensors: Named,
+    metrics: Vec<pb::Metric>,
+}
+
+impl Outcome {
+    fn assert_equals(&self, other: &Self) {
+        assert_eq!(self.ledger, other.ledger);
+        assert_eq!(self.ledger.len(), 20);
+        for ((name, mine), (other_name, others)) in self.tensors.iter().zip(&other.tensors) {
+            assert_eq!(name, other_name);
+            let (difference, size) = ((mine - others).norm().double_value(&[]), mine.norm().double_value(&[]));
+            assert!(difference <= 1e-9 * size, "{name}: {difference:e} of {size:e}");
+        }
+        for kind in ["validation", "test"] {
+            let points = |outcome: &Self| {
+                let newest: BTreeMap<u64, (u64, u64, f64)> = outcome
+                    .metrics
+                    .iter()
+                    .filter(|point| point.kind == kind)
+                    .map(|point| {
+                        (point.step, (point.samples, (point.top1 * 1000.0) as u64, (point.loss * 1e6).round()))
+                    })
+                    .collect();
+                newest
+            };
+            assert_eq!(points(self), points(other), "{kind}");
+        }
+    }
+}
+
+fn last_checkpoint(said: &[Message]) -> Option<pb::Checkpointed> {
+    said.iter().rev().find_map(|message| match message {
+        Message::Checkpointed(checkpointed) => Some(checkpointed.clone()),
+        _ => None,
+    })
+}
+
+fn spec(precision: &str) -> String {
+    format!(
+        r#"{{"dataset": "d", "manifest": 1, "seed": 5, "model": {{"arch": "alexnet-bn", "width": 0.1}}, "input": {{"crop": 64}},
+            "train": {{"epochs": 4, "batch": 30, "learning_rate": 0.01, "label_smoothing": 0.1}},
+            "ranks": {{"lanes": 6, "max": 6, "precision": "{precision}"}}, "checkpoint": {{"every_epochs": 2.0}}}}"#
+    )
+}
+
+fn origin() -> Origin {
+    Origin { synset: "n0".into(), url: "http://x/".into(), sha256: "00".into(), width: 9, height: 9 }
+}
+
+fn picture(key: u64, label: u32) -> Bytes {
+    let value = |i: usize| {
+        let noise = crate::random::below(crate::random::key(&[key]), i as u64, 120) as u8;
+        if i % 3 == label as usize { noise + 130 } else { noise }
+    };
+    let pixels: Vec<u8> = (0..3 * SIZE * SIZE).map(value).collect();
+    let format = turbojpeg::PixelFormat::RGB;
+    let image = turbojpeg::Image { pixels: &pixels[..], width: SIZE, pitch: 3 * SIZE, height: SIZE, format };
+    let jpeg = turbojpeg::compress(image, 90, turbojpeg::Subsamp::None).expect("an image");
+    Bytes::copy_from_slice(&jpeg)
+}
+
+#[test]
+fn one_two_and_three_ranks_see_the_same_samples_and_learn_the_same() {
+    let world = World::new();
+    let one = world.whole("one", &spec("f64"), 1);
+    one.assert_equals(&world.whole("two", &spec("f64"), 2));
+    one.assert_equals(&world.whole("three", &spec("f64"), 3));
+    let samples: u64 = one.ledger.values().filter(|line| line.epoch == 3).map(|line| line.samples).sum();
+    assert_eq!(samples, 150);
+    let test = one.metrics.iter().find(|point| point.kind == "test").expect("a test at the end");
+    assert!(test.samples == 16 && test.top1 > 0.9, "colours are easily learned: {test:?}");
+}
+
+#[test]
+fn survivors_of_a_lost_rank_go_on_and_end_as_an_undisturbed_run() {
+    let world = World::new();
+    let undisturbed = world.whole("undisturbed", &spec("f64"), 1);
+    let (a, b, lost) = (world.rank(), world.rank(), world.rank());
+    let first = world.generation("run", &spec("f64"), 1, &[&lost, &a, &b], None);
+    lost.wait_for_step(7);
+    first.wishes[0].abort();
+    lost.left(Why::Collective);
+    let steps = [a.left(Why::Collective).step, b.left(Why::Collective).step];
+    assert!(steps.iter().all(|&step| (6..20).contains(&step)), "{steps:?}");
+    // A rank that knows nothing takes the lowest place: the state comes from the survivors, not from rank 0.
+    let new = world.rank();
+    let _second = world.generation("run", &spec("f64"), 2, &[&new, &a, &b], None);
+    for rank in [&new, &a, &b] {
+        rank.left(Why::Finished);
+    }
+    undisturbed.assert_equals(&world.outcome("run", &[lost, a, b, new]));
+}
+
+#[test]
+fn a_run_that_left_with_a_checkpoint_resumes_in_the_middle_of_an_epoch_as_if_nothing_had_been() {
+    let world = World::new();
+    let undisturbed = world.whole("undisturbed", &spec("f64"), 1);
+    let (a, b) = (world.rank(), world.rank());
+    let first = world.generation("run", &spec("f64"), 1, &[&a, &b], None);
+    a.wait_for_step(6);
+    // One rank is told; both leave after the same step.
+    first.wishes[1].hear(&pb::Leave { run: "run".into(), generation: 1, checkpoint: true, abort: false });
+    let steps = [a.left(Why::Asked).step, b.left(Why::Asked).step];
+    assert!(steps[0] == steps[1] && steps[0] % 5 != 0, "in the middle of an epoch: {steps:?}");
+    let checkpoint = last_checkpoint(&a.all()).expect("a checkpoint was asked for");
+    assert_eq!(checkpoint.step, steps[0]);
+    let fresh: Vec<Rank> = (0..3).map(|_| world.rank()).collect();
+    let _second = world.generation("run", &spec("f64"), 2, &fresh.iter().collect::<Vec<_>>(), Some(checkpoint));
+    for rank in &fresh {
+        rank.left(Why::Finished);
+    }
+    let ranks: Vec<Rank> = [a, b].into_iter().chain(fresh).collect();
+    undisturbed.assert_equals(&world.outcome("run", &ranks));
+}
+
+#[test]
+fn what_cannot_be_trained_is_refused_in_words() {
+    let world = World::new();
+    let refused = |spec: &str| {
+        let rank = world.rank();
+        let _generation = world.generation("run", spec, 1, &[&rank], None);
+        rank.left(Why::Error).detail
+    };
+    let said = refused(&spec("f32").replace("\"crop\": 64", "\"crop\": 80"));
+    assert!(said.contains("input.crop = 80") && said.contains("72"), "{said}");
+    let said = refused(&spec("f32").replace("\"batch\": 30", "\"batch\": 12"));
+    assert!(said.contains("train.batch"), "{said}");
+    // A block of the right length with other bytes in it.
+    let tar = Path::from(keys::tar("d-1", Split::Train, 2, Attempt { term: 1, n: 1 }));
+    let length = world.runtime.block_on(world.store.head(&tar)).expect("it is there").size as usize;
+    world.put(tar.as_ref(), vec![b'x'; length]);
+    let said = refused(&spec("f32"));
+    assert!(said.contains("shards/train/000002-1.1.tar"), "{said}");
+}

@@ -1,0 +1,383 @@
+//! One generation of a run, on one rank: meet the others, agree on a state, train, until all epochs are done, somebody asks to leave,
+//! or a rank is gone.
+//!
+//! **Parameters are touched only after every collective of the step has completed without error on this rank**, so after a failure the
+//! state stands at the last step that was applied, and the next generation does the failed one again with the same samples.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, anyhow};
+use proto::metric::{MetricKind, MetricPoint};
+use proto::{Split, pb};
+use tch::{Kind, Tensor};
+
+use crate::c10d::{self, Group, Member, Op, Reducer};
+use crate::checkpoint::{self, Snapshot};
+use crate::evaluate::evaluate;
+use crate::history::{History, Line, Sums, digest};
+use crate::job::Job;
+use crate::loader::{self, Batch};
+use crate::plan::lanes_of;
+use crate::rank::{Reports, Wishes};
+use crate::{random, step};
+
+/// Gradients that travel together (PyTorch's default).
+const BUCKET_BYTES: usize = 25 << 20;
+/// So many times `failure_detection` a collective may last. This is the last resort only: that a peer is lost is found out by its connection
+/// or its heartbeat, and waiting for one that reads or validates is no failure.
+const PATIENCE: u32 = 30;
+/// Steps are reported to the coordinator no more often than this ...
+const REPORT_EVERY: Duration = Duration::from_millis(250);
+/// ... and are points of the stored curve no more often than this.
+const POINT_EVERY: Duration = Duration::from_secs(1);
+
+/// How a generation ends without a failure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// All left after the same step, because one was asked to.
+    Asked,
+    /// Nothing is left to do.
+    Finished,
+}
+
+/// Why a rank left its generation.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Failure {
+    /// Another rank is gone.
+    #[error("{0}")]
+    Collective(String),
+    /// This one cannot go on.
+    #[error("{0:#}")]
+    Here(anyhow::Error),
+}
+
+impl From<c10d::Error> for Failure {
+    fn from(error: c10d::Error) -> Self {
+        match error {
+            c10d::Error::Timeout(_) | c10d::Error::Collective(_) => Self::Collective(error.to_string()),
+            c10d::Error::Other(_) => Self::Here(error.into()),
+        }
+    }
+}
+
+impl From<anyhow::Error> for Failure {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Here(error)
+    }
+}
+
+impl From<tch::TchError> for Failure {
+    fn from(error: tch::TchError) -> Self {
+        Self::Here(error.into())
+    }
+}
+
+/// A rank's place in its generation.
+pub(crate) struct Seat {
+    pub generation: u64,
+    pub rank: usize,
+    pub world: usize,
+    pub group: Group,
+    /// The run's time when the generation was joined, in seconds, and that moment.
+    pub began: (f64, Instant),
+}
+
+impl Seat {
+    fn take(job: &Job, join: &pb::Join, wishes: &Wishes) -> Result<Self, Failure> {
+        let (rank, world) = (join.rank as usize, join.world_size as usize);
+        let lanes = job.spec.ranks.lanes;
+        if world > lanes as usize {
+            return Err(
+                anyhow!("{world} ranks cannot share {lanes} lanes: ranks.max must be at most ranks.lanes").into()
+            );
+        }
+        let (host, port) = host_and_port(&join.store)?;
+        let timeout = job.spec.failure_detection() * PATIENCE;
+        let store = c10d::Store::connect(host, port, timeout)?;
+        let address = job.home.setup.advertise_address.clone();
+        let group = Group::new(&store, Member { rank, world, address, device: job.device, timeout })?;
+        wishes.watch(group.aborter())?;
+        Ok(Self { generation: join.generation, rank, world, group, began: (join.elapsed_seconds, Instant::now()) })
+    }
+
+    fn seconds(&self) -> f64 {
+        self.began.0 + self.began.1.elapsed().as_secs_f64()
+    }
+}
+
+fn host_and_port(address: &str) -> Result<(&str, u16)> {
+    let (host, port) =
+        address.rsplit_once(':').ok_or_else(|| anyhow!("store address {address:?}: must be host:port"))?;
+    Ok((host.trim_start_matches('[').trim_end_matches(']'), port.parse()?))
+}
+
+/// Takes part in the generation that `join` names.
+pub(crate) fn generation(
+    job: &mut Job,
+    join: &pb::Join,
+    wishes: &Wishes,
+    reports: &Reports,
+) -> Result<Ending, Failure> {
+    let seat = Seat::take(job, join, wishes)?;
+    job.agree(&seat.group, seat.rank, seat.world, join.checkpoint.as_ref())?;
+    wishes.applied(job.progress.step);
+    reports.joined(job.progress.step, job.steps_per_epoch);
+
+    let mine = lanes_of(join.rank, join.world_size, job.spec.ranks.lanes);
+    let requests = loader::training(job.kept(Split::Train), &job.spec, mine.clone(), job.progress.step);
+    let mut batches = job.loader(Split::Train).batches(requests)?;
+    let parameters: Vec<Tensor> = job.model.parameters().into_iter().map(|(_, parameter)| parameter).collect();
+    let reducer = Reducer::new(&seat.group, &parameters, BUCKET_BYTES)?;
+    let mut records = Records::new(job, &seat, reports);
+
+    loop {
+        let epoch = job.progress.step / job.steps_per_epoch;
+        if job.progress.step.is_multiple_of(job.steps_per_epoch) && job.progress.validated < epoch {
+            records.epoch(job);
+            if let Some(sums) = evaluate(job, Split::Validation, mine.clone(), &seat, wishes)? {
+                records.evaluated(job, MetricKind::Validation, &sums);
+            }
+            job.progress.validated = epoch;
+        }
+        if job.progress.step == job.steps() {
+            break;
+        }
+        let asked = Instant::now();
+        let batch = batches.next(|| wishes.aborted()).unwrap_or_else(|| Err(anyhow!("the batches ended early")));
+        if wishes.aborted() {
+            return Err(Failure::Collective("aborted while waiting for data".to_owned()));
+        }
+        let word = train_step(job, &seat, &reducer, &batch?, wishes, &mut records, asked)?;
+        let leave = word.leave;
+        if word.checkpoint || (records.checkpoint_is_due(job) && !leave) {
+            records.checkpoint(job, leave)?;
+        }
+        if leave {
+            records.finish(job);
+            return Ok(Ending::Asked);
+        }
+    }
+
+    let test = evaluate(job, Split::Test, mine, &seat, wishes)?;
+    if let Some(sums) = &test {
+        records.evaluated(job, MetricKind::Test, sums);
+    }
+    records.finish(job);
+    if seat.rank == 0 {
+        let (weights, test) = (job.weights(), test.map(|(sums, _)| sums));
+        let export = checkpoint::export(&job.home.store, &job.run, &job.spec, &job.manifest, &weights, test);
+        let (key, digests) = job.home.runtime.block_on(export)?;
+        reports.finished(key, digests);
+    }
+    Ok(Ending::Finished)
+}
+
+/// What the ranks agreed on in a step, beside the gradients.
+struct Word {
+    leave: bool,
+    checkpoint: bool,
+}
+
+fn train_step(
+    job: &mut Job,
+    seat: &Seat,
+    reducer: &Reducer,
+    batch: &Batch,
+    wishes: &Wishes,
+    records: &mut Records<'_>,
+    asked: Instant,
+) -> Result<Word, Failure> {
+    let waited = asked.elapsed();
+    let Batch { step, samples, shares, pixels } = batch;
+    if *step != job.progress.step {
+        return Err(anyhow!("the batch of step {step} came where that of {} belongs", job.progress.step).into());
+    }
+    let (images, labels) = job.normalise.apply(pixels)?;
+    let keys: Vec<u64> = pixels.keys.iter().map(|&key| random::key(&[job.spec.seed, *step, key])).collect();
+    let forward = job.model.train(&images, shares, &keys);
+    let loss = step::loss(&forward.logits, &labels, job.spec.train.label_smoothing);
+    // The reducer divides the sum over ranks by their number.
+    reducer.backward(&(&loss * (seat.world as f64 / *samples as f64)))?;
+
+    let (leave, checkpoint) = wishes.leave();
+    let stored = if seat.rank == 0 { records.history.stored } else { 0 };
+    let own = pixels.keys.len() as i64;
+    let counts =
+        Tensor::from_slice(&[i64::from(leave), i64::from(checkpoint), own, digest(&pixels.keys), stored as i64]);
+    let measured = Tensor::cat(
+        &[
+            loss.detach().to_kind(Kind::Double).reshape([1]),
+            step::correct(&forward.logits, &labels),
+            forward.statistics,
+        ],
+        0,
+    )
+    .to_device(tch::Device::Cpu);
+    let (first, second) = (seat.group.all_reduce(&counts, Op::Sum)?, seat.group.all_reduce(&measured, Op::Sum)?);
+    first.wait(seat.group.timeout())?;
+    second.wait(seat.group.timeout())?;
+    let count = |i| counts.int64_value(&[i]);
+    let sums = Sums {
+        loss: measured.double_value(&[0]),
+        top1: measured.double_value(&[1]),
+        top5: measured.double_value(&[2]),
+        samples: count(2) as f64,
+    };
+    if count(2) as u64 != *samples {
+        return Err(anyhow!("step {step} has {} samples on all ranks, its plan has {samples}", count(2)).into());
+    }
+    if !sums.loss.is_finite() {
+        return Err(anyhow!("the loss of step {step} is {}: choose a lower train.learning_rate", sums.loss).into());
+    }
+
+    let learning_rate = step::learning_rate(*step, job.steps_per_epoch, &job.spec.train);
+    job.sgd.step(learning_rate)?;
+    let statistics = measured.narrow(0, 3, measured.size()[0] - 3) / f64::from(job.spec.ranks.lanes);
+    job.model.update_running(&statistics);
+    let epoch = step / job.steps_per_epoch + 1;
+    job.progress.step += 1;
+    job.progress.sums.add(&sums);
+    job.progress.tail.retain(|line| line.step > count(4) as u64);
+    job.progress.tail.push(Line { epoch, step: job.progress.step, samples: *samples, digest: count(3) as u64 });
+    wishes.applied(job.progress.step);
+    records.step(job, &sums, learning_rate, asked.elapsed(), waited);
+    Ok(Word { leave: count(0) > 0, checkpoint: count(1) > 0 })
+}
+
+/// What is reported and stored on the way; by rank 0 alone.
+struct Records<'a> {
+    seat: &'a Seat,
+    reports: &'a Reports,
+    history: History,
+    reported: Instant,
+    pointed: Instant,
+    /// Since the epoch, or the generation, began: samples, time in steps, and of this the time in which data was waited for.
+    epoch: (f64, Duration, Duration),
+    learning_rate: f64,
+    writing: Option<tokio::task::JoinHandle<()>>,
+}
+
+impl<'a> Records<'a> {
+    fn new(job: &Job, seat: &'a Seat, reports: &'a Reports) -> Self {
+        let history = History::new(job.home.store.clone(), job.home.runtime.clone(), &job.run, seat.generation);
+        let long_ago = Instant::now().checked_sub(POINT_EVERY).unwrap_or_else(Instant::now);
+        Self {
+            seat,
+            reports,
+            history,
+            reported: long_ago,
+            pointed: long_ago,
+            epoch: (0.0, Duration::ZERO, Duration::ZERO),
+            learning_rate: 0.0,
+            writing: None,
+        }
+    }
+
+    fn point(&self, job: &Job, kind: MetricKind, sums: &Sums, time: Duration, waited: Duration) -> MetricPoint {
+        let mean = sums.mean();
+        let seconds = time.as_secs_f64().max(1e-9);
+        let learns = matches!(kind, MetricKind::Step | MetricKind::Train);
+        MetricPoint {
+            kind,
+            generation: self.seat.generation,
+            epoch: job.progress.step.div_ceil(job.steps_per_epoch),
+            step: job.progress.step,
+            loss: mean.loss,
+            top1: mean.top1,
+            top5: mean.top5,
+            samples: mean.samples as u64,
+            learning_rate: if learns { self.learning_rate } else { 0.0 },
+            images_per_second: mean.samples / seconds,
+            seconds: self.seat.seconds(),
+            data_wait: waited.as_secs_f64() / seconds,
+        }
+    }
+
+    fn step(&mut self, job: &mut Job, sums: &Sums, learning_rate: f64, time: Duration, waited: Duration) {
+        if self.seat.rank != 0 {
+            return;
+        }
+        self.learning_rate = learning_rate;
+        self.epoch.0 += sums.samples;
+        self.epoch.1 += time;
+        self.epoch.2 += waited;
+        let point = self.point(job, MetricKind::Step, sums, time, waited);
+        if self.pointed.elapsed() >= POINT_EVERY {
+            self.pointed = Instant::now();
+            self.history.point(point);
+        }
+        if self.reported.elapsed() >= REPORT_EVERY {
+            self.reported = Instant::now();
+            self.reports.stepped(job.progress.step, Some(point));
+        }
+        self.history.flush(&job.progress.tail, false);
+    }
+
+    /// The epoch is over: its mean is a point, and the next one counts from nothing.
+    fn epoch(&mut self, job: &mut Job) {
+        let (samples, time, waited) = std::mem::take(&mut self.epoch);
+        let sums = std::mem::take(&mut job.progress.sums);
+        if self.seat.rank == 0 && samples > 0.0 {
+            let mut point = self.point(job, MetricKind::Train, &sums, time, waited);
+            // A part of the epoch may have been another generation's.
+            point.images_per_second *= samples / sums.samples.max(1.0);
+            self.publish(job, point);
+        }
+    }
+
+    fn evaluated(&mut self, job: &Job, kind: MetricKind, (sums, time): &(Sums, Duration)) {
+        if self.seat.rank == 0 {
+            let point = self.point(job, kind, sums, *time, Duration::ZERO);
+            self.publish(job, point);
+        }
+    }
+
+    fn publish(&mut self, job: &Job, point: MetricPoint) {
+        self.history.point(point);
+        self.reports.stepped(job.progress.step, Some(point));
+        self.history.flush(&job.progress.tail, true);
+    }
+
+    fn checkpoint_is_due(&self, job: &Job) -> bool {
+        let every = (job.spec.checkpoint.every_epochs * job.steps_per_epoch as f64).round().max(1.0) as u64;
+        job.progress.step.is_multiple_of(every) || job.progress.step == job.steps()
+    }
+
+    /// Copies the state and has it written beside the training; waits for it if `now`.
+    fn checkpoint(&mut self, job: &Job, now: bool) -> Result<()> {
+        if self.seat.rank != 0 {
+            return Ok(());
+        }
+        let snapshot =
+            Snapshot::take(&job.run, self.seat.generation, job.steps_per_epoch, &job.progress, &job.tensors())?;
+        // One at a time: a store that is too slow holds the training back, instead of filling the memory with copies.
+        self.wait(job);
+        let (store, reports) = (job.home.store.clone(), self.reports.clone());
+        self.writing = Some(job.home.runtime.spawn(async move {
+            match snapshot.write(store).await {
+                Ok((step, key, digests)) => reports.checkpointed(step, key, digests),
+                Err(error) => tracing::error!(error = format!("{error:#}"), "checkpoint not written"),
+            }
+        }));
+        if now {
+            self.wait(job);
+        }
+        self.history.flush(&job.progress.tail, true);
+        Ok(())
+    }
+
+    fn wait(&mut self, job: &Job) {
+        if let Some(writing) = self.writing.take() {
+            let _ = job.home.runtime.block_on(writing);
+        }
+    }
+
+    /// All that was begun is in the store.
+    fn finish(&mut self, job: &Job) {
+        if self.seat.rank == 0 {
+            self.wait(job);
+            self.history.finish(&job.progress.tail);
+            self.reports.stepped(job.progress.step, None);
+        }
+    }
+}

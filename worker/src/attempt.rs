@@ -1,0 +1,321 @@
+//! One attempt at a shard: its slice of URLs becomes tars, outcomes and the index that commits them.
+//!
+//! Samples stand in their tar in the order in which they came in: to wait for a slow server would hold up everything behind
+//! it. The outcomes are in the order of their keys.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, bail};
+use object_store::path::Path;
+use object_store::{ObjectStore, ObjectStoreExt};
+use proto::outcomes::{self, OutcomeRow};
+use proto::rejection::{KEPT, outcome_name};
+use proto::shard::{Origin, Sample, ShardIndex, hex};
+use proto::{Attempt, DatasetSpec, Split, keys};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::fetch::{Fetcher, Trace};
+use crate::placeholder::Placeholders;
+use crate::upload::{self, TarUpload};
+use crate::validate::{DecodePool, Rules, Stored};
+
+/// To take back an attempt's files, after which a cluster's garbage collection has to.
+const CLEANUP_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// What all attempts of a process share.
+#[derive(Debug)]
+pub(crate) struct Tools {
+    pub(crate) store: Arc<dyn ObjectStore>,
+    pub(crate) fetcher: Fetcher,
+    pub(crate) pool: DecodePool,
+    /// One permit per URL in flight.
+    pub(crate) connections: Arc<Semaphore>,
+    /// This worker's name.
+    pub(crate) worker: String,
+}
+
+/// Which shard is to be made.
+#[derive(Debug, Clone)]
+pub(crate) struct Assignment {
+    pub(crate) dataset: String,
+    pub(crate) shard: u32,
+    pub(crate) attempt: Attempt,
+    pub(crate) spec: DatasetSpec,
+}
+
+/// URLs of an attempt by outcome so far.
+#[derive(Debug, Default)]
+pub(crate) struct Progress(Mutex<BTreeMap<&'static str, u64>>);
+
+impl Progress {
+    fn count(&self, outcome: &'static str) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner).entry(outcome).or_default() += 1;
+    }
+
+    pub(crate) fn so_far(&self) -> BTreeMap<&'static str, u64> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// How an attempt ended, if it did not fail.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    /// Its index stands.
+    Won,
+    /// Another attempt's index stood first; this one's files are gone.
+    LostTo(String),
+    /// It was cancelled before it committed; its files are gone.
+    Cancelled,
+}
+
+/// Makes a shard. `tail` is dropped when the last URL has been begun: what then follows leaves connections idle.
+/// Once the files are uploaded, `cancel` is too late and the attempt commits.
+///
+/// # Errors
+/// If the slice cannot be understood or the store fails. What the attempt wrote is gone then, unless the index itself is in
+/// doubt.
+pub(crate) async fn make_shard<T: Send>(
+    tools: &Arc<Tools>,
+    assignment: &Assignment,
+    progress: &Progress,
+    tail: T,
+    cancel: &CancellationToken,
+) -> anyhow::Result<End> {
+    let start = Instant::now();
+    let mut files = Files::new(&tools.store, assignment);
+    let filled = tokio::select! {
+        filled = fill(tools, assignment, progress, tail, &mut files) => filled.map(Some),
+        () = cancel.cancelled() => Ok(None),
+    };
+    let index = match filled {
+        Ok(Some(index)) => index,
+        Ok(None) => {
+            files.take_back().await;
+            return Ok(End::Cancelled);
+        }
+        Err(error) => {
+            files.take_back().await;
+            return Err(error);
+        }
+    };
+    let standing = upload::commit(&*tools.store, &assignment.dataset, &index).await?;
+    if standing.nonce != index.nonce {
+        files.take_back().await;
+        return Ok(End::LostTo(standing.attempt));
+    }
+    let urls: u64 = index.outcomes.values().sum();
+    let kept = index.outcomes.get(KEPT).copied().unwrap_or(0);
+    let seconds = start.elapsed().as_secs_f32();
+    tracing::info!(urls, kept, rejected = urls - kept, seconds, outcomes = ?index.outcomes, "shard committed");
+    Ok(End::Won)
+}
+
+/// The objects that an attempt writes.
+struct Files {
+    store: Arc<dyn ObjectStore>,
+    tars: BTreeMap<Split, TarUpload>,
+    outcomes: String,
+}
+
+impl Files {
+    fn new(store: &Arc<dyn ObjectStore>, of: &Assignment) -> Self {
+        let outcomes = keys::outcomes(&of.dataset, of.shard, of.attempt);
+        Self { store: Arc::clone(store), tars: BTreeMap::new(), outcomes }
+    }
+
+    fn tar(&mut self, of: &Assignment, split: Split) -> &mut TarUpload {
+        self.tars.entry(split).or_insert_with(|| {
+            TarUpload::new(Arc::clone(&self.store), keys::tar(&of.dataset, split, of.shard, of.attempt))
+        })
+    }
+
+    async fn take_back(self) {
+        let work = async {
+            for tar in self.tars.into_values() {
+                tar.abort().await;
+            }
+            if let Err(error) = upload::delete(&*self.store, &self.outcomes).await {
+                tracing::warn!(key = self.outcomes, %error, "failed to take back an attempt's outcomes");
+            }
+        };
+        if tokio::time::timeout(CLEANUP_TIMEOUT, work).await.is_err() {
+            tracing::warn!("the attempt's files could not be taken back in time");
+        }
+    }
+}
+
+/// Fetches the slice and uploads all that the index names.
+async fn fill<T: Send>(
+    tools: &Arc<Tools>,
+    assignment: &Assignment,
+    progress: &Progress,
+    tail: T,
+    files: &mut Files,
+) -> anyhow::Result<ShardIndex> {
+    let spec = &assignment.spec;
+    let placeholders = Placeholders::load(&*tools.store).await?;
+    let rules = Arc::new(Rules { resize: spec.resize, limits: spec.limits.clone(), placeholders });
+    let labels: HashMap<&str, u32> =
+        (0..).zip(&spec.classes).map(|(label, class)| (class.synset.as_str(), label)).collect();
+    let listed = read_slice(&*tools.store, assignment).await?;
+    let mut rows = Vec::with_capacity(listed.len());
+    let mut waiting = listed.into_iter().peekable();
+    let mut in_flight = JoinSet::new();
+    let mut tail = Some(tail);
+    loop {
+        if waiting.peek().is_none() {
+            tail.take();
+        }
+        tokio::select! {
+            permit = Arc::clone(&tools.connections).acquire_owned(), if waiting.peek().is_some() => {
+                let permit = permit.context("the worker is ending")?;
+                let Some(listed) = waiting.next() else { continue };
+                let (tools, rules) = (Arc::clone(tools), Arc::clone(&rules));
+                in_flight.spawn(async move {
+                    let _permit = permit;
+                    fetch_one(&tools, rules, listed).await
+                });
+            }
+            Some(done) = in_flight.join_next() => {
+                let Fetched { mut row, outcome, kept } = done.context("a fetch failed")??;
+                if let Some((stored, sha256)) = kept {
+                    let label = *labels.get(row.synset.as_str()).with_context(|| {
+                        format!("the slice names synset {:?}, which is no class of the dataset", row.synset)
+                    })?;
+                    keep(assignment, files, label, stored, &sha256, &mut row).await?;
+                }
+                progress.count(outcome);
+                rows.push(row);
+            }
+            else => break,
+        }
+    }
+    rows.sort_by_key(|row| row.key);
+    let mut tars = BTreeMap::new();
+    for (split, tar) in &mut files.tars {
+        tars.insert(*split, tar.finish().await?);
+    }
+    let parquet = tokio::task::spawn_blocking(move || outcomes::write(&rows)).await??;
+    let outcomes_file = upload::put_file(&*tools.store, files.outcomes.clone(), parquet.into()).await?;
+    Ok(ShardIndex {
+        version: 1,
+        nonce: uuid::Uuid::new_v4().simple().to_string(),
+        writer: tools.worker.clone(),
+        shard: assignment.shard,
+        attempt: assignment.attempt.to_string(),
+        outcomes: progress.so_far().into_iter().map(|(name, n)| (name.to_owned(), n)).collect(),
+        tars,
+        outcomes_file: Some(outcomes_file),
+    })
+}
+
+/// One line of a slice.
+#[derive(Debug)]
+struct Listed {
+    key: i64,
+    synset: String,
+    url: String,
+}
+
+async fn read_slice(store: &dyn ObjectStore, of: &Assignment) -> anyhow::Result<Vec<Listed>> {
+    let key = keys::slice(&of.dataset, of.shard);
+    let found = store.get(&Path::from(key.as_str())).await.with_context(|| format!("failed to read {key}"))?;
+    let packed = found.bytes().await.with_context(|| format!("failed to read {key}"))?;
+    let parse = move || -> anyhow::Result<Vec<Listed>> {
+        let text = String::from_utf8(zstd::decode_all(packed.as_ref())?).context("it is not UTF-8")?;
+        let lines = text.lines().enumerate();
+        lines.map(|(n, line)| parse_line(line).with_context(|| format!("line {}: {line:?}", n + 1))).collect()
+    };
+    tokio::task::spawn_blocking(parse).await?.with_context(|| format!("failed to understand {key}"))
+}
+
+/// `KEY<TAB>synset<TAB>url`
+fn parse_line(line: &str) -> anyhow::Result<Listed> {
+    let mut fields = line.splitn(3, '\t');
+    let (Some(key), Some(synset), Some(url)) = (fields.next(), fields.next(), fields.next()) else {
+        bail!("a key, a synset and a URL with tabs between them are wanted");
+    };
+    Ok(Listed { key: key.parse().context("its key is no number")?, synset: synset.to_owned(), url: url.to_owned() })
+}
+
+/// What became of one URL.
+#[derive(Debug)]
+struct Fetched {
+    /// Whole but for the place in a tar.
+    row: OutcomeRow,
+    outcome: &'static str,
+    /// The picture, with the hash of the bytes that it was fetched as.
+    kept: Option<(Stored, [u8; 32])>,
+}
+
+/// Fetches and judges one URL.
+async fn fetch_one(tools: &Tools, rules: Arc<Rules>, Listed { key, synset, url }: Listed) -> anyhow::Result<Fetched> {
+    let start = Instant::now();
+    let mut trace = Trace::default();
+    let fetched = tools.fetcher.fetch(&url, &rules.limits, &mut trace).await;
+    let millis = start.elapsed().as_millis() as i64;
+    #[allow(clippy::disallowed_methods, reason = "a column for people; nothing is decided by it")]
+    let fetched_at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64);
+    let mut row = OutcomeRow {
+        key,
+        synset,
+        url,
+        final_url: trace.final_url,
+        http_status: trace.status.map(i32::from),
+        fetched_at,
+        millis,
+        ..OutcomeRow::default()
+    };
+    let outcome = match fetched {
+        Err(rejection) => Err(rejection),
+        Ok(body) => {
+            row.bytes = Some(body.bytes.len() as i64);
+            let verdict = tools.pool.judge(body, rules).await?;
+            row.sha256 = Some(hex(&verdict.sha256));
+            row.phash = verdict.phash.map(|hash| format!("{hash:016x}"));
+            row.width = verdict.size.and_then(|(width, _)| i32::try_from(width).ok());
+            row.height = verdict.size.and_then(|(_, height)| i32::try_from(height).ok());
+            verdict.outcome.map(|stored| (stored, verdict.sha256))
+        }
+    };
+    let name = outcome_name(outcome.as_ref().map(|_| ()).map_err(|rejection| *rejection));
+    row.outcome = name.to_owned();
+    Ok(Fetched { row, outcome: name, kept: outcome.ok() })
+}
+
+/// Appends a sample to the tar of its split.
+async fn keep(
+    assignment: &Assignment,
+    files: &mut Files,
+    label: u32,
+    stored: Stored,
+    sha256: &[u8; 32],
+    row: &mut OutcomeRow,
+) -> anyhow::Result<()> {
+    let split = assignment.spec.splits.split_of(sha256);
+    let tar = files.tar(assignment, split);
+    let side = |pixels: Option<i32>| pixels.and_then(|n| u32::try_from(n).ok()).unwrap_or(0);
+    let origin = Origin {
+        synset: row.synset.clone(),
+        url: row.url.clone(),
+        sha256: hex(sha256),
+        width: side(row.width),
+        height: side(row.height),
+    };
+    let key = u64::try_from(row.key).context("keys count from 0")?;
+    let (offset, length) = tar.append(&Sample { key, label, jpeg: stored.jpeg }, &origin, &stored.moments).await?;
+    row.split = Some(split.name().to_owned());
+    row.tar = Some(tar.key().to_owned());
+    row.offset = Some(offset as i64);
+    row.length = Some(length as i64);
+    row.set_moments(&stored.moments);
+    Ok(())
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

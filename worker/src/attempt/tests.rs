@@ -1,0 +1,290 @@
+use std::net::SocketAddr;
+
+use bytes::Bytes;
+use object_store::local::LocalFileSystem;
+use proto::shard::read_block;
+use proto::{Class, Limits, Rejection, Resize};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+
+use super::*;
+use crate::fetch::FetchConfig;
+use crate::net::AddressRules;
+
+/// A web server with every kind of answer, by path.
+pub(crate) async fn origin() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
+    let address = listener.local_addr().expect("bound");
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            tokio::spawn(serve(stream));
+        }
+    });
+    address
+}
+
+async fn serve(mut stream: TcpStream) -> std::io::Result<()> {
+    let mut request = Vec::new();
+    while !request.ends_with(b"\r\n\r\n") {
+        request.push(stream.read_u8().await?);
+    }
+    let request = String::from_utf8_lossy(&request).into_owned();
+    let path = request.split(' ').nth(1).unwrap_or("/");
+    let with = |head: &str, body: &[u8]| {
+        let head = format!("HTTP/1.1 {head}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
+        [head.as_bytes(), body].concat()
+    };
+    let answer = match path.trim_start_matches('/').split_once('/').unwrap_or((&path[1..], "")) {
+        ("good", seed) => with("200 OK", &picture(seed.parse().unwrap_or(0))),
+        ("moved", seed) => with(&format!("301 Moved\r\nLocation: /good/{seed}"), b""),
+        ("loop", _) => with("302 Found\r\nLocation: /loop", b""),
+        ("hops", n) => {
+            let next = n.parse::<u32>().unwrap_or(0) + 1;
+            with(&format!("302 Found\r\nLocation: /hops/{next}"), b"")
+        }
+        ("private", _) => with("302 Found\r\nLocation: http://10.0.0.1/x.jpg", b""),
+        ("metadata", _) => with("302 Found\r\nLocation: http://169.254.169.254/latest", b""),
+        ("file", _) => with("302 Found\r\nLocation: file:///etc/passwd", b""),
+        ("gone", _) => with("410 Gone", b"gone"),
+        ("missing", _) => with("404 Not Found", b"missing"),
+        ("broken", _) => with("503 Unavailable\r\nRetry-After: 60", b""),
+        ("html", _) => with("200 OK\r\nContent-Type: image/jpeg", &b"<html>no picture here</html>".repeat(300)),
+        ("noai", _) => with("200 OK\r\nX-Robots-Tag: noai", &picture(1)),
+        ("others", _) => with("200 OK\r\nX-Robots-Tag: otherbot: noindex, noai", &picture(2)),
+        ("small", _) => with("200 OK", &picture(3)[..900]),
+        ("cut", _) => with("200 OK", &picture(4)[..6_000]),
+        ("short", _) => {
+            [&b"HTTP/1.1 200 OK\r\nContent-Length: 90000\r\nConnection: close\r\n\r\n"[..], &picture(5)].concat()
+        }
+        ("huge", _) => b"HTTP/1.1 200 OK\r\nContent-Length: 300000000\r\n\r\n".to_vec(),
+        ("endless", _) => {
+            stream.write_all(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n").await?;
+            while stream.write_all(&[7; 65536]).await.is_ok() {}
+            return Ok(());
+        }
+        ("bomb", _) => {
+            let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+            std::io::Write::write_all(&mut gzip, &vec![0; 50 << 20])?;
+            with("200 OK\r\nContent-Encoding: gzip", &gzip.finish()?)
+        }
+        ("drip", _) => {
+            stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 90000\r\n\r\n").await?;
+            while stream.write_all(b"x").await.is_ok() {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            return Ok(());
+        }
+        ("silent", _) => std::future::pending().await,
+        ("garbage", _) => b"SSH-2.0-OpenSSH_9.2\r\n\r\n".to_vec(),
+        _ => Vec::new(), // closes without a word
+    };
+    stream.write_all(&answer).await?;
+    stream.shutdown().await
+}
+
+/// A JPEG of some 10 kB, different for every seed.
+fn picture(seed: u32) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(12345);
+    let pixels: Vec<u8> = (0..160 * 120 * 3)
+        .map(|i| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            ((i / 480) as u8).wrapping_add((state >> 27) as u8)
+        })
+        .collect();
+    let image = turbojpeg::Image {
+        pixels: pixels.as_slice(),
+        width: 160,
+        pitch: 480,
+        height: 120,
+        format: turbojpeg::PixelFormat::RGB,
+    };
+    turbojpeg::compress(image, 92, turbojpeg::Subsamp::Sub2x2).expect("encodes").to_vec()
+}
+
+pub(crate) fn spec() -> DatasetSpec {
+    let class = |synset: &str| Class { synset: synset.into(), name: synset.into() };
+    DatasetSpec {
+        classes: vec![class("n1"), class("n2")],
+        resize: Resize { size: 64, quality: 90 },
+        limits: Limits { max_bytes: 2 << 20, timeout_seconds: 1.5, connect_timeout_seconds: 1.0, ..Limits::default() },
+        ..DatasetSpec::default()
+    }
+}
+
+pub(crate) async fn put_slice(store: &dyn ObjectStore, shard: u32, urls: &[String]) {
+    let lines: String = urls.iter().enumerate().map(|(i, url)| format!("{}\tn{}\t{url}\n", i * 3, i % 2 + 1)).collect();
+    let packed = zstd::encode_all(lines.as_bytes(), 1).expect("memory");
+    store.put(&keys::slice("birds-1", shard).into(), packed.into()).await.expect("a writable store");
+}
+
+fn tools(store: Arc<dyn ObjectStore>) -> Arc<Tools> {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    Arc::new(Tools {
+        store,
+        fetcher: Fetcher::new(FetchConfig {
+            rules: AddressRules { allowed: vec!["127.0.0.0/8".parse().expect("a net")] },
+            user_agent: "Gleaner/test".into(),
+            honour_opt_outs: true,
+            body_budget: 4 << 20,
+        })
+        .expect("a client"),
+        pool: DecodePool::start(2).expect("threads"),
+        connections: Arc::new(Semaphore::new(16)),
+        worker: "worker-test".into(),
+    })
+}
+
+fn assignment(n: u64) -> Assignment {
+    Assignment { dataset: "birds-1".into(), shard: 7, attempt: Attempt { term: 9, n }, spec: spec() }
+}
+
+async fn get(store: &dyn ObjectStore, key: &str) -> Bytes {
+    store.get(&key.into()).await.expect(key).bytes().await.expect(key)
+}
+
+async fn keys_in(store: &dyn ObjectStore, folder: &str) -> Vec<String> {
+    use futures::TryStreamExt;
+    let found = store.list(Some(&folder.into())).map_ok(|meta| meta.location.to_string()).try_collect().await;
+    found.expect("a readable store")
+}
+
+#[tokio::test]
+async fn every_url_gets_its_one_outcome_and_index_outcomes_and_tars_agree() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let store: Arc<dyn ObjectStore> = Arc::new(LocalFileSystem::new_with_prefix(folder.path()).expect("a folder"));
+    let at = origin().await;
+    let refusing = TcpListener::bind("127.0.0.1:0").await.expect("loopback").local_addr().expect("bound");
+    let base = format!("http://{at}");
+    let mut wanted: Vec<(String, Result<(), Rejection>)> = vec![
+        (format!("{base}/moved/90"), Ok(())),
+        (format!("{base}/others"), Ok(())),
+        (format!("{base}/loop"), Err(Rejection::RedirectLimit)),
+        (format!("{base}/hops/1"), Err(Rejection::RedirectLimit)),
+        (format!("{base}/private"), Err(Rejection::BlockedAddress)),
+        (format!("{base}/metadata"), Err(Rejection::BlockedAddress)),
+        (format!("{base}/file"), Err(Rejection::BadUrl)),
+        (format!("{base}/gone"), Err(Rejection::NotFound)),
+        (format!("{base}/missing"), Err(Rejection::NotFound)),
+        (format!("{base}/broken"), Err(Rejection::HttpStatus)),
+        (format!("{base}/html"), Err(Rejection::NotAnImage)),
+        (format!("{base}/noai"), Err(Rejection::OptedOut)),
+        (format!("{base}/small"), Err(Rejection::TooSmall)),
+        (format!("{base}/cut"), Err(Rejection::Truncated)),
+        (format!("{base}/short"), Err(Rejection::Protocol)),
+        (format!("{base}/huge"), Err(Rejection::TooLarge)),
+        (format!("{base}/endless"), Err(Rejection::TooLarge)),
+        (format!("{base}/bomb"), Err(Rejection::TooLarge)),
+        (format!("{base}/drip"), Err(Rejection::Timeout)),
+        (format!("{base}/silent"), Err(Rejection::Timeout)),
+        (format!("{base}/garbage"), Err(Rejection::Protocol)),
+        (format!("{base}/closed"), Err(Rejection::Protocol)),
+        (format!("http://{refusing}/x.jpg"), Err(Rejection::Connect)),
+        (format!("https://{at}/x.jpg"), Err(Rejection::Tls)),
+        ("http://name.invalid/x.jpg".into(), Err(Rejection::Dns)),
+        ("http://[::1]/x.jpg".into(), Err(Rejection::BlockedAddress)),
+        ("http://0x0a000001/x.jpg".into(), Err(Rejection::BlockedAddress)),
+        ("file:///etc/passwd".into(), Err(Rejection::BadUrl)),
+        ("no url at all".into(), Err(Rejection::BadUrl)),
+        ("http://".into(), Err(Rejection::BadUrl)),
+    ];
+    wanted.extend((0..60).map(|seed| (format!("{base}/good/{}", seed + 10), Ok(()))));
+    let urls: Vec<String> = wanted.iter().map(|(url, _)| url.clone()).collect();
+    put_slice(&*store, 7, &urls).await;
+
+    let (tools, progress) = (tools(Arc::clone(&store)), Progress::default());
+    let never = CancellationToken::new();
+    let end = make_shard(&tools, &assignment(1), &progress, (), &never).await.expect("a good store");
+    assert_eq!(end, End::Won);
+
+    let index = ShardIndex::from_json(&get(&*store, &keys::index("birds-1", 7)).await).expect("own output");
+    let file = index.outcomes_file.as_ref().expect("an attempt has outcomes");
+    let parquet = get(&*store, &file.key).await;
+    assert_eq!((file.bytes, &file.sha256), (parquet.len() as u64, &proto::shard::sha256_hex(&parquet)));
+    let rows = outcomes::read(parquet).expect("own output");
+    for ((i, (url, outcome)), row) in wanted.iter().enumerate().zip(&rows) {
+        assert_eq!((row.key, &row.url), (i as i64 * 3, url));
+        assert_eq!(row.outcome().expect("a known name"), *outcome, "{url}");
+    }
+    assert_eq!(rows.len(), wanted.len());
+    assert_eq!(rows[0].final_url, Some(format!("{base}/good/90")));
+    assert_eq!((rows[9].http_status, rows[22].http_status), (Some(503), None));
+    let counted: BTreeMap<String, u64> = rows.iter().fold(BTreeMap::new(), |mut counts, row| {
+        *counts.entry(row.outcome.clone()).or_default() += 1;
+        counts
+    });
+    assert_eq!(index.outcomes, counted);
+
+    let mut samples = 0;
+    for (split, tar) in &index.tars {
+        let bytes = get(&*store, &tar.key).await;
+        assert_eq!((tar.bytes, &tar.sha256), (bytes.len() as u64, &proto::shard::sha256_hex(&bytes)));
+        let mut moments = proto::shard::Moments::default();
+        let mut per_class = vec![0; tar.per_class.len()];
+        for block in &tar.blocks {
+            let block = bytes.slice(block.offset as usize..(block.offset + block.length) as usize);
+            for sample in read_block(&block).expect("own output") {
+                let row = &rows[sample.key as usize / 3];
+                assert_eq!((row.split(), row.tar.as_ref()), (Some(*split), Some(&tar.key)));
+                let (from, length) = (row.offset.expect("kept") as usize, row.length.expect("kept") as usize);
+                assert_eq!(bytes[from..from + length], sample.jpeg);
+                assert_eq!(u32::from(row.synset == "n2"), sample.label);
+                let header = turbojpeg::read_header(&sample.jpeg).expect("a JPEG");
+                assert_eq!((header.width, header.height), (64, 64));
+                moments.add(&row.moments());
+                per_class[sample.label as usize] += 1;
+                samples += 1;
+            }
+        }
+        assert_eq!((moments, per_class), (tar.moments, tar.per_class.clone()));
+    }
+    assert_eq!(samples, 62);
+}
+
+#[tokio::test]
+async fn the_second_of_two_attempts_loses_and_leaves_nothing() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let store: Arc<dyn ObjectStore> = Arc::new(LocalFileSystem::new_with_prefix(folder.path()).expect("a folder"));
+    let at = origin().await;
+    let urls: Vec<String> = (0..20).map(|seed| format!("http://{at}/good/{seed}")).collect();
+    put_slice(&*store, 7, &urls).await;
+    let tools = tools(Arc::clone(&store));
+    let never = CancellationToken::new();
+    let first = make_shard(&tools, &assignment(1), &Progress::default(), (), &never).await;
+    assert_eq!(first.expect("a good store"), End::Won);
+    let before = keys_in(&*store, "datasets").await;
+    let second = make_shard(&tools, &assignment(2), &Progress::default(), (), &never).await;
+    assert_eq!(second.expect("a good store"), End::LostTo("9.1".into()));
+    assert_eq!(keys_in(&*store, "datasets").await, before);
+}
+
+#[tokio::test]
+async fn a_cancelled_attempt_and_one_whose_slice_is_no_slice_leave_nothing() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let store: Arc<dyn ObjectStore> = Arc::new(LocalFileSystem::new_with_prefix(folder.path()).expect("a folder"));
+    let at = origin().await;
+    let mut urls: Vec<String> = (0..20).map(|seed| format!("http://{at}/good/{seed}")).collect();
+    urls.push(format!("http://{at}/silent"));
+    put_slice(&*store, 7, &urls).await;
+    let before = keys_in(&*store, "datasets").await;
+    let tools = tools(Arc::clone(&store));
+    let cancel = CancellationToken::new();
+    let progress = Progress::default();
+    let assignment = assignment(1);
+    let attempt = make_shard(&tools, &assignment, &progress, (), &cancel);
+    let cancelling = async {
+        while progress.so_far().get(KEPT) != Some(&20) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        cancel.cancel();
+    };
+    let (end, ()) = tokio::join!(attempt, cancelling);
+    assert_eq!(end.expect("a good store"), End::Cancelled);
+    assert_eq!(keys_in(&*store, "datasets").await, before);
+
+    let packed = zstd::encode_all(&b"1\tn1\thttp://a/\nnonsense\n"[..], 1).expect("memory");
+    store.put(&keys::slice("birds-1", 7).into(), packed.into()).await.expect("a writable store");
+    let never = CancellationToken::new();
+    let error = make_shard(&tools, &assignment, &Progress::default(), (), &never).await.expect_err("no slice");
+    assert!(format!("{error:#}").contains("line 2"), "{error:#}");
+    assert_eq!(keys_in(&*store, "datasets").await, before);
+}

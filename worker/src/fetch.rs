@@ -1,0 +1,273 @@
+//! One URL to the bytes behind it, or the reason why not: under a total deadline, with every hop's address checked, and with
+//! the bytes of all bodies together under a budget.
+
+use std::collections::HashMap;
+use std::error::Error;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use proto::{Limits, Rejection};
+use reqwest::header::{ACCEPT, HeaderMap, HeaderValue, LOCATION};
+use reqwest::{Client, Response, StatusCode};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, timeout_at};
+use url::{Host, Url};
+
+use crate::net::{AddressRules, Blocked, GuardedResolver};
+
+/// What each body may hold before it draws on the budget: most photos of the web are smaller, and wait for nothing.
+const ALLOWANCE: usize = 256 << 10;
+/// The budget is counted in these, because a semaphore hands out 32-bit numbers.
+const UNIT: usize = 1 << 10;
+
+const ACCEPT_IMAGES: &str = "image/jpeg,image/png,image/webp,image/gif,image/bmp,image/tiff,image/*;q=0.8,*/*;q=0.1";
+
+/// How a worker's requests look and what they may reach.
+#[derive(Debug, Clone)]
+pub(crate) struct FetchConfig {
+    pub(crate) rules: AddressRules,
+    pub(crate) user_agent: String,
+    pub(crate) honour_opt_outs: bool,
+    /// Bytes of all bodies together, beyond [`ALLOWANCE`] each.
+    pub(crate) body_budget: usize,
+}
+
+/// Fetches URLs. One per process: it holds the connections, the TLS set-up and the budget of bytes.
+#[derive(Debug)]
+pub(crate) struct Fetcher {
+    config: FetchConfig,
+    resolver: Arc<GuardedResolver>,
+    /// By connect timeout, which a client fixes when it is made; datasets rarely differ in it.
+    clients: Mutex<HashMap<Duration, Client>>,
+    budget: Arc<Semaphore>,
+    budget_units: usize,
+}
+
+/// What was learned of a URL on the way to its body.
+#[derive(Debug, Default)]
+pub(crate) struct Trace {
+    /// Where redirects led, if there were any.
+    pub(crate) final_url: Option<String>,
+    /// Of the last answer.
+    pub(crate) status: Option<u16>,
+}
+
+/// A whole body. Its share of the budget is given back when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Body {
+    pub(crate) bytes: Vec<u8>,
+    _share: Option<OwnedSemaphorePermit>,
+}
+
+impl From<Vec<u8>> for Body {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self { bytes, _share: None }
+    }
+}
+
+impl Fetcher {
+    /// # Errors
+    /// If no client can be made: the machine has no TLS roots, say.
+    pub(crate) fn new(config: FetchConfig) -> reqwest::Result<Self> {
+        let resolver = Arc::new(GuardedResolver { rules: Arc::new(config.rules.clone()) });
+        let budget_units = (config.body_budget / UNIT).clamp(1, Semaphore::MAX_PERMITS);
+        let budget = Arc::new(Semaphore::new(budget_units));
+        let fetcher = Self { config, resolver, clients: Mutex::default(), budget, budget_units };
+        // What cannot work must be seen at the start, not as a rejection of every URL.
+        fetcher.client(Limits::default().connect_timeout())?;
+        Ok(fetcher)
+    }
+
+    /// The body behind `url`; `trace` is filled in on the way, also when there is none.
+    pub(crate) async fn fetch(&self, url: &str, limits: &Limits, trace: &mut Trace) -> Result<Body, Rejection> {
+        let deadline = Instant::now() + limits.timeout();
+        let client = self.client(limits.connect_timeout()).map_err(|_| Rejection::Connect)?;
+        let mut url = Url::parse(url).map_err(|_| Rejection::BadUrl)?;
+        let mut visited = Vec::new();
+        loop {
+            self.check(&url)?;
+            let response = match timeout_at(deadline, client.get(url.clone()).send()).await {
+                Err(_) => return Err(Rejection::Timeout),
+                Ok(Err(error)) => return Err(rejection_of(&error, url.scheme() == "https")),
+                Ok(Ok(response)) => response,
+            };
+            trace.status = Some(response.status().as_u16());
+            let Some(next) = redirect(&url, &response)? else {
+                return self.read(response, limits, deadline).await;
+            };
+            visited.push(url);
+            if visited.len() > limits.redirects as usize || visited.contains(&next) {
+                return Err(Rejection::RedirectLimit);
+            }
+            trace.final_url = Some(next.to_string());
+            url = next;
+        }
+    }
+
+    fn client(&self, connect_timeout: Duration) -> reqwest::Result<Client> {
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(client) = clients.get(&connect_timeout) {
+            return Ok(client.clone());
+        }
+        let client = Client::builder()
+            .user_agent(&self.config.user_agent)
+            .default_headers(HeaderMap::from_iter([(ACCEPT, HeaderValue::from_static(ACCEPT_IMAGES))]))
+            .no_proxy()
+            .redirect(reqwest::redirect::Policy::none())
+            .referer(false)
+            .dns_resolver(Arc::clone(&self.resolver))
+            .connect_timeout(connect_timeout)
+            // A shuffled list comes back to a host seldom; idle connections are mostly other people's memory.
+            .pool_max_idle_per_host(8)
+            .pool_idle_timeout(Duration::from_secs(10))
+            .gzip(true)
+            .build()?;
+        clients.insert(connect_timeout, client.clone());
+        Ok(client)
+    }
+
+    /// Whether a hop may be asked at all. Names are checked by the resolver.
+    fn check(&self, url: &Url) -> Result<(), Rejection> {
+        if !matches!(url.scheme(), "http" | "https") {
+            return Err(Rejection::BadUrl);
+        }
+        let permitted = match url.host() {
+            None => return Err(Rejection::BadUrl),
+            Some(Host::Domain(_)) => true,
+            Some(Host::Ipv4(address)) => self.config.rules.permits(address.into()),
+            Some(Host::Ipv6(address)) => self.config.rules.permits(address.into()),
+        };
+        if permitted { Ok(()) } else { Err(Rejection::BlockedAddress) }
+    }
+
+    async fn read(&self, mut response: Response, limits: &Limits, deadline: Instant) -> Result<Body, Rejection> {
+        match response.status() {
+            StatusCode::OK => {}
+            StatusCode::NOT_FOUND | StatusCode::GONE => return Err(Rejection::NotFound),
+            _ => return Err(Rejection::HttpStatus),
+        }
+        if self.config.honour_opt_outs && opted_out(response.headers()) {
+            return Err(Rejection::OptedOut);
+        }
+        // Absent when the body is compressed; then only the stream tells.
+        let announced = response.content_length();
+        if announced.is_some_and(|length| length > limits.max_bytes) {
+            return Err(Rejection::TooLarge);
+        }
+        let max = usize::try_from(limits.max_bytes).unwrap_or(usize::MAX);
+        let announced = announced.and_then(|length| usize::try_from(length).ok());
+        let mut body = Body { bytes: Vec::new(), _share: None };
+        let mut deadline = deadline;
+        let mut room = ALLOWANCE;
+        if let Some(length) = announced {
+            self.reserve(&mut body, length, &mut room, &mut deadline).await;
+            body.bytes.reserve_exact(length);
+        }
+        loop {
+            let chunk = match timeout_at(deadline, response.chunk()).await {
+                Err(_) => return Err(Rejection::Timeout),
+                Ok(Err(error)) => return Err(rejection_of(&error, false)),
+                Ok(Ok(None)) => return Ok(body),
+                Ok(Ok(Some(chunk))) => chunk,
+            };
+            let length = body.bytes.len() + chunk.len();
+            if length > max {
+                return Err(Rejection::TooLarge);
+            }
+            if length > room {
+                self.reserve(&mut body, max, &mut room, &mut deadline).await;
+            }
+            body.bytes.extend_from_slice(&chunk);
+        }
+    }
+
+    /// Makes room for `length` bytes. A body draws on the budget once and for all that it may come to hold, never holding one
+    /// share while it waits for another: so bodies cannot block each other for good. The wait is ours, so the server is
+    /// given that much longer.
+    async fn reserve(&self, body: &mut Body, length: usize, room: &mut usize, deadline: &mut Instant) {
+        if length <= *room {
+            return;
+        }
+        let units = (length - ALLOWANCE).div_ceil(UNIT).min(self.budget_units);
+        let units = u32::try_from(units).unwrap_or(u32::MAX);
+        let start = Instant::now();
+        body._share = Arc::clone(&self.budget).acquire_many_owned(units).await.ok();
+        *deadline += start.elapsed();
+        *room = length;
+    }
+}
+
+/// Where an answer points, if it is a redirect.
+fn redirect(from: &Url, response: &Response) -> Result<Option<Url>, Rejection> {
+    if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
+        return Ok(None);
+    }
+    let Some(location) = response.headers().get(LOCATION) else { return Ok(None) };
+    // Servers send raw UTF-8 here, whatever the standard says.
+    let location = std::str::from_utf8(location.as_bytes()).map_err(|_| Rejection::Protocol)?;
+    let mut next = from.join(location).map_err(|_| Rejection::Protocol)?;
+    next.set_fragment(None);
+    Ok(Some(next))
+}
+
+/// Whether the owner asks that the picture be not used: `X-Robots-Tag` with `noai`, `noimageai`, `noindex` or
+/// `noimageindex`, said to all or to Gleaner by name. `none` means `noindex, nofollow`.
+fn opted_out(headers: &HeaderMap) -> bool {
+    headers.get_all("x-robots-tag").iter().any(|value| {
+        let text = String::from_utf8_lossy(value.as_bytes()).to_ascii_lowercase();
+        let mut meant = true;
+        text.split(',').any(|part| {
+            let directive = match part.split_once(':') {
+                Some(("unavailable_after", _)) => return false,
+                Some((agent, directive)) => {
+                    meant = agent.trim() == "gleaner" || agent.trim() == "*";
+                    directive
+                }
+                None => part,
+            };
+            meant && matches!(directive.trim(), "noai" | "noimageai" | "noindex" | "noimageindex" | "none")
+        })
+    })
+}
+
+/// Why a request or its body failed, from the causes that reqwest's error carries.
+fn rejection_of(error: &reqwest::Error, https: bool) -> Rejection {
+    let mut kind = None;
+    let mut tls = false;
+    let mut cause: Option<&(dyn Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        if error.is::<Blocked>() {
+            return Rejection::BlockedAddress;
+        }
+        tls |= error.is::<rustls::Error>();
+        cause = match error.downcast_ref::<std::io::Error>() {
+            Some(io) => {
+                kind = Some(io.kind());
+                // `source` of an io::Error skips the very error that it wraps.
+                io.get_ref().map(|inner| inner as &(dyn Error + 'static))
+            }
+            None => error.source(),
+        };
+    }
+    if error.is_dns() {
+        Rejection::Dns
+    } else if tls {
+        Rejection::Tls
+    } else if error.is_builder() {
+        Rejection::BadUrl
+    } else if error.is_connect() {
+        // A TCP connection that is not made is refused, unreachable or late; one that ends again at once died in its handshake.
+        use std::io::ErrorKind::{ConnectionAborted, ConnectionReset, InvalidData, UnexpectedEof};
+        match kind {
+            Some(UnexpectedEof | InvalidData | ConnectionReset | ConnectionAborted) if https => Rejection::Tls,
+            _ => Rejection::Connect,
+        }
+    } else if error.is_timeout() {
+        Rejection::Timeout
+    } else {
+        Rejection::Protocol
+    }
+}
+
+#[cfg(test)]
+mod tests;

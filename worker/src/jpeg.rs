@@ -1,0 +1,199 @@
+//! JPEG by libjpeg-turbo: decoding, scaled down where that is enough, and encoding.
+
+use bytes::Bytes;
+use proto::Rejection;
+use turbojpeg::{Colorspace, Compressor, Decompressor, Image, PixelFormat, ScalingFactor, Subsamp};
+
+use crate::resize::Pixels;
+
+/// A progressive JPEG may redraw itself so many times; a small file with more of them is made to burn time.
+const MAX_SCANS: u32 = 200;
+
+/// A decoder and an encoder with their buffers, for one thread.
+#[derive(Debug)]
+pub(crate) struct Codec {
+    decompressor: Decompressor,
+    compressor: Compressor,
+    cmyk: Vec<u8>,
+    encoded: Vec<u8>,
+}
+
+/// What a JPEG says of itself before its pixels.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Header {
+    pub(crate) width: u32,
+    pub(crate) height: u32,
+    /// EXIF: 1 to 8.
+    pub(crate) orientation: u8,
+    colorspace: Colorspace,
+    lossless: bool,
+    /// Has Adobe's marker: its CMYK values are stored inverted.
+    adobe: bool,
+}
+
+impl Codec {
+    pub(crate) fn new() -> turbojpeg::Result<Self> {
+        let mut decompressor = Decompressor::new()?;
+        decompressor.set_scan_limit(MAX_SCANS)?;
+        let mut compressor = Compressor::new()?;
+        compressor.set_subsamp(Subsamp::Sub2x2)?;
+        Ok(Self { decompressor, compressor, cmyk: Vec::new(), encoded: Vec::new() })
+    }
+
+    /// Reads the header alone.
+    pub(crate) fn header(&mut self, bytes: &[u8]) -> Result<Header, Rejection> {
+        let header = self.decompressor.read_header(bytes).map_err(|e| rejection_of(&e, bytes))?;
+        let (orientation, adobe) = scan_markers(bytes);
+        let pixels = |side: usize| u32::try_from(side).map_err(|_| Rejection::TooManyPixels);
+        Ok(Header {
+            width: pixels(header.width)?,
+            height: pixels(header.height)?,
+            orientation,
+            colorspace: header.colorspace,
+            lossless: header.is_lossless,
+            adobe,
+        })
+    }
+
+    /// Decodes into `into` as RGB, at 1/2, 1/4 or 1/8 of the size as long as the shorter side keeps `target` pixels (other
+    /// eighths are slower than the whole). The image must be whole: libjpeg's warnings count, because what they report are
+    /// pixels that it made up.
+    pub(crate) fn decode(
+        &mut self,
+        bytes: &[u8],
+        header: &Header,
+        target: u32,
+        into: &mut Pixels,
+    ) -> Result<(), Rejection> {
+        let shorter = header.width.min(header.height);
+        let scale = match shorter / target.max(1) {
+            _ if header.lossless => ScalingFactor::ONE,
+            8.. => ScalingFactor::ONE_EIGHTH,
+            4.. => ScalingFactor::ONE_QUARTER,
+            2.. => ScalingFactor::ONE_HALF,
+            _ => ScalingFactor::ONE,
+        };
+        self.decompressor.set_scaling_factor(scale).map_err(|_| Rejection::Undecodable)?;
+        let (width, height) = (scale.scale(header.width as usize), scale.scale(header.height as usize));
+        into.reset(width as u32, height as u32, header.orientation);
+        let result = match header.colorspace {
+            Colorspace::CMYK | Colorspace::YCCK => {
+                self.cmyk.resize(width * height * 4, 0);
+                let pitch = width * 4;
+                let image = Image { pixels: self.cmyk.as_mut_slice(), width, pitch, height, format: PixelFormat::CMYK };
+                let result = self.decompressor.decompress(bytes, image);
+                cmyk_to_rgb(&self.cmyk, header.adobe, into.rgb_mut());
+                self.cmyk.clear();
+                self.cmyk.shrink_to(crate::resize::KEPT_BUFFER);
+                result
+            }
+            _ => {
+                let pitch = width * 3;
+                let image = Image { pixels: into.rgb_mut(), width, pitch, height, format: PixelFormat::RGB };
+                self.decompressor.decompress(bytes, image)
+            }
+        };
+        match result {
+            Err(e) if !is_harmless(&e, bytes) => Err(rejection_of(&e, bytes)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Encodes a square RGB image with 4:2:0 chroma, as nearly all photos have it.
+    pub(crate) fn encode(&mut self, rgb: &[u8], side: u32, quality: u8) -> turbojpeg::Result<Bytes> {
+        let side = side as usize;
+        self.compressor.set_quality(i32::from(quality))?;
+        let most = self.compressor.buf_len(side, side)?;
+        if self.encoded.len() < most {
+            self.encoded.resize(most, 0);
+        }
+        let image = Image { pixels: rgb, width: side, pitch: side * 3, height: side, format: PixelFormat::RGB };
+        let length = self.compressor.compress_to_slice(image, &mut self.encoded)?;
+        Ok(Bytes::copy_from_slice(&self.encoded[..length]))
+    }
+}
+
+/// Warnings about a header's form, which cost no pixel. Only the first warning of an image has a text, so the end is looked at
+/// too.
+fn is_harmless(error: &turbojpeg::Error, bytes: &[u8]) -> bool {
+    let turbojpeg::Error::TurboJpegError(text) = error else { return false };
+    let formal = text.contains("Invalid SOS parameters") || text.contains("Inconsistent progression sequence");
+    formal && has_end(bytes)
+}
+
+fn rejection_of(error: &turbojpeg::Error, bytes: &[u8]) -> Rejection {
+    let cut = matches!(error, turbojpeg::Error::TurboJpegError(text) if text.contains("Premature end of JPEG"));
+    if cut || !has_end(bytes) { Rejection::Truncated } else { Rejection::Undecodable }
+}
+
+/// Whether the last marker is there, perhaps followed by padding.
+fn has_end(bytes: &[u8]) -> bool {
+    let padding = bytes.iter().rev().take_while(|b| matches!(b, 0 | b'\n' | b'\r' | b' ')).count();
+    bytes[..bytes.len() - padding].ends_with(&[0xff, 0xd9])
+}
+
+/// Naive conversion; what an ink looks like on paper (its ICC profile) is left aside.
+fn cmyk_to_rgb(cmyk: &[u8], inverted: bool, rgb: &mut [u8]) {
+    let flip = if inverted { 0 } else { 255 };
+    for (ink, pixel) in cmyk.chunks_exact(4).zip(rgb.chunks_exact_mut(3)) {
+        let black = u32::from(ink[3] ^ flip);
+        for channel in 0..3 {
+            let product = u32::from(ink[channel] ^ flip) * black;
+            pixel[channel] = ((product + 127) / 255) as u8;
+        }
+    }
+}
+
+/// The EXIF orientation (1 if there is none) and whether Adobe's marker is there, from the segments before the pixels.
+fn scan_markers(bytes: &[u8]) -> (u8, bool) {
+    let (mut orientation, mut adobe) = (1, false);
+    let mut at = 2;
+    while let Some(&[0xff, marker]) = bytes.get(at..at + 2).and_then(|two| <&[u8; 2]>::try_from(two).ok()) {
+        match marker {
+            0xff => at += 1,               // fill
+            0x01 | 0xd0..=0xd8 => at += 2, // markers without a segment
+            0xd9 | 0xda => break,
+            _ => {
+                let Some(&[high, low]) = bytes.get(at + 2..at + 4).and_then(|two| <&[u8; 2]>::try_from(two).ok())
+                else {
+                    break;
+                };
+                let length = usize::from(u16::from_be_bytes([high, low]));
+                let Some(segment) = bytes.get(at + 4..at + 2 + length.max(2)) else { break };
+                match marker {
+                    0xe1 => orientation = exif_orientation(segment).unwrap_or(orientation),
+                    0xee => adobe |= segment.starts_with(b"Adobe"),
+                    _ => {}
+                }
+                at += 2 + length.max(2);
+            }
+        }
+    }
+    (orientation, adobe)
+}
+
+/// Tag 0x0112 of the first directory of an EXIF segment (Exif 2.3, 4.6.4).
+fn exif_orientation(segment: &[u8]) -> Option<u8> {
+    let tiff = segment.strip_prefix(b"Exif\0\0")?;
+    let big = match tiff.get(..4)? {
+        b"MM\0*" => true,
+        b"II*\0" => false,
+        _ => return None,
+    };
+    let short = |at: usize| {
+        let two = <[u8; 2]>::try_from(tiff.get(at..at.checked_add(2)?)?).ok()?;
+        Some(if big { u16::from_be_bytes(two) } else { u16::from_le_bytes(two) })
+    };
+    let long = |at: usize| {
+        let four = <[u8; 4]>::try_from(tiff.get(at..at.checked_add(4)?)?).ok()?;
+        Some(if big { u32::from_be_bytes(four) } else { u32::from_le_bytes(four) })
+    };
+    let directory = usize::try_from(long(4)?).ok()?;
+    for entry in 0..usize::from(short(directory)?) {
+        let at = directory.checked_add(2 + entry * 12)?;
+        if short(at)? == 0x0112 {
+            return u8::try_from(short(at.checked_add(8)?)?).ok().filter(|o| (1..=8).contains(o));
+        }
+    }
+    None
+}

@@ -1,0 +1,230 @@
+//! The coordinator, as a worker sees it: calls with deadlines, terms, and a lease that is kept while its shard is made.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use anyhow::Context;
+use proto::pb::fetch_service_client::FetchServiceClient;
+use proto::pb::{CompleteShardRequest, Lease, LeaseShardRequest, ReleaseLeaseRequest, RenewLeaseRequest};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Request, Status};
+
+use crate::attempt::Progress;
+
+/// For one call, beside the time that the coordinator may let it wait.
+const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the coordinator may keep a worker waiting for a lease before it says that there is none.
+const LEASE_WAIT: Duration = Duration::from_secs(20);
+/// A lease that is given back is a courtesy: it ends by itself.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Pauses between tries: doubling up to a limit, each a random part of itself so that workers do not come back together.
+#[derive(Debug)]
+pub(crate) struct Backoff {
+    next: Duration,
+    most: Duration,
+}
+
+impl Backoff {
+    pub(crate) fn new(first: Duration, most: Duration) -> Self {
+        Self { next: first, most }
+    }
+
+    pub(crate) fn pause(&mut self) -> Duration {
+        let pause = self.next;
+        self.next = (pause * 2).min(self.most);
+        let share = (uuid::Uuid::new_v4().as_u128() % 1000) as f64 / 1000.0;
+        pause.mul_f64(0.5 + share / 2.0)
+    }
+}
+
+/// A client of the coordinator. It may be away for minutes: whoever calls tries again.
+#[derive(Debug)]
+pub(crate) struct Coordinator {
+    client: FetchServiceClient<Channel>,
+    worker: String,
+    /// The highest that was heard of.
+    term: AtomicU64,
+}
+
+/// The shard that a lease is for, as every call names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct LeaseId {
+    pub(crate) dataset: String,
+    pub(crate) shard: u32,
+    pub(crate) attempt: String,
+}
+
+impl From<&Lease> for LeaseId {
+    fn from(lease: &Lease) -> Self {
+        Self { dataset: lease.dataset.clone(), shard: lease.shard, attempt: lease.attempt.clone() }
+    }
+}
+
+impl Coordinator {
+    /// Connects with the first call, and again whenever the connection is lost.
+    pub(crate) fn new(address: &str, worker: String) -> anyhow::Result<Self> {
+        let bad = || format!("--coordinator {address:?} is no address: http://HOST:PORT is wanted");
+        let endpoint = Endpoint::from_shared(address.to_owned()).with_context(bad)?;
+        endpoint.uri().scheme().with_context(bad)?;
+        let channel = endpoint
+            .connect_timeout(Duration::from_secs(5))
+            .http2_keep_alive_interval(Duration::from_secs(10))
+            .keep_alive_timeout(Duration::from_secs(5))
+            .keep_alive_while_idle(true)
+            .tcp_nodelay(true)
+            .connect_lazy();
+        Ok(Self { client: FetchServiceClient::new(channel), worker, term: AtomicU64::new(0) })
+    }
+
+    /// Asks for a shard once; none if there is nothing to do.
+    pub(crate) async fn lease(&self) -> Result<Option<Lease>, Status> {
+        let request = LeaseShardRequest {
+            term_seen: self.term.load(Ordering::Relaxed),
+            worker: self.worker.clone(),
+            wait_millis: LEASE_WAIT.as_millis() as u64,
+        };
+        let mut client = self.client.clone();
+        let answer = within(LEASE_WAIT + CALL_TIMEOUT, client.lease_shard(Request::new(request))).await?;
+        self.hear(answer.term)?;
+        Ok(answer.lease)
+    }
+
+    /// The lease's new duration; zero if it is over.
+    async fn renew(&self, id: &LeaseId, progress: &Progress, timeout: Duration) -> Result<Duration, Status> {
+        let request = RenewLeaseRequest {
+            term_seen: self.term.load(Ordering::Relaxed),
+            worker: self.worker.clone(),
+            dataset: id.dataset.clone(),
+            shard: id.shard,
+            attempt: id.attempt.clone(),
+            outcomes: progress.so_far().into_iter().map(|(name, n)| (name.to_owned(), n)).collect(),
+        };
+        let mut client = self.client.clone();
+        let answer = within(timeout, client.renew_lease(Request::new(request))).await?;
+        self.hear(answer.term)?;
+        Ok(Duration::from_millis(answer.duration_millis))
+    }
+
+    /// Renews a lease every third of its duration, and cancels `attempt` when it is told that the lease is over. A coordinator
+    /// that is away changes nothing: the attempt goes on, and the first index wins.
+    pub(crate) async fn keep(
+        &self,
+        id: &LeaseId,
+        duration: Duration,
+        progress: &Progress,
+        attempt: &CancellationToken,
+    ) {
+        let mut duration = duration.max(Duration::from_millis(30));
+        let mut end = Instant::now() + duration;
+        let mut expired = false;
+        let mut backoff = None;
+        loop {
+            let pause = match &mut backoff {
+                None => duration / 3,
+                Some(backoff) => Backoff::pause(backoff),
+            };
+            tokio::time::sleep(pause).await;
+            let asked = Instant::now();
+            match self.renew(id, progress, CALL_TIMEOUT.min(duration)).await {
+                Ok(Duration::ZERO) => {
+                    tracing::info!("the lease is over; dropping the attempt");
+                    attempt.cancel();
+                    return;
+                }
+                Ok(renewed) => {
+                    (duration, end, expired, backoff) = (renewed, asked + renewed, false, None);
+                }
+                Err(status) => {
+                    backoff.get_or_insert_with(|| Backoff::new(duration / 20, duration / 3));
+                    tracing::debug!(%status, "failed to renew a lease");
+                    if !expired && Instant::now() > end {
+                        expired = true;
+                        tracing::warn!(%status, "the lease ran out without an answer; going on, the first index wins");
+                    }
+                }
+            }
+        }
+    }
+
+    /// Tells that a shard's index stands, until there is an answer or `shutdown`.
+    pub(crate) async fn complete(&self, id: &LeaseId, shutdown: &CancellationToken) {
+        let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
+        loop {
+            let request = CompleteShardRequest {
+                term_seen: self.term.load(Ordering::Relaxed),
+                worker: self.worker.clone(),
+                dataset: id.dataset.clone(),
+                shard: id.shard,
+                attempt: id.attempt.clone(),
+            };
+            let mut client = self.client.clone();
+            let answer = within(CALL_TIMEOUT, client.complete_shard(Request::new(request))).await;
+            match answer.and_then(|answer| self.hear(answer.term)) {
+                Ok(()) => return,
+                Err(status) if is_final(&status) => {
+                    return tracing::warn!(%status, "the coordinator refused to hear of a shard");
+                }
+                Err(status) => tracing::debug!(%status, "failed to tell of a shard; trying again"),
+            }
+            tokio::select! {
+                () = tokio::time::sleep(backoff.pause()) => {}
+                () = shutdown.cancelled() => return,
+            }
+        }
+    }
+
+    /// Gives a lease back, if that can be done soon. `failure` is empty on an orderly exit.
+    pub(crate) async fn release(&self, id: &LeaseId, failure: String) {
+        let request = ReleaseLeaseRequest {
+            term_seen: self.term.load(Ordering::Relaxed),
+            worker: self.worker.clone(),
+            dataset: id.dataset.clone(),
+            shard: id.shard,
+            attempt: id.attempt.clone(),
+            failure,
+        };
+        let tries = async {
+            let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(1));
+            loop {
+                let mut client = self.client.clone();
+                let answer = within(RELEASE_TIMEOUT, client.release_lease(Request::new(request.clone()))).await;
+                match answer.and_then(|answer| self.hear(answer.term)) {
+                    Ok(()) => return,
+                    Err(status) if is_final(&status) => return,
+                    Err(_) => tokio::time::sleep(backoff.pause()).await,
+                }
+            }
+        };
+        if tokio::time::timeout(RELEASE_TIMEOUT, tries).await.is_err() {
+            tracing::debug!("a lease could not be given back; it ends by itself");
+        }
+    }
+
+    /// Takes note of an answer's term, and refuses that of a coordinator which another has replaced.
+    fn hear(&self, term: u64) -> Result<(), Status> {
+        let highest = self.term.fetch_max(term, Ordering::Relaxed);
+        if term < highest {
+            return Err(Status::unavailable(format!("an answer of term {term}, when term {highest} has begun")));
+        }
+        Ok(())
+    }
+}
+
+/// Whether the same call would be refused again.
+fn is_final(status: &Status) -> bool {
+    use tonic::Code::{FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unimplemented};
+    matches!(status.code(), FailedPrecondition | InvalidArgument | NotFound | PermissionDenied | Unimplemented)
+}
+
+async fn within<T>(
+    timeout: Duration,
+    call: impl Future<Output = Result<tonic::Response<T>, Status>>,
+) -> Result<T, Status> {
+    match tokio::time::timeout(timeout, call).await {
+        Ok(answer) => answer.map(tonic::Response::into_inner),
+        Err(_) => Err(Status::deadline_exceeded(format!("no answer in {timeout:?}"))),
+    }
+}

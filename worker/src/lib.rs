@@ -1,0 +1,245 @@
+//! Fetch workers: leased slices of URLs become validated, resized, committed shards.
+//!
+//! A worker holds no state but its leases. It asks the coordinator for a shard (`lease`), reads the shard's slice from the
+//! store and works through it (`attempt`): each URL is fetched under limits (`fetch`, `net`), its bytes are judged on threads
+//! of their own (`validate`, with `jpeg` and `placeholder`), brought to the stored size (`resize`), and go into a tar that is
+//! uploaded while it grows (`upload`). The index, put last and only if there is none, commits the shard. Whatever a URL
+//! does is an outcome in the shard; only the store's failures and unreadable slices fail an attempt.
+
+mod attempt;
+mod fetch;
+mod jpeg;
+mod lease;
+mod net;
+mod placeholder;
+mod resize;
+mod upload;
+mod validate;
+
+use std::num::NonZero;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use anyhow::Context;
+use ipnet::IpNet;
+use object_store::ObjectStore;
+use proto::DatasetSpec;
+use proto::pb::Lease;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::Instrument;
+
+use attempt::{Assignment, End, Progress, Tools, make_shard};
+use fetch::{FetchConfig, Fetcher};
+use lease::{Backoff, Coordinator, LeaseId};
+use net::AddressRules;
+pub use placeholder::PLACEHOLDERS_KEY;
+use validate::DecodePool;
+
+/// Shards whose last URLs are still on their way while the next ones are fetched.
+const TAILS: usize = 8;
+/// For attempts to take back their files and leases at the end of the process.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(8);
+/// After this many failed attempts in a row the pause before the next lease grows no more.
+const MOST_FAILURES: u32 = 6;
+
+/// What a worker is told when it starts.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Config {
+    /// The coordinator's address.
+    #[arg(long, env = "GLEANER_COORDINATOR", value_name = "URL")]
+    pub coordinator: String,
+
+    /// URLs in flight at once.
+    #[arg(long, env = "GLEANER_CONNECTIONS", default_value = "64", value_name = "N")]
+    pub connections: NonZero<u16>,
+
+    /// Shards that are made at once; the last slow URLs of finished ones do not count.
+    #[arg(long, env = "GLEANER_SHARDS", default_value = "1", value_name = "N")]
+    pub shards: NonZero<u16>,
+
+    /// Threads that decode, resize and encode [default: one per core].
+    #[arg(long, env = "GLEANER_DECODE_THREADS", value_name = "N")]
+    pub decode_threads: Option<NonZero<u16>>,
+
+    /// Memory for large bodies that are being fetched, in MiB; 256 KiB of each body are free.
+    #[arg(long, env = "GLEANER_BODY_MEMORY", default_value = "64", value_name = "MIB")]
+    pub body_memory: NonZero<u32>,
+
+    /// Also reach the addresses of this net (CIDR), such as 127.0.0.0/8; may be repeated. Private, loopback, link-local and
+    /// other special addresses are not reached otherwise.
+    #[arg(long, env = "GLEANER_ALLOW_NET", value_delimiter = ',', value_name = "CIDR")]
+    pub allow_net: Vec<IpNet>,
+
+    /// A page or mail address where site owners find out who fetches from them; part of the user agent.
+    #[arg(long, env = "GLEANER_CONTACT", value_name = "URL", value_parser = parse_contact)]
+    pub contact: Option<String>,
+
+    /// Fetch what its owner marked with `X-Robots-Tag: noai` and the like all the same.
+    #[arg(long, env = "GLEANER_IGNORE_OPT_OUTS")]
+    pub ignore_opt_outs: bool,
+}
+
+fn parse_contact(text: &str) -> Result<String, String> {
+    match text.chars().all(|c| c.is_ascii_graphic() && !matches!(c, '(' | ')')) && !text.is_empty() {
+        true => Ok(text.to_owned()),
+        false => Err("it goes into a header: printable ASCII without spaces and parentheses is allowed".to_owned()),
+    }
+}
+
+/// Makes shards until `shutdown`; then gives its leases back and ends within seconds.
+///
+/// The process must have a default TLS provider (`rustls::crypto::CryptoProvider`).
+///
+/// # Errors
+/// If the configuration cannot work. A coordinator or store that is away is waited for.
+pub async fn run(config: Config, store: Arc<dyn ObjectStore>, shutdown: CancellationToken) -> anyhow::Result<()> {
+    let worker = format!("worker-{}", uuid::Uuid::new_v4().simple());
+    let coordinator = Arc::new(Coordinator::new(&config.coordinator, worker.clone())?);
+    let tools = Arc::new(tools(&config, store, worker.clone())?);
+    let cores = decode_threads(&config);
+    tracing::info!(worker, connections = config.connections, decode_threads = cores, "worker started");
+
+    // A shard holds both permits while it takes up URLs, and the second one until it is committed.
+    let shards = usize::from(config.shards.get());
+    let taking = Arc::new(Semaphore::new(shards));
+    let open = Arc::new(Semaphore::new(shards + TAILS));
+    let failures = Arc::new(AtomicU32::new(0));
+    let attempts = TaskTracker::new();
+    while let Some(Ok((taking, open))) = shutdown
+        .run_until_cancelled(async {
+            tokio::try_join!(Arc::clone(&taking).acquire_owned(), Arc::clone(&open).acquire_owned())
+        })
+        .await
+    {
+        let Some(lease) = shutdown.run_until_cancelled(next_lease(&coordinator, &failures)).await else { break };
+        let span = tracing::info_span!("shard", dataset = lease.dataset, shard = lease.shard, attempt = lease.attempt);
+        let (tools, coordinator) = (Arc::clone(&tools), Arc::clone(&coordinator));
+        let (failures, shutdown) = (Arc::clone(&failures), shutdown.clone());
+        let work = async move {
+            let _open = open;
+            if work_on(&tools, &coordinator, &lease, taking, &shutdown).await {
+                failures.store(0, Ordering::Relaxed);
+            } else {
+                failures.fetch_add(1, Ordering::Relaxed);
+            }
+        };
+        attempts.spawn(work.instrument(span));
+    }
+    attempts.close();
+    if tokio::time::timeout(SHUTDOWN_TIMEOUT, attempts.wait()).await.is_err() {
+        tracing::warn!("attempts did not end in time; their leases end by themselves");
+    }
+    Ok(())
+}
+
+fn decode_threads(config: &Config) -> usize {
+    config
+        .decode_threads
+        .map(|n| usize::from(n.get()))
+        .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, NonZero::get))
+}
+
+fn tools(config: &Config, store: Arc<dyn ObjectStore>, worker: String) -> anyhow::Result<Tools> {
+    let version = env!("CARGO_PKG_VERSION");
+    let user_agent = match &config.contact {
+        Some(contact) => format!("Gleaner/{version} (+{contact})"),
+        None => format!("Gleaner/{version}"),
+    };
+    let fetcher = Fetcher::new(FetchConfig {
+        rules: AddressRules { allowed: config.allow_net.clone() },
+        user_agent,
+        honour_opt_outs: !config.ignore_opt_outs,
+        body_budget: config.body_memory.get() as usize * (1 << 20),
+    })
+    .context("failed to set up the HTTP client")?;
+    Ok(Tools {
+        store,
+        fetcher,
+        pool: DecodePool::start(decode_threads(config))?,
+        connections: Arc::new(Semaphore::new(usize::from(config.connections.get()))),
+        worker,
+    })
+}
+
+/// Waits for the next lease, however long that takes; longer after failures, so that a broken store does not use up the
+/// tries of slice after slice.
+async fn next_lease(coordinator: &Coordinator, failures: &AtomicU32) -> Lease {
+    let failed = failures.load(Ordering::Relaxed).min(MOST_FAILURES);
+    if failed > 0 {
+        tokio::time::sleep(Duration::from_millis(500) * 2u32.pow(failed)).await;
+    }
+    let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
+    let mut away = false;
+    loop {
+        match coordinator.lease().await {
+            Ok(Some(lease)) => return lease,
+            Ok(None) => {
+                backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
+                away = false;
+                // A coordinator that answers at once must not be asked in a loop.
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            Err(status) => {
+                if !away {
+                    away = true;
+                    tracing::warn!(%status, "no answer to the request for a lease; trying again");
+                }
+                tokio::time::sleep(backoff.pause()).await;
+            }
+        }
+    }
+}
+
+/// Makes the leased shard and tells the coordinator how that ended. Returns whether the worker is fit: false if the attempt
+/// failed.
+async fn work_on(
+    tools: &Arc<Tools>,
+    coordinator: &Coordinator,
+    lease: &Lease,
+    taking: OwnedSemaphorePermit,
+    shutdown: &CancellationToken,
+) -> bool {
+    let id = LeaseId::from(lease);
+    let progress = Progress::default();
+    let cancel = shutdown.child_token();
+    let made = async {
+        let assignment = assignment(lease)?;
+        make_shard(tools, &assignment, &progress, taking, &cancel).await
+    };
+    let kept = coordinator.keep(&id, Duration::from_millis(lease.duration_millis), &progress, &cancel);
+    let made = tokio::select! {
+        made = made => made,
+        // When the lease is over the attempt still has its files to take back.
+        made = async { kept.await; std::future::pending().await } => made,
+    };
+    match made {
+        Ok(End::Won) => coordinator.complete(&id, shutdown).await,
+        Ok(End::LostTo(attempt)) => {
+            tracing::info!(committed = attempt, "another attempt committed first");
+            coordinator.complete(&id, shutdown).await;
+        }
+        Ok(End::Cancelled) if shutdown.is_cancelled() => coordinator.release(&id, String::new()).await,
+        Ok(End::Cancelled) => {}
+        Err(error) => {
+            tracing::error!(error = format!("{error:#}"), "the attempt failed");
+            coordinator.release(&id, format!("{error:#}")).await;
+            return false;
+        }
+    }
+    true
+}
+
+fn assignment(lease: &Lease) -> anyhow::Result<Assignment> {
+    Ok(Assignment {
+        dataset: lease.dataset.clone(),
+        shard: lease.shard,
+        attempt: lease.attempt.parse().context("the lease's attempt")?,
+        spec: DatasetSpec::from_json(&lease.spec_json).context("the lease's dataset spec")?,
+    })
+}
+
+#[cfg(test)]
+mod tests;

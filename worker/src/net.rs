@@ -1,0 +1,198 @@
+//! Which addresses a worker may reach, and the resolver that lets no other through.
+//!
+//! A URL list is somebody else's text: it must not be able to make a worker speak to what only the worker can reach. Names
+//! are checked here, when a connection is about to be made, so a name that changes its address between two look-ups gains
+//! nothing; IP literals never see a resolver and are checked by [`AddressRules::permits`] before the request.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use ipnet::IpNet;
+use reqwest::dns::{Addrs, Name, Resolve, Resolving};
+
+/// A look-up that takes longer has failed: it must not use up a URL's whole time.
+const LOOKUP_TIMEOUT: Duration = Duration::from_secs(8);
+
+/// The addresses that a worker may reach: global unicast ones, and the nets that its operator named.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct AddressRules {
+    pub(crate) allowed: Vec<IpNet>,
+}
+
+/// No address of this host may be reached.
+#[derive(Debug, thiserror::Error)]
+#[error("{host} has no address that a worker may reach (--allow-net allows more)")]
+pub(crate) struct Blocked {
+    host: String,
+}
+
+impl AddressRules {
+    pub(crate) fn permits(&self, address: IpAddr) -> bool {
+        let address = address.to_canonical();
+        self.allowed.iter().any(|net| net.contains(&address)) || is_global(address)
+    }
+}
+
+/// Whether the public internet is behind an address: neither private nor local, and not a way round to such an address.
+/// After IANA's special-purpose address registries (RFC 6890 and its updates).
+fn is_global(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => is_global_v4(address),
+        IpAddr::V6(address) => is_global_v6(address),
+    }
+}
+
+fn is_global_v4(address: Ipv4Addr) -> bool {
+    let [a, b, c, d] = address.octets();
+    !(a == 0 // this network
+        || a == 10
+        || a == 127
+        || (a == 100 && (64..128).contains(&b)) // carrier-grade NAT; also a cloud's metadata service
+        || (a == 169 && b == 254) // link-local, where most clouds' metadata services are
+        || (a == 172 && (16..32).contains(&b))
+        || (a == 192 && b == 168)
+        || (a == 192 && b == 0 && (c == 0 || c == 2)) // protocol assignments, documentation
+        || (a == 192 && b == 88 && c == 99) // 6to4 relays
+        || (a == 198 && (b == 18 || b == 19)) // benchmarks
+        || (a == 198 && b == 51 && c == 100) // documentation
+        || (a == 203 && b == 0 && c == 113) // documentation
+        || a >= 224 // multicast, reserved, broadcast
+        || [a, b, c, d] == [168, 63, 129, 16]) // Azure's metadata and DNS: a public address that is not public
+}
+
+fn is_global_v6(address: Ipv6Addr) -> bool {
+    let s = address.segments();
+    let v4 = |high: u16, low: u16| {
+        let ([a, b], [c, d]) = (high.to_be_bytes(), low.to_be_bytes());
+        is_global_v4(Ipv4Addr::new(a, b, c, d))
+    };
+    match s {
+        [0, 0, 0, 0, 0, 0xffff, high, low] => v4(high, low), // IPv4-mapped
+        [0x64, 0xff9b, 0, 0, 0, 0, high, low] => v4(high, low), // NAT64
+        [0x2002, high, low, ..] => v4(high, low),            // 6to4
+        [0x2001, second, ..] if second < 0x200 => false,     // protocol assignments, Teredo, ORCHID
+        [0x2001, 0xdb8, ..] => false,                        // documentation
+        [0x3fff, second, ..] if second < 0x1000 => false,    // documentation
+        // 2000::/3 is all that is given out as global unicast: what lies outside is local, multicast, embedded or unassigned.
+        [first, ..] => first & 0xe000 == 0x2000,
+    }
+}
+
+/// Resolves through the operating system and hands on only what the rules permit.
+#[derive(Debug)]
+pub(crate) struct GuardedResolver {
+    pub(crate) rules: Arc<AddressRules>,
+}
+
+impl Resolve for GuardedResolver {
+    fn resolve(&self, name: Name) -> Resolving {
+        let rules = Arc::clone(&self.rules);
+        Box::pin(async move {
+            let host = name.as_str();
+            // reqwest puts the URL's port in the place of 0.
+            let found: Vec<SocketAddr> =
+                tokio::time::timeout(LOOKUP_TIMEOUT, tokio::net::lookup_host((host, 0))).await??.collect();
+            let permitted: Vec<SocketAddr> = found.iter().copied().filter(|to| rules.permits(to.ip())).collect();
+            if permitted.is_empty() && !found.is_empty() {
+                return Err(Blocked { host: host.to_owned() }.into());
+            }
+            Ok(Box::new(permitted.into_iter()) as Addrs)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().expect(text)
+    }
+
+    #[test]
+    fn only_global_unicast_addresses_are_permitted() {
+        let rules = AddressRules::default();
+        for address in [
+            "0.0.0.0",
+            "10.1.2.3",
+            "100.100.100.200",
+            "127.0.0.1",
+            "127.255.255.255",
+            "168.63.129.16",
+            "169.254.169.254",
+            "172.16.0.1",
+            "172.31.255.255",
+            "192.0.0.192",
+            "192.0.2.1",
+            "192.88.99.1",
+            "192.168.1.1",
+            "198.18.0.1",
+            "198.19.255.255",
+            "198.51.100.7",
+            "203.0.113.7",
+            "224.0.0.1",
+            "240.0.0.1",
+            "255.255.255.255",
+            "::",
+            "::1",
+            "::127.0.0.1",
+            "::8.8.8.8",
+            "::ffff:127.0.0.1",
+            "::ffff:10.0.0.1",
+            "64:ff9b::127.0.0.1",
+            "64:ff9b::a9fe:a9fe",
+            "64:ff9b:1::808:808",
+            "100::1",
+            "2001::1",
+            "2001:10::1",
+            "2001:db8::1",
+            "2002:7f00:1::1",
+            "2002:a00:1::",
+            "3fff::1",
+            "5f00::1",
+            "fc00::1",
+            "fd00:ec2::254",
+            "fe80::1",
+            "fec0::1",
+            "ff02::1",
+        ] {
+            assert!(!rules.permits(ip(address)), "{address}");
+        }
+        for address in [
+            "1.1.1.1",
+            "100.63.255.255",
+            "100.128.0.1",
+            "172.15.0.1",
+            "172.32.0.1",
+            "192.0.1.1",
+            "198.20.0.1",
+            "223.255.255.255",
+            "::ffff:8.8.8.8",
+            "64:ff9b::8.8.8.8",
+            "2002:808:808::1",
+            "2001:4860:4860::8888",
+            "2606:4700::1111",
+        ] {
+            assert!(rules.permits(ip(address)), "{address}");
+        }
+    }
+
+    #[test]
+    fn an_allowed_net_permits_its_own_addresses_alone() {
+        let rules = AddressRules { allowed: vec!["127.0.0.0/8".parse().expect("a net")] };
+        assert!(rules.permits(ip("127.0.0.1")) && rules.permits(ip("::ffff:127.0.0.1")));
+        assert!(!rules.permits(ip("10.0.0.1")) && !rules.permits(ip("::1")));
+    }
+
+    #[tokio::test]
+    async fn a_name_with_only_forbidden_addresses_does_not_resolve() {
+        let resolver = GuardedResolver { rules: Arc::default() };
+        let error = resolver.resolve("localhost".parse().expect("a name")).await.err().expect("loopback is forbidden");
+        assert!(error.is::<Blocked>(), "{error}");
+        let allowed = AddressRules { allowed: vec!["127.0.0.0/8".parse().expect("a net")] };
+        let resolver = GuardedResolver { rules: Arc::new(allowed) };
+        let found = resolver.resolve("localhost".parse().expect("a name")).await.expect("allowed");
+        assert!(found.map(|to| to.ip()).all(|ip| ip == Ipv4Addr::LOCALHOST));
+    }
+}

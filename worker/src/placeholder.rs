@@ -1,0 +1,82 @@
+//! Known "no longer available" pictures: those in `data/placeholders.txt`, and those that a cluster lists in its store.
+
+use std::collections::HashSet;
+
+use anyhow::Context;
+use object_store::{ObjectStore, ObjectStoreExt, path::Path};
+
+/// Where a cluster lists its own, in the form of `data/placeholders.txt`.
+pub const PLACEHOLDERS_KEY: &str = "worker/placeholders.txt";
+
+const SHIPPED: &str = include_str!("../data/placeholders.txt");
+
+/// SHA-256 hashes of the bytes of known placeholders.
+#[derive(Debug, Default)]
+pub(crate) struct Placeholders(HashSet<[u8; 32]>);
+
+impl Placeholders {
+    /// Those that are shipped, and those in the store, if it lists any.
+    pub(crate) async fn load(store: &dyn ObjectStore) -> anyhow::Result<Self> {
+        let mut all = Self::parse(SHIPPED).context("the shipped list of placeholders")?;
+        match store.get(&Path::from(PLACEHOLDERS_KEY)).await {
+            Ok(found) => {
+                let bytes = found.bytes().await.with_context(|| format!("failed to read {PLACEHOLDERS_KEY}"))?;
+                let text = std::str::from_utf8(&bytes).with_context(|| format!("{PLACEHOLDERS_KEY} is not UTF-8"))?;
+                all.0.extend(Self::parse(text).with_context(|| format!("{PLACEHOLDERS_KEY} in the store"))?.0);
+            }
+            Err(object_store::Error::NotFound { .. }) => {}
+            Err(error) => return Err(error).with_context(|| format!("failed to read {PLACEHOLDERS_KEY}")),
+        }
+        Ok(all)
+    }
+
+    pub(crate) fn parse(text: &str) -> anyhow::Result<Self> {
+        let mut hashes = HashSet::new();
+        for (number, line) in text.lines().enumerate() {
+            let Some(word) = line.split_whitespace().next().filter(|word| !word.starts_with('#')) else { continue };
+            let hash = parse_hash(word).with_context(|| {
+                format!("line {}: {word:?} is no SHA-256: 64 hex digits are, then a space and a remark", number + 1)
+            })?;
+            hashes.insert(hash);
+        }
+        Ok(Self(hashes))
+    }
+
+    pub(crate) fn contains(&self, sha256: &[u8; 32]) -> bool {
+        self.0.contains(sha256)
+    }
+}
+
+fn parse_hash(word: &str) -> Option<[u8; 32]> {
+    let mut hash = [0; 32];
+    if word.len() != 64 || !word.is_ascii() {
+        return None;
+    }
+    for (byte, at) in hash.iter_mut().zip((0..64).step_by(2)) {
+        *byte = u8::from_str_radix(&word[at..at + 2], 16).ok()?;
+    }
+    Some(hash)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use object_store::memory::InMemory;
+    use proto::shard::sha256_hex;
+    use sha2::{Digest, Sha256};
+
+    #[tokio::test]
+    async fn a_clusters_own_list_extends_the_shipped_one_and_a_bad_line_is_named() {
+        let store = InMemory::new();
+        let gone: [u8; 32] = Sha256::digest(b"gone").into();
+        assert!(!Placeholders::load(&store).await.expect("no list of its own").contains(&gone));
+
+        let list = format!("# ours\n\n{} a host's picture\n", sha256_hex(b"gone"));
+        store.put(&PLACEHOLDERS_KEY.into(), list.into()).await.expect("memory");
+        assert!(Placeholders::load(&store).await.expect("a good list").contains(&gone));
+
+        store.put(&PLACEHOLDERS_KEY.into(), "# ours\nabc\n".into()).await.expect("memory");
+        let error = format!("{:#}", Placeholders::load(&store).await.expect_err("a bad line"));
+        assert!(error.contains("line 2") && error.contains("abc"), "{error}");
+    }
+}

@@ -1,0 +1,198 @@
+use std::collections::VecDeque;
+use std::sync::{Mutex, PoisonError};
+
+use clap::Parser;
+use object_store::ObjectStoreExt;
+use object_store::memory::InMemory;
+use proto::keys;
+use proto::pb::fetch_service_server::{FetchService, FetchServiceServer};
+use proto::pb::{
+    CompleteShardRequest, CompleteShardResponse, LeaseShardRequest, LeaseShardResponse, ReleaseLeaseRequest,
+    ReleaseLeaseResponse, RenewLeaseRequest, RenewLeaseResponse,
+};
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::{Request, Response, Status};
+
+use super::*;
+use crate::attempt::tests::{origin, put_slice, spec};
+
+/// A double of the coordinator: grants what it was given, and writes down what it hears.
+#[derive(Debug, Clone, Default)]
+struct CoordinatorDouble(Arc<Mutex<Heard>>);
+
+#[derive(Debug, Default)]
+struct Heard {
+    leases: VecDeque<Lease>,
+    /// What renewals are answered with.
+    duration_millis: u64,
+    renewals: Vec<RenewLeaseRequest>,
+    completed: Vec<u32>,
+    released: Vec<ReleaseLeaseRequest>,
+}
+
+const TERM: u64 = 9;
+
+impl CoordinatorDouble {
+    fn heard<T>(&self, look: impl FnOnce(&mut Heard) -> T) -> T {
+        look(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    async fn until(&self, what: impl Fn(&Heard) -> bool) {
+        let heard = async {
+            while !self.heard(|heard| what(heard)) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        if tokio::time::timeout(Duration::from_secs(20), heard).await.is_err() {
+            panic!("never heard: {:?}", self.heard(|heard| format!("{heard:?}")));
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl FetchService for CoordinatorDouble {
+    async fn lease_shard(&self, _: Request<LeaseShardRequest>) -> Result<Response<LeaseShardResponse>, Status> {
+        let lease = self.heard(|heard| heard.leases.pop_front());
+        Ok(Response::new(LeaseShardResponse { term: TERM, lease }))
+    }
+
+    async fn renew_lease(&self, request: Request<RenewLeaseRequest>) -> Result<Response<RenewLeaseResponse>, Status> {
+        let duration_millis = self.heard(|heard| {
+            heard.renewals.push(request.into_inner());
+            heard.duration_millis
+        });
+        Ok(Response::new(RenewLeaseResponse { term: TERM, duration_millis }))
+    }
+
+    async fn complete_shard(
+        &self,
+        request: Request<CompleteShardRequest>,
+    ) -> Result<Response<CompleteShardResponse>, Status> {
+        let CompleteShardRequest { shard, attempt, .. } = request.into_inner();
+        self.heard(|heard| heard.completed.push(shard));
+        Ok(Response::new(CompleteShardResponse { term: TERM, committed: attempt }))
+    }
+
+    async fn release_lease(
+        &self,
+        request: Request<ReleaseLeaseRequest>,
+    ) -> Result<Response<ReleaseLeaseResponse>, Status> {
+        self.heard(|heard| heard.released.push(request.into_inner()));
+        Ok(Response::new(ReleaseLeaseResponse { term: TERM }))
+    }
+}
+
+fn lease(shard: u32, duration_millis: u64) -> Lease {
+    Lease {
+        dataset: "birds-1".into(),
+        shard,
+        attempt: format!("{TERM}.{shard}"),
+        duration_millis,
+        spec_json: spec().to_json(),
+    }
+}
+
+#[derive(clap::Parser)]
+struct Arguments {
+    #[command(flatten)]
+    worker: Config,
+}
+
+struct Cluster {
+    coordinator: CoordinatorDouble,
+    store: Arc<dyn ObjectStore>,
+    shutdown: CancellationToken,
+    worker: tokio::task::JoinHandle<anyhow::Result<()>>,
+}
+
+/// A worker with eight connections, and slices of 6 URLs whose last one never answers if `hanging`.
+async fn start(leases: Vec<Lease>, hanging: bool, renewed_for: u64) -> Cluster {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let at = origin().await;
+    let store: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
+    for lease in &leases {
+        let mut urls: Vec<String> = (0..5).map(|i| format!("http://{at}/good/{}", lease.shard * 10 + i)).collect();
+        urls.push(format!("http://{at}/{}", if hanging { "silent" } else { "gone" }));
+        put_slice(&*store, lease.shard, &urls).await;
+    }
+    let heard = Heard { leases: leases.into(), duration_millis: renewed_for, ..Heard::default() };
+    let coordinator = CoordinatorDouble(Arc::new(Mutex::new(heard)));
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
+    let address = format!("http://{}", listener.local_addr().expect("bound"));
+    let service = FetchServiceServer::new(coordinator.clone());
+    tokio::spawn(
+        tonic::transport::Server::builder().add_service(service).serve_with_incoming(TcpListenerStream::new(listener)),
+    );
+    let arguments = ["worker", "--coordinator", &address, "--connections", "8", "--allow-net", "127.0.0.0/8"];
+    let config = Arguments::try_parse_from(arguments).expect("good flags").worker;
+    let shutdown = CancellationToken::new();
+    let worker = tokio::spawn(run(config, Arc::clone(&store), shutdown.clone()));
+    Cluster { coordinator, store, shutdown, worker }
+}
+
+impl Cluster {
+    async fn ends(self) {
+        self.shutdown.cancel();
+        let ended = tokio::time::timeout(Duration::from_secs(5), self.worker).await;
+        ended.expect("within seconds").expect("no panic").expect("no error");
+    }
+}
+
+#[tokio::test]
+async fn leased_shards_are_made_committed_and_told_of() {
+    let cluster = start(vec![lease(1, 60_000), lease(2, 60_000)], false, 60_000).await;
+    cluster.coordinator.until(|heard| heard.completed.len() == 2).await;
+    for shard in [1, 2] {
+        let key = keys::index("birds-1", shard);
+        let index = cluster.store.get(&key.into()).await.expect("committed").bytes().await.expect("memory");
+        let index = proto::ShardIndex::from_json(&index).expect("own output");
+        assert_eq!((index.outcomes["kept"], index.outcomes["not_found"]), (5, 1));
+        assert!(index.writer.starts_with("worker-"));
+    }
+    cluster.ends().await;
+}
+
+#[tokio::test]
+async fn a_slow_url_does_not_keep_the_next_shard_waiting() {
+    let cluster = start((1..=4).map(|shard| lease(shard, 60_000)).collect(), true, 60_000).await;
+    cluster.coordinator.until(|heard| heard.leases.is_empty()).await;
+    assert!(cluster.coordinator.heard(|heard| heard.completed.is_empty()), "all four wait for their last URL");
+    cluster.coordinator.until(|heard| heard.completed.len() == 4).await;
+    cluster.ends().await;
+}
+
+#[tokio::test]
+async fn renewals_carry_progress_and_a_lease_that_is_over_is_dropped() {
+    let cluster = start(vec![lease(1, 90)], true, 90).await;
+    let progressed = |heard: &Heard| heard.renewals.iter().any(|renewal| renewal.outcomes.get("kept") == Some(&5));
+    cluster.coordinator.until(progressed).await;
+    cluster.coordinator.heard(|heard| heard.duration_millis = 0);
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let before = cluster.coordinator.heard(|heard| heard.renewals.len());
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(cluster.coordinator.heard(|heard| (heard.renewals.len(), heard.completed.len())), (before, 0));
+    assert!(cluster.store.head(&keys::index("birds-1", 1).into()).await.is_err());
+    cluster.ends().await;
+}
+
+#[tokio::test]
+async fn at_shutdown_a_lease_is_given_back_within_seconds() {
+    let cluster = start(vec![lease(1, 60_000)], true, 60_000).await;
+    cluster.coordinator.until(|heard| heard.leases.is_empty()).await;
+    let coordinator = cluster.coordinator.clone();
+    cluster.ends().await;
+    let released = coordinator.heard(|heard| heard.released.clone());
+    assert_eq!(released.len(), 1);
+    assert_eq!((released[0].shard, released[0].failure.as_str(), released[0].term_seen), (1, "", TERM));
+}
+
+#[tokio::test]
+async fn an_attempt_that_fails_says_why() {
+    let bad = Lease { spec_json: "{}".into(), ..lease(1, 60_000) };
+    let cluster = start(vec![bad], false, 60_000).await;
+    cluster.coordinator.until(|heard| heard.released.len() == 1).await;
+    let failure = cluster.coordinator.heard(|heard| heard.released[0].failure.clone());
+    assert!(failure.contains("no class of the dataset"), "{failure}");
+    cluster.ends().await;
+}

@@ -1,0 +1,173 @@
+//! Objects into the store: tars that are uploaded while they grow, whole files, and the index that commits them.
+
+use std::mem;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use bytes::Bytes;
+use object_store::path::Path;
+use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload, WriteMultipart};
+use proto::keys;
+use proto::shard::{Moments, Origin, Sample, ShardIndex, StoredFile, Tar, TarWriter, sha256_hex};
+
+/// Tars go up in parts of this size; S3 wants 5 MiB at least.
+const PART_BYTES: usize = 8 << 20;
+/// Parts of one tar on their way at once; then the writer waits, and with it the fetching.
+const PARTS_IN_FLIGHT: usize = 2;
+/// The index is put again so often when the store does not say whether it stands.
+const COMMIT_TRIES: u32 = 6;
+const COMMIT_PAUSE: Duration = Duration::from_millis(200);
+
+/// One tar on its way into the store.
+#[derive(Debug)]
+pub(crate) struct TarUpload {
+    store: Arc<dyn ObjectStore>,
+    key: String,
+    writer: TarWriter,
+    /// Begun with the first full part: a small tar is one plain put.
+    multipart: Option<WriteMultipart>,
+    samples: u32,
+    per_class: Vec<u32>,
+    moments: Moments,
+}
+
+impl TarUpload {
+    pub(crate) fn new(store: Arc<dyn ObjectStore>, key: String) -> Self {
+        Self {
+            store,
+            key,
+            writer: TarWriter::new(),
+            multipart: None,
+            samples: 0,
+            per_class: Vec::new(),
+            moments: Moments::default(),
+        }
+    }
+
+    pub(crate) fn key(&self) -> &str {
+        &self.key
+    }
+
+    /// Appends one sample; returns the offset and length of its image in the tar.
+    pub(crate) async fn append(
+        &mut self,
+        sample: &Sample,
+        origin: &Origin,
+        moments: &Moments,
+    ) -> anyhow::Result<(u64, u64)> {
+        let place = self.writer.append(sample, origin);
+        self.samples += 1;
+        let label = sample.label as usize;
+        if self.per_class.len() <= label {
+            self.per_class.resize(label + 1, 0);
+        }
+        self.per_class[label] += 1;
+        self.moments.add(moments);
+        if self.writer.pending() >= PART_BYTES {
+            self.send_part().await.with_context(|| format!("failed to upload {}", self.key))?;
+        }
+        Ok(place)
+    }
+
+    async fn send_part(&mut self) -> anyhow::Result<()> {
+        let mut writer = mem::take(&mut self.writer);
+        // Hashing a part takes milliseconds, which other tasks must not wait for.
+        let (writer, part) = tokio::task::spawn_blocking(move || {
+            let part = writer.take();
+            (writer, part)
+        })
+        .await?;
+        self.writer = writer;
+        let multipart = match &mut self.multipart {
+            Some(multipart) => multipart,
+            begun @ None => {
+                let upload = self.store.put_multipart(&Path::from(self.key.as_str())).await?;
+                begun.insert(WriteMultipart::new_with_chunk_size(upload, PART_BYTES))
+            }
+        };
+        multipart.wait_for_capacity(PARTS_IN_FLIGHT).await?;
+        multipart.put(part);
+        Ok(())
+    }
+
+    /// Ends the tar; when this returns, it stands in the store.
+    pub(crate) async fn finish(&mut self) -> anyhow::Result<Tar> {
+        let writer = mem::take(&mut self.writer);
+        let (rest, bytes, sha256, blocks) = tokio::task::spawn_blocking(move || writer.finish()).await?;
+        let stored = match self.multipart.take() {
+            Some(mut multipart) => {
+                multipart.put(rest);
+                multipart.finish().await
+            }
+            None => self.store.put(&Path::from(self.key.as_str()), rest.into()).await,
+        };
+        stored.with_context(|| format!("failed to upload {}", self.key))?;
+        Ok(Tar {
+            key: self.key.clone(),
+            bytes,
+            sha256,
+            samples: self.samples,
+            per_class: mem::take(&mut self.per_class),
+            blocks,
+            moments: self.moments,
+        })
+    }
+
+    /// Takes back what is in the store already.
+    pub(crate) async fn abort(self) {
+        let result = match self.multipart {
+            Some(multipart) => multipart.abort().await,
+            None => delete(&*self.store, &self.key).await,
+        };
+        if let Err(error) = result {
+            tracing::warn!(key = self.key, %error, "failed to take back an unfinished tar");
+        }
+    }
+}
+
+/// Puts a whole file.
+pub(crate) async fn put_file(store: &dyn ObjectStore, key: String, content: Bytes) -> anyhow::Result<StoredFile> {
+    let file = StoredFile { bytes: content.len() as u64, sha256: sha256_hex(&content), key };
+    let path = Path::from(file.key.as_str());
+    store.put(&path, content.into()).await.with_context(|| format!("failed to upload {}", file.key))?;
+    Ok(file)
+}
+
+/// Deletes an object; one that is not there is no error.
+pub(crate) async fn delete(store: &dyn ObjectStore, key: &str) -> object_store::Result<()> {
+    match store.delete(&Path::from(key)).await {
+        Err(object_store::Error::NotFound { .. }) => Ok(()),
+        other => other,
+    }
+}
+
+/// Puts the index if there is none, and returns the one that stands: this one if its nonce is this one's.
+///
+/// An error means that nobody knows: the index may stand, so nothing that it names may be deleted.
+pub(crate) async fn commit(store: &dyn ObjectStore, dataset: &str, index: &ShardIndex) -> anyhow::Result<ShardIndex> {
+    let key = keys::index(dataset, index.shard);
+    let path = Path::from(key.as_str());
+    let payload = PutPayload::from(index.to_json());
+    let mut pause = COMMIT_PAUSE;
+    for attempt in 1.. {
+        let put = store.put_opts(&path, payload.clone(), PutMode::Create.into()).await;
+        if put.is_ok() {
+            return Ok(index.clone());
+        }
+        // Whatever the store answered: what stands there decides. A put that was retried below us may have met itself.
+        match store.get(&path).await {
+            Ok(found) => {
+                let bytes = found.bytes().await.with_context(|| format!("failed to read {key}"))?;
+                return ShardIndex::from_json(&bytes).with_context(|| format!("failed to understand {key}"));
+            }
+            Err(error) if attempt == COMMIT_TRIES => {
+                return Err(put.err().unwrap_or(error)).with_context(|| format!("failed to put {key}"));
+            }
+            Err(error) => tracing::warn!(key, attempt, %error, "whether the index stands is unknown; trying again"),
+        }
+        tokio::time::sleep(pause).await;
+        pause *= 2;
+    }
+    unreachable!("the last try returns")
+}

@@ -1,0 +1,249 @@
+//! Bytes to a stored sample, or the reason why not: known placeholders, limits on bytes, the header's limits on pixels, a full
+//! decode, flat pictures, resize, encode. Colour profiles (ICC) are left aside, alpha is laid over white, of an animation the
+//! first frame counts.
+
+use std::io::{Cursor, ErrorKind};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::Context;
+use bytes::Bytes;
+use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader};
+use proto::shard::Moments;
+use proto::{Limits, Rejection, Resize};
+use sha2::{Digest, Sha256};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::fetch::Body;
+use crate::jpeg;
+use crate::placeholder::Placeholders;
+use crate::resize::{Hasher, Pixels, Shrinker, moments};
+
+/// A picture is flat if no channel's standard deviation reaches this (of 255).
+const FLAT_DEVIATION: f64 = 1.0;
+
+/// Pictures of more decoded pixels than this are decoded one at a time, so that a few of them together cannot fill the memory.
+const HUGE_PIXELS: u64 = 16 << 20;
+static HUGE: Mutex<()> = Mutex::new(());
+
+/// What a dataset asks of its pictures.
+#[derive(Debug)]
+pub(crate) struct Rules {
+    pub(crate) resize: Resize,
+    pub(crate) limits: Limits,
+    pub(crate) placeholders: Placeholders,
+}
+
+/// What was learned of a body.
+#[derive(Debug)]
+pub(crate) struct Verdict {
+    pub(crate) sha256: [u8; 32],
+    /// Width and height as fetched, upright, once the header was read.
+    pub(crate) size: Option<(u32, u32)>,
+    pub(crate) phash: Option<u64>,
+    pub(crate) outcome: Result<Stored, Rejection>,
+}
+
+/// A picture as it will be stored.
+#[derive(Debug)]
+pub(crate) struct Stored {
+    pub(crate) jpeg: Bytes,
+    /// Of the pixels that were encoded: what a decoder gives back differs by JPEG's own rounding.
+    pub(crate) moments: Moments,
+}
+
+/// Threads that judge bodies, so that no decoding ever runs on a thread that serves connections.
+#[derive(Debug, Clone)]
+pub(crate) struct DecodePool {
+    jobs: mpsc::Sender<Job>,
+}
+
+#[derive(Debug)]
+struct Job {
+    body: Body,
+    rules: Arc<Rules>,
+    reply: oneshot::Sender<Verdict>,
+}
+
+impl DecodePool {
+    /// Starts `threads` threads; they end when the pool and its clones are dropped.
+    pub(crate) fn start(threads: usize) -> anyhow::Result<Self> {
+        let (jobs, queue) = mpsc::channel::<Job>(threads * 2);
+        let queue = Arc::new(Mutex::new(queue));
+        for n in 0..threads {
+            let queue = Arc::clone(&queue);
+            let mut validator = Validator::new()?;
+            let work = move || {
+                let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).blocking_recv();
+                while let Some(Job { body, rules, reply }) = next() {
+                    // Nobody waits any more if the attempt was dropped.
+                    if reply.is_closed() {
+                        continue;
+                    }
+                    let verdict = validator.judge(&body.bytes, &rules);
+                    drop(body);
+                    let _ = reply.send(verdict);
+                }
+            };
+            std::thread::Builder::new().name(format!("decode-{n}")).spawn(work).context("no thread for decoding")?;
+        }
+        Ok(Self { jobs })
+    }
+
+    /// Waits for a free thread and for its verdict.
+    pub(crate) async fn judge(&self, body: Body, rules: Arc<Rules>) -> anyhow::Result<Verdict> {
+        let (reply, verdict) = oneshot::channel();
+        self.jobs.send(Job { body, rules, reply }).await.ok().context("the decoding threads have ended")?;
+        verdict.await.context("a decoding thread has ended")
+    }
+}
+
+/// Judges bodies, with the codecs and buffers of one thread.
+#[derive(Debug)]
+pub(crate) struct Validator {
+    codec: jpeg::Codec,
+    shrinker: Shrinker,
+    hasher: Hasher,
+    pixels: Pixels,
+}
+
+impl Validator {
+    pub(crate) fn new() -> anyhow::Result<Self> {
+        let codec = jpeg::Codec::new().context("libjpeg-turbo")?;
+        Ok(Self { codec, shrinker: Shrinker::default(), hasher: Hasher::new(), pixels: Pixels::default() })
+    }
+
+    pub(crate) fn judge(&mut self, bytes: &[u8], rules: &Rules) -> Verdict {
+        let sha256 = Sha256::digest(bytes).into();
+        let mut verdict = Verdict { sha256, size: None, phash: None, outcome: Err(Rejection::Undecodable) };
+        if rules.placeholders.contains(&sha256) {
+            verdict.outcome = Err(Rejection::Placeholder);
+            return verdict;
+        }
+        // A decoder that panics on somebody's bytes costs this picture, not the thread.
+        match catch_unwind(AssertUnwindSafe(|| self.store(bytes, rules, &mut verdict))) {
+            Ok(outcome) => verdict.outcome = outcome,
+            Err(_) => {
+                if let Ok(fresh) = Self::new() {
+                    *self = fresh;
+                }
+            }
+        }
+        self.pixels.release();
+        verdict
+    }
+
+    fn store(&mut self, bytes: &[u8], rules: &Rules, verdict: &mut Verdict) -> Result<Stored, Rejection> {
+        let (limits, size) = (&rules.limits, rules.resize.size);
+        if (bytes.len() as u64) < limits.min_bytes {
+            return Err(Rejection::TooSmall);
+        }
+        if bytes.len() as u64 > limits.max_bytes {
+            return Err(Rejection::TooLarge);
+        }
+        if bytes.starts_with(&[0xff, 0xd8, 0xff]) {
+            let header = self.codec.header(bytes)?;
+            verdict.size = Some(upright(header.width, header.height, header.orientation));
+            check_size(header.width, header.height, limits)?;
+            let _one_at_a_time = one_at_a_time(header.width, header.height);
+            self.codec.decode(bytes, &header, size, &mut self.pixels)?;
+        } else {
+            self.decode_other(bytes, limits, verdict)?;
+        }
+        let square = self.shrinker.cover(&self.pixels, size).map_err(|_| Rejection::Undecodable)?;
+        let moments = moments(square);
+        if is_flat(&moments) {
+            return Err(Rejection::Flat);
+        }
+        let jpeg = self.codec.encode(square, size, rules.resize.quality).map_err(|_| Rejection::Undecodable)?;
+        verdict.phash = self.hasher.phash(square, size).ok();
+        Ok(Stored { jpeg, moments })
+    }
+
+    /// Every format but JPEG, by the `image` crate.
+    fn decode_other(&mut self, bytes: &[u8], limits: &Limits, verdict: &mut Verdict) -> Result<(), Rejection> {
+        use ImageFormat::{Bmp, Gif, Png, Tiff, WebP};
+        let format = match image::guess_format(bytes) {
+            Ok(format @ (Png | Gif | Bmp | Tiff | WebP)) => format,
+            _ => return Err(Rejection::NotAnImage),
+        };
+        let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
+        let mut memory = image::Limits::no_limits();
+        // 16-bit RGBA, and as much again for a decoder's own needs.
+        memory.max_alloc = Some(limits.max_pixels.saturating_mul(16).saturating_add(1 << 20));
+        reader.limits(memory);
+        let mut decoder = reader.into_decoder().map_err(|e| rejection_of(&e))?;
+        let (width, height) = decoder.dimensions();
+        let orientation = decoder.orientation().map_or(1, |o| o.to_exif());
+        verdict.size = Some(upright(width, height, orientation));
+        check_size(width, height, limits)?;
+        let _one_at_a_time = one_at_a_time(width, height);
+        let image = DynamicImage::from_decoder(decoder).map_err(|e| rejection_of(&e))?;
+        let rgb = if image.color().has_alpha() { over_white(image) } else { image.into_rgb8().into_raw() };
+        self.pixels.replace(rgb, width, height, orientation);
+        Ok(())
+    }
+}
+
+fn upright(width: u32, height: u32, orientation: u8) -> (u32, u32) {
+    if orientation >= 5 { (height, width) } else { (width, height) }
+}
+
+fn check_size(width: u32, height: u32, limits: &Limits) -> Result<(), Rejection> {
+    let (shorter, longer) = (width.min(height), width.max(height));
+    if u64::from(width) * u64::from(height) > limits.max_pixels {
+        Err(Rejection::TooManyPixels)
+    } else if shorter < limits.min_side.max(1) {
+        Err(Rejection::TooFewPixels)
+    } else if f64::from(longer) > f64::from(shorter) * limits.max_aspect {
+        Err(Rejection::Aspect)
+    } else {
+        Ok(())
+    }
+}
+
+fn one_at_a_time(width: u32, height: u32) -> Option<std::sync::MutexGuard<'static, ()>> {
+    let huge = u64::from(width) * u64::from(height) > HUGE_PIXELS;
+    huge.then(|| HUGE.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+fn over_white(image: DynamicImage) -> Vec<u8> {
+    let rgba = image.into_rgba8().into_raw();
+    let mut rgb = Vec::with_capacity(rgba.len() / 4 * 3);
+    for pixel in rgba.chunks_exact(4) {
+        let alpha = u32::from(pixel[3]);
+        rgb.extend(
+            pixel[..3].iter().map(|&value| ((u32::from(value) * alpha + 255 * (255 - alpha) + 127) / 255) as u8),
+        );
+    }
+    rgb
+}
+
+fn is_flat(moments: &Moments) -> bool {
+    let n = moments.pixels as f64;
+    (0..3).all(|channel| {
+        let mean = moments.sum[channel] as f64 / n;
+        moments.sum_of_squares[channel] as f64 / n - mean * mean < FLAT_DEVIATION * FLAT_DEVIATION
+    })
+}
+
+fn rejection_of(error: &ImageError) -> Rejection {
+    if matches!(error, ImageError::Limits(_)) {
+        return Rejection::TooManyPixels;
+    }
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        let io = match error.downcast_ref::<ImageError>() {
+            Some(ImageError::IoError(io)) => Some(io),
+            _ => error.downcast_ref::<std::io::Error>(),
+        };
+        if io.is_some_and(|io| io.kind() == ErrorKind::UnexpectedEof) {
+            return Rejection::Truncated;
+        }
+        cause = error.source();
+    }
+    Rejection::Undecodable
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,290 @@
+use image::metadata::Orientation;
+use image::{GrayImage, Rgb, RgbImage, Rgba, RgbaImage};
+use turbojpeg::{Compressor, Image, PixelFormat, Subsamp};
+
+use super::*;
+
+const SIZE: u32 = 64;
+
+fn rules() -> Rules {
+    let limits = Limits { min_bytes: 100, min_side: 16, max_pixels: 1_000_000, max_aspect: 4.0, ..Limits::default() };
+    Rules { resize: Resize { size: SIZE, quality: 95 }, limits, placeholders: Placeholders::default() }
+}
+
+fn judge(bytes: &[u8]) -> Verdict {
+    Validator::new().expect("libjpeg-turbo").judge(bytes, &rules())
+}
+
+fn rejection(bytes: &[u8]) -> Rejection {
+    judge(bytes).outcome.expect_err("a rejection")
+}
+
+/// The stored picture's pixels.
+fn stored(bytes: &[u8]) -> RgbImage {
+    let stored = judge(bytes).outcome.expect("kept");
+    let image = turbojpeg::decompress(&stored.jpeg, PixelFormat::RGB).expect("own output");
+    RgbImage::from_raw(image.width as u32, image.height as u32, image.pixels).expect("whole")
+}
+
+fn distance(a: &RgbImage, b: &RgbImage) -> f64 {
+    assert_eq!(a.dimensions(), b.dimensions());
+    a.as_raw().iter().zip(b.as_raw()).map(|(a, b)| f64::from(a.abs_diff(*b))).sum::<f64>() / a.as_raw().len() as f64
+}
+
+/// Smooth, different in every corner, colourful.
+fn photo(width: u32, height: u32) -> RgbImage {
+    RgbImage::from_fn(width, height, |x, y| {
+        let wave = (f64::from(x) * 0.1).sin() * (f64::from(y) * 0.07).cos() * 40.0;
+        Rgb([(x * 200 / width) as u8 + 20, (y * 200 / height) as u8 + 20, (128.0 + wave) as u8])
+    })
+}
+
+fn jpeg_of(pixels: &[u8], width: u32, height: u32, format: PixelFormat, progressive: bool) -> Vec<u8> {
+    let mut compressor = Compressor::new().expect("libjpeg-turbo");
+    compressor.set_subsamp(if format == PixelFormat::GRAY { Subsamp::Gray } else { Subsamp::Sub2x2 }).expect("allowed");
+    compressor.set_progressive(progressive).expect("allowed");
+    let (width, height) = (width as usize, height as usize);
+    compressor.compress_to_vec(Image { pixels, width, pitch: width * format.size(), height, format }).expect("encodes")
+}
+
+fn jpeg(image: &RgbImage) -> Vec<u8> {
+    jpeg_of(image.as_raw(), image.width(), image.height(), PixelFormat::RGB, false)
+}
+
+fn encoded(image: impl Into<DynamicImage>, format: ImageFormat) -> Vec<u8> {
+    let mut bytes = Cursor::new(Vec::new());
+    image.into().write_to(&mut bytes, format).expect("encodes");
+    bytes.into_inner()
+}
+
+/// With an EXIF segment after the first marker.
+fn with_orientation(jpeg: &[u8], orientation: u8, big_endian: bool) -> Vec<u8> {
+    let mut tiff = Vec::new();
+    if big_endian {
+        tiff.extend(b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0");
+        tiff.extend([orientation, 0, 0, 0, 0, 0, 0]);
+    } else {
+        tiff.extend(b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0");
+        tiff.extend([orientation, 0, 0, 0, 0, 0, 0, 0]);
+    }
+    let length = (2 + 6 + tiff.len()) as u16;
+    let mut out = jpeg[..2].to_vec();
+    out.extend([0xff, 0xe1]);
+    out.extend(length.to_be_bytes());
+    out.extend(b"Exif\0\0");
+    out.extend(tiff);
+    out.extend(&jpeg[2..]);
+    out
+}
+
+#[test]
+fn every_format_gives_the_same_picture() {
+    let image = photo(150, 100);
+    let reference = stored(&encoded(image.clone(), ImageFormat::Png));
+    for format in [ImageFormat::Gif, ImageFormat::Bmp, ImageFormat::Tiff, ImageFormat::WebP] {
+        // A GIF has 256 colours.
+        let far = if format == ImageFormat::Gif { 8.0 } else { 0.0 };
+        let bytes = encoded(image.clone(), format);
+        assert!(distance(&stored(&bytes), &reference) <= far, "{format:?}");
+        assert_eq!(judge(&bytes).size, Some((150, 100)), "{format:?}");
+    }
+    for progressive in [false, true] {
+        let bytes = jpeg_of(image.as_raw(), 150, 100, PixelFormat::RGB, progressive);
+        assert!(distance(&stored(&bytes), &reference) < 2.0, "progressive: {progressive}");
+    }
+    // Four times the target, so that it is decoded at a quarter.
+    let large = stored(&jpeg(&image::imageops::resize(&image, 600, 400, image::imageops::FilterType::CatmullRom)));
+    assert!(distance(&large, &reference) < 2.0);
+}
+
+#[test]
+fn grey_cmyk_16_bit_and_alpha_become_rgb() {
+    let image = photo(120, 90);
+    let reference = stored(&encoded(image.clone(), ImageFormat::Png));
+
+    let grey: GrayImage = DynamicImage::from(image.clone()).into_luma8();
+    let of_grey = stored(&jpeg_of(grey.as_raw(), 120, 90, PixelFormat::GRAY, false));
+    assert!(of_grey.pixels().all(|p| p[0].abs_diff(p[1]) <= 1 && p[1].abs_diff(p[2]) <= 1));
+
+    // As Adobe writes it (libjpeg-turbo adds the marker): inks inverted, here without black.
+    let inks: Vec<u8> = image.pixels().flat_map(|p| [p[0], p[1], p[2], 255]).collect();
+    let cmyk = jpeg_of(&inks, 120, 90, PixelFormat::CMYK, false);
+    assert!(distance(&stored(&cmyk), &reference) < 3.0);
+
+    let deep = encoded(DynamicImage::from(image.clone()).into_rgb16(), ImageFormat::Png);
+    assert!(distance(&stored(&deep), &reference) <= 1.0);
+
+    // The left half is opaque, the right one is not there: white.
+    let alpha = RgbaImage::from_fn(120, 90, |x, y| {
+        let [r, g, b] = image.get_pixel(x, y).0;
+        Rgba([r, g, b, if x < 60 { 255 } else { 0 }])
+    });
+    let of_alpha = stored(&encoded(alpha, ImageFormat::Png));
+    assert!(of_alpha.get_pixel(50, 30).0.iter().all(|&v| v >= 250));
+    assert!(of_alpha.get_pixel(10, 30).0.iter().zip(reference.get_pixel(10, 30).0).all(|(a, b)| a.abs_diff(b) < 12));
+}
+
+#[test]
+fn every_exif_orientation_is_turned_upright() {
+    let image = photo(160, 120);
+    let plain = jpeg(&image);
+    for orientation in 1..=8 {
+        let mut upright = DynamicImage::from(image.clone());
+        upright.apply_orientation(Orientation::from_exif(orientation).expect("1 to 8"));
+        let wanted = stored(&encoded(upright.into_rgb8(), ImageFormat::Png));
+        for big_endian in [true, false] {
+            let turned = with_orientation(&plain, orientation, big_endian);
+            assert!(distance(&stored(&turned), &wanted) < 2.0, "orientation {orientation}");
+            let size = if orientation < 5 { (160, 120) } else { (120, 160) };
+            assert_eq!(judge(&turned).size, Some(size), "orientation {orientation}");
+        }
+    }
+}
+
+#[test]
+fn a_picture_that_is_cut_is_truncated_wherever_that_is() {
+    let image = photo(200, 150);
+    for bytes in [
+        jpeg(&image),
+        jpeg_of(image.as_raw(), 200, 150, PixelFormat::RGB, true),
+        with_orientation(&jpeg(&image), 6, true),
+        encoded(image.clone(), ImageFormat::Png),
+        encoded(image.clone(), ImageFormat::Gif),
+        encoded(image.clone(), ImageFormat::Bmp),
+        encoded(image.clone(), ImageFormat::WebP),
+    ] {
+        assert!(judge(&bytes).outcome.is_ok());
+        for share in [0.3, 0.5, 0.9] {
+            let cut = &bytes[..(bytes.len() as f64 * share) as usize];
+            assert_eq!(rejection(cut), Rejection::Truncated, "{:?} at {share}", &bytes[..4]);
+        }
+    }
+}
+
+#[test]
+fn a_picture_with_a_damaged_middle_is_undecodable() {
+    for bytes in [jpeg(&photo(200, 150)), encoded(photo(200, 150), ImageFormat::Png)] {
+        let mut damaged = bytes.clone();
+        let middle = bytes.len() / 2;
+        for byte in &mut damaged[middle..middle + 40] {
+            *byte = byte.wrapping_mul(31).wrapping_add(7) & 0x7f;
+        }
+        assert_eq!(rejection(&damaged), Rejection::Undecodable, "{:?}", &bytes[..4]);
+    }
+}
+
+#[test]
+fn limits_are_read_from_the_header_before_anything_is_decoded() {
+    let mut huge = encoded(photo(100, 100), ImageFormat::Png);
+    // Width and height of the first chunk, and its checksum, which a decoder looks at first.
+    huge[16..24].copy_from_slice(&[0, 0, 0x4e, 0x20, 0, 0, 0x4e, 0x20]);
+    let mut crc = flate2::Crc::new();
+    crc.update(&huge[12..29]);
+    huge[29..33].copy_from_slice(&crc.sum().to_be_bytes());
+    assert_eq!(rejection(&huge), Rejection::TooManyPixels);
+    assert_eq!(judge(&huge).size, Some((20_000, 20_000)));
+
+    assert_eq!(rejection(&encoded(photo(200, 15), ImageFormat::Bmp)), Rejection::TooFewPixels);
+    assert_eq!(rejection(&jpeg(&photo(100, 401))), Rejection::Aspect);
+    assert_eq!(rejection(&jpeg(&photo(2000, 600))), Rejection::TooManyPixels);
+}
+
+#[test]
+fn what_is_no_photo_is_told_apart() {
+    assert_eq!(rejection(b""), Rejection::TooSmall);
+    assert_eq!(rejection(&encoded(RgbImage::new(1, 1), ImageFormat::Gif)), Rejection::TooSmall);
+    assert_eq!(rejection(&b"<!DOCTYPE html><html>".repeat(20)), Rejection::NotAnImage);
+    let noise: Vec<u8> = (0..5000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    assert_eq!(rejection(&noise), Rejection::NotAnImage);
+    assert_eq!(rejection(&[&[0xff, 0xd8, 0xff, 0xe0][..], &noise, &[0xff, 0xd9]].concat()), Rejection::Undecodable);
+    assert_eq!(rejection(&jpeg(&RgbImage::from_pixel(300, 300, Rgb([90, 100, 110])))), Rejection::Flat);
+}
+
+#[test]
+fn a_known_placeholder_is_named_before_any_other_reason() {
+    let bytes = encoded(RgbImage::new(1, 1), ImageFormat::Gif);
+    let listed = format!("{} a single pixel", proto::shard::sha256_hex(&bytes));
+    let rules = Rules { placeholders: Placeholders::parse(&listed).expect("a list"), ..rules() };
+    let verdict = Validator::new().expect("libjpeg-turbo").judge(&bytes, &rules);
+    assert_eq!(verdict.outcome.expect_err("listed"), Rejection::Placeholder);
+}
+
+#[test]
+fn no_bytes_after_a_magic_number_panic_or_leave_a_validator_unfit() {
+    let good = jpeg(&photo(100, 80));
+    let mut validator = Validator::new().expect("libjpeg-turbo");
+    let mut seed = 1u64;
+    let mut random = || {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (seed >> 33) as usize
+    };
+    let originals = [
+        good.clone(),
+        encoded(photo(50, 50), ImageFormat::Png),
+        encoded(photo(50, 50), ImageFormat::Gif),
+        encoded(photo(50, 50), ImageFormat::Tiff),
+        encoded(photo(50, 50), ImageFormat::WebP),
+        encoded(photo(50, 50), ImageFormat::Bmp),
+    ];
+    for round in 0..600 {
+        let mut bytes = originals[round % originals.len()].clone();
+        for _ in 0..1 + random() % 8 {
+            let at = random() % bytes.len();
+            bytes[at] = random() as u8;
+        }
+        let _ = validator.judge(&bytes, &rules());
+    }
+    assert!(validator.judge(&good, &rules()).outcome.is_ok());
+}
+
+/// Prints what one core needs for the pictures of a tar: `GLEANER_PHOTOS=photos.tar cargo test -p gleaner-worker -- --ignored
+/// --nocapture cpu_time`.
+#[test]
+#[ignore = "a measurement; needs a tar of photos"]
+fn cpu_time_of_decode_resize_and_encode() {
+    let path = std::env::var("GLEANER_PHOTOS").expect("GLEANER_PHOTOS names a tar");
+    let mut archive = tar::Archive::new(std::fs::File::open(path).expect("a tar"));
+    let mut photos = Vec::new();
+    for entry in archive.entries().expect("a tar") {
+        let mut bytes = Vec::new();
+        std::io::Read::read_to_end(&mut entry.expect("whole"), &mut bytes).expect("whole");
+        photos.push(bytes);
+    }
+    let rules = Rules { resize: Resize { size: 256, quality: 95 }, limits: Limits::default(), ..rules() };
+    let mut validator = Validator::new().expect("libjpeg-turbo");
+    let mut times: Vec<(&str, f64)> = Vec::new();
+    const ROUNDS: usize = 5;
+    let n = (ROUNDS * photos.len()) as f64;
+    let mut measure = |name: &'static str, work: &mut dyn FnMut(&[u8])| {
+        let start = std::time::Instant::now();
+        (0..ROUNDS).for_each(|_| photos.iter().for_each(|photo| work(photo)));
+        times.push((name, start.elapsed().as_secs_f64() * 1000.0 / n));
+    };
+    let mut rejected = 0;
+    measure("all", &mut |photo| rejected += usize::from(validator.judge(photo, &rules).outcome.is_err()));
+    measure("sha256", &mut |photo| {
+        std::hint::black_box(Sha256::digest(photo));
+    });
+    let Validator { codec, shrinker, hasher, pixels } = &mut validator;
+    measure("decode", &mut |photo| {
+        let header = codec.header(photo).expect("a photo");
+        let _ = codec.decode(photo, &header, 256, pixels);
+    });
+    measure("decode + resize", &mut |photo| {
+        let header = codec.header(photo).expect("a photo");
+        let _ = codec.decode(photo, &header, 256, pixels);
+        let _ = shrinker.cover(pixels, 256);
+    });
+    let square = shrinker.cover(pixels, 256).expect("fits").to_vec();
+    measure("encode", &mut |_| {
+        let _ = codec.encode(&square, 256, 95);
+    });
+    measure("moments", &mut |_| {
+        std::hint::black_box(moments(&square));
+    });
+    measure("phash", &mut |_| {
+        let _ = hasher.phash(&square, 256);
+    });
+    let lines: String = times.iter().map(|(name, ms)| format!("{name}: {ms:.3} ms\n")).collect();
+    eprintln!("{} photos, {} rejected, one core, a photo:\n{lines}", photos.len(), rejected / ROUNDS);
+}
