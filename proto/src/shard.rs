@@ -327,8 +327,10 @@ mod tests {
         Origin { synset: "n1".into(), url: "http://x/".into(), sha256: "00".into(), width: 5, height: 7 }
     }
 
-    /// The tar, its blocks, and each sample with its place in the tar.
-    fn write(images: &[Vec<u8>]) -> (Bytes, Vec<Block>, Vec<(Sample, (u64, u64))>) {
+    /// A sample with the offset and length of its image in the tar.
+    type Placed = (Sample, (u64, u64));
+
+    fn write(images: &[Vec<u8>]) -> (Bytes, Vec<Block>, Vec<Placed>) {
         let mut writer = TarWriter::new();
         let (mut bytes, mut samples) = (Vec::new(), Vec::new());
         for (i, image) in images.iter().enumerate() {
