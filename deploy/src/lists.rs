@@ -150,7 +150,7 @@ async fn send_http(url: &Url, pieces: &mpsc::Sender<Piece>) -> Result<()> {
 
 async fn send_template(address: &str, synsets: &[String], pieces: &mpsc::Sender<Piece>) -> Result<()> {
     let client = http_client()?;
-    send_head(address, pieces).await?;
+    send_head("url-template", pieces).await?;
     let client = &client;
     let answers = stream::iter(synsets).map(|synset| async move {
         let url = address.replace("{synset}", synset);
@@ -261,7 +261,7 @@ mod tests {
     #[tokio::test]
     async fn lists_come_over_http_and_one_that_is_cut_is_an_error() {
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let address = serve(&[("n1\thttp://a/\n", 12), ("n1\thttp://a/\n", 99)]).await;
+        let address = serve(&[("n1\thttp://a/\n", 13), ("n1\thttp://a/\n", 99)]).await;
         let source = Source::parse(&format!("{address}/lists/urls.txt?x=1")).expect("an address");
         let (result, text) = sent(&source).await;
         assert!(result.is_ok() && text == "[urls.txt]n1\thttp://a/\n", "{result:?} {text}");
@@ -271,7 +271,7 @@ mod tests {
     #[tokio::test]
     async fn a_template_is_asked_for_each_synset_and_its_lines_are_labelled() {
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let address = serve(&[("http://a/1\r\n\r\nhttp://a/2", 22)]).await;
+        let address = serve(&[("http://a/1\r\n\r\nhttp://a/2", 24)]).await;
         let classes = parse_synsets("n1 one").expect("one");
         let source = Source::template(&format!("{address}/?wnid={{synset}}"), &classes).expect("a template");
         let (result, text) = sent(&source).await;

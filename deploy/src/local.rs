@@ -8,6 +8,7 @@ use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use ipnet::IpNet;
 use proto::pb::GetStatusRequest;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
@@ -50,7 +51,7 @@ pub(crate) struct Args {
     ranks: Option<u32>,
     /// Nets (CIDR) that workers may reach although they are private; loopback is always among them here
     #[arg(long, env = "GLEANER_ALLOW_NET", value_name = "CIDR", value_delimiter = ',')]
-    allow_net: Vec<String>,
+    allow_net: Vec<IpNet>,
     #[command(flatten)]
     end: roles::EndArgs,
 }
@@ -58,8 +59,9 @@ pub(crate) struct Args {
 /// Runs the cluster until it is told to end.
 pub(crate) async fn run(args: Args, log_format: LogFormat) -> Result<()> {
     let shutdown = roles::told_to_end(args.end.exit_with_stdin)?;
+    // A store that cannot be opened is one clear error here, and not a child that dies again and again; so is a port in use.
+    drop(store::open(&args.store)?);
     let _lock = lock(&args.store)?;
-    // Taken here for a moment, so that a port in use is one clear error and not a child that dies again and again.
     let listen = roles::bind(args.listen).await?.local_addr()?;
     let address = format!("http://{}", reachable(listen));
 
@@ -84,7 +86,8 @@ pub(crate) async fn run(args: Args, log_format: LogFormat) -> Result<()> {
         () = shutdown.cancelled() => Ok(()),
     };
     if started.is_ok() && !shutdown.is_cancelled() {
-        let nets = [&["127.0.0.0/8".to_owned(), "::1/128".to_owned()], &args.allow_net[..]].concat().join(",");
+        let nets: Vec<String> = args.allow_net.iter().map(IpNet::to_string).collect();
+        let nets = [&["127.0.0.0/8".to_owned(), "::1/128".to_owned()], &nets[..]].concat().join(",");
         for n in 1..=args.workers {
             let arguments = [&["worker"], &store[..], &to, &["--allow-net", &nets]].concat();
             clients.spawn(keep(&format!("worker-{n}"), &arguments).run(stop_clients.clone()));

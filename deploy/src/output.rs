@@ -1,7 +1,7 @@
 //! What people and programs read: data on standard output, chatter and progress on standard error.
 
 use std::fmt::Display;
-use std::io::{IsTerminal, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressStyle};
@@ -21,9 +21,14 @@ pub(crate) enum Format {
 
 /// One line of data.
 pub(crate) fn say(line: impl Display) {
-    // Whoever read it has gone (`| head`): there is nobody left to work for.
-    if writeln!(std::io::stdout().lock(), "{line}").is_err() {
-        std::process::exit(0);
+    match writeln!(std::io::stdout().lock(), "{line}") {
+        Ok(()) => {}
+        // Whoever read it has gone (`| head`): there is nobody left to work for. As a shell reports a SIGPIPE.
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => std::process::exit(141),
+        Err(error) => {
+            note(format!("gleaner: cannot write to standard output: {error}"));
+            std::process::exit(1);
+        }
     }
 }
 

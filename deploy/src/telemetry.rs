@@ -24,6 +24,8 @@ pub(crate) fn start(format: LogFormat, default: &str) {
     let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
     let log: SubscriberBuilder<DefaultFields, _, _, _> =
         tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colour);
+    // A full disk behind standard error must not end the process: to complain about it there would panic.
+    let log = log.log_internal_errors(false);
     match format {
         LogFormat::Text => log.init(),
         LogFormat::Json => log.json().flatten_event(true).init(),

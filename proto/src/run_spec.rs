@@ -248,6 +248,7 @@ impl RunSpec {
         check("ranks.min", ranks.min, (1..=ranks.max).contains(&ranks.min), "1 to ranks.max")?;
         // A lane normalises its share alone, and one sample has no deviation.
         check("train.batch", train.batch, train.batch / ranks.lanes >= 2, "at least 2 x ranks.lanes")?;
+        check("ranks.threads", ranks.threads, ranks.threads <= 1024, "0 to 1024")?;
         let seconds = ranks.failure_detection_seconds;
         check("ranks.failure_detection_seconds", seconds, (1.0..=3600.0).contains(&seconds), "1 to 3600")?;
         check("checkpoint.every_epochs", checkpoint.every_epochs, checkpoint.every_epochs > 0.0, "more than 0")?;

@@ -27,8 +27,6 @@ const HEARTBEAT: Duration = Duration::from_secs(1);
 const FLUSH: Duration = Duration::from_secs(2);
 /// When told to end, ranks have so long to finish their step and to leave.
 const GRACE: Duration = Duration::from_secs(10);
-/// Messages that wait for a coordinator.
-const MOST_WAITING: usize = 1024;
 
 struct Agent {
     name: String,
@@ -210,14 +208,16 @@ impl Agent {
 
     fn join(&mut self, join: pb::Join) {
         let device = join.device as usize;
+        // A rank of another run holds nothing that this one could use.
+        let slot = self.slots.get_mut(device);
+        if let Some(Seat { run, generation, .. }) = slot.and_then(|slot| slot.seat.take_if(|seat| seat.run != join.run))
+        {
+            self.gone(&run, generation);
+        }
         let Some(slot) = self.slots.get_mut(device) else {
             warn!(device, "asked to join on a device that is not here");
             return;
         };
-        // A rank of another run holds nothing that this one could use.
-        if slot.seat.as_ref().is_some_and(|seat| seat.run != join.run) {
-            slot.seat = None;
-        }
         let (run, generation, rank) = (join.run.clone(), join.generation, join.rank);
         if let Some(seat) = &mut slot.seat {
             (seat.generation, seat.rank, seat.joined) = (generation, rank, true);
@@ -284,14 +284,16 @@ impl Agent {
         info!(run, generation, rank, device, process = id, "rank ended");
         let left = pb::Left { why: Why::Exited.into(), step: 0, detail: "killed as the coordinator asked".to_owned() };
         let message = Some(rank_message::Message::Left(left));
-        self.gone(&run);
+        self.gone(&run, generation);
         self.report(pb::RankMessage { run, generation, rank, device: device as u32, message });
     }
 
-    /// After the last rank of a run here, nothing of the run is kept.
-    fn gone(&mut self, run: &str) {
+    /// After the last rank of a run here has gone, from `generation`, nothing of the run is kept but the store of a later generation.
+    fn gone(&mut self, run: &str, generation: u64) {
         if !self.slots.iter().filter_map(|slot| slot.seat.as_ref()).any(|seat| seat.run == run) {
-            drop_store(self.stores.remove(run));
+            if self.stores.get(run).is_some_and(|(of, _)| *of <= generation) {
+                drop_store(self.stores.remove(run));
+            }
             self.logs.close(run);
         }
     }
@@ -318,17 +320,15 @@ impl Agent {
             }
             What::Line(line) => {
                 self.logs.line(&run, generation, rank, &line);
-                // It is in the store anyhow, so it need not wait for a coordinator.
-                if self.to_coordinator.is_some() {
-                    let message = Some(rank_message::Message::Log(pb::LogLine { generation, rank, line }));
-                    self.report(pb::RankMessage { run, generation, rank, device, message });
-                }
+                // It is in the store anyhow, so it waits for no coordinator, and takes no room from what does.
+                let message = Some(rank_message::Message::Log(pb::LogLine { generation, rank, line }));
+                self.say(agent_message::Message::Rank(pb::RankMessage { run, generation, rank, device, message }));
             }
             What::Exited(status) => {
                 warn!(run, generation, rank, status, "rank process is gone");
                 let left = pb::Left { why: Why::Exited.into(), step: seat.step, detail: status };
                 self.slots[device as usize].seat = None;
-                self.gone(&run);
+                self.gone(&run, generation);
                 let message = Some(rank_message::Message::Left(left));
                 self.report(pb::RankMessage { run, generation, rank, device, message });
             }
@@ -361,9 +361,7 @@ impl Agent {
                 _ => true,
             });
         }
-        if self.waiting.len() < MOST_WAITING {
-            self.waiting.push_back(message);
-        }
+        self.waiting.push_back(message);
         self.send_waiting();
     }
 

@@ -135,8 +135,8 @@ impl Job {
             let vote = if mine == furthest { world - rank } else { 0 };
             world - largest(group, vote as i64)? as usize
         };
-        // What is overwritten half way is no state any more.
-        self.held &= rank == root;
+        // What is overwritten half way is no state any more, unless by the same values.
+        self.held &= mine == furthest;
         let tensors: Vec<Tensor> = self.tensors().into_iter().map(|(_, tensor)| tensor).collect();
         group.broadcast(&tensors, root)?;
         self.progress = broadcast_progress(group, &self.progress, root)?;

@@ -53,6 +53,10 @@ impl Process {
         let mut child = Command::new(program)
             .args(arguments)
             .envs(NCCL_ENVIRONMENT)
+            // NCCL writes to standard output by default, which is the rank's way to its agent.
+            .env("NCCL_DEBUG_FILE", "/dev/stderr")
+            // Ctrl-C in a terminal is for the agent, which lets its ranks leave in order.
+            .process_group(0)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

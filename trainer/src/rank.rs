@@ -29,6 +29,12 @@ const SIGN_OF_LIFE: Duration = Duration::from_millis(500);
 /// # Errors
 /// If the agent says nothing, or something that is no order.
 pub async fn run_rank(store: Arc<dyn ObjectStore>) -> Result<()> {
+    // A rank of which any thread is gone would keep the others waiting; a rank that is gone is replaced.
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        hook(info);
+        std::process::exit(101);
+    }));
     let runtime = tokio::runtime::Handle::current();
     let (orders, to_train) = channel();
     let (reports, to_write) = channel();

@@ -26,6 +26,7 @@ const WHOLE_TIMEOUT: Duration = Duration::from_secs(600);
 pub(crate) struct Blocks {
     store: Arc<dyn ObjectStore>,
     blocks: Vec<Block>,
+    classes: u32,
     shards: Vec<ShardSkips>,
 }
 
@@ -62,7 +63,7 @@ impl Blocks {
             }
             shards.push(ShardSkips { file: shard.skips.clone(), skips: OnceCell::new() });
         }
-        Self { store, blocks, shards }
+        Self { store, blocks, classes: manifest.classes.len() as u32, shards }
     }
 
     /// How many samples of each block count.
@@ -99,6 +100,7 @@ impl Blocks {
         let bytes = retried(tar, ATTEMPT_TIMEOUT, get).await.with_context(context)?;
         let mut read = read_block(&bytes).with_context(context)?;
         ensure!(read.len() == *samples as usize, "{}: {} samples, the manifest says {samples}", context(), read.len());
+        ensure!(read.iter().all(|sample| sample.label < self.classes), "{}: a label is none of the classes", context());
         let mut place = *first;
         read.retain(|_| {
             place += 1;

@@ -149,7 +149,7 @@ pub(crate) fn generation(
         }
         let word = train_step(job, &seat, &reducer, &batch?, wishes, &mut records, asked)?;
         let leave = word.leave;
-        if word.checkpoint || (records.checkpoint_is_due(job) && !leave) {
+        if word.checkpoint || records.checkpoint_is_due(job) {
             records.checkpoint(job, leave)?;
         }
         if leave {
@@ -317,7 +317,7 @@ impl<'a> Records<'a> {
     fn epoch(&mut self, job: &mut Job) {
         let (samples, time, waited) = std::mem::take(&mut self.epoch);
         let sums = std::mem::take(&mut job.progress.sums);
-        if self.seat.rank == 0 && samples > 0.0 {
+        if self.seat.rank == 0 && sums.samples > 0.0 {
             let mut point = self.point(job, MetricKind::Train, &sums, time, waited);
             // A part of the epoch may have been another generation's.
             point.images_per_second *= samples / sums.samples.max(1.0);
