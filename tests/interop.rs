@@ -91,14 +91,14 @@ fn a_batch() -> Vec<u8> {
 #[test]
 fn one_step_of_each_network_is_pytorch_s() {
     for (arch, precision, tolerance) in
-        [("alexnet", "f32", 2e-4), ("alexnet-bn", "f64", 1e-9), ("alexnet-slim", "f64", 1e-9), ("alexnet", "f64", 1e-9)]
+        [("alexnet", "f64", 1e-9), ("alexnet-bn", "f64", 1e-9), ("alexnet-slim", "f32", 2e-4)]
     {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let [batch, step] = ["batch", "step"].map(|name| dir.path().join(name).with_extension("safetensors"));
         std::fs::write(&batch, a_batch()).expect("a folder to write to");
         let spec = RunSpec::from_toml(&format!(
             "dataset = \"d\"
-            model = {{ arch = \"{arch}\", width = 0.25, dropout = 0.0 }}
+            model = {{ arch = \"{arch}\", width = 0.125, dropout = 0.0 }}
             train = {{ batch = 8, learning_rate = 0.1, momentum = 0.9, weight_decay = 0.01, label_smoothing = 0.1 }}
             ranks = {{ max = 1, lanes = 1, precision = \"{precision}\" }}"
         ))

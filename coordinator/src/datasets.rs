@@ -251,11 +251,15 @@ impl Datasets {
 
     /// Commits a new dataset: its slices are in the store; its spec and round are put here. `fresh` leases at once.
     pub(crate) async fn commit(self: &Arc<Self>, id: &str, spec: DatasetSpec, round: Round) -> Result<(), Error> {
-        self.term.look(&self.store).await;
+        self.term.look(&self.store).await?;
         self.store.put(&keys::dataset_spec(id), spec.to_json().into()).await?;
         let json = serde_json::to_vec_pretty(&round).map_err(|e| Error::Local(e.to_string()))?;
         if let Created::Lost(_) = self.store.create(&keys::round(id, round.round), json.into(), &round.nonce).await? {
             return Err(Error::Local(format!("somebody else wrote the catalog of {id}")));
+        }
+        // A later coordinator buries whatever has no round yet when it begins.
+        if self.store.get(&keys::tombstone(id)).await?.is_some() {
+            return Err(Error::Aborted(format!("a later coordinator has removed {id} before it was complete")));
         }
         let dataset = Dataset::new(id, spec, vec![round]).map_err(|e| Error::Local(e.to_string()))?;
         let open = dataset.shards();
@@ -354,34 +358,22 @@ impl Datasets {
     }
 
     /// Takes a lease back.
-    pub(crate) async fn release(
-        self: &Arc<Self>,
-        worker: &str,
-        id: (&str, u32),
-        attempt: Attempt,
-        failure: &str,
-    ) -> Result<(), Error> {
+    pub(crate) fn release(&self, worker: &str, id: (&str, u32), attempt: Attempt, failure: &str) {
         let failed = !failure.is_empty();
         if failed {
             warn!(dataset = id.0, shard = id.1, %attempt, worker, failure, "attempt failed");
         }
-        let (check, dataset) = {
+        {
             let now = self.now();
             let mut state = self.state();
             state.workers.insert(worker.to_owned(), Instant::now());
-            let check = state.ledger.release(now, id.0, id.1, attempt, failed);
-            let dataset = state.live.get_mut(id.0).map(|dataset| {
+            state.ledger.release(now, id.0, id.1, attempt, failed);
+            if let Some(dataset) = state.live.get_mut(id.0) {
                 dataset.progress.remove(&id.1);
                 dataset.revision += 1;
-                Arc::clone(&dataset.id)
-            });
-            (check, dataset)
-        };
-        self.free.notify_waiters();
-        match dataset {
-            Some(dataset) if check => self.check(ShardId { dataset, shard: id.1 }).await,
-            _ => Ok(()),
+            }
         }
+        self.free.notify_waiters();
     }
 
     /// Reads the index of a shard that a worker says is committed, and returns the attempt that stands in it.
@@ -515,9 +507,12 @@ impl Datasets {
     fn spawn_seal(self: &Arc<Self>, id: Arc<str>) {
         let this = Arc::clone(self);
         tokio::spawn(async move {
-            let Ok(_permit) = this.sealing.acquire().await else { return };
             let stage = loop {
-                match this.seal(&id).await {
+                let sealed = {
+                    let Ok(_permit) = this.sealing.acquire().await else { return };
+                    this.seal(&id).await
+                };
+                match sealed {
                     Ok(manifest) => break Stage::Ready(manifest.into()),
                     Err(error @ (SealError::Empty(_) | SealError::Corrupt { .. })) => {
                         break Stage::Failed(error.to_string());

@@ -45,7 +45,8 @@ struct Open {
 enum State {
     /// Can be granted from then on.
     Pending { from: Now },
-    /// A new coordinator does not know yet whether somebody of an older term still makes it.
+    /// To be checked then: a new coordinator does not know yet whether somebody of an older term still makes it, an attempt
+    /// has failed, or the last check has.
     Unknown { until: Now },
     /// Somebody makes it.
     Leased { worker: Arc<str>, until: Now },
@@ -108,8 +109,8 @@ impl Ledger {
         None
     }
 
-    /// Prolongs a lease. An attempt that was late keeps its shard if nobody else has got it meanwhile, and one of an older term
-    /// is adopted. False: the lease is over.
+    /// Prolongs a lease. An attempt that was late keeps its shard if nobody else has got it meanwhile, which undoes the failure
+    /// that its expiry was, and one of an older term is adopted. False: the lease is over.
     pub(crate) fn renew(&mut self, now: Now, dataset: &str, shard: u32, attempt: Attempt, worker: &str) -> bool {
         let (term, until) = (self.term, now + self.lease);
         let Some(open) = self.open(dataset, shard) else { return false };
@@ -118,26 +119,30 @@ impl Ledger {
             None => attempt.term < term,
         };
         if known {
+            if open.attempt.is_some() && !matches!(open.state, State::Leased { .. }) {
+                open.failures = open.failures.saturating_sub(1);
+            }
             open.attempt = Some(attempt);
             open.state = State::Leased { worker: worker.into(), until };
         }
         known
     }
 
-    /// Takes a lease back before its end. After a failure the shard is to be checked, as if it had expired: the answer of the
-    /// attempt's last put may have been lost. True: check it now.
-    pub(crate) fn release(&mut self, now: Now, dataset: &str, shard: u32, attempt: Attempt, failed: bool) -> bool {
-        let Some(open) = self.open(dataset, shard) else { return false };
+    /// Takes a lease back before its end. After a failure the shard is over at the next [`Ledger::expire`] and is checked: the
+    /// answer of the attempt's last put may have been lost.
+    pub(crate) fn release(&mut self, now: Now, dataset: &str, shard: u32, attempt: Attempt, failed: bool) {
+        let Some(open) = self.open(dataset, shard) else { return };
         if open.attempt != Some(attempt) || !matches!(open.state, State::Leased { .. }) {
-            return false;
+            return;
         }
+        // It does not come back.
+        open.attempt = None;
         if failed {
             open.failures += 1;
-            open.state = State::Checking;
+            open.state = State::Unknown { until: now };
         } else {
             open.state = State::Pending { from: now };
         }
-        failed
     }
 
     /// Ends the leases whose time is over. The caller reads their indexes and says [`Ledger::commit`] or [`Ledger::settle`].
@@ -276,7 +281,8 @@ mod tests {
         let mut now = at(0);
         for failures in 1..=MOST_FAILURES {
             let (id, attempt) = ledger.grant(now, "w").expect("after the pause");
-            assert!(ledger.release(now, &dataset, 0, attempt, true));
+            ledger.release(now, &dataset, 0, attempt, true);
+            assert_eq!(ledger.expire(now), std::slice::from_ref(&id));
             let settled = ledger.settle(now, &id);
             assert_eq!(settled, Some(if failures == MOST_FAILURES { Settled::GiveUp } else { Settled::Again }));
             now += LEASE * (failures - 1);
@@ -287,12 +293,14 @@ mod tests {
     fn an_orderly_release_costs_nothing_and_a_late_attempt_keeps_what_nobody_took() {
         let (mut ledger, dataset) = ledger(true);
         let (id, first) = ledger.grant(at(0), "w").expect("free");
-        assert!(!ledger.release(at(1), &dataset, 0, first, false));
+        ledger.release(at(1), &dataset, 0, first, false);
+        assert!(!ledger.renew(at(1), &dataset, 0, first, "w"), "it was given back");
         let (_, second) = ledger.grant(at(1), "w").expect("free again at once");
         ledger.expire(at(31));
         ledger.settle(at(31), &id);
         assert!(ledger.renew(at(32), &dataset, 0, second, "w"));
         assert_eq!(ledger.counts(&dataset), Counts { waiting: 1, leased: 1 });
+        assert_eq!(ledger.open(&dataset, 0).expect("open").failures, 0, "it was late, no more");
     }
 
     #[derive(Debug, Clone)]
@@ -348,10 +356,7 @@ mod tests {
                     },
                     Event::Release(which, failed) => if let Some(&(shard, attempt)) = known.get(which) {
                         leases.remove(&(shard, attempt));
-                        if ledger.release(now, &dataset, shard, attempt, failed)
-                            && ledger.settle(now, &ShardId { dataset: dataset.clone(), shard }) == Some(Settled::GiveUp) {
-                            given_up.insert(shard);
-                        }
+                        ledger.release(now, &dataset, shard, attempt, failed);
                     },
                     Event::Tick => for id in ledger.expire(now) {
                         if ledger.settle(now, &id) == Some(Settled::GiveUp) {

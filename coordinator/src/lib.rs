@@ -150,7 +150,11 @@ async fn until_over(term: &Term, store: &Store) -> String {
     loop {
         tokio::select! {
             reason = term.ended() => return reason,
-            () = tokio::time::sleep(LOOK_FOR_TERMS) => term.look(store).await,
+            () = tokio::time::sleep(LOOK_FOR_TERMS) => {
+                if let Err(error) = term.look(store).await {
+                    tracing::warn!(%error, "cannot look for a higher term");
+                }
+            }
         }
     }
 }

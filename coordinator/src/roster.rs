@@ -106,6 +106,9 @@ struct Seat {
     joined: bool,
     confirmed: bool,
     left: Option<(Why, String)>,
+    /// What a hello tells of a rank that is not at work. It counts from then on, unless the rank's own word, which may be on its
+    /// way behind the hello, comes first.
+    missing: Option<(Duration, Why)>,
     silent: Duration,
 }
 
@@ -162,7 +165,13 @@ pub(crate) struct Roster {
 
 impl Run {
     /// From its stored history; `manifest` is the key and SHA-256 of what it reads.
-    pub(crate) fn recovered(now: Now, spec: RunSpec, manifest: (String, String), events: &[EventRecord]) -> Self {
+    pub(crate) fn recovered(
+        now: Now,
+        spec: RunSpec,
+        manifest: (String, String),
+        steps_per_epoch: u64,
+        events: &[EventRecord],
+    ) -> Self {
         let mut run = Self {
             spec_json: spec.to_json(),
             spec,
@@ -172,7 +181,7 @@ impl Run {
             generation: 0,
             world: 0,
             step: 0,
-            steps_per_epoch: 0,
+            steps_per_epoch,
             cancelling: false,
             checkpoint: None,
             began: None,
@@ -246,7 +255,7 @@ impl Run {
 
 impl Seat {
     fn new(place: Place) -> Self {
-        Self { place, joined: false, confirmed: false, left: None, silent: Duration::ZERO }
+        Self { place, joined: false, confirmed: false, left: None, missing: None, silent: Duration::ZERO }
     }
 }
 
@@ -306,6 +315,7 @@ impl Roster {
         let agent = Agent { address: hello.advertise_address.clone(), devices, connected: true, heard: now.at };
         self.agents.insert(hello.agent.clone(), agent);
         for (run_name, run) in &mut self.runs {
+            let due = now.at + run.detection();
             let (name, step) = (&hello.agent, &mut run.step);
             let Phase::Going(generation) = &mut run.phase else { continue };
             for (rank, seat) in (0u32..).zip(&mut generation.seats).filter(|(_, seat)| seat.place.0 == *name) {
@@ -314,15 +324,17 @@ impl Roster {
                 let started = !matches!(generation.stage, Stage::Opening);
                 match hello.occupied.iter().find(matching) {
                     Some(occupied) => {
-                        if seat.joined && !occupied.joined {
-                            seat.left
-                                .get_or_insert((Why::Collective, "it had left when its agent came back".to_owned()));
+                        if occupied.joined {
+                            generation.start.get_or_insert(occupied.step);
+                            seat.missing = None;
+                        } else {
+                            seat.missing.get_or_insert((due, Why::Collective));
                         }
                         seat.joined |= occupied.joined;
                         *step = (*step).max(occupied.step);
                     }
                     None if started => {
-                        seat.left.get_or_insert((Why::Exited, "it was gone when its agent came back".to_owned()));
+                        seat.missing.get_or_insert((due, Why::Exited));
                     }
                     None => {
                         let rank = Occupant {
@@ -442,7 +454,7 @@ impl Roster {
             Some(Said::Joined(joined)) => {
                 seat.joined = true;
                 generation.start.get_or_insert(joined.step);
-                (run.step, run.steps_per_epoch) = (joined.step, joined.steps_per_epoch);
+                run.step = joined.step;
             }
             Some(Said::Stepped(stepped)) if rank == 0 => run.step = stepped.step,
             Some(Said::Checkpointed(made)) if rank == 0 => {
@@ -535,8 +547,10 @@ impl Roster {
                     let places: Vec<Place> =
                         generation.seats.iter().filter(bad).map(|seat| seat.place.clone()).collect();
                     for place in places {
-                        self.release(&place);
-                        actions.push(kill(&place));
+                        if self.occupant(&place).is_some_and(|occupant| occupant.run == name) {
+                            self.release(&place);
+                            actions.push(kill(&place));
+                        }
                     }
                     (run.phase, run.world, run.enough_since) = (Phase::Waiting, 0, None);
                     self.left(now, name, run, (n, start, why), actions);
@@ -559,13 +573,21 @@ impl Roster {
         let leaving = matches!(generation.stage, Stage::Leaving { .. });
         if generation.stage == Stage::Recovering {
             let back = generation.seats.iter().all(|seat| seat.confirmed);
-            if back && generation.seats.iter().all(|seat| seat.joined && seat.left.is_none()) {
+            let at_work = |seat: &Seat| seat.joined && seat.left.is_none() && seat.missing.is_none();
+            if back && generation.seats.iter().all(at_work) {
                 (generation.stage, generation.since) = (Stage::Running, now.at);
             } else if !back && running_for < detection + RECOVERY_MARGIN {
                 return;
-            } else if let Some(seat) = generation.seats.iter_mut().find(|seat| !seat.joined && seat.left.is_none()) {
-                let what = if seat.confirmed { "it had not joined" } else { "its agent did not come back" };
-                seat.left = Some((Why::Exited, format!("{what} after the coordinator's restart")));
+            }
+            for seat in generation.seats.iter_mut().filter(|seat| !seat.confirmed) {
+                let detail = || (Why::Exited, "its agent did not come back after the coordinator's restart".to_owned());
+                seat.left.get_or_insert_with(detail);
+            }
+        }
+        for seat in &mut generation.seats {
+            if let Some((_, why)) = seat.missing.filter(|(due, _)| now.at >= *due) {
+                let what = if why == Why::Exited { "was gone" } else { "had left" };
+                seat.left.get_or_insert_with(|| (why, format!("it {what} when its agent came back")));
             }
         }
         let patience = if leaving { detection / 4 } else { detection };
@@ -720,7 +742,7 @@ impl Roster {
         let here = |agent: &Agent| agent.connected && now.at < agent.heard + QUIET;
         let total = self.places(here, |_| true).len() as u32;
         let mut free = self.places(here, |device| device.occupant.is_none());
-        for (_, name) in &queue {
+        for (place_in_queue, (_, name)) in queue.iter().enumerate() {
             let Some(run) = self.runs.get(name).filter(|run| run.phase == Phase::Waiting && !run.cancelling) else {
                 continue;
             };
@@ -737,6 +759,15 @@ impl Roster {
                 // What could start once others have ended must not be overtaken for ever.
                 if min <= total {
                     free.clear();
+                    let missing = (min - there) as usize;
+                    let later = queue.iter().skip(place_in_queue + 1).map(|(_, name)| name.as_str());
+                    let stuck = self.stuck(later, here);
+                    if stuck.len() >= missing {
+                        for place in stuck.into_iter().rev().take(missing) {
+                            self.release(&place);
+                            actions.push(kill(&place));
+                        }
+                    }
                 }
                 continue;
             }
@@ -748,7 +779,7 @@ impl Roster {
             let taken: Vec<Place> = free.drain(..rest.min(free.len())).collect();
             if now.at < run.not_before {
                 run.reason = "waits a little after a failure before the next try".to_owned();
-            } else if there >= max || now.at >= since + GATHER {
+            } else if (there >= max && run.generation == 0) || now.at >= since + GATHER {
                 places.extend(taken);
                 self.form(now, name, places, actions);
             }
@@ -766,6 +797,20 @@ impl Roster {
                 tell_to_leave(name, generation, false, false, actions);
             }
         }
+    }
+
+    /// Places where waiting runs hold state but cannot start with what they hold, in the order of these runs. Two such runs would
+    /// wait for each other for ever.
+    fn stuck<'a>(&self, runs: impl Iterator<Item = &'a str>, here: impl Fn(&Agent) -> bool) -> Vec<Place> {
+        let mut stuck = Vec::new();
+        for name in runs {
+            let Some(run) = self.runs.get(name).filter(|run| run.phase == Phase::Waiting) else { continue };
+            let held = self.places(&here, |device| device.occupant.as_ref().is_some_and(|o| o.run == name));
+            if (held.len() as u32) < run.spec.ranks.min {
+                stuck.extend(held);
+            }
+        }
+        stuck
     }
 
     fn form(&mut self, now: Now, name: &str, places: Vec<Place>, actions: &mut Vec<Action>) {

@@ -1,6 +1,6 @@
 //! The runs: their stored history, the agents' connections, and the one task that feeds the roster and does what it says.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -24,6 +24,9 @@ use crate::term::Term;
 /// How often the roster is asked what time calls for.
 const TICK: Duration = Duration::from_millis(200);
 
+/// Between two tries to write an event, when the store fails.
+const WRITE_PAUSE: Duration = Duration::from_secs(1);
+
 /// Points of the curve of steps that are held in memory for one run; beyond it every other one is dropped.
 const MOST_STEP_POINTS: usize = 4096;
 
@@ -41,6 +44,8 @@ struct StoredRun {
     dataset: String,
     manifest_key: String,
     manifest_sha256: String,
+    /// As the manifest's training images and the spec's batch make it.
+    steps_per_epoch: u64,
     spec: RunSpec,
 }
 
@@ -52,7 +57,6 @@ struct Record {
     points: Vec<pb::Metric>,
     /// Whether the points that an earlier coordinator heard have been read from the store.
     loaded: bool,
-    revision: u64,
 }
 
 /// Where an agent's messages go.
@@ -82,7 +86,7 @@ pub(crate) struct Runs {
     started: Instant,
     state: Mutex<State>,
     inputs: mpsc::Sender<Input>,
-    submitting: tokio::sync::Mutex<()>,
+    submitting: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Runs {
@@ -94,7 +98,7 @@ impl Runs {
     ) -> anyhow::Result<(Arc<Self>, impl Future<Output = ()> + Send + use<>)> {
         let (inputs, receiver) = mpsc::channel(1024);
         let started = Instant::now();
-        let submitting = tokio::sync::Mutex::default();
+        let submitting = Arc::default();
         let runs = Arc::new(Self { store, term, datasets, started, state: Mutex::default(), inputs, submitting });
         let names = runs.store.folders(keys::RUNS).await?;
         let mut found: Vec<(String, StoredRun, Vec<EventRecord>)> = futures::stream::iter(names)
@@ -113,7 +117,8 @@ impl Runs {
         };
         found.sort_by_key(|(_, _, events)| queued(events));
         for (name, stored, events) in found {
-            let run = Run::recovered(runs.now(), stored.spec, (stored.manifest_key, stored.manifest_sha256), &events);
+            let manifest = (stored.manifest_key, stored.manifest_sha256);
+            let run = Run::recovered(runs.now(), stored.spec, manifest, stored.steps_per_epoch, &events);
             info!(run = name, state = ?run.state(), events = events.len(), "run recovered");
             let mut state = runs.state();
             state.roster.add(name.clone(), run);
@@ -270,7 +275,10 @@ impl Runs {
                     // The process ends; whatever was decided must not be done.
                     return std::future::pending().await;
                 }
-                Err(error) => warn!(run, n, %error, "cannot write an event, trying again"),
+                Err(error) => {
+                    warn!(run, n, %error, "cannot write an event, trying again");
+                    tokio::time::sleep(WRITE_PAUSE).await;
+                }
             }
         }
         info!(run, n, event = %String::from_utf8_lossy(&json), "run event");
@@ -280,34 +288,40 @@ impl Runs {
             let known = state.records.entry(run.to_owned()).or_default();
             let checkpoint = matches!(record.event, RunEvent::Checkpoint { .. });
             known.events.push(record);
-            known.revision += 1;
             let checkpoints = known.events.iter().filter_map(|record| match &record.event {
                 RunEvent::Checkpoint { key, .. } => Some(key.clone()),
                 _ => None,
             });
-            let checkpoints: Vec<String> = checkpoints.collect();
-            // One at a time goes, since each event brings one.
-            checkpoints.len().checked_sub(keep + 1).filter(|_| checkpoint).map(|at| checkpoints[at].clone())
+            let mut checkpoints: Vec<String> = checkpoints.collect();
+            checkpoints.truncate(if checkpoint { checkpoints.len().saturating_sub(keep) } else { 0 });
+            checkpoints
         };
-        if let Some(key) = old {
-            let (store, run) = (self.store.clone(), run.to_owned());
+        // All of them, since an earlier removal may have failed; they lie in one folder, so one listing finds what is left.
+        if let Some((folder, _)) = old.last().and_then(|key| key.rsplit_once('/')) {
+            let (store, run, folder) = (self.store.clone(), run.to_owned(), folder.to_owned());
             tokio::spawn(async move {
-                let removed = async { store.delete_all(store.list(&key).await?).await };
+                let old: HashSet<String> = old.into_iter().collect();
+                let is_old = |key: &String| key.rsplit_once('/').is_some_and(|(of, _)| old.contains(of));
+                let removed = async {
+                    let mut keys = store.list(&folder).await?;
+                    keys.retain(is_old);
+                    store.delete_all(keys).await
+                };
                 if let Err(error) = removed.await {
-                    warn!(run, key, %error, "cannot remove an old checkpoint");
+                    warn!(run, folder, %error, "cannot remove old checkpoints");
                 }
             });
         }
     }
 
     /// Resolves a spec against the dataset, stores the run, and queues it. Returns its name.
-    pub(crate) async fn submit(&self, request: pb::SubmitRunRequest) -> Result<String, Error> {
+    pub(crate) async fn submit(self: &Arc<Self>, request: pb::SubmitRunRequest) -> Result<String, Error> {
         let pb::SubmitRunRequest { request_id, name, spec_json } = request;
         if request_id.is_empty() {
             return Err(Error::Invalid("request_id is empty".to_owned()));
         }
         let mut spec = RunSpec::from_json(&spec_json)?;
-        let _one = self.submitting.lock().await;
+        let one = Arc::clone(&self.submitting).lock_owned().await;
         if let Some((name, _)) = self.state().records.iter().find(|(_, record)| record.request_id == request_id) {
             return Ok(name.clone());
         }
@@ -323,7 +337,7 @@ impl Runs {
         let missing = || Error::NotFound(format!("dataset {:?} has no manifest of version {version}", spec.dataset));
         let json = self.store.get(&manifest_key).await?.ok_or_else(missing)?;
         let manifest = Manifest::from_json(&json).map_err(|e| Error::Local(format!("{manifest_key}: {e}")))?;
-        check(&spec, &manifest)?;
+        let steps_per_epoch = check(&spec, &manifest)?;
         let name = match name.as_str() {
             "" => self.free_name(&spec.dataset),
             given if !keys::is_name(given) => {
@@ -337,14 +351,30 @@ impl Runs {
         }
         let manifest_sha256 = proto::shard::sha256_hex(&json);
         let dataset = dataset.id.to_string();
-        let stored = StoredRun { nonce: nonce(), request_id, dataset, manifest_key, manifest_sha256, spec };
+        let stored =
+            StoredRun { nonce: nonce(), request_id, dataset, manifest_key, manifest_sha256, steps_per_epoch, spec };
+        let this = Arc::clone(self);
+        // A caller that goes away must not cut this in the middle.
+        let tail = tokio::spawn(async move {
+            let _one = one;
+            this.commit(name, stored).await
+        });
+        tail.await.map_err(|error| Error::Local(error.to_string()))?
+    }
+
+    /// Stores a run and queues it. Returns its name.
+    async fn commit(&self, name: String, mut stored: StoredRun) -> Result<String, Error> {
+        self.term.look(&self.store).await?;
         let json = serde_json::to_vec_pretty(&stored).map_err(|error| Error::Local(error.to_string()))?;
-        // This is the commit: a coordinator that recovers it queues it, and a repeated request finds it.
-        if let Created::Lost(_) = self.store.create(&keys::run_spec(&name), json.into(), &stored.nonce).await? {
-            return Err(Error::Exists(format!("a run is called {name:?} already")));
+        // From here on a coordinator that recovers it queues it, and a repeated request finds it.
+        if let Created::Lost(theirs) = self.store.create(&keys::run_spec(&name), json.into(), &stored.nonce).await? {
+            // It may be an earlier try of this request, whose answer from the store was lost.
+            let theirs = serde_json::from_slice(&theirs).ok();
+            let same = theirs.filter(|theirs: &StoredRun| theirs.request_id == stored.request_id);
+            stored = same.ok_or_else(|| Error::Exists(format!("a run is called {name:?} already")))?;
         }
-        let StoredRun { spec, request_id, manifest_key, manifest_sha256, .. } = stored;
-        let run = Box::new(Run::recovered(self.now(), spec, (manifest_key, manifest_sha256), &[]));
+        let StoredRun { spec, request_id, manifest_key, manifest_sha256, steps_per_epoch, .. } = stored;
+        let run = Box::new(Run::recovered(self.now(), spec, (manifest_key, manifest_sha256), steps_per_epoch, &[]));
         let (done, told) = oneshot::channel();
         self.input(Input::Submit { name: name.clone(), run, request_id, done }, told).await?;
         Ok(name)
@@ -364,15 +394,18 @@ impl Runs {
 
     /// Asks for the end of a run.
     pub(crate) async fn cancel(&self, name: &str) -> Result<(), Error> {
-        self.revision(name)?;
+        self.find(name)?;
         let (done, told) = oneshot::channel();
         self.input(Input::Cancel { name: name.to_owned(), done }, told).await
     }
 
     /// Queues an ended run again.
     pub(crate) async fn resume(&self, name: &str, request_id: String) -> Result<(), Error> {
+        if request_id.is_empty() {
+            return Err(Error::Invalid("request_id is empty".to_owned()));
+        }
         let _one = self.submitting.lock().await;
-        self.revision(name)?;
+        self.find(name)?;
         {
             let state = self.state();
             let same = |record: &EventRecord| matches!(&record.event, RunEvent::Resumed { request_id: id } if *id == request_id);
@@ -389,11 +422,10 @@ impl Runs {
         self.input(Input::Resume { name: name.to_owned(), request_id, done }, told).await
     }
 
-    /// Grows with each change of the run.
-    pub(crate) fn revision(&self, name: &str) -> Result<u64, Error> {
-        let state = self.state();
-        let record = state.records.get(name).ok_or_else(|| Error::NotFound(format!("no run is called {name:?}")))?;
-        Ok(record.revision)
+    /// An error unless there is a run of that name.
+    pub(crate) fn find(&self, name: &str) -> Result<(), Error> {
+        let known = self.state().records.contains_key(name);
+        if known { Ok(()) } else { Err(Error::NotFound(format!("no run is called {name:?}"))) }
     }
 
     /// Whether the run has ended.
@@ -512,7 +544,6 @@ impl State {
     /// Keeps the points of the curve that rank 0 tells.
     fn hear(&mut self, said: &pb::RankMessage) {
         let Some(record) = self.records.get_mut(&said.run) else { return };
-        record.revision += 1;
         let current = self.roster.runs.get(&said.run).is_some_and(|run| run.generation == said.generation);
         if let (Some(rank_message::Message::Stepped(stepped)), true, 0) = (&said.message, current, said.rank) {
             for point in &stepped.metrics {
@@ -545,8 +576,8 @@ fn add_point(points: &mut Vec<pb::Metric>, point: pb::Metric) {
     }
 }
 
-/// Whether the spec fits the samples: design's rules on steps and shares.
-fn check(spec: &RunSpec, manifest: &Manifest) -> Result<(), Error> {
+/// Whether the spec fits the samples (design's rules on steps and shares), and how many steps an epoch then has.
+fn check(spec: &RunSpec, manifest: &Manifest) -> Result<u64, Error> {
     let samples = manifest.samples(Split::Train);
     let (batch, lanes) = (u64::from(spec.train.batch), u64::from(spec.ranks.lanes));
     // Rounded to the nearest: an epoch has no short step at its end.
@@ -564,5 +595,5 @@ fn check(spec: &RunSpec, manifest: &Manifest) -> Result<(), Error> {
             spec.input.crop
         )));
     }
-    Ok(())
+    Ok(steps)
 }

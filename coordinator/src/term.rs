@@ -74,12 +74,11 @@ impl Term {
         self.reason.get().cloned().unwrap_or_default()
     }
 
-    /// Ends the term if the store holds a higher one.
-    pub(crate) async fn look(&self, store: &Store) {
-        match store.get(&keys::term(self.number + 1)).await {
-            Ok(None) => {}
-            Ok(Some(_)) => drop(self.hear(self.number + 1)),
-            Err(error) => tracing::warn!(%error, "cannot look for a higher term"),
+    /// Ends the term if the store holds a higher one. Nothing new may be committed unless this is Ok.
+    pub(crate) async fn look(&self, store: &Store) -> Result<(), Error> {
+        match store.get(&keys::term(self.number + 1)).await? {
+            None => Ok(()),
+            Some(_) => self.hear(self.number + 1),
         }
     }
 }

@@ -180,6 +180,18 @@ async fn a_coordinator_that_hears_of_a_higher_term_refuses_and_ends() {
 }
 
 #[tokio::test]
+async fn a_coordinator_commits_nothing_once_a_higher_term_is_in_the_store() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cluster = Cluster::start(folder.path(), 0.5).await;
+    assert!(cluster.lease(Duration::ZERO).await.is_none(), "its term has begun");
+    put(&*cluster.store, &proto::keys::term(2), "{}").await;
+    let refused = cluster.create("birds", "request-1", 50, &list()).await.expect_err("its term is 1");
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    let keys = listed(&*cluster.store, "datasets").await;
+    assert!(!keys.iter().any(|key| key.contains("/catalog/")), "{keys:?}");
+}
+
+#[tokio::test]
 async fn nothing_exists_after_a_list_that_was_cut_or_is_bad() {
     let folder = tempfile::tempdir().expect("a folder");
     let cluster = Cluster::start(folder.path(), 0.5).await;

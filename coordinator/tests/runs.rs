@@ -91,6 +91,8 @@ async fn a_run_goes_from_its_submission_to_its_end_over_a_restart_of_the_coordin
     assert!(refused.message().contains("train.batch"), "{}", refused.message());
     let run = runs(&cluster).submit_run(submit(32)).await.expect("a good spec").into_inner();
     assert_eq!((run.run.as_str(), run.state(), run.manifest_version), ("birds-1", RunState::Waiting, 1));
+    let steps = run.steps_per_epoch;
+    assert!((2..=4).contains(&steps), "{steps} steps of 32 of about a hundred images");
     let again = runs(&cluster).submit_run(submit(32)).await.expect("repeated").into_inner();
     assert_eq!(again.run, "birds-1");
 
@@ -136,7 +138,7 @@ async fn a_run_goes_from_its_submission_to_its_end_over_a_restart_of_the_coordin
     assert!(matches!(agent.hear().await, ToAgent::Kill(pb::Kill { device: 0 })));
     let run =
         runs(&cluster).get_run(pb::GetRunRequest { run: "birds-1".to_owned() }).await.expect("exists").into_inner();
-    assert_eq!((run.state(), run.step, run.generation), (RunState::Done, 3, 1));
+    assert_eq!((run.state(), run.step, run.generation, run.steps_per_epoch), (RunState::Done, 3, 1, steps));
     let kinds: Vec<&str> = run.events.iter().map(|event| event.split("\"kind\":\"").nth(1).expect("a kind")).collect();
     for (event, kind) in kinds.iter().zip(["submitted", "generation", "checkpoint", "done"]) {
         assert!(event.starts_with(kind), "{event}");
@@ -168,6 +170,8 @@ async fn a_cancelled_run_that_waits_ends_at_once_and_can_be_resumed() {
         let run = runs(&cluster).cancel_run(cancel()).await.expect("exists").into_inner();
         assert_eq!(run.state(), RunState::Cancelled);
     }
+    let nameless = pb::ResumeRunRequest { request_id: String::new(), run: "birds-1".to_owned() };
+    assert_eq!(runs(&cluster).resume_run(nameless).await.expect_err("no id").code(), Code::InvalidArgument);
     let resume = || pb::ResumeRunRequest { request_id: "again".to_owned(), run: "birds-1".to_owned() };
     for _ in 0..2 {
         let run = runs(&cluster).resume_run(resume()).await.expect("it was cancelled").into_inner();

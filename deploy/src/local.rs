@@ -8,13 +8,13 @@ use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use ipnet::IpNet;
 use proto::pb::GetStatusRequest;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
+use worker::IpNet;
 
 use crate::client::{Cluster, ClusterArgs, answer};
 use crate::exit::{Ended, Exit};

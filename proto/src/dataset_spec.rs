@@ -166,6 +166,8 @@ impl DatasetSpec {
         )?;
         check("slice_urls", slice_urls, (1..=1_000_000).contains(slice_urls), "1 to 1000000")?;
         check("limits.max_bytes", limits.max_bytes, limits.max_bytes >= limits.min_bytes, "at least limits.min_bytes")?;
+        check("limits.max_bytes", limits.max_bytes, limits.max_bytes <= 1 << 30, "at most 1 GiB (1073741824)")?;
+        check("limits.max_pixels", limits.max_pixels, limits.max_pixels <= 1_000_000_000, "at most 1000000000")?;
         check("limits.max_aspect", limits.max_aspect, limits.max_aspect >= 1.0, "at least 1")?;
         for (key, seconds) in [
             ("limits.timeout_seconds", limits.timeout_seconds),

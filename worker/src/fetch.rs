@@ -19,6 +19,8 @@ use crate::net::{AddressRules, Blocked, GuardedResolver};
 const ALLOWANCE: usize = 256 << 10;
 /// The budget is counted in these, because a semaphore hands out 32-bit numbers.
 const UNIT: usize = 1 << 10;
+/// A redirect to a longer URL is not followed: it would be kept as the final one, and in its row.
+const MAX_URL: usize = 8 << 10;
 
 const ACCEPT_IMAGES: &str = "image/jpeg,image/png,image/webp,image/gif,image/bmp,image/tiff,image/*;q=0.8,*/*;q=0.1";
 
@@ -41,6 +43,8 @@ pub(crate) struct Fetcher {
     clients: Mutex<HashMap<Duration, Client>>,
     budget: Arc<Semaphore>,
     budget_units: usize,
+    /// Its one permit lets one body grow past a budget that is used up.
+    overflow: Arc<Semaphore>,
 }
 
 /// What was learned of a URL on the way to its body.
@@ -52,16 +56,19 @@ pub(crate) struct Trace {
     pub(crate) status: Option<u16>,
 }
 
-/// A whole body. Its share of the budget is given back when it is dropped.
+/// A body. Its share of the budget is given back when it is dropped.
 #[derive(Debug)]
 pub(crate) struct Body {
     pub(crate) bytes: Vec<u8>,
-    _share: Option<OwnedSemaphorePermit>,
+    /// How many bytes it may hold.
+    room: usize,
+    share: Option<OwnedSemaphorePermit>,
+    overflow: Option<OwnedSemaphorePermit>,
 }
 
-impl From<Vec<u8>> for Body {
-    fn from(bytes: Vec<u8>) -> Self {
-        Self { bytes, _share: None }
+impl Body {
+    fn new() -> Self {
+        Self { bytes: Vec::new(), room: ALLOWANCE, share: None, overflow: None }
     }
 }
 
@@ -69,10 +76,11 @@ impl Fetcher {
     /// # Errors
     /// If no client can be made: the machine has no TLS roots, say.
     pub(crate) fn new(config: FetchConfig) -> reqwest::Result<Self> {
-        let resolver = Arc::new(GuardedResolver { rules: Arc::new(config.rules.clone()) });
+        let resolver = Arc::new(GuardedResolver::new(config.rules.clone()));
         let budget_units = (config.body_budget / UNIT).clamp(1, Semaphore::MAX_PERMITS);
         let budget = Arc::new(Semaphore::new(budget_units));
-        let fetcher = Self { config, resolver, clients: Mutex::default(), budget, budget_units };
+        let overflow = Arc::new(Semaphore::new(1));
+        let fetcher = Self { config, resolver, clients: Mutex::default(), budget, budget_units, overflow };
         // What cannot work must be seen at the start, not as a rejection of every URL.
         fetcher.client(Limits::default().connect_timeout())?;
         Ok(fetcher)
@@ -156,11 +164,10 @@ impl Fetcher {
         }
         let max = usize::try_from(limits.max_bytes).unwrap_or(usize::MAX);
         let announced = announced.and_then(|length| usize::try_from(length).ok());
-        let mut body = Body { bytes: Vec::new(), _share: None };
+        let mut body = Body::new();
         let mut deadline = deadline;
-        let mut room = ALLOWANCE;
         if let Some(length) = announced {
-            self.reserve(&mut body, length, &mut room, &mut deadline).await;
+            self.reserve(&mut body, length, &mut deadline).await;
             body.bytes.reserve_exact(length);
         }
         loop {
@@ -174,27 +181,50 @@ impl Fetcher {
             if length > max {
                 return Err(Rejection::TooLarge);
             }
-            if length > room {
-                self.reserve(&mut body, max, &mut room, &mut deadline).await;
+            while length > body.room {
+                self.grow(&mut body, max, &mut deadline).await;
             }
             body.bytes.extend_from_slice(&chunk);
         }
     }
 
-    /// Makes room for `length` bytes. A body draws on the budget once and for all that it may come to hold, never holding one
-    /// share while it waits for another: so bodies cannot block each other for good. The wait is ours, so the server is
-    /// given that much longer.
-    async fn reserve(&self, body: &mut Body, length: usize, room: &mut usize, deadline: &mut Instant) {
-        if length <= *room {
+    /// Makes room for a body of known length, which waits for its whole share before it holds any: so bodies cannot block
+    /// each other for good. The wait is ours, so the server is given that much longer.
+    async fn reserve(&self, body: &mut Body, length: usize, deadline: &mut Instant) {
+        if length <= body.room {
             return;
         }
-        let units = (length - ALLOWANCE).div_ceil(UNIT).min(self.budget_units);
-        let units = u32::try_from(units).unwrap_or(u32::MAX);
         let start = Instant::now();
-        body._share = Arc::clone(&self.budget).acquire_many_owned(units).await.ok();
+        let units = units(length - body.room).min(u32::try_from(self.budget_units).unwrap_or(u32::MAX));
+        body.share = Arc::clone(&self.budget).acquire_many_owned(units).await.ok();
         *deadline += start.elapsed();
-        *room = length;
+        body.room = length;
     }
+
+    /// Doubles the room of a body of unknown length, up to `max`. It holds a share already, so it does not wait for more of
+    /// the budget: if there is no more, it waits for its turn as the one body that goes over it, and waits no more then.
+    async fn grow(&self, body: &mut Body, max: usize, deadline: &mut Instant) {
+        let room = (body.room * 2).min(max);
+        match Arc::clone(&self.budget).try_acquire_many_owned(units(room - body.room)) {
+            Ok(more) => {
+                match &mut body.share {
+                    Some(share) => share.merge(more),
+                    none => *none = Some(more),
+                }
+                body.room = room;
+            }
+            Err(_) => {
+                let start = Instant::now();
+                body.overflow = Arc::clone(&self.overflow).acquire_owned().await.ok();
+                *deadline += start.elapsed();
+                body.room = max;
+            }
+        }
+    }
+}
+
+fn units(bytes: usize) -> u32 {
+    u32::try_from(bytes.div_ceil(UNIT)).unwrap_or(u32::MAX)
 }
 
 /// Where an answer points, if it is a redirect.
@@ -207,8 +237,14 @@ fn redirect(from: &Url, response: &Response) -> Result<Option<Url>, Rejection> {
     let location = std::str::from_utf8(location.as_bytes()).map_err(|_| Rejection::Protocol)?;
     let mut next = from.join(location).map_err(|_| Rejection::Protocol)?;
     next.set_fragment(None);
+    if next.as_str().len() > MAX_URL {
+        return Err(Rejection::Protocol);
+    }
     Ok(Some(next))
 }
+
+/// Directives of `X-Robots-Tag` that look like an agent's name with its directive.
+const TAKES_A_VALUE: [&str; 4] = ["unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"];
 
 /// Whether the owner asks that the picture be not used: `X-Robots-Tag` with `noai`, `noimageai`, `noindex` or
 /// `noimageindex`, said to all or to Gleaner by name. `none` means `noindex, nofollow`.
@@ -218,7 +254,7 @@ fn opted_out(headers: &HeaderMap) -> bool {
         let mut meant = true;
         text.split(',').any(|part| {
             let directive = match part.split_once(':') {
-                Some(("unavailable_after", _)) => return false,
+                Some((key, _)) if TAKES_A_VALUE.contains(&key.trim()) => return false,
                 Some((agent, directive)) => {
                     meant = agent.trim() == "gleaner" || agent.trim() == "*";
                     directive

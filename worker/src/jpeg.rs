@@ -33,15 +33,16 @@ pub(crate) struct Header {
 
 impl Codec {
     pub(crate) fn new() -> turbojpeg::Result<Self> {
-        let mut decompressor = Decompressor::new()?;
-        decompressor.set_scan_limit(MAX_SCANS)?;
+        let decompressor = decompressor()?;
         let mut compressor = Compressor::new()?;
         compressor.set_subsamp(Subsamp::Sub2x2)?;
         Ok(Self { decompressor, compressor, cmyk: Vec::new(), encoded: Vec::new() })
     }
 
-    /// Reads the header alone.
+    /// Reads the header alone, with a fresh decompressor: a used one keeps the last picture's tables, and after a header that
+    /// failed it refuses every other one.
     pub(crate) fn header(&mut self, bytes: &[u8]) -> Result<Header, Rejection> {
+        self.decompressor = decompressor().map_err(|_| Rejection::Undecodable)?;
         let header = self.decompressor.read_header(bytes).map_err(|e| rejection_of(&e, bytes))?;
         let (orientation, adobe) = scan_markers(bytes);
         let pixels = |side: usize| u32::try_from(side).map_err(|_| Rejection::TooManyPixels);
@@ -111,6 +112,12 @@ impl Codec {
         let length = self.compressor.compress_to_slice(image, &mut self.encoded)?;
         Ok(Bytes::copy_from_slice(&self.encoded[..length]))
     }
+}
+
+fn decompressor() -> turbojpeg::Result<Decompressor> {
+    let mut decompressor = Decompressor::new()?;
+    decompressor.set_scan_limit(MAX_SCANS)?;
+    Ok(decompressor)
 }
 
 /// Warnings about a header's form, which cost no pixel. Only the first warning of an image has a text, so the end is looked at

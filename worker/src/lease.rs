@@ -17,6 +17,8 @@ use crate::attempt::Progress;
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the coordinator may keep a worker waiting for a lease before it says that there is none.
 const LEASE_WAIT: Duration = Duration::from_secs(20);
+/// A lease carries its dataset's spec, which names every class.
+const MAX_MESSAGE: usize = 256 << 20;
 /// A lease that is given back is a courtesy: it ends by itself.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -76,7 +78,8 @@ impl Coordinator {
             .keep_alive_while_idle(true)
             .tcp_nodelay(true)
             .connect_lazy();
-        Ok(Self { client: FetchServiceClient::new(channel), worker, term: AtomicU64::new(0) })
+        let client = FetchServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
+        Ok(Self { client, worker, term: AtomicU64::new(0) })
     }
 
     /// Asks for a shard once; none if there is nothing to do.

@@ -22,7 +22,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::Context;
-use ipnet::IpNet;
+pub use ipnet::IpNet;
 use object_store::ObjectStore;
 use proto::DatasetSpec;
 use proto::pb::Lease;
@@ -40,6 +40,8 @@ use validate::DecodePool;
 
 /// Shards whose last URLs are still on their way while the next ones are fetched.
 const TAILS: usize = 8;
+/// At the end of the process a lease may have been granted whose answer is still on its way.
+const LAST_ANSWER_TIMEOUT: Duration = Duration::from_millis(250);
 /// For attempts to take back their files and leases at the end of the process.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(8);
 /// After this many failed attempts in a row the pause before the next lease grows no more.
@@ -114,7 +116,13 @@ pub async fn run(config: Config, store: Arc<dyn ObjectStore>, shutdown: Cancella
         })
         .await
     {
-        let Some(lease) = shutdown.run_until_cancelled(next_lease(&coordinator, &failures)).await else { break };
+        let mut asking = std::pin::pin!(next_lease(&coordinator, &failures));
+        let Some(lease) = shutdown.run_until_cancelled(&mut asking).await else {
+            if let Ok(lease) = tokio::time::timeout(LAST_ANSWER_TIMEOUT, asking).await {
+                coordinator.release(&LeaseId::from(&lease), String::new()).await;
+            }
+            break;
+        };
         let span = tracing::info_span!("shard", dataset = lease.dataset, shard = lease.shard, attempt = lease.attempt);
         let (tools, coordinator) = (Arc::clone(&tools), Arc::clone(&coordinator));
         let (failures, shutdown) = (Arc::clone(&failures), shutdown.clone());

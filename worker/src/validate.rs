@@ -167,6 +167,9 @@ impl Validator {
             Ok(format @ (Png | Gif | Bmp | Tiff | WebP)) => format,
             _ => return Err(Rejection::NotAnImage),
         };
+        if format == WebP && is_cut_riff(bytes) {
+            return Err(Rejection::Truncated);
+        }
         let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
         let mut memory = image::Limits::no_limits();
         // 16-bit RGBA, and as much again for a decoder's own needs.
@@ -183,6 +186,12 @@ impl Validator {
         self.pixels.replace(rgb, width, height, orientation);
         Ok(())
     }
+}
+
+/// Whether a RIFF file is shorter than it says. A last byte of padding may be missing.
+fn is_cut_riff(bytes: &[u8]) -> bool {
+    let length = bytes.get(4..8).and_then(|four| <[u8; 4]>::try_from(four).ok()).map_or(0, u32::from_le_bytes);
+    (bytes.len() as u64) < (u64::from(length) + 8).saturating_sub(1)
 }
 
 fn upright(width: u32, height: u32, orientation: u8) -> (u32, u32) {
@@ -237,7 +246,8 @@ fn rejection_of(error: &ImageError) -> Rejection {
             Some(ImageError::IoError(io)) => Some(io),
             _ => error.downcast_ref::<std::io::Error>(),
         };
-        if io.is_some_and(|io| io.kind() == ErrorKind::UnexpectedEof) {
+        // The GIF decoder has an end of its own, which only its text tells.
+        if io.is_some_and(|io| io.kind() == ErrorKind::UnexpectedEof) || error.to_string() == "Unexpected End of File" {
             return Rejection::Truncated;
         }
         cause = error.source();

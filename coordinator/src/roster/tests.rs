@@ -131,7 +131,7 @@ impl Scene {
 fn run(min: u32, max: u32, now: Now, events: &[EventRecord]) -> Run {
     let mut spec = RunSpec::from_toml("dataset = \"d\"").expect("one line is enough");
     (spec.ranks.min, spec.ranks.max, spec.ranks.failure_detection_seconds) = (min, max, 4.0);
-    Run::recovered(now, spec, ("key".into(), "sha".into()), events)
+    Run::recovered(now, spec, ("key".into(), "sha".into()), 10, events)
 }
 
 fn place(agent: &str, device: u32) -> Place {
@@ -177,6 +177,7 @@ fn a_rank_that_exits_is_named_and_the_next_generation_begins_with_the_survivor()
     scene.leave("a", 1, 0, 0, Why::Exited, 0);
     let failure = &scene.history[1].event;
     assert!(matches!(failure, RunEvent::Failure { generation: 1, rank: Some(0), step: 7, .. }), "{failure:?}");
+    scene.wait(1.5, &["a"]);
     assert_eq!(scene.start(7), [place("a", 1), place("a", 0)], "rank 0 holds the state");
     assert_eq!(scene.roster.runs["r"].generation, 2);
 }
@@ -233,7 +234,7 @@ fn generations_that_fail_without_a_step_between_them_end_the_run() {
     assert!(matches!(scene.last(), RunEvent::Failed { reason } if reason.contains("WHY") || reason.contains("Error")));
     let actions = scene.roster.resume("r", "again".into());
     scene.take(actions);
-    scene.wait(1.0, &["a"]);
+    scene.wait(1.5, &["a"]);
     assert_eq!(scene.roster.runs["r"].generation, 4);
 }
 
@@ -297,6 +298,53 @@ fn a_new_coordinator_goes_on_with_the_generation_whose_agents_all_come_back() {
             assert_eq!(scene.start(7), [place("a", 0)]);
         }
     }
+}
+
+#[test]
+fn a_rank_that_finished_while_its_coordinator_was_away_is_no_failure() {
+    for gone in [false, true] {
+        let mut before = Scene::with_run(1, 1);
+        before.hello("a", 1, vec![]);
+        before.start(0);
+        let mut scene = Scene::new();
+        scene.history = before.history;
+        scene.roster.add("r".into(), run(1, 1, scene.now(), &scene.history));
+        let occupied = scene.occupied(&place("a", 0), 1, 0, false);
+        scene.hello("a", 1, if gone { vec![] } else { vec![occupied] });
+        scene.wait(1.0, &["a"]);
+        scene.say("a", 1, 0, 0, Said::Finished(pb::Finished { key: "m".into(), digests: Default::default() }));
+        scene.leave("a", 1, 0, 0, Why::Finished, 10);
+        assert_eq!((scene.state(), scene.history.len()), (pb::RunState::Done, 2));
+    }
+}
+
+#[test]
+fn survivors_of_a_generation_that_failed_while_the_coordinator_was_away_are_kept() {
+    let mut before = Scene::with_run(2, 2);
+    before.hello("a", 2, vec![]);
+    before.start(0);
+    let mut scene = Scene::new();
+    scene.history = before.history;
+    scene.roster.add("r".into(), run(2, 2, scene.now(), &scene.history));
+    let occupied = vec![scene.occupied(&place("a", 1), 1, 1, false)];
+    scene.hello("a", 2, occupied);
+    scene.wait(5.5, &["a"]);
+    assert!(matches!(scene.history[1].event, RunEvent::Failure { rank: Some(0), step: 7, .. }), "{:?}", scene.history);
+    assert!(!scene.sent.iter().any(|(_, message)| matches!(message, Message::Kill(_))), "{:?}", scene.sent);
+    assert_eq!(scene.start(7), [place("a", 1), place("a", 0)], "rank 0 holds the state");
+}
+
+#[test]
+fn of_two_waiting_runs_that_hold_too_little_each_the_first_gets_what_the_later_one_holds() {
+    let mut scene = Scene::with_run(2, 2);
+    scene.roster.add("later".into(), run(2, 2, scene.now(), &[]));
+    let first = scene.occupied(&place("a", 0), 1, 0, false);
+    let later = pb::Occupied { run: "later".into(), ..scene.occupied(&place("a", 1), 1, 0, false) };
+    scene.hello("a", 2, vec![first, later]);
+    scene.wait(2.0, &["a"]);
+    let kills = scene.sent.iter().filter(|(_, message)| matches!(message, Message::Kill(_)));
+    assert_eq!(kills.count(), 1);
+    assert_eq!(scene.start(7), [place("a", 0), place("a", 1)]);
 }
 
 #[test]

@@ -129,7 +129,7 @@ async fn create(
         return Err(Error::Invalid(format!("name = {:?}: must be {rule}", start.name)));
     }
     let spec = DatasetSpec::from_json(if start.spec_json.is_empty() { "{}" } else { &start.spec_json })?;
-    let _name = datasets.lock_name(&start.name).await;
+    let name = datasets.lock_name(&start.name).await;
     if let Some(dataset) = datasets.by_request(&start.request_id) {
         return Ok(response(&dataset.id, &dataset.rounds[0]));
     }
@@ -160,22 +160,23 @@ async fn create(
         (Ok(()), Ok(Err(Error::Aborted(what)))) => Err(pumped.err().unwrap_or(Error::Aborted(what))),
         (Ok(()), Ok(parsed)) => parsed,
     };
-    let committed = match made {
-        Ok((spec, round)) => datasets.commit(&id, spec, round.clone()).await.map(|()| round),
-        Err(error) => Err(error),
-    };
-    match committed {
-        Ok(round) => Ok(response(&id, &round)),
-        Err(error) => {
-            let datasets = Arc::clone(datasets);
+    let datasets = Arc::clone(datasets);
+    // A caller that goes away must not cut this in the middle.
+    let tail = tokio::spawn(async move {
+        let _name = name;
+        let committed = match made {
+            Ok((spec, round)) => datasets.commit(&id, spec, round.clone()).await.map(|()| round),
+            Err(error) => Err(error),
+        };
+        committed.map(|round| response(&id, &round)).inspect_err(|_| {
             tokio::spawn(async move {
                 if let Err(error) = datasets.remove_unborn(&id).await {
                     warn!(dataset = id, %error, "cannot remove slices of a list that failed");
                 }
             });
-            Err(error)
-        }
-    }
+        })
+    });
+    tail.await.map_err(|error| Error::Local(error.to_string()))?
 }
 
 async fn next(stream: &mut Streaming<pb::CreateDatasetRequest>) -> Result<Option<Part>, Error> {

@@ -79,7 +79,7 @@ impl FetchService for FetchApi {
         let pb::ReleaseLeaseRequest { term_seen, worker, dataset, shard, attempt: text, failure } =
             request.into_inner();
         self.0.term.hear(term_seen)?;
-        self.0.release(&worker, (&dataset, shard), attempt(&text)?, &failure).await?;
+        self.0.release(&worker, (&dataset, shard), attempt(&text)?, &failure);
         Ok(Response::new(pb::ReleaseLeaseResponse { term: self.term() }))
     }
 }

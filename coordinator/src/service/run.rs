@@ -59,7 +59,7 @@ impl RunService for RunApi {
 
     async fn watch_run(&self, request: Request<pb::GetRunRequest>) -> Result<Response<Self::WatchRunStream>, Status> {
         let name = request.into_inner().run;
-        self.0.revision(&name)?;
+        self.0.find(&name)?;
         let (sender, receiver) = mpsc::channel(1);
         let runs = Arc::clone(&self.0);
         tokio::spawn(async move { watch(&runs, &name, &sender).await });
@@ -70,7 +70,7 @@ impl RunService for RunApi {
 
     async fn get_logs(&self, request: Request<pb::GetLogsRequest>) -> Result<Response<Self::GetLogsStream>, Status> {
         let pb::GetLogsRequest { run, follow } = request.into_inner();
-        self.0.revision(&run)?;
+        self.0.find(&run)?;
         let (sender, receiver) = mpsc::channel(256);
         let runs = Arc::clone(&self.0);
         tokio::spawn(async move {

@@ -27,6 +27,10 @@ async fn serve(mut stream: TcpStream) -> std::io::Result<()> {
     let mut request = Vec::new();
     while !request.ends_with(b"\r\n\r\n") {
         request.push(stream.read_u8().await?);
+        // The first byte of a TLS handshake, which a plain server cannot read.
+        if request == [0x16] {
+            return stream.write_all(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n").await;
+        }
     }
     let request = String::from_utf8_lossy(&request).into_owned();
     let path = request.split(' ').nth(1).unwrap_or("/");
@@ -44,6 +48,7 @@ async fn serve(mut stream: TcpStream) -> std::io::Result<()> {
         }
         ("private", _) => with("302 Found\r\nLocation: http://10.0.0.1/x.jpg", b""),
         ("metadata", _) => with("302 Found\r\nLocation: http://169.254.169.254/latest", b""),
+        ("long", _) => with(&format!("302 Found\r\nLocation: /good/{}", "7".repeat(9000)), b""),
         ("file", _) => with("302 Found\r\nLocation: file:///etc/passwd", b""),
         ("gone", _) => with("410 Gone", b"gone"),
         ("missing", _) => with("404 Not Found", b"missing"),
@@ -163,6 +168,7 @@ async fn every_url_gets_its_one_outcome_and_index_outcomes_and_tars_agree() {
         (format!("{base}/private"), Err(Rejection::BlockedAddress)),
         (format!("{base}/metadata"), Err(Rejection::BlockedAddress)),
         (format!("{base}/file"), Err(Rejection::BadUrl)),
+        (format!("{base}/long"), Err(Rejection::Protocol)),
         (format!("{base}/gone"), Err(Rejection::NotFound)),
         (format!("{base}/missing"), Err(Rejection::NotFound)),
         (format!("{base}/broken"), Err(Rejection::HttpStatus)),
@@ -207,7 +213,7 @@ async fn every_url_gets_its_one_outcome_and_index_outcomes_and_tars_agree() {
     }
     assert_eq!(rows.len(), wanted.len());
     assert_eq!(rows[0].final_url, Some(format!("{base}/good/90")));
-    assert_eq!((rows[9].http_status, rows[22].http_status), (Some(503), None));
+    assert_eq!((rows[10].http_status, rows[23].http_status), (Some(503), None));
     let counted: BTreeMap<String, u64> = rows.iter().fold(BTreeMap::new(), |mut counts, row| {
         *counts.entry(row.outcome.clone()).or_default() += 1;
         counts

@@ -248,7 +248,10 @@ fn cpu_time_of_decode_resize_and_encode() {
     for entry in archive.entries().expect("a tar") {
         let mut bytes = Vec::new();
         std::io::Read::read_to_end(&mut entry.expect("whole"), &mut bytes).expect("whole");
-        photos.push(bytes);
+        // Folders stand in a tar too.
+        if !bytes.is_empty() {
+            photos.push(bytes);
+        }
     }
     let rules = Rules { resize: Resize { size: 256, quality: 95 }, limits: Limits::default(), ..rules() };
     let mut validator = Validator::new().expect("libjpeg-turbo");
@@ -260,8 +263,9 @@ fn cpu_time_of_decode_resize_and_encode() {
         (0..ROUNDS).for_each(|_| photos.iter().for_each(|photo| work(photo)));
         times.push((name, start.elapsed().as_secs_f64() * 1000.0 / n));
     };
-    let mut rejected = 0;
-    measure("all", &mut |photo| rejected += usize::from(validator.judge(photo, &rules).outcome.is_err()));
+    let mut rejected = Vec::new();
+    measure("all", &mut |photo| rejected.extend(validator.judge(photo, &rules).outcome.err()));
+    rejected.truncate(rejected.len() / ROUNDS);
     measure("sha256", &mut |photo| {
         std::hint::black_box(Sha256::digest(photo));
     });
@@ -286,5 +290,5 @@ fn cpu_time_of_decode_resize_and_encode() {
         let _ = hasher.phash(&square, 256);
     });
     let lines: String = times.iter().map(|(name, ms)| format!("{name}: {ms:.3} ms\n")).collect();
-    eprintln!("{} photos, {} rejected, one core, a photo:\n{lines}", photos.len(), rejected / ROUNDS);
+    eprintln!("{} photos, rejected: {rejected:?}; one core, a photo:\n{lines}", photos.len());
 }
