@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup build release demo test test-nccl libtorch pytorch clean
+.PHONY: help setup build demo test test-nccl libtorch pytorch clean
 
 tools := target/tools
 export PATH := $(CURDIR)/$(tools)/bin:$(PATH)
@@ -11,7 +11,6 @@ python := $(tools)/venv/bin/python
 help:
 	@echo "make demo [ARGS=...]      a rotted URL list goes in, a trained AlexNet comes out; all on this machine"
 	@echo "make build                the gleaner binary: target/debug/gleaner"
-	@echo "make release              the same for use: target/release/gleaner"
 	@echo "make test                 everything that has to hold, with the time of each stage"
 	@echo "make test-nccl            does the NCCL backend compile, link and start? (part of 'make test' when CI is set)"
 	@echo "make setup                libtorch and the build's tools, into target/; every other target does it first"
@@ -24,9 +23,6 @@ setup: $(tools)/ready target/libtorch/build-version
 
 build: setup
 	cargo build --locked -p gleaner
-
-release: setup
-	cargo build --locked --release -p gleaner
 
 demo: setup
 	cargo run --locked -p gleaner -- demo $(ARGS)
