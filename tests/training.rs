@@ -96,15 +96,15 @@ fn ledgers_are_equal_whatever_the_ranks_and_whoever_is_killed() {
     dataset(&mut cluster);
     cluster.start_trainer("trainer", 3);
     for (run, world) in [("one", 1), ("three", 3)] {
-        submit(&cluster, run, 40, &[&format!("ranks.min={world}"), &format!("ranks.max={world}")]);
+        submit(&cluster, run, 60, &[&format!("ranks.min={world}"), &format!("ranks.max={world}")]);
         wait(&cluster, run);
     }
     let undisturbed = ledger(&cluster, "one");
-    assert!(undisturbed.len() >= 40 * 5, "{undisturbed:?}");
+    assert!(undisturbed.len() >= 60 * 5, "{undisturbed:?}");
     assert_eq!(undisturbed.keys().copied().collect::<Vec<_>>(), (1..=undisturbed.len() as u64).collect::<Vec<_>>());
     assert_eq!(ledger(&cluster, "three"), undisturbed);
 
-    submit(&cluster, "killed", 40, &["ranks.min=2"]);
+    submit(&cluster, "killed", 60, &["ranks.min=2"]);
     for at in [20, 120] {
         cluster.eventually("the run has gone so far", |cluster| step(cluster, "killed") >= at);
         let ranks = cluster.ranks();
@@ -121,10 +121,10 @@ fn a_run_survives_its_coordinator_and_its_agent_and_a_cancel() {
     let mut cluster = Cluster::start();
     dataset(&mut cluster);
     cluster.start_trainer("trainer", 1);
-    submit(&cluster, "undisturbed", 60, &["ranks.max=1"]);
+    submit(&cluster, "undisturbed", 90, &["ranks.max=1"]);
     wait(&cluster, "undisturbed");
 
-    submit(&cluster, "disturbed", 60, &["ranks.max=1", "checkpoint.every_epochs=0.5"]);
+    submit(&cluster, "disturbed", 90, &["ranks.max=1", "checkpoint.every_epochs=0.5"]);
     cluster.eventually("the run has begun", |cluster| step(cluster, "disturbed") >= 2);
     cluster.kill("coordinator");
     cluster.start_coordinator();
