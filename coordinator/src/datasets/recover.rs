@@ -1,0 +1,103 @@
+//! A new coordinator's view of the datasets: all of it comes from listing the store.
+
+use std::sync::Arc;
+
+use futures::{StreamExt, TryStreamExt};
+use proto::manifest::Manifest;
+use proto::{DatasetSpec, ShardIndex, keys};
+use tracing::{error, info, warn};
+
+use super::{Dataset, Datasets, PARALLEL, Stage};
+use crate::catalog::Round;
+use crate::store::StoreError;
+
+impl Datasets {
+    /// Rebuilds the state from the store, and goes on with what an earlier coordinator had begun.
+    pub(crate) async fn recover(self: &Arc<Self>) -> anyhow::Result<()> {
+        let ids = self.store.folders(keys::DATASETS).await?;
+        let found: Vec<Option<(Dataset, Vec<u32>)>> = futures::stream::iter(ids)
+            .map(|id| {
+                let this = Arc::clone(self);
+                async move { this.recover_one(id).await }
+            })
+            .buffered(PARALLEL)
+            .try_collect()
+            .await?;
+        for (dataset, open) in found.into_iter().flatten() {
+            info!(dataset = &*dataset.id, open = open.len(), stage = stage_name(&dataset.stage), "dataset recovered");
+            self.admit(dataset, open, false);
+        }
+        Ok(())
+    }
+
+    /// One dataset and its uncommitted shards; None if there is nothing to go on with.
+    async fn recover_one(self: &Arc<Self>, id: String) -> anyhow::Result<Option<(Dataset, Vec<u32>)>> {
+        let rounds = self.store.get_all(self.store.list(&keys::rounds(&id)).await?).await?;
+        let dead = self.store.get(&keys::tombstone(&id)).await?.is_some();
+        if dead || rounds.is_empty() {
+            // A list that was never read to its end. The tombstone first, so that whoever still works on it comes too late.
+            let this = Arc::clone(self);
+            tokio::spawn(async move {
+                if let Err(error) = this.remove(&id).await {
+                    warn!(dataset = id, %error, "cannot remove a dead dataset; the next coordinator will try again");
+                }
+            });
+            return Ok(None);
+        }
+        let recovered = async {
+            let rounds = rounds.iter().map(|(_, json)| Round::from_json(json)).collect::<Result<Vec<_>, _>>()?;
+            let spec_json = String::from_utf8(self.store.need(&keys::dataset_spec(&id)).await?.to_vec())?;
+            let spec = DatasetSpec::from_json(&spec_json)?;
+            let mut dataset = Dataset::new(&id, spec, rounds)?;
+            let mut open = dataset.shards();
+            for (key, json) in self.store.get_all(self.store.list(&keys::indexes(&id)).await?).await? {
+                let index = ShardIndex::from_json(&json).map_err(|e| anyhow::anyhow!("{key}: {e}"))?;
+                dataset.count(&index);
+                if let Ok(at) = open.binary_search(&index.shard) {
+                    open.remove(at);
+                }
+            }
+            if open.is_empty() {
+                dataset.stage = match self.latest_manifest(&id).await? {
+                    Some(manifest) if manifest.rounds as usize >= dataset.rounds.len() => Stage::Ready(manifest.into()),
+                    _ => Stage::Sealing,
+                };
+            }
+            anyhow::Ok((dataset, open))
+        };
+        match recovered.await {
+            Ok(found) => Ok(Some(found)),
+            Err(error) if error.is::<StoreError>() => Err(error),
+            // One broken dataset must not keep the cluster from starting.
+            Err(error) => {
+                error!(dataset = id, error = format!("{error:#}"), "dataset cannot be read; it is left out");
+                Ok(None)
+            }
+        }
+    }
+
+    async fn latest_manifest(&self, id: &str) -> anyhow::Result<Option<Manifest>> {
+        match self.latest_version(id).await? {
+            0 => Ok(None),
+            version => {
+                let json = self.store.need(&keys::manifest(id, version)).await?;
+                Ok(Some(Manifest::from_json(&json)?))
+            }
+        }
+    }
+
+    pub(super) async fn latest_version(&self, id: &str) -> Result<u32, StoreError> {
+        let keys = self.store.list(&keys::manifests(id)).await?;
+        let versions = keys.iter().filter(|key| key.ends_with(".json")).filter_map(|key| keys::number(key).ok());
+        Ok(versions.max().and_then(|version| u32::try_from(version).ok()).unwrap_or(0))
+    }
+}
+
+fn stage_name(stage: &Stage) -> &'static str {
+    match stage {
+        Stage::Fetching => "fetching",
+        Stage::Sealing => "sealing",
+        Stage::Ready(_) => "ready",
+        Stage::Failed(_) => "failed",
+    }
+}

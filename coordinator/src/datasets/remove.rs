@@ -1,0 +1,70 @@
+//! The end of a dataset: a tombstone, then everything under it.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use proto::keys;
+use serde::Serialize;
+use tracing::{info, warn};
+
+use super::Datasets;
+use crate::error::Error;
+use crate::store::{StoreError, nonce, wall_millis};
+
+/// `tombstone.json`.
+#[derive(Serialize)]
+struct Tombstone {
+    nonce: String,
+    /// For people only.
+    at_millis: u64,
+}
+
+impl Datasets {
+    /// Puts the tombstone and forgets the dataset; its objects are removed in the background.
+    pub(crate) async fn delete(self: &Arc<Self>, name: &str) -> Result<(), Error> {
+        let (dataset, _) = self.find(name)?;
+        self.bury(&dataset.id).await?;
+        {
+            let mut state = self.state();
+            state.ledger.remove(&dataset.id);
+            state.live.remove(&dataset.id);
+        }
+        info!(dataset = &*dataset.id, "dataset deleted");
+        let this = Arc::clone(self);
+        tokio::spawn(async move {
+            if let Err(error) = this.remove(&dataset.id).await {
+                warn!(dataset = &*dataset.id, %error, "cannot remove all objects; the next coordinator will go on");
+            }
+        });
+        Ok(())
+    }
+
+    async fn bury(&self, id: &str) -> Result<(), StoreError> {
+        let tombstone = Tombstone { nonce: nonce(), at_millis: wall_millis() };
+        let json = serde_json::to_vec(&tombstone).unwrap_or_default();
+        self.store.create(&keys::tombstone(id), Bytes::from(json), &tombstone.nonce).await.map(drop)
+    }
+
+    /// Removes everything under a dataset, its tombstone last. Once more after a while: a worker that had not heard of the end
+    /// may have written meanwhile.
+    pub(crate) async fn remove(&self, id: &str) -> Result<(), StoreError> {
+        self.bury(id).await?;
+        let tombstone = keys::tombstone(id);
+        let lease = self.state().ledger.lease();
+        for last in [false, true] {
+            let mut keys = self.store.list(&keys::dataset(id)).await?;
+            keys.retain(|key| *key != tombstone);
+            self.store.delete_all(keys).await?;
+            if !last {
+                tokio::time::sleep(lease * 2).await;
+            }
+        }
+        self.store.delete_all(vec![tombstone]).await
+    }
+
+    /// Removes the slices of a list that failed before anything was committed.
+    pub(crate) async fn remove_unborn(&self, id: &str) -> Result<(), StoreError> {
+        let keys = self.store.list(&keys::dataset(id)).await?;
+        if keys.is_empty() { Ok(()) } else { self.remove(id).await }
+    }
+}
