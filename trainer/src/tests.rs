@@ -321,6 +321,33 @@ fn one_two_and_three_ranks_see_the_same_samples_and_learn_the_same() {
 }
 
 #[test]
+fn one_two_and_three_ranks_have_the_same_gradients_in_single_precision() {
+    let world = World::new();
+    // After one step without weight decay the momenta are the gradients.
+    let spec = spec("f32").replace(r#""epochs": 4, "batch": 30"#, r#""epochs": 1, "batch": 150, "weight_decay": 0.0"#);
+    let gradients = |run: &str, ranks: usize| -> Named {
+        let ranks: Vec<Rank> = (0..ranks).map(|_| world.rank()).collect();
+        let _generation = world.generation(run, &spec, 1, &ranks.iter().collect::<Vec<_>>(), None);
+        for rank in &ranks {
+            rank.left(Why::Finished);
+        }
+        let end = last_checkpoint(&ranks[0].all()).expect("one is written at the end");
+        let read = checkpoint::read(&world.store, &end.key, &end.digests, 1);
+        let (progress, tensors) = world.runtime.block_on(read).expect("a whole checkpoint");
+        assert_eq!(progress.step, 1);
+        tensors.into_iter().filter(|(name, _)| name.starts_with("momentum.")).collect()
+    };
+    let one = gradients("one", 1);
+    assert!(one.len() > 20, "{} parameters", one.len());
+    for others in [gradients("two", 2), gradients("three", 3)] {
+        for ((name, mine), (_, others)) in one.iter().zip(&others) {
+            let (difference, size) = ((mine - others).norm().double_value(&[]), mine.norm().double_value(&[]));
+            assert!(size > 0.0 && difference <= 1e-5 * size, "{name}: {difference:e} of {size:e}");
+        }
+    }
+}
+
+#[test]
 fn survivors_of_a_lost_rank_go_on_and_end_as_an_undisturbed_run() {
     let world = World::new();
     let undisturbed = world.whole("undisturbed", &spec("f64"), 1);
