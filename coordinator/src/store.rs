@@ -251,7 +251,60 @@ async fn retry<T, F: Future<Output = Result<T, Cause>>>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use futures::stream::BoxStream;
     use object_store::memory::InMemory;
+    use object_store::{
+        CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, PutMultipartOptions, PutPayload,
+        PutResult, Result,
+    };
+
+    /// Takes every put, whatever its condition: what some S3 servers do.
+    #[derive(Debug)]
+    struct Careless(InMemory);
+
+    impl std::fmt::Display for Careless {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("Careless")
+        }
+    }
+
+    #[tonic::async_trait]
+    impl ObjectStore for Careless {
+        async fn put_opts(&self, location: &Path, payload: PutPayload, _: PutOptions) -> Result<PutResult> {
+            self.0.put_opts(location, payload, PutOptions::default()).await
+        }
+
+        async fn put_multipart_opts(&self, at: &Path, how: PutMultipartOptions) -> Result<Box<dyn MultipartUpload>> {
+            self.0.put_multipart_opts(at, how).await
+        }
+
+        async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
+            self.0.get_opts(location, options).await
+        }
+
+        fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
+            self.0.delete_stream(locations)
+        }
+
+        fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
+            self.0.list(prefix)
+        }
+
+        async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
+            self.0.list_with_delimiter(prefix).await
+        }
+
+        async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
+            self.0.copy_opts(from, to, options).await
+        }
+    }
+
+    #[tokio::test]
+    async fn a_store_that_ignores_put_if_absent_is_refused_with_the_way_out() {
+        let refusal = Store::new(Arc::new(Careless(InMemory::new()))).check().await.expect_err("all puts win");
+        let said = refusal.to_string();
+        assert!(said.contains("16 of 16 racing puts") && said.contains("If-None-Match"), "{said}");
+    }
 
     #[tokio::test]
     async fn a_put_that_is_retried_after_it_won_has_won() {
