@@ -213,4 +213,14 @@ fn the_whole_job_runs_on_a_real_s3_server() {
     );
     let run = cluster.json(&["run", "describe", "s3"]);
     assert_eq!(run["state"], "done", "{run}");
+
+    let model = cluster.path("model").display().to_string();
+    cluster.gleaner(&["run", "model", "s3", "--to", &model]);
+    let script = root().join("tests/python/exported_model.py");
+    let differences = printed(python("python").arg(script).arg(&model));
+    assert_eq!(differences.split_whitespace().count(), 4, "{differences}");
+    for difference in differences.split_whitespace() {
+        let difference: f64 = difference.parse().expect("a number");
+        assert!(difference < 1e-4, "TorchScript, ONNX: {differences}");
+    }
 }

@@ -472,6 +472,18 @@ impl Runs {
         })
     }
 
+    /// The folder of a done run's model, and the digests of its files by name.
+    pub(crate) async fn model(&self, name: &str) -> Result<(String, BTreeMap<String, String>), Error> {
+        self.load(name).await?;
+        let state = self.state();
+        let record = state.records.get(name).ok_or_else(|| Error::NotFound(format!("no run is called {name:?}")))?;
+        let done = record.events.iter().rev().find_map(|record| match &record.event {
+            RunEvent::Done { model, digests } => Some((model.clone(), digests.clone())),
+            _ => None,
+        });
+        done.ok_or_else(|| Error::Precondition(format!("run {name:?} is not done: a model is written at its end")))
+    }
+
     /// The points of the learning curve, of these kinds only unless there are none, in order.
     pub(crate) async fn points(&self, name: &str, kinds: &[String]) -> Result<Vec<pb::Metric>, Error> {
         self.load(name).await?;

@@ -3,7 +3,7 @@
 //!
 //! - [`cli`]: the command tree; [`exit`]: how a command ends; [`output`]: what it prints;
 //! - [`roles`]: `coordinator`, `worker`, `trainer`, `rank`; [`local`]: all of them as one process tree; [`store`]: opens the store;
-//! - [`client`]: the way to the coordinator; [`dataset`], [`lists`], [`run`], [`settings`], [`status`], [`doctor`]: for people;
+//! - [`client`]: the way to the coordinator; [`dataset`], [`lists`], [`run`], [`model`], [`settings`], [`status`], [`doctor`]: for people;
 //! - `demo`: the whole job, shown on one machine.
 
 mod cli;
@@ -15,6 +15,7 @@ mod doctor;
 mod exit;
 mod lists;
 mod local;
+mod model;
 mod output;
 mod roles;
 mod run;

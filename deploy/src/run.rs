@@ -19,6 +19,7 @@ use uuid::Uuid;
 use crate::client::{Cluster, ClusterArgs, answer, follow, insist, wait_for};
 use crate::dataset::TimeoutArgs;
 use crate::exit::{Ended, Exit};
+use crate::model::ModelArgs;
 use crate::output::{Format, Progress, Table, note, say, say_json, state_name, unfold_spec};
 use crate::settings;
 
@@ -59,6 +60,8 @@ pub(crate) enum Command {
         #[arg(long)]
         csv: bool,
     },
+    /// Fetch a done run's model: safetensors, ONNX, TorchScript, and a description
+    Model(ModelArgs),
     /// End a run after the step it is at, with a checkpoint
     Cancel(NameArgs),
     /// Queue a cancelled or failed run again, from its last checkpoint
@@ -123,6 +126,7 @@ pub(crate) async fn run(command: Command) -> Result<()> {
         Command::Wait { of, timeout } => wait(&of, timeout.timeout, false).await,
         Command::Logs { of, follow } => logs(&of, follow).await,
         Command::Metrics { of, kind, csv } => metrics(&of, kind, csv).await,
+        Command::Model(args) => crate::model::run(args).await,
         Command::Cancel(of) => cancel(&of).await,
         Command::Resume { of, wait, timeout } => resume(&of, wait, timeout.timeout).await,
     }

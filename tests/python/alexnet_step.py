@@ -4,29 +4,11 @@ usage: alexnet_step.py BATCH STEP ARCH LEARNING_RATE MOMENTUM WEIGHT_DECAY LABEL
 Prints the largest differences, relative to the largest value of each tensor, of: logits, loss, gradients, stepped values.
 """
 
-import json
 import sys
 
 import torch
+from tensors import load_file
 from torch import nn
-
-DTYPES = {"F32": torch.float32, "F64": torch.float64, "I64": torch.int64}
-
-
-def load_file(path):
-    """The tensors of a safetensors file."""
-    with open(path, "rb") as file:
-        data = file.read()
-    start = 8 + int.from_bytes(data[:8], "little")
-
-    def tensor(info):
-        begin, end = info["data_offsets"]
-        flat = torch.frombuffer(bytearray(data[start + begin : start + end]), dtype=DTYPES[info["dtype"]])
-        return flat.reshape(info["shape"])
-
-    header = json.loads(data[8:start])
-    return {name: tensor(info) for name, info in header.items() if name != "__metadata__"}
-
 
 batch, step, arch, *numbers = sys.argv[1:]
 learning_rate, momentum, weight_decay, label_smoothing = map(float, numbers)

@@ -11,6 +11,8 @@
 //! alone. So the numbers are the same on any number of ranks, and nothing need be sent in forward or backward. With it a layer has no bias of
 //! its own, since the norm would take it out again.
 
+mod export;
+
 use proto::run_spec::{Arch, Model};
 use tch::{Device, Kind, Tensor};
 
@@ -163,6 +165,11 @@ impl AlexNet {
         self.features.iter().chain(&self.hidden).chain([&self.output])
     }
 
+    /// Stride and padding of each convolution, and whether a pooling of 3 x 3 and stride 2 follows.
+    fn geometry(&self) -> [(i64, i64, bool); 5] {
+        [(self.stride, 2, true), (1, 2, true), (1, 1, false), (1, 1, false), (1, 1, true)]
+    }
+
     fn forward(
         &self,
         images: &Tensor,
@@ -174,11 +181,10 @@ impl AlexNet {
             None => x.shallow_clone().relu_(),
         };
         let mut x = images.shallow_clone();
-        for (index, layer) in self.features.iter().enumerate() {
-            let (stride, padding) = [(self.stride, 2), (1, 2), (1, 1), (1, 1), (1, 1)][index];
+        for (layer, (stride, padding, pools)) in self.features.iter().zip(self.geometry()) {
             x = x.conv2d(&layer.weight, layer.bias.as_ref(), [stride, stride], [padding, padding], [1, 1], 1);
             x = activate(layer, x);
-            if matches!(index, 0 | 1 | 4) {
+            if pools {
                 x = x.max_pool2d([3, 3], [2, 2], [0, 0], [1, 1], false);
             }
         }

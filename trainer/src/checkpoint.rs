@@ -13,7 +13,7 @@ use safetensors::tensor::{Dtype, SafeTensors, View};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use crate::alexnet::Named;
+use crate::alexnet::{AlexNet, Named};
 use crate::history::{Line, Sums};
 use crate::stream::{get_checked, put};
 
@@ -152,19 +152,15 @@ struct Description<'a> {
     test: Option<Sums>,
 }
 
-/// Writes the model's folder. Returns it and the digests of its files.
+/// Writes the folder of a model that is as `network` evaluates. Returns it and the digests of its files.
 pub(crate) async fn export(
     store: &Arc<dyn ObjectStore>,
     run: &str,
     spec: &RunSpec,
     manifest: &Manifest,
-    tensors: &Named,
+    network: &AlexNet,
     test: Option<Sums>,
 ) -> Result<(String, HashMap<String, String>)> {
-    let weights = tensors
-        .iter()
-        .map(|(name, tensor)| copy(&(name.clone(), tensor.f_to_kind(Kind::Float)?)))
-        .collect::<Result<Vec<_>>>()?;
     let classes = manifest.classes.iter().map(|class| Class { synset: class.synset.clone(), name: class.name.clone() });
     let description = Description {
         format: 1,
@@ -179,17 +175,33 @@ pub(crate) async fn export(
         epochs: spec.train.epochs,
         test: test.map(|sums| sums.mean()),
     };
+    let weights = network.parameters().into_iter().chain(network.buffers());
+    let weights = weights.map(|(name, tensor)| copy(&(name, tensor.f_to_kind(Kind::Float)?)));
+    let weights = safetensors::serialize(weights.collect::<Result<Vec<_>>>()?, None);
+    let weights = weights.context("failed to write the model")?;
+    let properties = [
+        ("run", run.to_owned()),
+        ("classes", serde_json::to_string(&description.classes)?),
+        ("input", "RGB, each value from 0 to 1".to_owned()),
+    ];
+    let (folded, crop) = (network.folded(), i64::from(spec.input.crop));
+    let channels = |of: [f64; 3]| Tensor::from_slice(&of.map(|value| value as f32));
+    let (mean, deviation) = (channels(manifest.mean), channels(manifest.std));
+    let files = [
+        ("model.safetensors", weights),
+        ("model.onnx", folded.onnx(crop, &mean, &deviation, &properties)?),
+        ("model.pt", folded.torchscript(crop, &mean, &deviation)?),
+        ("model.json", serde_json::to_vec_pretty(&description)?),
+    ];
     let folder = keys::model(run);
-    let weights = safetensors::serialize(weights, None).context("failed to write the model")?;
-    let description = serde_json::to_vec_pretty(&description)?;
-    let digests = put_files(store, &folder, [("model.safetensors", weights), ("model.json", description)]).await?;
+    let digests = put_files(store, &folder, files).await?;
     Ok((folder, digests))
 }
 
-async fn put_files(
+async fn put_files<const N: usize>(
     store: &Arc<dyn ObjectStore>,
     folder: &str,
-    files: [(&str, Vec<u8>); 2],
+    files: [(&str, Vec<u8>); N],
 ) -> Result<HashMap<String, String>> {
     let mut digests = HashMap::new();
     for (name, bytes) in files {

@@ -25,6 +25,7 @@ mod job;
 mod link;
 mod loader;
 mod logs;
+mod onnx;
 mod plan;
 mod process;
 mod random;

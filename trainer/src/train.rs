@@ -164,8 +164,8 @@ pub(crate) fn generation(
     }
     records.finish(job);
     if seat.rank == 0 {
-        let (weights, test) = (job.weights(), test.map(|(sums, _)| sums));
-        let export = checkpoint::export(&job.home.store, &job.run, &job.spec, &job.manifest, &weights, test);
+        let test = test.map(|(sums, _)| sums);
+        let export = checkpoint::export(&job.home.store, &job.run, &job.spec, &job.manifest, &job.model, test);
         let (key, digests) = job.home.runtime.block_on(export)?;
         reports.finished(key, digests);
     }

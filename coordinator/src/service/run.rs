@@ -4,6 +4,8 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::StreamExt;
+use futures::stream::BoxStream;
 use proto::pb::run_service_server::RunService;
 use proto::pb::{self};
 use tokio::sync::mpsc;
@@ -15,6 +17,9 @@ use crate::runs::Runs;
 
 /// Between two messages to one watcher.
 const WATCH_PERIOD: Duration = Duration::from_millis(250);
+
+/// Bytes of a model's file in one message, at most.
+const MODEL_PIECE: usize = 1 << 20;
 
 /// How often the store is asked for more log lines.
 const LOG_PERIOD: Duration = Duration::from_secs(1);
@@ -100,6 +105,33 @@ impl RunService for RunApi {
         let pb::ResumeRunRequest { request_id, run } = request.into_inner();
         self.0.resume(&run, request_id).await?;
         self.describe(&run).await
+    }
+
+    type GetModelFileStream = BoxStream<'static, Result<pb::ModelPiece, Status>>;
+
+    async fn get_model_file(
+        &self,
+        request: Request<pb::GetModelFileRequest>,
+    ) -> Result<Response<Self::GetModelFileStream>, Status> {
+        let pb::GetModelFileRequest { run, file } = request.into_inner();
+        let (folder, digests) = self.0.model(&run).await?;
+        if !digests.contains_key(&file) {
+            let files = digests.into_keys().collect::<Vec<_>>().join(", ");
+            return Err(Status::not_found(format!("the model of run {run:?} has no file {file:?}, but: {files}")));
+        }
+        let key = format!("{folder}/{file}");
+        let bytes = self.0.store.stream(&key).await.map_err(Error::from)?;
+        let bytes = bytes.ok_or_else(|| Status::data_loss(format!("{key} is gone from the store")))?;
+        let pieces = bytes.flat_map(move |read| {
+            futures::stream::iter(match read {
+                Ok(bytes) => {
+                    let part = |at: usize| bytes.slice(at..(at + MODEL_PIECE).min(bytes.len()));
+                    (0..bytes.len()).step_by(MODEL_PIECE).map(|at| Ok(pb::ModelPiece { bytes: part(at) })).collect()
+                }
+                Err(error) => vec![Err(Status::unavailable(format!("{key}: {error}")))],
+            })
+        });
+        Ok(Response::new(pieces.boxed()))
     }
 
     async fn get_status(&self, _: Request<pb::GetStatusRequest>) -> Result<Response<pb::Status>, Status> {
