@@ -5,7 +5,13 @@ use std::path::PathBuf;
 
 use prost_types::FileDescriptorSet;
 
-const FILES: [&str; 4] = ["dataset.proto", "fetch.proto", "run.proto", "trainer.proto"];
+const FILES: [&str; 5] = [
+    "gleaner/v1/dataset.proto",
+    "gleaner/v1/fetch.proto",
+    "gleaner/v1/run.proto",
+    "gleaner/v1/trainer.proto",
+    "externalscaler/externalscaler.proto",
+];
 
 /// Messages that the command line also prints as JSON.
 const PRINTED: [&str; 10] = [
@@ -23,8 +29,7 @@ const PRINTED: [&str; 10] = [
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=proto");
-    let files = FILES.map(|file| format!("gleaner/v1/{file}"));
-    let descriptors: FileDescriptorSet = protox::compile(files, ["proto"])?;
+    let descriptors: FileDescriptorSet = protox::compile(FILES, ["proto"])?;
     let out = PathBuf::from(std::env::var("OUT_DIR")?);
     std::fs::write(out.join("descriptors.bin"), prost::Message::encode_to_vec(&descriptors))?;
     let mut config = tonic_prost_build::configure();

@@ -187,6 +187,20 @@ impl Datasets {
         state.live.values().map(|dataset| (dataset.clone(), state.ledger.counts(&dataset.id))).collect()
     }
 
+    /// The uncommitted shards of all datasets.
+    pub(crate) fn totals(&self) -> Counts {
+        self.state().ledger.totals()
+    }
+
+    /// How many datasets there are by stage.
+    pub(crate) fn stages(&self) -> BTreeMap<&'static str, u64> {
+        let mut stages = BTreeMap::from(["fetching", "sealing", "ready", "failed"].map(|stage| (stage, 0)));
+        for dataset in self.state().live.values() {
+            *stages.entry(recover::stage_name(&dataset.stage)).or_default() += 1;
+        }
+        stages
+    }
+
     /// The live dataset of that name (or `<name>-<uid>`).
     pub(crate) fn find(&self, name: &str) -> Result<(Dataset, Counts), Error> {
         let state = self.state();

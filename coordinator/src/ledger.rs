@@ -194,9 +194,17 @@ impl Ledger {
 
     /// A dataset's uncommitted shards.
     pub(crate) fn counts(&self, dataset: &str) -> Counts {
+        self.count(|name| name == dataset)
+    }
+
+    /// All uncommitted shards.
+    pub(crate) fn totals(&self) -> Counts {
+        self.count(|_| true)
+    }
+
+    fn count(&self, which: impl Fn(&str) -> bool) -> Counts {
         let mut counts = Counts::default();
-        for open in self.datasets.iter().filter(|(name, _)| &**name == dataset).flat_map(|(_, shards)| shards.values())
-        {
+        for open in self.datasets.iter().filter(|(name, _)| which(name)).flat_map(|(_, shards)| shards.values()) {
             match open.state {
                 State::Leased { .. } => counts.leased += 1,
                 _ => counts.waiting += 1,

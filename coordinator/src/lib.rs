@@ -9,6 +9,7 @@
 //! - `datasets`, `manifest`: the state of all datasets, and their sealing;
 //! - `roster` (pure), `runs`: which rank runs where, and each run's history;
 //! - `service`: the gRPC face of all that;
+//! - [`metrics`]: what is measured of all that;
 //! - `store`, `term`, `error`: what they stand on.
 
 mod catalog;
@@ -17,6 +18,7 @@ mod error;
 mod ledger;
 mod list;
 mod manifest;
+pub mod metrics;
 mod roster;
 mod runs;
 mod service;
@@ -30,6 +32,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use object_store::ObjectStore;
+use proto::keda::external_scaler_server::ExternalScalerServer;
 use proto::pb;
 use proto::pb::dataset_service_server::DatasetServiceServer;
 use proto::pb::fetch_service_server::FetchServiceServer;
@@ -46,6 +49,7 @@ use crate::runs::Runs;
 use crate::service::dataset::DatasetApi;
 use crate::service::fetch::FetchApi;
 use crate::service::run::RunApi;
+use crate::service::scaler::ScalerApi;
 use crate::service::trainer::TrainerApi;
 use crate::store::Store;
 use crate::term::Term;
@@ -106,6 +110,7 @@ pub async fn run(
     let _end = tasks.clone().drop_guard();
     tokio::spawn(tasks.clone().run_until_cancelled_owned(Arc::clone(&datasets).watch_leases()));
     tokio::spawn(tasks.clone().run_until_cancelled_owned(drive));
+    tokio::spawn(tasks.clone().run_until_cancelled_owned(metrics::watch(Arc::clone(&runs))));
 
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(pb::DESCRIPTORS)
@@ -124,8 +129,10 @@ pub async fn run(
             FetchServiceServer::new(FetchApi(Arc::clone(&datasets))).max_decoding_message_size(LARGEST_MESSAGE),
         )
         .add_service(RunServiceServer::new(RunApi(Arc::clone(&runs))).max_decoding_message_size(LARGEST_MESSAGE))
+        .add_service(ExternalScalerServer::new(ScalerApi(Arc::clone(&runs))))
         .add_service(TrainerServiceServer::new(TrainerApi::new(runs)).max_decoding_message_size(LARGEST_MESSAGE));
     health.set_serving::<DatasetServiceServer<DatasetApi>>().await;
+    metrics::set_ready(true);
 
     let stop = CancellationToken::new();
     let serve = router.serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.clone().cancelled_owned());
@@ -136,6 +143,7 @@ pub async fn run(
         reason = until_over(&term, &store) => Some(reason),
     };
     health.set_not_serving::<DatasetServiceServer<DatasetApi>>().await;
+    metrics::set_ready(false);
     stop.cancel();
     // Watchers and long polls do not end by themselves.
     let _ = tokio::time::timeout(DRAIN, serve).await;

@@ -17,6 +17,7 @@ use tracing::{error, info, warn};
 
 use crate::datasets::{Datasets, Stage};
 use crate::error::Error;
+use crate::metrics::RunFigures;
 use crate::roster::{Action, Now, Roster, Run};
 use crate::store::{Created, Store, StoreError, nonce, wall_millis};
 use crate::term::Term;
@@ -532,6 +533,49 @@ impl Runs {
     /// The end of an agent's stream.
     pub(crate) async fn gone(&self, agent: &str, connection: u64) {
         let _ = self.inputs.send(Input::Gone { agent: agent.to_owned(), connection }).await;
+    }
+
+    /// Devices that runs which have not ended would take, all together.
+    pub(crate) fn devices_wanted(&self) -> u64 {
+        use pb::RunState::{Running, Waiting};
+        let state = self.state();
+        let runs = state.roster.runs.values().filter(|run| matches!(run.state(), Waiting | Running));
+        runs.map(|run| u64::from(run.spec.ranks.max)).sum()
+    }
+
+    /// How many runs there are by state.
+    pub(crate) fn states(&self) -> BTreeMap<&'static str, u64> {
+        use pb::RunState::{Cancelled, Cancelling, Done, Failed, Running, Waiting};
+        let state = self.state();
+        let of = |wanted| state.roster.runs.values().filter(|run| run.state() == wanted).count() as u64;
+        let names = [
+            ("waiting", Waiting),
+            ("running", Running),
+            ("cancelling", Cancelling),
+            ("done", Done),
+            ("failed", Failed),
+            ("cancelled", Cancelled),
+        ];
+        names.into_iter().map(|(name, wanted)| (name, of(wanted))).collect()
+    }
+
+    /// The figures of every run that has not ended.
+    pub(crate) fn figures(&self) -> Vec<RunFigures> {
+        let state = self.state();
+        let going = state.roster.runs.iter().filter(|(_, run)| !matches!(run.phase, crate::roster::Phase::Ended(_)));
+        let figures = going.map(|(name, run)| {
+            let points = state.records.get(name).map_or(&[][..], |record| &record.points);
+            let newest = |kind: &&str| points.iter().rfind(|point| point.kind == *kind).cloned();
+            RunFigures {
+                run: name.clone(),
+                step: run.step,
+                checkpoint: run.checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.step),
+                generation: run.generation,
+                ranks: run.world,
+                newest: ["step", "train", "validation", "test"].iter().filter_map(newest).collect(),
+            }
+        });
+        figures.collect()
     }
 
     /// Connected agents with what sits on their devices, then how many runs wait and how many run.

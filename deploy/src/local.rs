@@ -62,7 +62,7 @@ pub(crate) async fn run(args: Args, log_format: LogFormat) -> Result<()> {
     // A store that cannot be opened is one clear error here, and not a child that dies again and again; so is a port in use.
     drop(store::open(&args.store)?);
     let _lock = lock(&args.store)?;
-    let listen = roles::bind(args.listen).await?.local_addr()?;
+    let listen = roles::bind(args.listen, "--listen").await?.local_addr()?;
     let address = format!("http://{}", reachable(listen));
 
     let stop_clients = CancellationToken::new();

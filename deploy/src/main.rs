@@ -2,7 +2,8 @@
 //! commands for people. The work itself is in the roles' crates.
 //!
 //! - [`cli`]: the command tree; [`exit`]: how a command ends; [`output`]: what it prints;
-//! - [`roles`]: `coordinator`, `worker`, `trainer`, `rank`; [`local`]: all of them as one process tree; [`store`]: opens the store;
+//! - [`roles`]: `coordinator`, `worker`, `trainer`, `rank`; [`local`]: all of them as one process tree; [`store`]: opens the store,
+//!   [`metered`] counts its requests, [`metrics`] tells of them over HTTP;
 //! - [`client`]: the way to the coordinator; [`dataset`], [`lists`], [`run`], [`model`], [`settings`], [`status`], [`doctor`]: for people;
 //! - `demo`: the whole job, shown on one machine.
 
@@ -15,6 +16,8 @@ mod doctor;
 mod exit;
 mod lists;
 mod local;
+mod metered;
+mod metrics;
 mod model;
 mod output;
 mod roles;

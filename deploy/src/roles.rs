@@ -11,6 +11,7 @@ use tracing::info;
 
 use crate::client;
 use crate::exit::Ended;
+use crate::metrics::{self, MetricsArgs, Told};
 use crate::store::{self, StoreArgs};
 
 /// A role that does not end within this time after it was told to is left behind.
@@ -38,6 +39,8 @@ pub(crate) struct CoordinatorArgs {
     #[command(flatten)]
     end: EndArgs,
     #[command(flatten)]
+    metrics: MetricsArgs,
+    #[command(flatten)]
     config: coordinator::Config,
 }
 
@@ -48,6 +51,8 @@ pub(crate) struct WorkerArgs {
     store: StoreArgs,
     #[command(flatten)]
     end: EndArgs,
+    #[command(flatten)]
+    metrics: MetricsArgs,
     #[command(flatten)]
     config: worker::Config,
 }
@@ -60,6 +65,8 @@ pub(crate) struct TrainerArgs {
     store: StoreArgs,
     #[command(flatten)]
     end: EndArgs,
+    #[command(flatten)]
+    metrics: MetricsArgs,
     #[command(flatten)]
     config: trainer::Config,
 }
@@ -74,8 +81,11 @@ pub(crate) struct RankArgs {
 
 /// Runs the coordinator until it is told to end.
 pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
-    let store = store::open(&args.store.store)?;
-    let listener = bind(args.listen).await?;
+    let store = store::open_metered(&args.store.store)?;
+    let told =
+        Told { role: "coordinator", register: coordinator::metrics::register, ready: coordinator::metrics::ready };
+    metrics::serve(&args.metrics, told).await?;
+    let listener = bind(args.listen, "--listen").await?;
     info!(address = %listener.local_addr()?, store = args.store.store, "coordinator listens");
     until_told(args.end, |shutdown| coordinator::run(args.config, store, listener, shutdown)).await
 }
@@ -83,7 +93,9 @@ pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
 /// Runs a fetch worker until it is told to end.
 pub(crate) async fn worker(mut args: WorkerArgs) -> Result<()> {
     args.config.coordinator = client::address(&args.config.coordinator).map_err(Ended::usage)?;
-    let store = store::open(&args.store.store)?;
+    let store = store::open_metered(&args.store.store)?;
+    let told = Told { role: "worker", register: worker::metrics::register, ready: worker::metrics::ready };
+    metrics::serve(&args.metrics, told).await?;
     until_told(args.end, |shutdown| worker::run(args.config, store, shutdown)).await
 }
 
@@ -91,7 +103,9 @@ pub(crate) async fn worker(mut args: WorkerArgs) -> Result<()> {
 #[cfg(feature = "trainer")]
 pub(crate) async fn trainer(mut args: TrainerArgs) -> Result<()> {
     args.config.coordinator = client::address(&args.config.coordinator).map_err(Ended::usage)?;
-    let store = store::open(&args.store.store)?;
+    let store = store::open_metered(&args.store.store)?;
+    let told = Told { role: "trainer", register: trainer::metrics::register, ready: trainer::metrics::ready };
+    metrics::serve(&args.metrics, told).await?;
     let mut rank_command = vec![std::env::current_exe()?.into_os_string()];
     rank_command.extend(["rank", "--store", &args.store.store].map(Into::into));
     until_told(args.end, |shutdown| trainer::run(args.config, store, rank_command, shutdown)).await
@@ -104,10 +118,10 @@ pub(crate) async fn rank(args: RankArgs) -> Result<()> {
     trainer::run_rank(store).await
 }
 
-/// Binds the socket, or says who may be in the way.
-pub(crate) async fn bind(address: SocketAddr) -> Result<TcpListener> {
+/// Binds the socket that `flag` names, or says who may be in the way.
+pub(crate) async fn bind(address: SocketAddr, flag: &str) -> Result<TcpListener> {
     TcpListener::bind(address).await.with_context(|| {
-        format!("cannot listen at {address}: another program has the port, or the address is not this machine's; choose another with --listen")
+        format!("cannot listen at {address}: another program has the port, or the address is not this machine's; choose another with {flag}")
     })
 }
 

@@ -10,6 +10,7 @@ use object_store::{ObjectStore, parse_url_opts};
 use url::Url;
 
 use crate::exit::Ended;
+use crate::metered::Metered;
 
 /// What every role takes.
 #[derive(Debug, Clone, clap::Args)]
@@ -17,6 +18,11 @@ pub(crate) struct StoreArgs {
     /// The cluster's object store: a folder, or s3://, gs:// or az:// BUCKET/PREFIX with AWS_*, GOOGLE_* or AZURE_* variables
     #[arg(long, env = "GLEANER_STORE")]
     pub(crate) store: String,
+}
+
+/// Opens the store as [`open`] does, with its requests counted.
+pub(crate) fn open_metered(location: &str) -> Result<Arc<dyn ObjectStore>> {
+    Ok(Arc::new(Metered(open(location)?)))
 }
 
 /// Opens a folder (made if missing, written with fsync) or a bucket. Keys are relative to the URL's path.

@@ -1,6 +1,6 @@
 //! The contracts of Gleaner: all that two roles must agree on. No I/O and no runtime.
 //!
-//! - [`pb`]: the gRPC services, generated from `proto/gleaner/v1/*.proto`, which are their specification;
+//! - [`pb`]: the gRPC services, generated from `proto/gleaner/v1/*.proto`, which are their specification; [`keda`]: the one that KEDA asks;
 //! - [`keys`]: object keys, built and parsed here alone;
 //! - [`dataset_spec`], [`run_spec`]: what people ask for;
 //! - [`rejection`], [`outcomes`]: what became of each URL;
@@ -32,4 +32,10 @@ pub mod pb {
 
     /// The encoded `FileDescriptorSet`, for gRPC reflection.
     pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+}
+
+/// KEDA's contract with what it asks how many replicas there should be, generated from `externalscaler.proto`.
+#[allow(missing_docs, unreachable_pub, clippy::all, reason = "generated; the .proto file holds the comments")]
+pub mod keda {
+    tonic::include_proto!("externalscaler");
 }

@@ -61,8 +61,13 @@ impl Cluster {
 
     /// Short leases, so that a killed worker's shard is soon free.
     pub fn start_coordinator(&mut self) {
+        self.start_coordinator_with(&[]);
+    }
+
+    pub fn start_coordinator_with(&mut self, flags: &[&str]) {
         let address = self.address.clone();
-        self.spawn("coordinator", &["coordinator", "--listen", &address, "--lease-seconds", "3"]);
+        let always = ["coordinator", "--listen", &address, "--lease-seconds", "3"];
+        self.spawn("coordinator", &[&always, flags].concat());
         self.eventually("the coordinator answers", |cluster| cluster.try_gleaner(&["status"]).status.success());
     }
 
@@ -77,7 +82,8 @@ impl Cluster {
         );
     }
 
-    fn spawn(&mut self, name: &str, args: &[&str]) {
+    /// Starts a role.
+    pub fn spawn(&mut self, name: &str, args: &[&str]) {
         let log = std::fs::File::create(self.path(&format!("{name}.log"))).expect("a log file");
         let child = self
             .command(args)
@@ -99,6 +105,23 @@ impl Cluster {
             .envs(self.env.iter().cloned())
             .stdin(Stdio::null());
         command
+    }
+
+    /// SIGTERM; how long it then took to end.
+    pub fn terminate(&mut self, name: &str) -> Duration {
+        let place = self.processes.iter().position(|(of, _)| of == name).expect("it was started");
+        let (_, mut child) = self.processes.remove(place);
+        let begun = Instant::now();
+        let status = Command::new("kill").arg(child.id().to_string()).status().expect("kill(1)");
+        assert!(status.success(), "kill {name}");
+        while child.try_wait().expect("our child").is_none() {
+            if begun.elapsed() > PATIENCE {
+                let _ = child.kill();
+                panic!("{name} does not end");
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        begun.elapsed()
     }
 
     /// `kill -9`.
@@ -184,6 +207,12 @@ impl Drop for Cluster {
 pub fn kill(pid: u32) {
     let status = Command::new("kill").args(["-9", &pid.to_string()]).status().expect("kill(1)");
     assert!(status.success(), "kill -9 {pid}");
+}
+
+/// An address on loopback whose port nobody has.
+pub fn free_address() -> String {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    listener.local_addr().expect("bound").to_string()
 }
 
 /// The repository's folder.

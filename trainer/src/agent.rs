@@ -20,7 +20,7 @@ use crate::ipc::Setup;
 use crate::link::{self, Link};
 use crate::logs::Logs;
 use crate::process::{Heard, Process, What};
-use crate::{Config, c10d, devices};
+use crate::{Config, c10d, devices, metrics};
 
 const HEARTBEAT: Duration = Duration::from_secs(1);
 /// Log lines are in the store after so long.
@@ -138,7 +138,10 @@ impl Agent {
                 self.say(agent_message::Message::Hello(hello));
                 self.send_waiting();
             }
-            Link::Closed => self.to_coordinator = None,
+            Link::Closed => {
+                self.to_coordinator = None;
+                metrics::set_ready(false);
+            }
             Link::Said(message) => self.obey(*message),
         }
     }
@@ -167,6 +170,7 @@ impl Agent {
             }
             Message::Welcome(welcome) => {
                 self.term = welcome.term;
+                metrics::set_ready(true);
                 info!(term = welcome.term, "connected to the coordinator");
             }
             // A stream that was refused may still carry words.
@@ -235,6 +239,7 @@ impl Agent {
         let id = self.processes;
         match Process::start(&self.rank_command, &setup, (device, id), &self.heard) {
             Ok(process) => {
+                metrics::rank_started();
                 info!(run, generation, rank, device, "rank started");
                 process.order(coordinator_message::Message::Join(join));
                 let heard = Instant::now();
@@ -325,6 +330,7 @@ impl Agent {
                 self.say(agent_message::Message::Rank(pb::RankMessage { run, generation, rank, device, message }));
             }
             What::Exited(status) => {
+                metrics::rank_lost();
                 warn!(run, generation, rank, status, "rank process is gone");
                 let left = pb::Left { why: Why::Exited.into(), step: seat.step, detail: status };
                 self.slots[device as usize].seat = None;
@@ -337,6 +343,7 @@ impl Agent {
 
     fn heartbeat(&mut self) {
         let silent = |slot: &Slot| slot.seat.as_ref().map_or(0, |seat| seat.heard.elapsed().as_millis() as u64);
+        metrics::set_devices(self.slots.len(), self.slots.iter().filter(|slot| slot.seat.is_some()).count());
         let silent_millis = self.slots.iter().map(silent).collect();
         self.say(agent_message::Message::Heartbeat(pb::Heartbeat { silent_millis }));
         self.send_waiting();

@@ -25,6 +25,7 @@ mod job;
 mod link;
 mod loader;
 mod logs;
+pub mod metrics;
 mod onnx;
 mod plan;
 mod process;

@@ -20,6 +20,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::fetch::{Fetcher, Trace};
+use crate::metrics::{self, InFlight};
 use crate::placeholder::Placeholders;
 use crate::upload::{self, TarUpload};
 use crate::validate::{DecodePool, Rules, Stored};
@@ -255,9 +256,11 @@ struct Fetched {
 
 /// Fetches and judges one URL.
 async fn fetch_one(tools: &Tools, rules: Arc<Rules>, Listed { key, synset, url }: Listed) -> anyhow::Result<Fetched> {
+    let _in_flight = InFlight::begin();
     let start = Instant::now();
     let mut trace = Trace::default();
     let fetched = tools.fetcher.fetch(&url, &rules.limits, &mut trace).await;
+    metrics::fetched(start.elapsed().as_secs_f64(), fetched.as_ref().map_or(0, |body| body.bytes.len()));
     let millis = start.elapsed().as_millis() as i64;
     #[allow(clippy::disallowed_methods, reason = "a column for people; nothing is decided by it")]
     let fetched_at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64);
@@ -285,6 +288,7 @@ async fn fetch_one(tools: &Tools, rules: Arc<Rules>, Listed { key, synset, url }
     };
     let name = outcome_name(outcome.as_ref().map(|_| ()).map_err(|rejection| *rejection));
     row.outcome = name.to_owned();
+    metrics::outcome(name);
     Ok(Fetched { row, outcome: name, kept: outcome.ok() })
 }
 

@@ -1,6 +1,6 @@
 //! The coordinator, as a worker sees it: calls with deadlines, terms, and a lease that is kept while its shard is made.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -49,6 +49,8 @@ pub(crate) struct Coordinator {
     worker: String,
     /// The highest that was heard of.
     term: AtomicU64,
+    /// Whether the last request for a lease was answered.
+    reached: AtomicBool,
 }
 
 /// The shard that a lease is for, as every call names it.
@@ -79,18 +81,22 @@ impl Coordinator {
             .tcp_nodelay(true)
             .connect_lazy();
         let client = FetchServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
-        Ok(Self { client, worker, term: AtomicU64::new(0) })
+        Ok(Self { client, worker, term: AtomicU64::new(0), reached: AtomicBool::new(false) })
     }
 
-    /// Asks for a shard once; none if there is nothing to do.
+    /// Asks for a shard once; none if there is nothing to do. Until there was an answer it waits for no work, so that it is soon
+    /// known whether there is a coordinator.
     pub(crate) async fn lease(&self) -> Result<Option<Lease>, Status> {
+        let wait = if self.reached.load(Ordering::Relaxed) { LEASE_WAIT } else { Duration::ZERO };
         let request = LeaseShardRequest {
             term_seen: self.term.load(Ordering::Relaxed),
             worker: self.worker.clone(),
-            wait_millis: LEASE_WAIT.as_millis() as u64,
+            wait_millis: wait.as_millis() as u64,
         };
         let mut client = self.client.clone();
-        let answer = within(LEASE_WAIT + CALL_TIMEOUT, client.lease_shard(Request::new(request))).await?;
+        let answer = within(wait + CALL_TIMEOUT, client.lease_shard(Request::new(request))).await;
+        self.reached.store(answer.is_ok(), Ordering::Relaxed);
+        let answer = answer?;
         self.hear(answer.term)?;
         Ok(answer.lease)
     }
@@ -226,7 +232,10 @@ async fn within<T>(
     timeout: Duration,
     call: impl Future<Output = Result<tonic::Response<T>, Status>>,
 ) -> Result<T, Status> {
-    match tokio::time::timeout(timeout, call).await {
+    let answer = tokio::time::timeout(timeout, call).await;
+    // A refusal is an answer, too.
+    crate::metrics::answered(matches!(&answer, Ok(answer) if answer.as_ref().err().is_none_or(is_final)));
+    match answer {
         Ok(answer) => answer.map(tonic::Response::into_inner),
         Err(_) => Err(Status::deadline_exceeded(format!("no answer in {timeout:?}"))),
     }

@@ -10,6 +10,7 @@ mod attempt;
 mod fetch;
 mod jpeg;
 mod lease;
+pub mod metrics;
 mod net;
 mod placeholder;
 mod resize;
@@ -224,14 +225,23 @@ async fn work_on(
         made = async { kept.await; std::future::pending().await } => made,
     };
     match made {
-        Ok(End::Won) => coordinator.complete(&id, shutdown).await,
+        Ok(End::Won) => {
+            metrics::attempt("won");
+            coordinator.complete(&id, shutdown).await;
+        }
         Ok(End::LostTo(attempt)) => {
+            metrics::attempt("lost");
             tracing::info!(committed = attempt, "another attempt committed first");
             coordinator.complete(&id, shutdown).await;
         }
-        Ok(End::Cancelled) if shutdown.is_cancelled() => coordinator.release(&id, String::new()).await,
-        Ok(End::Cancelled) => {}
+        Ok(End::Cancelled) => {
+            metrics::attempt("cancelled");
+            if shutdown.is_cancelled() {
+                coordinator.release(&id, String::new()).await;
+            }
+        }
         Err(error) => {
+            metrics::attempt("failed");
             tracing::error!(error = format!("{error:#}"), "the attempt failed");
             coordinator.release(&id, format!("{error:#}")).await;
             return false;

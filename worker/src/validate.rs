@@ -5,6 +5,7 @@
 use std::io::{Cursor, ErrorKind};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use anyhow::Context;
 use bytes::Bytes;
@@ -80,7 +81,9 @@ impl DecodePool {
                     if reply.is_closed() {
                         continue;
                     }
+                    let start = Instant::now();
                     let verdict = validator.judge(&body.bytes, &rules);
+                    crate::metrics::judged(start.elapsed().as_secs_f64());
                     drop(body);
                     let _ = reply.send(verdict);
                 }

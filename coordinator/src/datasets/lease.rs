@@ -11,6 +11,7 @@ use tracing::{error, info, warn};
 use super::{Datasets, PARALLEL, Stage};
 use crate::error::Error;
 use crate::ledger::{Counts, Settled, ShardId};
+use crate::metrics;
 use crate::store::{Created, nonce};
 
 /// A worker that has not been heard of for so long is not shown any more.
@@ -51,6 +52,7 @@ impl Datasets {
         let (id, attempt) = state.ledger.grant(now, worker)?;
         let dataset = state.live.get_mut(&id.dataset)?;
         dataset.revision += 1;
+        metrics::lease_granted();
         info!(dataset = &*id.dataset, shard = id.shard, %attempt, worker, "lease granted");
         Some(Grant { id, attempt, duration: state.ledger.lease(), spec_json: dataset.spec_json.clone() })
     }
@@ -78,7 +80,9 @@ impl Datasets {
     /// Takes a lease back.
     pub(crate) fn release(&self, worker: &str, id: (&str, u32), attempt: Attempt, failure: &str) {
         let failed = !failure.is_empty();
-        if failed {
+        if !failed {
+            metrics::lease_over();
+        } else {
             warn!(dataset = id.0, shard = id.1, %attempt, worker, failure, "attempt failed");
         }
         {
@@ -120,6 +124,7 @@ impl Datasets {
             let counts = state.ledger.counts(id);
             let Some(dataset) = state.live.get_mut(id) else { return };
             dataset.count(index);
+            metrics::shard_committed();
             info!(
                 dataset = &**id,
                 shard = index.shard,
@@ -157,6 +162,7 @@ impl Datasets {
         match settled {
             None => Ok(()),
             Some(Settled::Again) => {
+                metrics::lease_over();
                 info!(dataset = &*id.dataset, shard = id.shard, "shard is free again");
                 if let Some(dataset) = self.state().live.get_mut(&id.dataset) {
                     dataset.progress.remove(&id.shard);

@@ -93,7 +93,7 @@ impl Datasets {
     }
 }
 
-fn stage_name(stage: &Stage) -> &'static str {
+pub(super) fn stage_name(stage: &Stage) -> &'static str {
     match stage {
         Stage::Fetching => "fetching",
         Stage::Sealing => "sealing",

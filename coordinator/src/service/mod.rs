@@ -3,4 +3,5 @@
 pub(crate) mod dataset;
 pub(crate) mod fetch;
 pub(crate) mod run;
+pub(crate) mod scaler;
 pub(crate) mod trainer;

@@ -1,0 +1,184 @@
+//! What operators do to a cluster, and what they see of it: with real processes.
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use demo_origin::origin::{Options, Origin};
+use demo_origin::rot::{self, Entry, Rot};
+use proto::{Manifest, outcomes, shard};
+use support::Cluster;
+
+/// The origin needs a runtime; everything else in a test waits for processes.
+fn web(options: Options) -> (Origin, tokio::runtime::Runtime) {
+    let runtime = tokio::runtime::Runtime::new().expect("threads");
+    let origin = runtime.block_on(Origin::start_with(options)).expect("loopback");
+    (origin, runtime)
+}
+
+/// URLs of which every `good`th shows a picture, each another one; the others are gone.
+fn urls(count: u64, good: u64, origin: &Origin) -> Vec<Entry> {
+    let entry = |n: u64| {
+        let rot = if n.is_multiple_of(good) { Rot::Good } else { Rot::Gone };
+        let url = rot::url(rot, (0, n), n, origin);
+        Entry { synset: "n02084071", url, rot, picture: (0, n), counts: rot == Rot::Good }
+    };
+    (0..count).map(entry).collect()
+}
+
+/// Status and body of `GET path`; none while nobody listens.
+fn get(address: &str, path: &str) -> Option<(u16, String)> {
+    let mut stream = TcpStream::connect(address).ok()?;
+    stream.set_read_timeout(Some(Duration::from_secs(10))).ok()?;
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").ok()?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).ok()?;
+    let (head, body) = answer.split_once("\r\n\r\n")?;
+    Some((head.split(' ').nth(1)?.parse().ok()?, body.to_owned()))
+}
+
+/// The sum of a metric's values over all its labels.
+fn metric(text: &str, name: &str) -> Option<f64> {
+    let of = |line: &str| {
+        let (series, value) = line.rsplit_once(' ')?;
+        (series.split('{').next() == Some(name)).then(|| value.parse::<f64>().ok())?
+    };
+    let values: Vec<f64> = text.lines().filter_map(of).collect();
+    (!values.is_empty()).then(|| values.iter().sum())
+}
+
+#[test]
+fn workers_come_and_go_in_the_middle_of_a_dataset_nothing_is_lost_and_throughput_follows() {
+    const URLS: u64 = 700;
+    const WINDOW: Duration = Duration::from_secs(6);
+    // The origin's pause, not this machine's cores, is what a worker with few connections is bound by; so most URLs are gone.
+    let (origin, _runtime) = web(Options { seed: 11, delay: Duration::from_millis(700), ..Options::default() });
+    let list = urls(URLS, 10, &origin);
+    let mut cluster = Cluster::start();
+    let start = |cluster: &mut Cluster, n: u32| {
+        let metrics = support::free_address();
+        let flags = ["worker", "--allow-net", "127.0.0.0/8", "--connections", "6", "--metrics-listen", &metrics];
+        cluster.spawn(&format!("worker-{n}"), &flags);
+        metrics
+    };
+    let mut metrics = vec![start(&mut cluster, 1)];
+    let urls = cluster.write("urls.txt", &rot::to_text(&list));
+    cluster.gleaner(&["dataset", "create", "many", "--urls", &urls, "--size", "64", "--slice-urls", "20"]);
+
+    // Outcomes a second, as the workers themselves count them.
+    let fetched = |metrics: &[String]| -> f64 {
+        let of = |address: &String| metric(&get(address, "/metrics")?.1, "gleaner_worker_urls_total");
+        metrics.iter().filter_map(of).sum()
+    };
+    let rate = |metrics: &[String]| {
+        let (before, begun) = (fetched(metrics), Instant::now());
+        std::thread::sleep(WINDOW);
+        (fetched(metrics) - before) / begun.elapsed().as_secs_f64()
+    };
+    cluster.eventually("the worker works", |_| fetched(&metrics) > 0.0);
+    let one = rate(&metrics);
+    metrics.extend((2..=4).map(|n| start(&mut cluster, n)));
+    cluster.eventually("all four work", |_| metrics.iter().all(|address| fetched(std::slice::from_ref(address)) > 0.0));
+    let four = rate(&metrics);
+    for n in 2..=4 {
+        let took = cluster.terminate(&format!("worker-{n}"));
+        assert!(took < Duration::from_secs(15), "worker-{n} took {took:?} to leave");
+    }
+    let waiting = cluster.json(&["dataset", "describe", "many"])["state"].clone();
+    assert_eq!(waiting, "fetching", "they left in the middle");
+    let again = rate(&metrics[..1]);
+    println!("SCALING: one={one:.1}/s four={four:.1}/s one_again={again:.1}/s ratio={:.2}", four / one);
+    assert!(four > 2.0 * one && again < 0.6 * four, "{one:.1}, {four:.1}, {again:.1} URLs a second");
+
+    cluster.gleaner(&["dataset", "wait", "many", "--timeout", "180s"]);
+    let json = cluster.gleaner(&["dataset", "manifest", "many"]);
+    let manifest = Manifest::from_json(json.as_bytes()).expect("a manifest");
+    let store = Path::new(&cluster.store);
+    let mut seen = BTreeMap::<(String, String), u32>::new();
+    for index in std::fs::read_dir(store.join(proto::keys::indexes(&manifest.dataset))).expect("shards are committed") {
+        let index = std::fs::read(index.expect("an entry").path()).expect("an index");
+        let file = shard::ShardIndex::from_json(&index).expect("an index").outcomes_file.expect("a worker made it");
+        let rows =
+            outcomes::read(Bytes::from(std::fs::read(store.join(file.key)).expect("outcomes"))).expect("Parquet");
+        rows.into_iter().for_each(|row| *seen.entry((row.url, row.outcome)).or_default() += 1);
+    }
+    let expected = |entry: Entry| {
+        let outcome = if entry.rot == Rot::Good { "kept" } else { "not_found" };
+        ((entry.url, outcome.to_owned()), 1)
+    };
+    assert_eq!(seen, list.into_iter().map(expected).collect(), "each URL has its outcome, once");
+}
+
+#[test]
+fn every_role_tells_what_it_does_and_whether_it_is_ready() {
+    let (origin, _runtime) = web(Options { seed: 2, ..Options::default() });
+    let addresses: Vec<String> = (0..3).map(|_| support::free_address()).collect();
+    let [coordinator, worker, trainer] = &addresses[..] else { unreachable!("three were made") };
+    let mut cluster = Cluster::new(None, Vec::new());
+    cluster.spawn("worker", &["worker", "--allow-net", "127.0.0.0/8", "--metrics-listen", worker]);
+    cluster.spawn("trainer", &["trainer", "--devices", "cpu", "--metrics-listen", trainer]);
+    for address in [worker, trainer] {
+        cluster.eventually("it lives", |_| get(address, "/healthz").is_some_and(|(status, _)| status == 200));
+        assert_eq!(get(address, "/readyz").map(|(status, _)| status), Some(503), "without a coordinator");
+    }
+    cluster.start_coordinator_with(&["--metrics-listen", coordinator]);
+    for address in &addresses {
+        cluster.eventually("it is ready", |_| get(address, "/readyz").is_some_and(|(status, _)| status == 200));
+    }
+
+    let urls = cluster.write("urls.txt", &rot::to_text(&urls(60, 1, &origin)));
+    cluster.gleaner(&["dataset", "create", "some", "--urls", &urls, "--size", "64", "--wait", "--timeout", "120s"]);
+    let submit = ["run", "submit", "--dataset", "some", "--name", "short", "--wait", "--timeout", "200s"];
+    let sets = ["train.epochs=60", "train.batch=16", "input.crop=64", "model.arch=alexnet-slim", "model.width=0.1"];
+    let sets = sets.iter().flat_map(|set| ["--set", set]);
+    let arguments: Vec<&str> = submit.into_iter().chain(sets).collect();
+    // What a run does is told while it does it.
+    let figures = std::thread::scope(|scope| {
+        let cluster = &cluster;
+        let done = scope.spawn(move || cluster.gleaner(&arguments));
+        let mut figures = Vec::new();
+        while !done.is_finished() {
+            let text = get(coordinator, "/metrics").map(|(_, text)| text).unwrap_or_default();
+            let point = ["gleaner_run_step", "gleaner_run_ranks", "gleaner_run_loss", "gleaner_run_step_seconds"];
+            let point: Vec<f64> = point.iter().filter_map(|name| metric(&text, name)).collect();
+            figures.extend((point.len() == 4).then_some(point));
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        done.join().expect("the run ended well");
+        figures
+    });
+    let last = figures.last().expect("the run was seen while it went on");
+    assert!(last[0] > 0.0 && last[1] == 1.0 && last[2].is_finite() && last[3] > 0.0, "{figures:?}");
+
+    let read = |address: &str| get(address, "/metrics").expect("it listens").1;
+    let of = |text: &str, name: &str| metric(text, name).unwrap_or_else(|| panic!("no {name} in\n{text}"));
+    let text = read(worker);
+    assert_eq!(of(&text, "gleaner_worker_urls_total"), 60.0);
+    assert_eq!(of(&text, "gleaner_worker_decode_seconds_count"), 60.0);
+    assert!(
+        of(&text, "gleaner_worker_fetched_bytes_total") > 60.0 * 500.0 && of(&text, "gleaner_store_bytes_total") > 0.0
+    );
+    assert_eq!(of(&text, "gleaner_worker_urls_in_flight"), 0.0);
+    let text = read(coordinator);
+    assert_eq!((of(&text, "gleaner_coordinator_term"), of(&text, "gleaner_shards_committed_total")), (1.0, 1.0));
+    assert_eq!(
+        (of(&text, "gleaner_shards"), of(&text, "gleaner_workers"), of(&text, "gleaner_devices")),
+        (0.0, 1.0, 1.0)
+    );
+    assert!(of(&text, "gleaner_store_requests_total") > 16.0, "the check for put-if-absent alone takes more");
+    cluster.eventually("an ended run's labels are gone", |_| !read(coordinator).contains("run=\"short\""));
+    let text = read(trainer);
+    assert_eq!((of(&text, "gleaner_trainer_devices"), of(&text, "gleaner_trainer_ranks_started_total")), (1.0, 1.0));
+
+    cluster.kill("coordinator");
+    for address in [worker, trainer] {
+        cluster
+            .eventually("it is not ready alone", |_| get(address, "/readyz").is_some_and(|(status, _)| status == 503));
+        assert_eq!(get(address, "/healthz").map(|(status, _)| status), Some(200));
+    }
+}
