@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test test-nccl libtorch pytorch clean
+.PHONY: help setup build demo test test-nccl images libtorch pytorch clean
 
 tools := target/tools
 export PATH := $(CURDIR)/$(tools)/bin:$(PATH)
@@ -14,6 +14,8 @@ help:
 	@echo "make test                 everything that has to hold, with the time of each stage"
 	@echo "make test-nccl            does the NCCL backend compile, link and start? (part of 'make test' when CI is set)"
 	@echo "make setup                libtorch and the build's tools, into target/; every other target does it first"
+	@echo "make images               both container images, as archives in target/images; needs buildah. PROFILE=dev: quicker, if"
+	@echo "                          tests were run; IMAGES=gleaner: the small one alone"
 	@echo "make libtorch CUDA=1      libtorch with CUDA and NCCL, into target/libtorch-cuda; to build with it:"
 	@echo "                          LIBTORCH=\$$PWD/target/libtorch-cuda cargo build --release --features nccl"
 	@echo "make pytorch              Python's torch, webdataset and a SeaweedFS, which tests compare with and store in"
@@ -32,6 +34,9 @@ test: setup pytorch
 
 test-nccl: setup
 	deploy/setup/nccl.sh
+
+images: setup
+	deploy/images.sh $(IMAGES)
 
 # CUDA=1: with CUDA. LINK_ONLY=1 besides: without NVIDIA's libraries, for machines that have no GPU.
 libtorch: setup $(if $(CUDA),target/libtorch-cuda/$(if $(LINK_ONLY),link,full))
