@@ -5,17 +5,19 @@
 
 Each object is held to Kubernetes' own schema, in which unknown fields and API versions are errors, then to what no schema sees:
 references, selectors, ports, quantities, and how a pod must be confined. Before that, the check checks itself: it breaks the
-overlay `local` in many ways, each of which must be found. Needs kubectl, and kubernetes-validate for Python.
+overlays `local` and `autoscaled` in many ways, each of which must be found. Needs kubectl, and kubernetes-validate for Python.
 """
 
 import copy
 import functools
+import ipaddress
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import kubernetes_validate
 import yaml
 
@@ -32,8 +34,39 @@ CONFINED_POD = {"automountServiceAccountToken": False, "securityContext.runAsNon
 CONFINED_CONTAINER = {"securityContext.allowPrivilegeEscalation": False, "securityContext.readOnlyRootFilesystem": True,
                       "securityContext.capabilities": {"drop": ["ALL"]}}
 # The binary's flags that are variables too.
-FLAGS = {flag for path in HERE.parents[1].glob("*/src/**/*.rs") for flag in re.findall(r'env = "(GLEANER_\w+)"', path.read_text())}
+SOURCES = [path.read_text() for path in HERE.parents[1].glob("*/src/**/*.rs")]
+FLAGS = {flag for text in SOURCES for flag in re.findall(r'env = "(GLEANER_\w+)"', text)}
 PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
+# The metrics that the roles register, without the prefix that all have.
+METRICS = {name for text in SOURCES for name in re.findall(r'\.register\(\s*"(\w+)"', text)}
+
+
+def fields(required=(), **properties):
+    """The schema of an object with these fields and no others."""
+    return {"type": "object", "additionalProperties": False, "properties": properties, "required": list(required)}
+
+
+TEXT, COUNT, LABELS = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "object", "additionalProperties": {"type": "string"}}
+METADATA = fields(["name"], name=TEXT, namespace=TEXT, labels=LABELS, annotations=LABELS)
+# Objects that Kubernetes itself does not know: as much of their definitions as the overlays use.
+CUSTOM = {
+    # keda.sh/docs, "ScaledObject specification", and "External push" of its scalers
+    "keda.sh/v1alpha1 ScaledObject": fields(
+        ["apiVersion", "kind", "metadata", "spec"], apiVersion=TEXT, kind=TEXT, metadata=METADATA,
+        spec=fields(
+            ["scaleTargetRef", "triggers"], scaleTargetRef=fields(["name"], name=TEXT, kind=TEXT, apiVersion=TEXT),
+            minReplicaCount=COUNT, maxReplicaCount=COUNT, pollingInterval=COUNT, cooldownPeriod=COUNT,
+            triggers={"type": "array", "minItems": 1, "items": fields(
+                ["type", "metadata"], type={"enum": ["external", "external-push"]},
+                metadata=fields(["scalerAddress", "role", "perReplica"], scalerAddress=TEXT, role={"enum": ["worker", "trainer"]},
+                                perReplica={"type": "string", "pattern": r"^\d+(\.\d+)?$"}))})),
+    # github.com/prometheus-operator/prometheus-operator, Documentation/api-reference
+    "monitoring.coreos.com/v1 PodMonitor": fields(
+        ["apiVersion", "kind", "metadata", "spec"], apiVersion=TEXT, kind=TEXT, metadata=METADATA,
+        spec=fields(["selector", "podMetricsEndpoints"], selector=fields(["matchLabels"], matchLabels=LABELS),
+                    podMetricsEndpoints={"type": "array", "minItems": 1, "items": fields(
+                        ["port"], port=TEXT, interval={"type": "string", "pattern": r"^\d+(ms|s|m)$"}, path=TEXT)})),
+}
 
 
 def render(folder):
@@ -69,10 +102,13 @@ def matches(selector, labels):
 
 @functools.cache
 def schema(text):
-    faults = []
+    item, faults = json.loads(text), []
+    if custom := CUSTOM.get(f"{item.get('apiVersion')} {item.get('kind')}"):
+        found = jsonschema.Draft202012Validator(custom).iter_errors(item)
+        return [f"{'.'.join(map(str, error.path))}: {error.message[:200]}" for error in found]
     for version in VERSIONS:
         try:
-            kubernetes_validate.validate(json.loads(text), version, strict=True)
+            kubernetes_validate.validate(item, version, strict=True)
         except kubernetes_validate.ValidationError as error:
             faults.append(f"{'.'.join(map(str, error.path))}: {error.message[:200]} (schema {version})")
         except (kubernetes_validate.SchemaNotFoundError, KeyError) as error:
@@ -89,8 +125,6 @@ def workload(item, have):
     labels = get(template, "metadata.labels", {})
     if not get(item, "spec.selector.matchLabels") or not matches(get(item, "spec.selector"), labels):
         yield "selector does not match its own pods' labels"
-    if item["kind"] == "StatefulSet" and ("Service", get(item, "spec.serviceName")) not in have:
-        yield f"serviceName {get(item, 'spec.serviceName')} does not exist"
     yield from differs(spec, CONFINED_POD)
     if not get(spec, "securityContext.runAsUser", 0) or get(spec, "hostNetwork") or any(every(spec, "hostPath")):
         yield "pod runs as root, or in the node's network or files"
@@ -114,8 +148,9 @@ def ports(container):
 def confined(container, volumes):
     if not re.fullmatch(r"[^@]+(:(?!latest$)[\w][\w.-]*|@sha256:[0-9a-f]{64})", str(container.get("image"))):
         yield f"image {container.get('image')} has no tag, or `latest`"
-    for kind in ("requests", "limits"):
-        for resource in ("cpu", "memory", "ephemeral-storage"):
+    for kind, other in (("requests", "limits"), ("limits", "requests")):
+        # A limit alone is a request, too.
+        for resource in {"cpu", "memory", "ephemeral-storage"} & {"cpu", "memory", *get(container, f"resources.{other}", {})}:
             if not get(container, f"resources.{kind}.{resource}"):
                 yield f"no resources.{kind}.{resource}"
     yield from differs(container, CONFINED_CONTAINER)
@@ -139,6 +174,11 @@ def service(item, found):
             yield f"port {port['port']} has no name, or no pod has its target {target}"
 
 
+def is_within(cidr, other):
+    inner, outer = ipaddress.ip_network(cidr), ipaddress.ip_network(other)
+    return inner.version == outer.version and inner != outer and inner.subnet_of(outer)
+
+
 def policy(item, found):
     """A NetworkPolicy. Peers in other namespaces are not among the overlay's objects."""
     selectors = [get(item, "spec.podSelector", {})]
@@ -148,9 +188,42 @@ def policy(item, found):
             yield f"has rules for {way} that policyTypes does not name"
         if not all(get(rule, peers) for rule in rules):
             yield f"{way} lets everybody through"
+        for block in every(get(item, f"spec.{way}", []), "ipBlock"):
+            if not all(is_within(cidr, block["cidr"]) for cidr in block.get("except", [])):
+                yield f"{way}: an exception is not within {block['cidr']}"
         selectors += [peer["podSelector"] for rule in rules for peer in get(rule, peers, []) if [*peer] == ["podSelector"]]
     if not all(map(found, selectors)):
         yield "selector matches no pod"
+
+
+def scaled(item, items):
+    """A HorizontalPodAutoscaler or a ScaledObject."""
+    name = get(item, "spec.scaleTargetRef.name")
+    target = [other for other in items if other.get("kind") == "Deployment" and get(other, "metadata.name") == name]
+    if not target:
+        yield f"scales Deployment {name}, which does not exist"
+    elif get(target[0], "spec.replicas") is not None:
+        yield f"scales Deployment {name}, whose replicas are fixed"
+    rivals = [other for other in items if get(other, "spec.scaleTargetRef.name") == name]
+    if len(rivals) > 1:
+        yield f"is one of {len(rivals)} that scale Deployment {name}"
+    services = {f"{get(s, 'metadata.name')}.{get(s, 'metadata.namespace')}.svc:{port['port']}"
+                for s in items if s.get("kind") == "Service" for port in get(s, "spec.ports", [])}
+    yield from (f"no Service has {address}" for address in every(item, "scalerAddress") if address not in services)
+
+
+def pod_monitor(item, found):
+    pods = found(get(item, "spec.selector", {}))
+    names = [endpoint["port"] for endpoint in get(item, "spec.podMetricsEndpoints", [])]
+    if not pods or any(name not in ports for name in names for ports in pods):
+        yield f"a pod that it selects has no port {names}, or it selects none"
+
+
+def dashboard(text):
+    """Whether all that a dashboard shows is measured."""
+    for name in sorted(set(re.findall(r"gleaner_(\w+)", " ".join(every(json.loads(text), "expr"))))):
+        if name not in METRICS and re.sub("_(total|bucket|sum|count)$", "", name) not in METRICS:
+            yield f"gleaner_{name} is measured nowhere"
 
 
 def check(items):
@@ -171,6 +244,12 @@ def check(items):
             here += service(item, found)
         if kind == "NetworkPolicy":
             here += policy(item, found)
+        if kind in ("HorizontalPodAutoscaler", "ScaledObject"):
+            here += scaled(item, items)
+        if kind == "PodMonitor":
+            here += pod_monitor(item, found)
+        if kind == "ConfigMap":
+            here += [fault for name, text in get(item, "data", {}).items() if name.endswith(".json") for fault in dashboard(text)]
         if kind == "PodDisruptionBudget" and not found(get(item, "spec.selector", {})):
             here.append("selector matches no pod")
         variables = [*get(item, "data", {}), *(entry["name"] for env in every(item, "env") for entry in env)]
@@ -180,7 +259,8 @@ def check(items):
         if kind != "Namespace" and get(item, "metadata.namespace") not in namespaces:
             here.append("is in no namespace of this overlay")
         faults += [f"{kind} {get(item, 'metadata.name')}: {fault}" for fault in here]
-    if not any(item.get("kind") == "NetworkPolicy" and get(item, "spec.podSelector") == {} for item in items):
+    if not any(item.get("kind") == "NetworkPolicy" and get(item, "spec.podSelector") == {}
+               and {"Ingress", "Egress"} <= {*get(item, "spec.policyTypes", [])} for item in items):
         faults.append("no NetworkPolicy holds for all pods")
     return faults
 
@@ -191,6 +271,17 @@ BREAKS = (
     ("Deployment/worker", "apiVersion", "apps/v1beta1", "unknown kind or apiVersion"),
     ("Deployment/worker", "spec.selector.matchLabels", {"app": "worker"}, "does not match its own pods"),
     ("Service/coordinator", "spec.selector", {"app.kubernetes.io/component": "coordinater"}, "selector matches no pod"),
+    ("ScaledObject/worker", "spec.scaleTargetRef.name", "workers", "scales Deployment workers, which does not exist"),
+    ("ScaledObject/worker", "spec.scaleTargetRef.name", "trainer", "is one of 2 that scale Deployment trainer"),
+    ("ScaledObject/worker", "spec.maxReplicas", 9, "Additional properties are not allowed"),
+    ("ScaledObject/worker", "spec.triggers.0.metadata.role", "workers", "'workers' is not one of"),
+    ("ScaledObject/worker", "spec.triggers.0.metadata.scalerAddress", "coordinator:7071", "no Service has coordinator:7071"),
+    ("ScaledObject/worker", "apiVersion", "keda.sh/v1", "unknown kind or apiVersion"),
+    ("PodMonitor/gleaner", "spec.podMetricsEndpoints.0.port", "http", "has no port ['http']"),
+    ("PodMonitor/gleaner", "spec.selector.matchLabels", {"app": "x"}, "or it selects none"),
+    ("ConfigMap/gleaner-dashboard", "data", {"x.json": '{"expr": "rate(gleaner_worker_hugs_total[1m])"}'}, "measured nowhere"),
+    ("NetworkPolicy/web", "spec.egress.0.to.1.ipBlock.except", ["10.0.0.0/8"], "is not within"),
+    ("Deployment/worker", "spec.template.spec.containers.0.readinessProbe.httpGet.port", "metric", "asks port metric"),
     ("PodDisruptionBudget/trainer", "spec.selector.matchLabels", {"app": "x"}, "selector matches no pod"),
     ("NetworkPolicy/client", "spec.podSelector.matchLabels", {"gleaner-client": "yes"}, "selector matches no pod"),
     ("NetworkPolicy/coordinator", "spec.ingress.0.from.0.podSelector.matchLabels", {"a": "b"}, "selector matches no pod"),
@@ -198,7 +289,6 @@ BREAKS = (
     ("NetworkPolicy/default", "spec.policyTypes", ["Ingress"], "policyTypes does not name"),
     ("NetworkPolicy/default", "spec.podSelector", {"matchLabels": {"app.kubernetes.io/name": "gleaner"}}, "holds for all pods"),
     ("Service/coordinator", "spec.ports.0.targetPort", "http", "no pod has its target http"),
-    ("StatefulSet/trainer", "spec.serviceName", "trainers", "serviceName trainers does not exist"),
     ("Deployment/worker", "spec.template.spec.serviceAccountName", "work", "ServiceAccount work does not exist"),
     ("Deployment/worker", "spec.template.spec.containers.0.envFrom.0.configMapRef.name", "st", "ConfigMap st does not exist"),
     ("Deployment/worker", "spec.template.spec.containers.0.envFrom.0", {"secretRef": {"name": "s"}}, "Secret s does not exist"),
@@ -217,10 +307,13 @@ BREAKS = (
 )
 
 
-def self_test(items):
+def self_test(overlays):
+    def at_name(items, name):
+        return next((item for item in items if f"{item['kind']}/{item['metadata']['name']}" == name), None)
+
     for name, path, value, expected in BREAKS:
-        broken = copy.deepcopy(items)
-        at = next(item for item in broken if f"{item['kind']}/{item['metadata']['name']}" == name)
+        broken = copy.deepcopy(next(items for items in overlays if at_name(items, name)))
+        at = at_name(broken, name)
         *way, last = (int(key) if key.isdigit() else key for key in path.split("."))
         for key in way:
             at = at[key]
@@ -234,7 +327,10 @@ def self_test(items):
 
 
 def main():
-    self_test(render(HERE / "overlays/local"))
+    self_test([render(HERE / "overlays" / name) for name in ("local", "autoscaled")])
+    undocumented = sorted(name for name in METRICS if f"gleaner_{name}" not in (HERE / "README.md").read_text())
+    if undocumented:
+        raise SystemExit(f"README.md does not tell of the metrics {undocumented}")
     print(f"{len(BREAKS)} deliberate mistakes, all found")
     wrong = False
     for folder in map(Path, sys.argv[1:] or sorted((HERE / "overlays").iterdir())):
