@@ -71,3 +71,5 @@ stage build cargo nextest run --locked --workspace --no-run
 stage tests cargo nextest run --locked --workspace --profile "$profile"
 stage doctests doctests
 [[ -z ${CI:-} ]] || stage nccl deploy/setup/nccl.sh
+# In the tests' profile, whose dependencies are there already.
+[[ -z ${CI:-} ]] || stage image env PROFILE=dev deploy/images.sh gleaner
