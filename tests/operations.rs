@@ -95,6 +95,9 @@ fn workers_come_and_go_in_the_middle_of_a_dataset_nothing_is_lost_and_throughput
     println!("SCALING: one={one:.1}/s four={four:.1}/s one_again={again:.1}/s ratio={:.2}", four / one);
     assert!(four > 2.0 * one && again < 0.6 * four, "{one:.1}, {four:.1}, {again:.1} URLs a second");
 
+    for n in 5..=7 {
+        start(&mut cluster, n);
+    }
     cluster.gleaner(&["dataset", "wait", "many", "--timeout", "180s"]);
     let json = cluster.gleaner(&["dataset", "manifest", "many"]);
     let manifest = Manifest::from_json(json.as_bytes()).expect("a manifest");

@@ -5,7 +5,7 @@
 
 Each object is held to Kubernetes' own schema, in which unknown fields and API versions are errors, then to what no schema sees:
 references, selectors, ports, quantities, and how a pod must be confined. Before that, the check checks itself: it breaks the
-overlays `local` and `autoscaled` in many ways, each of which must be found. Needs kubectl, and kubernetes-validate for Python.
+overlays in many ways, each of which must be found. Needs kubectl, and kubernetes-validate for Python.
 """
 
 import copy
@@ -277,6 +277,8 @@ BREAKS = (
     ("ScaledObject/worker", "spec.triggers.0.metadata.role", "workers", "'workers' is not one of"),
     ("ScaledObject/worker", "spec.triggers.0.metadata.scalerAddress", "coordinator:7071", "no Service has coordinator:7071"),
     ("ScaledObject/worker", "apiVersion", "keda.sh/v1", "unknown kind or apiVersion"),
+    ("HorizontalPodAutoscaler/worker", "spec.scaleTargetRef.name", "coordinator", "whose replicas are fixed"),
+    ("HorizontalPodAutoscaler/worker", "spec.maxReplica", 3, "Additional properties are not allowed"),
     ("PodMonitor/gleaner", "spec.podMetricsEndpoints.0.port", "http", "has no port ['http']"),
     ("PodMonitor/gleaner", "spec.selector.matchLabels", {"app": "x"}, "or it selects none"),
     ("ConfigMap/gleaner-dashboard", "data", {"x.json": '{"expr": "rate(gleaner_worker_hugs_total[1m])"}'}, "measured nowhere"),
@@ -327,7 +329,7 @@ def self_test(overlays):
 
 
 def main():
-    self_test([render(HERE / "overlays" / name) for name in ("local", "autoscaled")])
+    self_test([render(HERE / "overlays" / name) for name in ("local", "autoscaled", "local-hpa")])
     undocumented = sorted(name for name in METRICS if f"gleaner_{name}" not in (HERE / "README.md").read_text())
     if undocumented:
         raise SystemExit(f"README.md does not tell of the metrics {undocumented}")
