@@ -14,12 +14,14 @@ const FILES: [&str; 5] = [
 ];
 
 /// Messages that the command line also prints as JSON.
-const PRINTED: [&str; 10] = [
+const PRINTED: [&str; 12] = [
     "AgentStatus",
     "ClassCount",
+    "CompareRunsResponse",
     "CreateDatasetResponse",
     "Dataset",
     "DeviceStatus",
+    "LedgerLine",
     "LogLine",
     "Metric",
     "Run",

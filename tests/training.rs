@@ -2,75 +2,10 @@
 
 mod support;
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
-use demo_origin::{origin::Origin, pictures::CLASSES, rot};
+use support::training::{compare, dataset, step, submit, submit_from, wait};
 use support::{Cluster, kill};
-
-/// The dataset `small`: 5 classes of 40 pictures, 64 x 64.
-fn dataset(cluster: &mut Cluster) {
-    cluster.start_worker("worker");
-    let runtime = tokio::runtime::Runtime::new().expect("threads");
-    let origin = runtime.block_on(Origin::start(11)).expect("loopback");
-    let list: String = (0..200)
-        .map(|n| {
-            let class = n as usize % 5;
-            format!("{}\t{}\n", CLASSES[class].synset, rot::url(rot::Rot::Good, (class, n), n, &origin))
-        })
-        .collect();
-    let urls = cluster.write("urls.txt", &list);
-    let splits = ["--validation", "0.15", "--test", "0.15", "--size", "72", "--slice-urls", "50"];
-    let wait = ["--wait", "--timeout", "120s"];
-    cluster.gleaner(&[&["dataset", "create", "small", "--urls", &urls], &splits[..], &wait].concat());
-}
-
-/// Submits a run on `small` that takes `epochs` epochs of 9 steps or so.
-fn submit(cluster: &Cluster, name: &str, epochs: u32, set: &[&str]) {
-    let spec = cluster.write(
-        &format!("{name}.toml"),
-        &format!(
-            r#"
-dataset = "small"
-seed = 3
-model = {{ arch = "alexnet-slim", width = 0.25, dropout = 0.1 }}
-input = {{ crop = 64 }}
-train = {{ epochs = {epochs}, batch = 16, learning_rate = 0.02 }}
-ranks = {{ min = 1, max = 3, lanes = 4, threads = 1, failure_detection_seconds = 4 }}
-"#
-        ),
-    );
-    let set: Vec<&str> = set.iter().flat_map(|set| ["--set", set]).collect();
-    cluster.gleaner(&[&["run", "submit", "-f", &spec, "--name", name], &set[..]].concat());
-}
-
-fn wait(cluster: &Cluster, run: &str) {
-    cluster.gleaner(&["run", "wait", run, "--timeout", "120s"]);
-}
-
-fn step(cluster: &Cluster, run: &str) -> u64 {
-    cluster.json(&["run", "describe", run])["step"].as_u64().unwrap_or(0)
-}
-
-/// What was trained on: for each step its samples' count and digest, those of the highest generation.
-fn ledger(cluster: &Cluster, run: &str) -> BTreeMap<u64, (u64, String)> {
-    let mut lines = BTreeMap::<u64, (u64, (u64, String))>::new();
-    let folder = Path::new(&cluster.store).join(proto::keys::ledgers(run));
-    for file in std::fs::read_dir(folder).expect("a ledger") {
-        let file = file.expect("a file").path();
-        let generation = proto::keys::number(&file.display().to_string()).expect("numbered by its generation");
-        let ledger: serde_json::Value = serde_json::from_slice(&std::fs::read(file).expect("a file")).expect("JSON");
-        for line in ledger["lines"].as_array().expect("lines") {
-            let n = |key: &str| line[key].as_u64().unwrap_or_else(|| panic!("no {key} in {line}"));
-            let entry = (generation, (n("samples"), line["digest"].to_string()));
-            let known = lines.entry(n("step")).or_insert_with(|| entry.clone());
-            if known.0 < generation {
-                *known = entry;
-            }
-        }
-    }
-    lines.into_iter().map(|(step, (_, line))| (step, line)).collect()
-}
 
 #[test]
 fn a_run_on_two_ranks_learns_and_leaves_a_model() {
@@ -84,7 +19,8 @@ fn a_run_on_two_ranks_learns_and_leaves_a_model() {
     let validated = run["last_validation"]["top1"].as_f64().expect("a share");
     assert!(validated > 0.4, "5 classes, chance 0.2: {run}");
     assert!(run["test"]["samples"].as_u64() > Some(10), "{run}");
-    let model = Path::new(&cluster.store).join(proto::keys::model("learn"));
+    let done = run["events"].as_array().and_then(|events| events.last()).expect("an event")["event"].clone();
+    let model = Path::new(&cluster.store).join(done["model"].as_str().expect("it is named"));
     let weights = std::fs::read(model.join("model.safetensors")).expect("the model");
     assert!(weights.len() > 100_000);
     assert!(!cluster.gleaner(&["run", "logs", "learn"]).is_empty());
@@ -99,10 +35,8 @@ fn ledgers_are_equal_whatever_the_ranks_and_whoever_is_killed() {
         submit(&cluster, run, 60, &[&format!("ranks.min={world}"), &format!("ranks.max={world}")]);
         wait(&cluster, run);
     }
-    let undisturbed = ledger(&cluster, "one");
-    assert!(undisturbed.len() >= 60 * 5, "{undisturbed:?}");
-    assert_eq!(undisturbed.keys().copied().collect::<Vec<_>>(), (1..=undisturbed.len() as u64).collect::<Vec<_>>());
-    assert_eq!(ledger(&cluster, "three"), undisturbed);
+    let found = compare(&cluster, "one", "three");
+    assert!(found["equal"] == true && found["steps_a"].as_u64() >= Some(60 * 5), "{found}");
 
     submit(&cluster, "killed", 60, &["ranks.min=2"]);
     for at in [20, 120] {
@@ -111,7 +45,8 @@ fn ledgers_are_equal_whatever_the_ranks_and_whoever_is_killed() {
         kill(*ranks.first().expect("ranks run"));
     }
     wait(&cluster, "killed");
-    assert_eq!(ledger(&cluster, "killed"), undisturbed);
+    let found = compare(&cluster, "killed", "one");
+    assert!(found["equal"] == true, "{found}");
     let events = cluster.json(&["run", "describe", "killed"])["events"].to_string();
     assert!(events.contains("failure"), "the kills were noticed: {events}");
 }
@@ -143,9 +78,79 @@ fn a_run_survives_its_coordinator_and_its_agent_and_a_cancel() {
     });
     cluster.gleaner(&["run", "resume", "disturbed"]);
     wait(&cluster, "disturbed");
-    assert_eq!(ledger(&cluster, "disturbed"), ledger(&cluster, "undisturbed"));
+    let found = compare(&cluster, "disturbed", "undisturbed");
+    assert!(found["equal"] == true, "{found}");
     let test = |run| cluster.json(&["run", "describe", run])["test"].clone();
     let (disturbed, undisturbed) = (test("disturbed"), test("undisturbed"));
     let loss = |test: &serde_json::Value| test["loss"].as_f64().expect("a loss");
     assert!((loss(&disturbed) - loss(&undisturbed)).abs() < 1e-3 * loss(&undisturbed), "{disturbed} {undisturbed}");
+}
+
+#[test]
+fn a_run_goes_on_from_an_older_checkpoint_than_a_damaged_one_and_another_begins_with_its_weights() {
+    let mut cluster = Cluster::start();
+    dataset(&mut cluster);
+    cluster.start_trainer("trainer", 1);
+    submit(&cluster, "undisturbed", 7, &["ranks.max=1"]);
+    wait(&cluster, "undisturbed");
+    submit(&cluster, "run", 7, &["ranks.max=1", "checkpoint.every_epochs=1", "checkpoint.keep=2"]);
+    let checkpoints = |cluster: &Cluster| {
+        let run = cluster.json(&["run", "describe", "run"]);
+        let events = run["events"].as_array().expect("a list").iter().map(|event| event["event"].clone());
+        events.filter(|event| event["kind"] == "checkpoint").collect::<Vec<_>>()
+    };
+    cluster.eventually("there are some checkpoints", |cluster| checkpoints(cluster).len() >= 3);
+    cluster.kill("trainer");
+    let made = checkpoints(&cluster);
+    let newest = made.last().expect("some");
+    let folder = Path::new(&cluster.store).join(newest["key"].as_str().expect("a key"));
+    let mut tensors = std::fs::read(folder.join("state.safetensors")).expect("it is kept");
+    let middle = tensors.len() / 2;
+    tensors[middle] ^= 1;
+    std::fs::write(folder.join("state.safetensors"), tensors).expect("the folder is writable");
+    cluster.start_trainer("another-trainer", 1);
+    wait(&cluster, "run");
+    let run = cluster.json(&["run", "describe", "run"]);
+    let events = run["events"].to_string();
+    assert!(events.contains("damaged") && events.contains("SHA-256"), "{events}");
+    let found = compare(&cluster, "run", "undisturbed");
+    assert!(found["equal"] == true, "{found}");
+    // The newest two and the best are kept.
+    let best = run["best_checkpoint_step"].as_u64().expect("a number");
+    let kept = std::fs::read_dir(Path::new(&cluster.store).join(proto::keys::checkpoints("run"))).expect("a folder");
+    // Of those that are removed a folder may be left, empty.
+    let kept = kept.flatten().filter(|folder| folder.path().join("state.json").exists());
+    let kept = kept.map(|folder| folder.file_name().to_string_lossy().into_owned()).collect::<Vec<_>>();
+    assert!(
+        best > 0 && kept.len() <= 3 && kept.iter().any(|name| name.starts_with(&format!("{best:08}-"))),
+        "{kept:?}"
+    );
+
+    let from = format!("run@{best}");
+    submit_from(&cluster, "fine", 1, &["ranks.max=1", "train.learning_rate=1e-6"], &["--from", &from]);
+    wait(&cluster, "fine");
+    let fine = cluster.json(&["run", "describe", "fine"]);
+    assert!(fine["events"].to_string().contains(&format!("the weights of run at step {best}")), "{fine}");
+    let top1 = |run: &serde_json::Value| run["last_validation"]["top1"].as_f64().expect("a share");
+    let of_best =
+        made.iter().chain(&checkpoints(&cluster)).find(|made| made["step"] == best).expect("it was made")["top1"]
+            .clone();
+    assert!(
+        (top1(&fine) - of_best.as_f64().expect("a share")).abs() < 0.1,
+        "as good as what it began with: {of_best} {fine}"
+    );
+    let refused = cluster.try_gleaner(&[
+        "run",
+        "submit",
+        "--dataset",
+        "small",
+        "--set",
+        "input.crop=64",
+        "--set",
+        "train.batch=16",
+        "--from",
+        "run",
+    ]);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(refused.status.code() == Some(2) && said.contains("model.arch = \"alexnet-slim\""), "{said}");
 }

@@ -1,35 +1,35 @@
 //! The runs: their stored history, the agents' connections, and the one task that feeds the roster and does what it says.
+//!
+//! `submit` makes new ones; `history` reads and removes what ranks have stored.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+mod history;
+mod submit;
+
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures::{StreamExt, TryStreamExt};
-use proto::manifest::Manifest;
-use proto::metric::MetricPoint;
-use proto::pb::{self, agent_message, rank_message};
+use proto::pb::{self, agent_message, coordinator_message::Message, rank_message};
 use proto::run_event::{EventRecord, RunEvent};
-use proto::{RunSpec, Split, keys};
+use proto::{RunSpec, keys};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
 use tracing::{error, info, warn};
 
-use crate::datasets::{Datasets, Stage};
+use crate::datasets::Datasets;
 use crate::error::Error;
 use crate::metrics::RunFigures;
-use crate::roster::{Action, Now, Roster, Run};
+use crate::roster::{Action, Now, Roster, Run, Sources};
 use crate::store::{Created, Store, StoreError, nonce, wall_millis};
 use crate::term::Term;
 
 /// How often the roster is asked what time calls for.
-const TICK: Duration = Duration::from_millis(200);
+const TICK: Duration = Duration::from_millis(100);
 
 /// Between two tries to write an event, when the store fails.
 const WRITE_PAUSE: Duration = Duration::from_secs(1);
-
-/// Points of the curve of steps that are held in memory for one run; beyond it every other one is dropped.
-const MOST_STEP_POINTS: usize = 4096;
 
 /// Runs that are recovered at the same time.
 const PARALLEL: usize = 8;
@@ -47,7 +47,19 @@ struct StoredRun {
     manifest_sha256: String,
     /// As the manifest's training images and the spec's batch make it.
     steps_per_epoch: u64,
+    /// Whose weights it begins with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    start: Option<submit::Start>,
     spec: RunSpec,
+}
+
+impl StoredRun {
+    fn sources(&self) -> Sources {
+        Sources {
+            manifest: (self.manifest_key.clone(), self.manifest_sha256.clone()),
+            start: self.start.as_ref().map(submit::Start::checkpoint),
+        }
+    }
 }
 
 /// What belongs to a run beside its place in the roster.
@@ -67,7 +79,7 @@ enum Input {
     Hello { hello: pb::Hello, connection: u64, outgoing: Outgoing },
     Gone { agent: String, connection: u64 },
     Said { agent: String, connection: u64, message: agent_message::Message },
-    Submit { name: String, run: Box<Run>, request_id: String, done: oneshot::Sender<()> },
+    Submit { name: String, run: Box<Run>, submitted: RunEvent, request_id: String, done: oneshot::Sender<()> },
     Cancel { name: String, done: oneshot::Sender<()> },
     Resume { name: String, request_id: String, done: oneshot::Sender<()> },
 }
@@ -118,8 +130,8 @@ impl Runs {
         };
         found.sort_by_key(|(_, _, events)| queued(events));
         for (name, stored, events) in found {
-            let manifest = (stored.manifest_key, stored.manifest_sha256);
-            let run = Run::recovered(runs.now(), stored.spec, manifest, stored.steps_per_epoch, &events);
+            let sources = stored.sources();
+            let run = Run::recovered(runs.now(), stored.spec, sources, stored.steps_per_epoch, &events);
             info!(run = name, state = ?run.state(), events = events.len(), "run recovered");
             let mut state = runs.state();
             state.roster.add(name.clone(), run);
@@ -160,13 +172,21 @@ impl Runs {
     async fn drive(self: Arc<Self>, mut inputs: mpsc::Receiver<Input>) {
         let mut clock = tokio::time::interval(TICK);
         clock.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut ticked = self.now().at;
         loop {
             // Inputs first: silence is judged only when everything that was said has been heard.
             tokio::select! {
                 biased;
                 Some(input) = inputs.recv() => self.take(input).await,
                 _ = clock.tick() => {
-                    let actions = self.state().roster.tick(self.now());
+                    let now = self.now();
+                    let actions = {
+                        let mut state = self.state();
+                        // If this process itself was held up, nobody else was silent.
+                        state.roster.excuse(now, (now.at - ticked).saturating_sub(2 * TICK));
+                        state.roster.tick(now)
+                    };
+                    ticked = now.at;
                     self.perform(actions).await;
                 }
             }
@@ -206,8 +226,8 @@ impl Runs {
                     }
                     match &message {
                         agent_message::Message::Heartbeat(beat) => {
-                            state.roster.heartbeat(now, &agent, &beat.silent_millis);
-                            Vec::new()
+                            state.roster.heartbeat(now, &agent, beat);
+                            vec![Action::Send { agent: agent.clone(), message: Message::Heard(pb::Heard {}) }]
                         }
                         agent_message::Message::Serving(serving) => state.roster.serving(now, &agent, serving),
                         agent_message::Message::Rank(said) => {
@@ -219,11 +239,9 @@ impl Runs {
                 };
                 self.perform(actions).await;
             }
-            Input::Submit { name, run, request_id, done } => {
-                self.state()
-                    .records
-                    .insert(name.clone(), Record { request_id: request_id.clone(), loaded: true, ..Record::default() });
-                self.write(&name, RunEvent::Submitted { request_id }).await;
+            Input::Submit { name, run, submitted, request_id, done } => {
+                self.state().records.insert(name.clone(), Record { request_id, loaded: true, ..Record::default() });
+                self.write(&name, submitted).await;
                 self.state().roster.add(name, *run);
                 let actions = self.state().roster.tick(now);
                 let _ = done.send(());
@@ -283,108 +301,14 @@ impl Runs {
             }
         }
         info!(run, n, event = %String::from_utf8_lossy(&json), "run event");
-        let old = {
-            let mut state = self.state();
-            let keep = state.roster.runs.get(run).map_or(1, |run| run.spec.checkpoint.keep as usize);
-            let known = state.records.entry(run.to_owned()).or_default();
-            let checkpoint = matches!(record.event, RunEvent::Checkpoint { .. });
-            known.events.push(record);
-            let checkpoints = known.events.iter().filter_map(|record| match &record.event {
-                RunEvent::Checkpoint { key, .. } => Some(key.clone()),
-                _ => None,
-            });
-            let mut checkpoints: Vec<String> = checkpoints.collect();
-            checkpoints.truncate(if checkpoint { checkpoints.len().saturating_sub(keep) } else { 0 });
-            checkpoints
+        let made = match &record.event {
+            RunEvent::Checkpoint { key, .. } => keys::checkpoint_of(run, key).ok(),
+            _ => None,
         };
-        // All of them, since an earlier removal may have failed; they lie in one folder, so one listing finds what is left.
-        if let Some((folder, _)) = old.last().and_then(|key| key.rsplit_once('/')) {
-            let (store, run, folder) = (self.store.clone(), run.to_owned(), folder.to_owned());
-            tokio::spawn(async move {
-                let old: HashSet<String> = old.into_iter().collect();
-                let is_old = |key: &String| key.rsplit_once('/').is_some_and(|(of, _)| old.contains(of));
-                let removed = async {
-                    let mut keys = store.list(&folder).await?;
-                    keys.retain(is_old);
-                    store.delete_all(keys).await
-                };
-                if let Err(error) = removed.await {
-                    warn!(run, folder, %error, "cannot remove old checkpoints");
-                }
-            });
+        self.state().records.entry(run.to_owned()).or_default().events.push(record);
+        if let Some(made) = made {
+            self.forget_checkpoints(run, made);
         }
-    }
-
-    /// Resolves a spec against the dataset, stores the run, and queues it. Returns its name.
-    pub(crate) async fn submit(self: &Arc<Self>, request: pb::SubmitRunRequest) -> Result<String, Error> {
-        let pb::SubmitRunRequest { request_id, name, spec_json } = request;
-        if request_id.is_empty() {
-            return Err(Error::Invalid("request_id is empty".to_owned()));
-        }
-        let mut spec = RunSpec::from_json(&spec_json)?;
-        let one = Arc::clone(&self.submitting).lock_owned().await;
-        if let Some((name, _)) = self.state().records.iter().find(|(_, record)| record.request_id == request_id) {
-            return Ok(name.clone());
-        }
-        let (dataset, _) = self.datasets.find(&spec.dataset)?;
-        let Stage::Ready(latest) = &dataset.stage else {
-            return Err(Error::Precondition(format!(
-                "dataset {:?} has no manifest yet: wait until it is ready",
-                spec.dataset
-            )));
-        };
-        let version = *spec.manifest.get_or_insert(latest.version);
-        let manifest_key = keys::manifest(&dataset.id, version);
-        let missing = || Error::NotFound(format!("dataset {:?} has no manifest of version {version}", spec.dataset));
-        let json = self.store.get(&manifest_key).await?.ok_or_else(missing)?;
-        let manifest = Manifest::from_json(&json).map_err(|e| Error::Local(format!("{manifest_key}: {e}")))?;
-        let steps_per_epoch = check(&spec, &manifest)?;
-        let name = match name.as_str() {
-            "" => self.free_name(&spec.dataset),
-            given if !keys::is_name(given) => {
-                let rule = "1 to 63 of a-z 0-9 - . , beginning and ending with a letter or digit";
-                return Err(Error::Invalid(format!("name = {given:?}: must be {rule}")));
-            }
-            given => given.to_owned(),
-        };
-        if self.state().records.contains_key(&name) {
-            return Err(Error::Exists(format!("a run is called {name:?} already")));
-        }
-        let manifest_sha256 = proto::shard::sha256_hex(&json);
-        let dataset = dataset.id.to_string();
-        let stored =
-            StoredRun { nonce: nonce(), request_id, dataset, manifest_key, manifest_sha256, steps_per_epoch, spec };
-        let this = Arc::clone(self);
-        // A caller that goes away must not cut this in the middle.
-        let tail = tokio::spawn(async move {
-            let _one = one;
-            this.commit(name, stored).await
-        });
-        tail.await.map_err(|error| Error::Local(error.to_string()))?
-    }
-
-    /// Stores a run and queues it. Returns its name.
-    async fn commit(&self, name: String, mut stored: StoredRun) -> Result<String, Error> {
-        self.term.look(&self.store).await?;
-        let json = serde_json::to_vec_pretty(&stored).map_err(|error| Error::Local(error.to_string()))?;
-        // From here on a coordinator that recovers it queues it, and a repeated request finds it.
-        if let Created::Lost(theirs) = self.store.create(&keys::run_spec(&name), json.into(), &stored.nonce).await? {
-            // It may be an earlier try of this request, whose answer from the store was lost.
-            let theirs = serde_json::from_slice(&theirs).ok();
-            let same = theirs.filter(|theirs: &StoredRun| theirs.request_id == stored.request_id);
-            stored = same.ok_or_else(|| Error::Exists(format!("a run is called {name:?} already")))?;
-        }
-        let StoredRun { spec, request_id, manifest_key, manifest_sha256, steps_per_epoch, .. } = stored;
-        let run = Box::new(Run::recovered(self.now(), spec, (manifest_key, manifest_sha256), steps_per_epoch, &[]));
-        let (done, told) = oneshot::channel();
-        self.input(Input::Submit { name: name.clone(), run, request_id, done }, told).await?;
-        Ok(name)
-    }
-
-    fn free_name(&self, dataset: &str) -> String {
-        let state = self.state();
-        let stem: String = dataset.chars().take(56).collect();
-        (1u32..).map(|n| format!("{stem}-{n}")).find(|name| !state.records.contains_key(name)).unwrap_or(stem)
     }
 
     async fn input(&self, input: Input, told: oneshot::Receiver<()>) -> Result<(), Error> {
@@ -468,7 +392,8 @@ impl Runs {
             last_step: newest("step"),
             last_validation: newest("validation"),
             test: newest("test"),
-            checkpoint_step: run.checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.step),
+            checkpoint_step: run.checkpoints.last().map_or(0, |checkpoint| checkpoint.step),
+            best_checkpoint_step: run.best().map_or(0, |checkpoint| checkpoint.step),
             events: record.events.iter().filter_map(|event| serde_json::to_string(event).ok()).collect(),
         })
     }
@@ -483,40 +408,6 @@ impl Runs {
             _ => None,
         });
         done.ok_or_else(|| Error::Precondition(format!("run {name:?} is not done: a model is written at its end")))
-    }
-
-    /// The points of the learning curve, of these kinds only unless there are none, in order.
-    pub(crate) async fn points(&self, name: &str, kinds: &[String]) -> Result<Vec<pb::Metric>, Error> {
-        self.load(name).await?;
-        let state = self.state();
-        let points = state.records.get(name).map_or(&[][..], |record| &record.points);
-        Ok(points.iter().filter(|point| kinds.is_empty() || kinds.contains(&point.kind)).cloned().collect())
-    }
-
-    /// Reads what the store has of the run's curve, once.
-    async fn load(&self, name: &str) -> Result<(), Error> {
-        match self.state().records.get(name) {
-            None => return Err(Error::NotFound(format!("no run is called {name:?}"))),
-            Some(record) if record.loaded => return Ok(()),
-            Some(_) => {}
-        }
-        let mut stored = Vec::new();
-        for (key, lines) in self.store.get_all(self.store.list(&keys::metrics_of(name)).await?).await? {
-            for line in lines.split(|&b| b == b'\n').filter(|line| !line.is_empty()) {
-                match serde_json::from_slice::<MetricPoint>(line) {
-                    Ok(point) => stored.push(point.into()),
-                    Err(error) => warn!(run = name, key, %error, "a line of the curve cannot be read"),
-                }
-            }
-        }
-        if let Some(record) = self.state().records.get_mut(name) {
-            stored.append(&mut record.points);
-            for point in stored {
-                add_point(&mut record.points, point);
-            }
-            record.loaded = true;
-        }
-        Ok(())
     }
 
     /// A new stream of an agent; the number tells it from later ones.
@@ -569,7 +460,7 @@ impl Runs {
             RunFigures {
                 run: name.clone(),
                 step: run.step,
-                checkpoint: run.checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.step),
+                checkpoint: run.checkpoints.last().map_or(0, |checkpoint| checkpoint.step),
                 generation: run.generation,
                 ranks: run.world,
                 newest: ["step", "train", "validation", "test"].iter().filter_map(newest).collect(),
@@ -603,53 +494,8 @@ impl State {
         let current = self.roster.runs.get(&said.run).is_some_and(|run| run.generation == said.generation);
         if let (Some(rank_message::Message::Stepped(stepped)), true, 0) = (&said.message, current, said.rank) {
             for point in &stepped.metrics {
-                add_point(&mut record.points, point.clone());
+                history::add_point(&mut record.points, point.clone());
             }
         }
     }
-}
-
-/// Adds a point; of two of one kind and step the higher generation's stands. After a return to a checkpoint the steps are
-/// done again, so the new point goes where the old one was.
-fn add_point(points: &mut Vec<pb::Metric>, point: pb::Metric) {
-    let at = points.partition_point(|other| other.step < point.step);
-    let same =
-        points[at..].iter().take_while(|other| other.step == point.step).position(|other| other.kind == point.kind);
-    match same.map(|same| &mut points[at + same]) {
-        Some(other) if other.generation <= point.generation => *other = point,
-        Some(_) => {}
-        None => {
-            let end = at + points[at..].partition_point(|other| other.step == point.step);
-            points.insert(end, point);
-        }
-    }
-    if points.iter().filter(|point| point.kind == "step").count() > MOST_STEP_POINTS {
-        let mut n = 0;
-        points.retain(|point| {
-            n += u64::from(point.kind == "step");
-            point.kind != "step" || n % 2 == 0
-        });
-    }
-}
-
-/// Whether the spec fits the samples (design's rules on steps and shares), and how many steps an epoch then has.
-fn check(spec: &RunSpec, manifest: &Manifest) -> Result<u64, Error> {
-    let samples = manifest.samples(Split::Train);
-    let (batch, lanes) = (u64::from(spec.train.batch), u64::from(spec.ranks.lanes));
-    // Rounded to the nearest: an epoch has no short step at its end.
-    let steps = (samples + batch / 2) / batch;
-    if steps == 0 || samples / (steps * lanes) < 2 {
-        return Err(Error::Invalid(format!(
-            "train.batch = {batch} with ranks.lanes = {lanes}: the dataset has {samples} training images; \
-             each lane needs 2 in each step, and an epoch at least one step"
-        )));
-    }
-    if spec.input.crop > manifest.resize.size {
-        let size = manifest.resize.size;
-        return Err(Error::Invalid(format!(
-            "input.crop = {}: stored images have {size} pixels a side",
-            spec.input.crop
-        )));
-    }
-    Ok(steps)
 }

@@ -157,6 +157,12 @@ impl Store {
             .await
     }
 
+    /// Copies an object that must exist, whatever is there.
+    pub(crate) async fn copy(&self, from: &str, to: &str) -> Result<(), StoreError> {
+        let (source, target) = (Path::from(from), Path::from(to));
+        retry("copy", from, || self.0.copy(&source, &target)).await
+    }
+
     /// Removes objects; those that do not exist are no error.
     pub(crate) async fn delete_all(&self, keys: Vec<String>) -> Result<(), StoreError> {
         futures::stream::iter(keys)

@@ -37,14 +37,26 @@ impl Agent {
         to.send(pb::AgentMessage { message: Some(agent) }).await.expect("open");
         let mut client = TrainerServiceClient::new(cluster.channel.clone());
         let from = client.connect(ReceiverStream::new(outgoing)).await.expect("connects").into_inner();
+        let beating = to.clone();
+        tokio::spawn(async move {
+            let beat = || pb::AgentMessage { message: Some(ToCoordinator::Heartbeat(pb::Heartbeat::default())) };
+            while beating.send(beat()).await.is_ok() {
+                tokio::time::sleep(Duration::from_millis(250)).await;
+            }
+        });
         let mut agent = Self { to, from };
         assert!(matches!(agent.hear().await, ToAgent::Welcome(_)));
         agent
     }
 
     async fn hear(&mut self) -> ToAgent {
-        let message = tokio::time::timeout(PATIENCE, self.from.message()).await.expect("in time").expect("streams");
-        message.expect("open").message.expect("one of them")
+        loop {
+            let message = tokio::time::timeout(PATIENCE, self.from.message()).await.expect("in time").expect("streams");
+            match message.expect("open").message.expect("one of them") {
+                ToAgent::Heard(_) => {}
+                message => return message,
+            }
+        }
     }
 
     async fn say(&self, message: ToCoordinator) {
@@ -79,7 +91,12 @@ async fn with_dataset(folder: &std::path::Path) -> Cluster {
 fn submit(batch: u32) -> pb::SubmitRunRequest {
     let mut spec = RunSpec::from_toml("dataset = \"birds\"").expect("one line is enough");
     (spec.train.batch, spec.ranks.failure_detection_seconds) = (batch, 2.0);
-    pb::SubmitRunRequest { request_id: "run-1".to_owned(), name: String::new(), spec_json: spec.to_json() }
+    pb::SubmitRunRequest {
+        request_id: "run-1".to_owned(),
+        name: String::new(),
+        spec_json: spec.to_json(),
+        ..Default::default()
+    }
 }
 
 #[tokio::test]
@@ -101,15 +118,15 @@ async fn a_run_goes_from_its_submission_to_its_end_over_a_restart_of_the_coordin
     let serving = pb::Serving { run: "birds-1".to_owned(), generation: 1, port: 29500, error: String::new() };
     agent.say(ToCoordinator::Serving(serving)).await;
     let ToAgent::Join(join) = agent.hear().await else { panic!("a join") };
-    assert_eq!((join.store.as_str(), join.world_size, join.checkpoint), ("127.0.0.1:29500", 1, None));
+    assert_eq!((join.store.as_str(), join.world_size, join.checkpoints), ("127.0.0.1:29500", 1, vec![]));
     let manifest = common::get(&*cluster.store, &join.manifest_key).await;
     assert_eq!(proto::shard::sha256_hex(&manifest), join.manifest_sha256);
-    agent.rank(Said::Joined(pb::Joined { step: 0, steps_per_epoch: 3 })).await;
+    agent.rank(Said::Joined(pb::Joined { step: 0, steps_per_epoch: 3, damaged: vec![] })).await;
     agent.rank(Said::Stepped(pb::Stepped { step: 1, metrics: vec![point("step", 1, 3.0)] })).await;
     let key = keys::checkpoint("birds-1", 1, 1, "x");
     put(&*cluster.store, &format!("{key}/state.json"), "{}").await;
     let digests = [("state.json".to_owned(), "0".to_owned())].into();
-    agent.rank(Said::Checkpointed(pb::Checkpointed { step: 1, key, digests })).await;
+    agent.rank(Said::Checkpointed(pb::Checkpointed { step: 1, key, digests, top1: None })).await;
     let mut watch =
         runs(&cluster).watch_run(pb::GetRunRequest { run: "birds-1".to_owned() }).await.expect("exists").into_inner();
     let checkpointed = async {
@@ -132,7 +149,7 @@ async fn a_run_goes_from_its_submission_to_its_end_over_a_restart_of_the_coordin
     let occupied = pb::Occupied { device: 0, run: "birds-1".to_owned(), generation: 1, rank: 0, joined: true, step: 2 };
     let mut agent = Agent::connect(&cluster, vec![occupied]).await;
     agent.rank(Said::Stepped(pb::Stepped { step: 3, metrics: vec![point("test", 3, 1.0)] })).await;
-    agent.rank(Said::Finished(pb::Finished { key: keys::model("birds-1"), digests: Default::default() })).await;
+    agent.rank(Said::Finished(pb::Finished { key: keys::model("birds-1", 1, "x"), digests: Default::default() })).await;
     let left = pb::Left { why: pb::left::Why::Finished.into(), step: 3, detail: String::new() };
     agent.rank(Said::Left(left)).await;
     assert!(matches!(agent.hear().await, ToAgent::Kill(pb::Kill { device: 0 })));

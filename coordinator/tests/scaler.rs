@@ -71,8 +71,12 @@ async fn workers_are_wanted_for_slices_until_the_last_is_committed_and_trainers_
 
     let mut spec = RunSpec::from_toml("dataset = \"birds\"").expect("one line is enough");
     (spec.train.batch, spec.ranks.max) = (24, 3);
-    let request =
-        pb::SubmitRunRequest { request_id: "r".to_owned(), name: "birds-1".to_owned(), spec_json: spec.to_json() };
+    let request = pb::SubmitRunRequest {
+        request_id: "r".to_owned(),
+        name: "birds-1".to_owned(),
+        spec_json: spec.to_json(),
+        ..Default::default()
+    };
     let mut runs = RunServiceClient::new(cluster.channel.clone());
     runs.submit_run(request).await.expect("a good run");
     assert!(pushed(&mut trainers).await, "a waiting run is pushed");

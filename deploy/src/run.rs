@@ -8,8 +8,8 @@ use std::time::Duration;
 use anyhow::Result;
 use proto::RunSpec;
 use proto::pb::{
-    CancelRunRequest, GetLogsRequest, GetMetricsRequest, GetRunRequest, ListRunsRequest, LogLine, Metric,
-    ResumeRunRequest, Run, RunState, SubmitRunRequest,
+    CancelRunRequest, CompareRunsRequest, CompareRunsResponse, GetLogsRequest, GetMetricsRequest, GetRunRequest,
+    LedgerLine, ListRunsRequest, LogLine, Metric, ResumeRunRequest, Run, RunState, SubmitRunRequest,
 };
 use proto::run_event::{EventRecord, RunEvent};
 use serde_json::Value;
@@ -62,6 +62,15 @@ pub(crate) enum Command {
     },
     /// Fetch a done run's model: safetensors, ONNX, TorchScript, and a description
     Model(ModelArgs),
+    /// Say whether two runs were trained on the same samples in each step; ends with 1 if not
+    Compare {
+        /// A run's name
+        a: String,
+        /// The other's
+        b: String,
+        #[command(flatten)]
+        cluster: ClusterArgs,
+    },
     /// End a run after the step it is at, with a checkpoint
     Cancel(NameArgs),
     /// Queue a cancelled or failed run again, from its last checkpoint
@@ -101,6 +110,10 @@ pub(crate) struct SubmitArgs {
     /// The run's name; DATASET-N if left out
     #[arg(long)]
     name: Option<String>,
+    /// Begin with the weights of this run's newest checkpoint, or of that at a step: --from birds-1@1200. The networks must be the same; if
+    /// the classes differ in number, the last layer begins anew
+    #[arg(long, value_name = "RUN[@STEP]", value_parser = from)]
+    from: Option<(String, Option<u64>)>,
     /// Print the resolved spec and submit nothing
     #[arg(long)]
     dry_run: bool,
@@ -127,6 +140,7 @@ pub(crate) async fn run(command: Command) -> Result<()> {
         Command::Logs { of, follow } => logs(&of, follow).await,
         Command::Metrics { of, kind, csv } => metrics(&of, kind, csv).await,
         Command::Model(args) => crate::model::run(args).await,
+        Command::Compare { a, b, cluster } => compare(&a, &b, &cluster).await,
         Command::Cancel(of) => cancel(&of).await,
         Command::Resume { of, wait, timeout } => resume(&of, wait, timeout.timeout).await,
     }
@@ -141,23 +155,43 @@ async fn submit(args: SubmitArgs) -> Result<()> {
         }
         return Ok(());
     }
+    let (from_run, from_step) = args.from.unwrap_or_default();
     let request = SubmitRunRequest {
         request_id: Uuid::new_v4().to_string(),
         name: args.name.unwrap_or_default(),
         spec_json: spec.to_json(),
+        from_run,
+        from_step,
     };
     let client = Cluster::new(&args.cluster)?.runs;
     let run = insist(async || answer(client.clone().submit_run(request.clone())).await).await?;
     let of = NameArgs { run: run.run.clone(), cluster: args.cluster };
     if args.wait || args.follow {
-        note(format!("{}: submitted", run.run));
+        note(format!("{}: {}", run.run, submitted(&run)));
         return wait(&of, args.timeout.timeout, args.follow).await;
     }
-    changed(&of, &run, "submitted")?;
+    changed(&of, &run, &submitted(&run))?;
     if of.cluster.output == Format::Table {
         note(format!("see how it goes: gleaner run watch {}", run.run));
     }
     Ok(())
+}
+
+/// What was submitted, with what its weights are from.
+fn submitted(run: &Run) -> String {
+    let first = run.events.first().and_then(|json| serde_json::from_str::<EventRecord>(json).ok());
+    first.map_or_else(|| "submitted".to_owned(), |record| happened(&record.event))
+}
+
+/// `RUN` or `RUN@STEP`.
+fn from(text: &str) -> Result<(String, Option<u64>), String> {
+    match text.rsplit_once('@') {
+        None => Ok((text.to_owned(), None)),
+        Some((run, step)) => match step.parse() {
+            Ok(step) if !run.is_empty() => Ok((run.to_owned(), Some(step))),
+            _ => Err("must be a run's name, or RUN@STEP as in birds-1@1200".to_owned()),
+        },
+    }
 }
 
 /// The file with `--set` and `--dataset` over it.
@@ -236,6 +270,9 @@ fn description(run: &Run) -> Vec<String> {
         run.world_size,
         run.checkpoint_step
     ));
+    if run.best_checkpoint_step > 0 {
+        lines.push(format!("best validation in the checkpoint at step {}", run.best_checkpoint_step));
+    }
     let newest = [&run.last_step, &run.last_validation, &run.test];
     lines.extend(newest.into_iter().flatten().map(|metric| point(metric, run.epochs)));
     lines.push(String::new());
@@ -255,12 +292,18 @@ fn description(run: &Run) -> Vec<String> {
 /// One event of a run's history for people.
 fn happened(event: &RunEvent) -> String {
     match event {
-        RunEvent::Submitted { .. } => "submitted".to_owned(),
+        RunEvent::Submitted { start: None, .. } => "submitted".to_owned(),
+        RunEvent::Submitted { start: Some(start), .. } => format!("submitted; begins with {start}"),
         RunEvent::Generation { generation, members } => format!("generation {generation} of {} ranks", members.len()),
-        RunEvent::Checkpoint { step, .. } => format!("checkpoint at step {step}"),
-        RunEvent::Failure { generation, rank, step, reason } => {
-            let who = rank.map_or(String::new(), |rank| format!(" rank {rank}"));
-            format!("generation {generation}{who} failed after step {step}: {reason}")
+        RunEvent::Checkpoint { step, top1, .. } => {
+            let top1 = top1.map_or(String::new(), |top1| format!(", validation top-1 {top1:.3}"));
+            format!("checkpoint at step {step}{top1}")
+        }
+        RunEvent::Damaged { key, reason } => format!("checkpoint {key} is lost: {reason}"),
+        RunEvent::Failure { generation, step, reason, culprit } => {
+            let since = culprit.as_ref().map_or(0.0, |culprit| culprit.silent_millis as f64 / 1000.0);
+            let since = if since < 0.1 { String::new() } else { format!(", last heard {since:.1} s before") };
+            format!("generation {generation} failed after step {step}: {reason}{since}")
         }
         RunEvent::Cancelling => "cancelling".to_owned(),
         RunEvent::Cancelled => "cancelled".to_owned(),
@@ -454,6 +497,29 @@ async fn metrics(of: &NameArgs, kinds: Vec<String>, csv: bool) -> Result<()> {
         table.say();
     }
     Ok(())
+}
+
+async fn compare(a: &str, b: &str, args: &ClusterArgs) -> Result<()> {
+    let mut client = Cluster::new(args)?.runs;
+    let request = CompareRunsRequest { a: a.to_owned(), b: b.to_owned() };
+    let found = answer(client.compare_runs(request)).await?;
+    let CompareRunsResponse { equal, steps_a, steps_b, steps_equal, ref first_a, ref first_b } = found;
+    if args.output == Format::Json {
+        say_json(&found)?;
+    } else if equal {
+        say(format!("equal: {a} and {b} were trained on the same samples in each of {steps_a} steps"));
+    } else {
+        say(format!("different: {steps_equal} steps had the same samples; {a} has {steps_a}, {b} has {steps_b} steps"));
+        for (run, line) in [(a, first_a), (b, first_b)] {
+            match line {
+                Some(LedgerLine { epoch, step, generation, samples, digest }) => say(format!(
+                    "{run}: step {step} of epoch {epoch}, generation {generation}: {samples} samples, digest {digest:016x}"
+                )),
+                None => say(format!("{run}: has no such step")),
+            }
+        }
+    }
+    if equal { Ok(()) } else { Err(Ended::error(Exit::Failed, format!("{a} and {b} differ"))) }
 }
 
 async fn cancel(of: &NameArgs) -> Result<()> {

@@ -16,7 +16,8 @@
 //! runs/<run>/metrics/<generation>-<n>.jsonl              points of the learning curve
 //! runs/<run>/logs/<generation>-<rank>-<n>.log            what a rank said
 //! runs/<run>/checkpoints/<step>-<generation>-<nonce>/    exists once an event names it with its digests
-//! runs/<run>/model/                                      the trained model
+//! runs/<run>/start/<nonce>/                              another run's weights, which this one begins with
+//! runs/<run>/model/<generation>-<nonce>/                 the trained model, once an event names it
 //! ```
 //!
 //! `<dataset>` is `<name>-<uid>`: a name that is deleted and made again never meets its old objects.
@@ -189,9 +190,29 @@ pub fn checkpoint(run: &str, step: u64, generation: u64, nonce: &str) -> String 
     format!("{RUNS}/{run}/checkpoints/{step:08}-{generation:06}-{nonce}")
 }
 
-/// `runs/<run>/model`
-pub fn model(run: &str) -> String {
-    format!("{RUNS}/{run}/model")
+/// `runs/<run>/checkpoints`
+pub fn checkpoints(run: &str) -> String {
+    format!("{RUNS}/{run}/checkpoints")
+}
+
+/// Step and generation of `runs/<run>/checkpoints/<step>-<generation>-<nonce>`, or of a file in it.
+pub fn checkpoint_of(run: &str, key: &str) -> Result<(u64, u64), KeyError> {
+    let parse = || {
+        let folder = key.strip_prefix(&checkpoints(run))?.strip_prefix('/')?;
+        let mut parts = folder.split('/').next()?.split('-');
+        Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+    };
+    parse().ok_or_else(|| KeyError { what: "key of a checkpoint", text: key.to_owned() })
+}
+
+/// `runs/<run>/start/<nonce>`
+pub fn start(run: &str, nonce: &str) -> String {
+    format!("{RUNS}/{run}/start/{nonce}")
+}
+
+/// `runs/<run>/model/<generation>-<nonce>`
+pub fn model(run: &str, generation: u64, nonce: &str) -> String {
+    format!("{RUNS}/{run}/model/{generation:06}-{nonce}")
 }
 
 /// The number that a key's last part begins with: `.../events/000012.json` -> 12, `.../slices/000007.tsv.zst` -> 7.
@@ -237,6 +258,14 @@ mod tests {
             prop_assert_eq!(number(&slice("birds-1", shard)).expect("built above"), u64::from(shard));
             prop_assert_eq!(number(&event("r", n)).expect("built above"), n);
         }
+    }
+
+    #[test]
+    fn a_checkpoint_tells_its_step_and_generation() {
+        let folder = checkpoint("r", 120, 3, "ab12");
+        assert_eq!(checkpoint_of("r", &folder).expect("built above"), (120, 3));
+        assert_eq!(checkpoint_of("r", &format!("{folder}/state.json")).expect("built above"), (120, 3));
+        assert!(checkpoint_of("r", &start("r", "ab12")).is_err());
     }
 
     #[test]

@@ -6,7 +6,7 @@
 //! - [`rejection`], [`outcomes`]: what became of each URL;
 //! - [`shard`]: tars, blocks and the index that commits them;
 //! - [`manifest`]: an immutable version of a dataset;
-//! - [`run_event`], [`metric`]: a run's history and its learning curve.
+//! - [`run_event`], [`run_ledger`], [`metric`]: a run's history, what it was trained on, and its learning curve.
 
 pub mod dataset_spec;
 pub mod keys;
@@ -15,6 +15,7 @@ pub mod metric;
 pub mod outcomes;
 pub mod rejection;
 pub mod run_event;
+pub mod run_ledger;
 pub mod run_spec;
 pub mod shard;
 

@@ -28,6 +28,9 @@ pub enum RunEvent {
     Submitted {
         /// The caller's request id: a repeated request finds it here.
         request_id: String,
+        /// For people: what its weights are from, if not random.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        start: Option<String>,
     },
     /// A generation was formed.
     Generation {
@@ -44,13 +47,23 @@ pub enum RunEvent {
         key: String,
         /// File name -> SHA-256 in hex.
         digests: BTreeMap<String, String>,
+        /// Share of right first guesses on the validation split, if it was measured in this state.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        top1: Option<f64>,
+    },
+    /// A checkpoint cannot be read as it was written: it no longer exists.
+    Damaged {
+        /// Its folder in the store.
+        key: String,
+        /// For people.
+        reason: String,
     },
     /// A generation ended because of a failure.
     Failure {
         /// Which.
         generation: u64,
-        /// The rank that was at fault, if known.
-        rank: Option<u32>,
+        /// Who was at fault, if known.
+        culprit: Option<Culprit>,
         /// The last step that survivors hold.
         step: u64,
         /// For people.
@@ -77,6 +90,26 @@ pub enum RunEvent {
         /// File name -> SHA-256 in hex.
         digests: BTreeMap<String, String>,
     },
+}
+
+/// The rank that a generation failed for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Culprit {
+    /// Its number.
+    pub rank: u32,
+    /// Its agent process.
+    pub agent: String,
+    /// Where other machines reach that.
+    pub address: String,
+    /// What it ran on: `cpu`, `cuda:1`.
+    pub device: String,
+    /// What it was at when it was last heard of, as in `backward`.
+    pub doing: String,
+    /// Steps that it had applied then.
+    pub step: u64,
+    /// How long before this event it was last heard of.
+    pub silent_millis: u64,
 }
 
 /// One rank of a generation.

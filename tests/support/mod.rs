@@ -14,6 +14,9 @@
     reason = "shared by several test binaries, each of which uses a part"
 )]
 
+pub mod net;
+pub mod training;
+
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -22,6 +25,8 @@ use serde_json::Value;
 
 /// How long any one thing may take before the test fails.
 pub const PATIENCE: Duration = Duration::from_secs(120);
+
+const BINARY: &str = env!("CARGO_BIN_EXE_gleaner");
 
 /// Processes over one store; all are killed when it is dropped.
 pub struct Cluster {
@@ -37,6 +42,14 @@ impl Cluster {
     pub fn start() -> Self {
         let mut cluster = Self::new(None, Vec::new());
         cluster.start_coordinator();
+        cluster
+    }
+
+    /// Nothing is started yet; the coordinator will listen at a free port of this address.
+    pub fn listening_at(host: &str) -> Self {
+        let mut cluster = Self::new(None, Vec::new());
+        let listener = std::net::TcpListener::bind((host, 0)).expect("an address of this machine");
+        cluster.address = listener.local_addr().expect("bound").to_string();
         cluster
     }
 
@@ -84,9 +97,24 @@ impl Cluster {
 
     /// Starts a role.
     pub fn spawn(&mut self, name: &str, args: &[&str]) {
+        self.spawn_in(None, name, args);
+    }
+
+    /// Starts a role in a network namespace.
+    pub fn spawn_in(&mut self, namespace: Option<&str>, name: &str, args: &[&str]) {
         let log = std::fs::File::create(self.path(&format!("{name}.log"))).expect("a log file");
-        let child = self
-            .command(args)
+        // `ip netns exec` becomes the program, so that the child's process id is the program's.
+        let mut command = match namespace {
+            None => Command::new(BINARY),
+            Some(namespace) => {
+                let mut command = Command::new("ip");
+                command.args(["netns", "exec", namespace, BINARY]);
+                command
+            }
+        };
+        self.configure(&mut command);
+        let child = command
+            .args(args)
             .args(["--exit-with-stdin"])
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
@@ -97,14 +125,39 @@ impl Cluster {
     }
 
     fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_gleaner"));
+        let mut command = Command::new(BINARY);
+        self.configure(&mut command);
+        command.args(args);
         command
-            .args(args)
+    }
+
+    fn configure(&self, command: &mut Command) {
+        command
             .env("GLEANER_STORE", &self.store)
             .env("GLEANER_COORDINATOR", format!("http://{}", self.address))
             .envs(self.env.iter().cloned())
             .stdin(Stdio::null());
-        command
+    }
+
+    /// The process id of a role.
+    pub fn pid(&self, name: &str) -> u32 {
+        self.processes.iter().find(|(of, _)| of == name).expect("it was started").1.id()
+    }
+
+    /// Whether a role that was started has not ended.
+    pub fn is_alive(&self, name: &str) -> bool {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid(name))).unwrap_or_default();
+        stat.rsplit(") ").next().is_some_and(|rest| !rest.is_empty() && !rest.starts_with('Z'))
+    }
+
+    /// When, in seconds of the day, the last rank of a generation said that it holds the agreed state, if the store has word of it.
+    pub fn agreed(&self, run: &str, generation: u64) -> Option<f64> {
+        let files = std::fs::read_dir(Path::new(&self.store).join(proto::keys::logs_of(run))).ok()?.flatten();
+        let of_it =
+            |file: &std::fs::DirEntry| file.file_name().to_string_lossy().starts_with(&format!("{generation:06}-"));
+        let text: String = files.filter(of_it).filter_map(|file| std::fs::read_to_string(file.path()).ok()).collect();
+        let said = text.lines().filter(|line| line.contains("agreed on a state"));
+        said.filter_map(second_of_day).max_by(f64::total_cmp)
     }
 
     /// SIGTERM; how long it then took to end.
@@ -203,10 +256,35 @@ impl Drop for Cluster {
     }
 }
 
+/// `2026-11-24T11:17:41.123456Z ...` -> 11 h 17 min 41.123456 s in seconds.
+fn second_of_day(line: &str) -> Option<f64> {
+    let (_, time) = line.split_whitespace().next()?.trim_end_matches('Z').split_once('T')?;
+    time.split(':').try_fold(0.0, |sum, part| Some(sum * 60.0 + part.parse::<f64>().ok()?))
+}
+
+/// The clock that logs show, in seconds of the day.
+#[allow(clippy::disallowed_methods, reason = "compared with times in logs")]
+pub fn seconds_of_day() -> f64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970");
+    since.as_secs_f64().rem_euclid(86_400.0)
+}
+
+/// The parent of a living process.
+pub fn parent(pid: u32) -> Option<u32> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let value = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+    if value("State:")?.starts_with('Z') { None } else { value("PPid:")?.parse().ok() }
+}
+
+/// Sends a signal by its name.
+pub fn signal(pid: u32, name: &str) {
+    let status = Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status().expect("kill(1)");
+    assert!(status.success(), "kill -{name} {pid}");
+}
+
 /// `kill -9` of any process.
 pub fn kill(pid: u32) {
-    let status = Command::new("kill").args(["-9", &pid.to_string()]).status().expect("kill(1)");
-    assert!(status.success(), "kill -9 {pid}");
+    signal(pid, "KILL");
 }
 
 /// An address on loopback whose port nobody has.

@@ -22,7 +22,7 @@ use crate::logs::Logs;
 use crate::process::{Heard, Process, What};
 use crate::{Config, c10d, devices, metrics};
 
-const HEARTBEAT: Duration = Duration::from_secs(1);
+const HEARTBEAT: Duration = Duration::from_millis(250);
 /// Log lines are in the store after so long.
 const FLUSH: Duration = Duration::from_secs(2);
 /// When told to end, ranks have so long to finish their step and to leave.
@@ -31,6 +31,7 @@ const GRACE: Duration = Duration::from_secs(10);
 struct Agent {
     name: String,
     address: String,
+    interface: Option<String>,
     cache_bytes: u64,
     rank_command: Vec<OsString>,
     slots: Vec<Slot>,
@@ -42,6 +43,8 @@ struct Agent {
     logs: Logs,
     term: u64,
     to_coordinator: Option<mpsc::Sender<pb::AgentMessage>>,
+    /// It is shutting down.
+    leaving: bool,
     waiting: VecDeque<pb::RankMessage>,
 }
 
@@ -58,7 +61,8 @@ struct Seat {
     generation: u64,
     rank: u32,
     joined: bool,
-    step: u64,
+    /// Its last word of what it is at.
+    alive: pb::Alive,
     heard: Instant,
 }
 
@@ -74,16 +78,14 @@ pub(crate) async fn run(
         Some(text) => devices::chosen(text)?,
         None => devices::devices(),
     };
-    let address = match config.advertise_address {
-        Some(address) => address,
-        None => link::own_address(&endpoint)?,
-    };
+    let (address, interface) = link::own_place(&endpoint, config.advertise_address, config.interface)?;
     let (heard, mut from_ranks) = mpsc::channel(1024);
     let (serving, mut served) = mpsc::channel(16);
     let (links, mut from_link) = mpsc::channel(64);
     let mut agent = Agent {
         name: uuid::Uuid::new_v4().simple().to_string(),
         address,
+        interface,
         cache_bytes: config.cache_bytes,
         rank_command,
         slots: devices.into_iter().map(|device| Slot { device, seat: None }).collect(),
@@ -94,6 +96,7 @@ pub(crate) async fn run(
         logs: Logs::new(store),
         term: 0,
         to_coordinator: None,
+        leaving: false,
         waiting: VecDeque::new(),
     };
     info!(agent = agent.name, address = agent.address, devices = agent.slots.len(), "agent started");
@@ -148,8 +151,8 @@ impl Agent {
 
     fn hello(&self) -> pb::Hello {
         let occupied = self.slots.iter().zip(0..).filter_map(|(slot, device)| {
-            let Seat { run, generation, rank, joined, step, .. } = slot.seat.as_ref()?;
-            let (run, generation, rank, joined, step) = (run.clone(), *generation, *rank, *joined, *step);
+            let Seat { run, generation, rank, joined, alive, .. } = slot.seat.as_ref()?;
+            let (run, generation, rank, joined, step) = (run.clone(), *generation, *rank, *joined, alive.step);
             Some(pb::Occupied { device, run, generation, rank, joined, step })
         });
         pb::Hello {
@@ -179,6 +182,11 @@ impl Agent {
             Message::Join(join) => self.join(join),
             Message::Leave(leave) => self.leave(&leave),
             Message::Kill(kill) => self.kill(kill.device as usize),
+            Message::Heard(heard) => {
+                for seat in self.slots.iter().filter_map(|slot| slot.seat.as_ref()) {
+                    seat.process.order(Message::Heard(heard));
+                }
+            }
         }
     }
 
@@ -211,6 +219,13 @@ impl Agent {
     }
 
     fn join(&mut self, join: pb::Join) {
+        if self.leaving {
+            // It crossed the word that this agent leaves.
+            let left = pb::Left { why: Why::Exited.into(), step: 0, detail: "its agent is shutting down".to_owned() };
+            let message = Some(rank_message::Message::Left(left));
+            let pb::Join { run, generation, rank, device, .. } = join;
+            return self.report(pb::RankMessage { run, generation, rank, device, message });
+        }
         let device = join.device as usize;
         // A rank of another run holds nothing that this one could use.
         let slot = self.slots.get_mut(device);
@@ -237,14 +252,14 @@ impl Agent {
         };
         self.processes += 1;
         let id = self.processes;
-        match Process::start(&self.rank_command, &setup, (device, id), &self.heard) {
+        match Process::start(&self.rank_command, (&setup, self.interface.as_deref()), (device, id), &self.heard) {
             Ok(process) => {
                 metrics::rank_started();
                 info!(run, generation, rank, device, "rank started");
                 process.order(coordinator_message::Message::Join(join));
                 let heard = Instant::now();
                 self.slots[device].seat =
-                    Some(Seat { id, process, run, generation, rank, joined: true, step: 0, heard });
+                    Some(Seat { id, process, run, generation, rank, joined: true, alive: pb::Alive::default(), heard });
             }
             Err(error) => {
                 let detail = format!("{error:#}");
@@ -268,8 +283,10 @@ impl Agent {
         }
     }
 
-    /// Asks every rank here to leave after its step, with a checkpoint.
+    /// Asks every rank here to leave after its step, with a checkpoint, and for no new ones.
     fn leave_all(&mut self) {
+        self.leaving = true;
+        self.heartbeat();
         for seat in self.slots.iter().filter_map(|slot| slot.seat.as_ref()).filter(|seat| seat.joined) {
             let (run, generation) = (seat.run.clone(), seat.generation);
             let leave = pb::Leave { run, generation, checkpoint: true, abort: false };
@@ -312,12 +329,19 @@ impl Agent {
                 seat.heard = Instant::now();
                 let sign_of_life = message.run.is_empty();
                 match &message.message {
-                    Some(rank_message::Message::Joined(joined)) => seat.step = joined.step,
-                    Some(rank_message::Message::Stepped(stepped)) => seat.step = stepped.step,
+                    Some(rank_message::Message::Joined(joined)) => seat.alive.step = joined.step,
+                    Some(rank_message::Message::Stepped(stepped)) => seat.alive.step = stepped.step,
+                    Some(rank_message::Message::Alive(alive)) => seat.alive = *alive,
                     Some(rank_message::Message::Left(left)) if message.generation == seat.generation => {
-                        (seat.joined, seat.step) = (false, left.step);
+                        (seat.joined, seat.alive.step) = (false, left.step);
                     }
                     _ => {}
+                }
+                let terminated = matches!(&message.message, Some(rank_message::Message::Left(left)) if left.why() == Why::Terminated);
+                if terminated {
+                    // It has said its last word.
+                    self.slots[device as usize].seat = None;
+                    self.gone(&run, generation);
                 }
                 if !sign_of_life {
                     self.report(pb::RankMessage { device, ..message });
@@ -332,7 +356,7 @@ impl Agent {
             What::Exited(status) => {
                 metrics::rank_lost();
                 warn!(run, generation, rank, status, "rank process is gone");
-                let left = pb::Left { why: Why::Exited.into(), step: seat.step, detail: status };
+                let left = pb::Left { why: Why::Exited.into(), step: seat.alive.step, detail: status };
                 self.slots[device as usize].seat = None;
                 self.gone(&run, generation);
                 let message = Some(rank_message::Message::Left(left));
@@ -342,10 +366,15 @@ impl Agent {
     }
 
     fn heartbeat(&mut self) {
-        let silent = |slot: &Slot| slot.seat.as_ref().map_or(0, |seat| seat.heard.elapsed().as_millis() as u64);
         metrics::set_devices(self.slots.len(), self.slots.iter().filter(|slot| slot.seat.is_some()).count());
-        let silent_millis = self.slots.iter().map(silent).collect();
-        self.say(agent_message::Message::Heartbeat(pb::Heartbeat { silent_millis }));
+        let life = |slot: &Slot| {
+            slot.seat.as_ref().map_or_else(pb::DeviceLife::default, |seat| pb::DeviceLife {
+                silent_millis: seat.heard.elapsed().as_millis() as u64,
+                alive: Some(seat.alive),
+            })
+        };
+        let devices = self.slots.iter().map(life).collect();
+        self.say(agent_message::Message::Heartbeat(pb::Heartbeat { devices, leaving: self.leaving }));
         self.send_waiting();
     }
 

@@ -4,15 +4,18 @@
 //! all-reduces carry everything else. After any error a group is of no more use: [`Aborter::abort`] it, drop reducer and group, and make
 //! the next generation's.
 //!
+//! NCCL or gloo is one branch in the making of a group (`shim.cc`); all code on this side is the same in both builds.
+//!
 //! **A group and what is made from it stay on one thread**: the order in which a rank starts its collectives must be that of all others.
 //! Only its [`Aborter`] crosses threads.
 #![allow(unsafe_code, reason = "tensors and c10d's objects cross into C++ here, and nowhere else")]
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::marker::PhantomData;
-use std::net::{TcpListener, ToSocketAddrs};
+use std::net::{IpAddr, TcpListener, ToSocketAddrs};
 use std::os::fd::IntoRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -50,6 +53,19 @@ impl Error {
 
 /// What a function of this module gives.
 pub(crate) type Result<T> = std::result::Result<T, Error>;
+
+/// This machine's network interfaces by name, each as often as it has addresses.
+pub(crate) fn interfaces() -> Result<Vec<(String, IpAddr)>> {
+    let mut raw = std::ptr::null_mut();
+    // SAFETY: `raw` outlives the call.
+    check(unsafe { c10d_interfaces(&raw mut raw) }).map_err(Error::Other)?;
+    // A link-local address of IPv6 has its interface behind it, and is of no use to another machine.
+    let pair = |line: &str| {
+        let (name, address) = line.split_once(' ')?;
+        Some((name.to_owned(), address.parse().ok()?))
+    };
+    Ok(text(raw).lines().filter_map(pair).collect())
+}
 
 /// The meeting place of a generation's ranks: a small key-value server.
 ///
@@ -129,33 +145,17 @@ pub(crate) struct Group {
 #[derive(Debug)]
 struct RawGroup(*mut c_void);
 
-// SAFETY: other threads reach this only through `Aborter`, which calls `abort`, and perhaps drops the last reference. Both backends'
-// abort is made for calls from a watchdog's thread: gloo's takes each connection's lock, NCCL's the communicator's. The destructor
-// joins the backend's own threads, from whichever thread it runs.
+// SAFETY: it is made on a thread that then hands it over. Other threads reach it only through `Aborter`, which calls `abort`, and perhaps
+// drops the last reference. Both backends' abort is made for calls from a watchdog's thread: gloo's takes each connection's lock, NCCL's
+// the communicator's. The destructor joins the backend's own threads, from whichever thread it runs.
 unsafe impl Send for RawGroup {}
 // SAFETY: as above.
 unsafe impl Sync for RawGroup {}
 
-impl Drop for RawGroup {
-    fn drop(&mut self) {
-        // SAFETY: `self.0` came from the shim and is freed once; works and reducers hold their own count of the C++ object.
-        unsafe { c10d_group_free(self.0) }
-    }
-}
-
-/// How values of all ranks become one.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Op {
-    /// Their sum.
-    Sum = 0,
-    /// The largest one.
-    Max = 1,
-}
-
-impl Group {
-    /// Joins the generation whose store this is. Returns when all ranks have come, or at the timeout.
-    pub(crate) fn new(store: &Store, member: Member) -> Result<Self> {
-        let Member { rank, world, ref address, device, timeout } = member;
+impl RawGroup {
+    /// Blocks until all ranks have come, or until the timeout.
+    fn join(store: &Store, member: &Member) -> Result<Self> {
+        let &Member { rank, world, ref address, device, timeout } = member;
         if rank >= world {
             return Err(Error::Other(format!("rank {rank} of {world}: ranks are numbered from 0")));
         }
@@ -194,12 +194,55 @@ impl Group {
             // What NCCL says of this machine, not of a peer.
             if message.contains("no GPUs found") { Error::Other(message) } else { Error::of_collective(message) }
         })?;
-        Ok(Self {
-            raw: Arc::new(RawGroup(raw)),
-            aborted: Arc::new(AtomicBool::new(false)),
-            member,
-            one_thread: PhantomData,
-        })
+        Ok(Self(raw))
+    }
+}
+
+impl Drop for RawGroup {
+    fn drop(&mut self) {
+        // SAFETY: `self.0` came from the shim and is freed once; works and reducers hold their own count of the C++ object.
+        unsafe { c10d_group_free(self.0) }
+    }
+}
+
+/// How values of all ranks become one.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Op {
+    /// Their sum.
+    Sum = 0,
+    /// The largest one.
+    Max = 1,
+}
+
+impl Group {
+    /// Joins the generation whose store is served at `host`:`port`. Returns when all ranks have come, at the timeout, or soon after
+    /// `given_up` says so: whatever hangs there, be it the store's machine or a rank's, nothing but time would end it.
+    pub(crate) fn meet(host: &str, port: u16, member: Member, given_up: impl Fn() -> bool) -> Result<Self> {
+        let (done, met) = std::sync::mpsc::channel();
+        let (host, with) = (host.to_owned(), member.clone());
+        // If it is given up, this thread is left to itself: it ends when its connections do, or at its timeout, and drops what it made.
+        let meet = move || {
+            let _ =
+                done.send(Store::connect(&host, port, with.timeout).and_then(|store| RawGroup::join(&store, &with)));
+        };
+        std::thread::Builder::new().name("meet".to_owned()).spawn(meet).map_err(|e| Error::Other(e.to_string()))?;
+        loop {
+            match met.recv_timeout(Duration::from_millis(20)) {
+                Ok(raw) => return Ok(Self::of(raw?, member)),
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(Error::Other("the meeting thread panicked".to_owned()));
+                }
+                Err(RecvTimeoutError::Timeout) if given_up() => {
+                    return Err(Error::Collective("given up while the ranks met".to_owned()));
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        }
+    }
+
+    fn of(raw: RawGroup, member: Member) -> Self {
+        let aborted = Arc::new(AtomicBool::new(false));
+        Self { raw: Arc::new(raw), aborted, member, one_thread: PhantomData }
     }
 
     /// Starts to replace `tensor` by the sum or maximum over all ranks, in place.
@@ -346,8 +389,21 @@ struct Completion {
     aborted: Arc<AtomicBool>,
 }
 
+/// In tests: what a device answers when it is asked whether it has finished, to ranks on this thread.
+#[cfg(test)]
+pub(crate) type Fake = Box<dyn FnMut() -> Result<bool> + Send>;
+
+#[cfg(test)]
+thread_local! {
+    pub(crate) static FAKE: std::cell::RefCell<Option<Fake>> = const { std::cell::RefCell::new(None) };
+}
+
 impl Completion {
     fn wait(&self) -> Result<()> {
+        #[cfg(test)]
+        if let Some(result) = FAKE.with_borrow_mut(|fake| fake.as_mut().map(|fake| self.poll(fake))) {
+            return result;
+        }
         match self.device {
             Device::Cuda(index) => {
                 let event = Event::record(index)?;
@@ -440,17 +496,23 @@ fn check(message: *mut c_char) -> std::result::Result<(), String> {
     if message.is_null() {
         return Ok(());
     }
+    Err(text(message))
+}
+
+/// A text that the shim gives away.
+fn text(raw: *mut c_char) -> String {
     // SAFETY: the shim gives a string that ends in zero, and it is freed once, after it was copied.
     unsafe {
-        let text = CStr::from_ptr(message).to_string_lossy().into_owned();
-        c10d_free_message(message);
-        Err(text)
+        let text = CStr::from_ptr(raw).to_string_lossy().into_owned();
+        c10d_free_message(raw);
+        text
     }
 }
 
 // c10d/shim.h says what each does.
 unsafe extern "C" {
     fn c10d_free_message(message: *mut c_char);
+    fn c10d_interfaces(out: *mut *mut c_char) -> *mut c_char;
     fn c10d_store_serve(host: *const c_char, port: u16, listener: c_int, out: *mut *mut c_void) -> *mut c_char;
     fn c10d_store_connect(host: *const c_char, port: u16, timeout: i64, out: *mut *mut c_void) -> *mut c_char;
     fn c10d_store_free(store: *mut c_void);

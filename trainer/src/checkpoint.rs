@@ -6,15 +6,16 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 use object_store::ObjectStore;
+use proto::run_ledger::Line;
 use proto::run_spec::Model;
 use proto::shard::sha256_hex;
-use proto::{Class, Manifest, RunSpec, keys};
+use proto::{Class, Manifest, RunSpec, keys, pb};
 use safetensors::tensor::{Dtype, SafeTensors, View};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::alexnet::{AlexNet, Named};
-use crate::history::{Line, Sums};
+use crate::history::Sums;
 use crate::stream::{get_checked, put};
 
 const TENSORS: &str = "state.safetensors";
@@ -37,7 +38,7 @@ pub(crate) struct Progress {
 /// What stands beside a checkpoint's tensors.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Position {
+pub(crate) struct Position {
     format: u32,
     run: String,
     generation: u64,
@@ -45,14 +46,26 @@ struct Position {
     progress: Progress,
 }
 
-/// A tensor's bytes, on their way to a file.
-struct Raw {
-    dtype: Dtype,
-    shape: Vec<usize>,
-    bytes: Vec<u8>,
+impl Position {
+    /// Where the run stands, if an epoch has as many steps as it had.
+    pub(crate) fn progress(self, folder: &str, steps_per_epoch: u64) -> Result<Progress> {
+        let found = self.steps_per_epoch;
+        ensure!(
+            found == steps_per_epoch,
+            "checkpoint {folder} has {found} steps in an epoch, this run {steps_per_epoch}"
+        );
+        Ok(self.progress)
+    }
 }
 
-impl View for Raw {
+/// A copy of a tensor, on its way to a file: contiguous, on the CPU.
+struct Copied {
+    tensor: Tensor,
+    dtype: Dtype,
+    shape: Vec<usize>,
+}
+
+impl View for Copied {
     fn dtype(&self) -> Dtype {
         self.dtype
     }
@@ -62,17 +75,19 @@ impl View for Raw {
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Borrowed(&self.bytes)
+        let mut bytes = vec![0; self.data_len()];
+        self.tensor.copy_data_u8(&mut bytes, self.tensor.numel());
+        Cow::Owned(bytes)
     }
 
     fn data_len(&self) -> usize {
-        self.bytes.len()
+        self.tensor.numel() * self.tensor.kind().elt_size_in_bytes()
     }
 }
 
 /// A state that was copied, so that training can go on while it is written.
 pub(crate) struct Snapshot {
-    tensors: Vec<(String, Raw)>,
+    tensors: Vec<(String, Copied)>,
     position: Position,
 }
 
@@ -90,33 +105,34 @@ impl Snapshot {
         Ok(Self { tensors: tensors.iter().map(copy).collect::<Result<_>>()?, position })
     }
 
-    /// Writes the files. Returns the step, the checkpoint's folder and the files' digests; nothing exists until an event names them.
-    pub(crate) async fn write(self, store: Arc<dyn ObjectStore>) -> Result<(u64, String, HashMap<String, String>)> {
+    /// Writes the files. Nothing exists until an event names them.
+    pub(crate) async fn write(self, store: Arc<dyn ObjectStore>) -> Result<pb::Checkpointed> {
         let Self { tensors, position } = self;
         let step = position.progress.step;
-        let folder = keys::checkpoint(&position.run, step, position.generation, &nonce());
-        let tensors = safetensors::serialize(tensors, None).context("failed to write a checkpoint")?;
+        let key = keys::checkpoint(&position.run, step, position.generation, &nonce());
         let position = serde_json::to_vec(&position)?;
-        let digests = put_files(&store, &folder, [(TENSORS, tensors), (POSITION, position)]).await?;
-        Ok((step, folder, digests))
+        // Beside the runtime, on which batches are read.
+        let tensors = tokio::task::spawn_blocking(move || safetensors::serialize(tensors, None)).await?;
+        let tensors = tensors.context("failed to write a checkpoint")?;
+        let digests = put_files(&store, &key, [(TENSORS, tensors), (POSITION, position)]).await?;
+        Ok(pb::Checkpointed { step, key, digests, top1: None })
     }
 }
 
-/// Reads a checkpoint whose files must have these digests.
+/// Reads a checkpoint whose files must have these digests. Its tensors come in the order of their names.
 pub(crate) async fn read(
     store: &Arc<dyn ObjectStore>,
     folder: &str,
     digests: &HashMap<String, String>,
-    steps_per_epoch: u64,
-) -> Result<(Progress, Named)> {
+) -> Result<(Position, Named)> {
     let file = async |name: &str| {
         let digest = digests.get(name).with_context(|| format!("checkpoint {folder} has no {name}"))?;
         get_checked(store, &format!("{folder}/{name}"), digest).await
     };
-    let Position { format, steps_per_epoch: found, progress, .. } =
+    let position: Position =
         serde_json::from_slice(&file(POSITION).await?).with_context(|| format!("{folder}/{POSITION}"))?;
+    let format = position.format;
     ensure!(format == 1, "checkpoint {folder} is of format {format}: this program reads format 1");
-    ensure!(found == steps_per_epoch, "checkpoint {folder} has {found} steps in an epoch, this run {steps_per_epoch}");
     let bytes = file(TENSORS).await?;
     let tensors = SafeTensors::deserialize(&bytes).with_context(|| format!("{folder}/{TENSORS}"))?;
     let named = tensors.iter().map(|(name, view)| {
@@ -131,7 +147,26 @@ pub(crate) async fn read(
     let mut named = named.collect::<Result<Named>>()?;
     // A file's tensors come in no order.
     named.sort_by(|(one, _), (other, _)| one.cmp(other));
-    Ok((progress, named))
+    Ok((position, named))
+}
+
+/// Copies those tensors of another run that belong to a network into it. Tensors of the last layer, one row a class, stay as they are if
+/// that run had other classes; returns their names.
+pub(crate) fn take_weights(into: &Named, from: &Named, classes: i64) -> Result<Vec<String>> {
+    let from: HashMap<&str, &Tensor> = from.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    let mut kept = Vec::new();
+    for (name, tensor) in into {
+        let found = from.get(name.as_str()).with_context(|| format!("there is no tensor {name}"))?;
+        let (shape, theirs) = (tensor.size(), found.size());
+        if shape == theirs {
+            tch::no_grad(|| tensor.shallow_clone().f_copy_(&found.to_device(tensor.device())))?;
+        } else if shape.first() == Some(&classes) && shape.get(1..) == theirs.get(1..) {
+            kept.push(name.clone());
+        } else {
+            bail!("tensor {name} is of shape {theirs:?} where {shape:?} belongs");
+        }
+    }
+    Ok(kept)
 }
 
 /// What stands beside a trained model's weights: all that is needed to use it.
@@ -155,7 +190,7 @@ struct Description<'a> {
 /// Writes the folder of a model that is as `network` evaluates. Returns it and the digests of its files.
 pub(crate) async fn export(
     store: &Arc<dyn ObjectStore>,
-    run: &str,
+    (run, generation): (&str, u64),
     spec: &RunSpec,
     manifest: &Manifest,
     network: &AlexNet,
@@ -193,7 +228,8 @@ pub(crate) async fn export(
         ("model.pt", folded.torchscript(crop, &mean, &deviation)?),
         ("model.json", serde_json::to_vec_pretty(&description)?),
     ];
-    let folder = keys::model(run);
+    // A key of its own: an older generation that is cut off and finishes, too, must not overwrite what an event names.
+    let folder = keys::model(run, generation, &nonce());
     let digests = put_files(store, &folder, files).await?;
     Ok((folder, digests))
 }
@@ -205,22 +241,26 @@ async fn put_files<const N: usize>(
 ) -> Result<HashMap<String, String>> {
     let mut digests = HashMap::new();
     for (name, bytes) in files {
-        digests.insert(name.to_owned(), sha256_hex(&bytes));
-        put(store, &format!("{folder}/{name}"), bytes.into()).await?;
+        let bytes = bytes::Bytes::from(bytes);
+        let copy = bytes.clone();
+        let digest = tokio::task::spawn_blocking(move || sha256_hex(&copy)).await?;
+        digests.insert(name.to_owned(), digest);
+        put(store, &format!("{folder}/{name}"), bytes).await?;
     }
     Ok(digests)
 }
 
-fn copy((name, tensor): &(String, Tensor)) -> Result<(String, Raw)> {
+fn copy((name, tensor): &(String, Tensor)) -> Result<(String, Copied)> {
     let dtype = match tensor.kind() {
         Kind::Float => Dtype::F32,
         Kind::Double => Dtype::F64,
         other => bail!("tensor {name} is of kind {other:?}"),
     };
-    let tensor = tensor.detach().f_to_device(tch::Device::Cpu)?.f_contiguous()?;
-    let mut bytes = vec![0; tensor.numel() * tensor.kind().elt_size_in_bytes()];
-    tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;
-    Ok((name.clone(), Raw { dtype, shape: tensor.size().iter().map(|&n| n as usize).collect(), bytes }))
+    let here = tensor.device() == tch::Device::Cpu;
+    let tensor = tensor.detach();
+    let tensor = if here { tensor.copy() } else { tensor.f_to_device(tch::Device::Cpu)? }.f_contiguous()?;
+    let shape = tensor.size().iter().map(|&n| n as usize).collect();
+    Ok((name.clone(), Copied { tensor, dtype, shape }))
 }
 
 fn nonce() -> String {

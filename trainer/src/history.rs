@@ -7,6 +7,7 @@ use bytes::Bytes;
 use object_store::ObjectStore;
 use proto::keys;
 use proto::metric::MetricPoint;
+use proto::run_ledger::{Line, Lines};
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinHandle;
 use tracing::warn;
@@ -16,30 +17,6 @@ use crate::stream::put;
 
 /// Lines and points are in the store after so long, whatever happens.
 const FLUSH: Duration = Duration::from_secs(60);
-
-/// One step in the ledger.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct Line {
-    /// Epochs begun, from 1.
-    pub epoch: u64,
-    /// Steps applied with this one.
-    pub step: u64,
-    /// Samples of the step on all ranks.
-    pub samples: u64,
-    /// Sum of a hash of each sample's key: the same in whatever order they are added.
-    pub digest: u64,
-}
-
-/// An object of the ledger.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct Ledger {
-    /// Of this format: 1.
-    pub format: u32,
-    /// In the order of the steps. Of two lines of one step that of the higher generation counts.
-    pub lines: Vec<Line>,
-}
 
 /// A sample's part of a digest: 40 bits, so that 8,000,000 samples can be added without overflow.
 pub(crate) fn digest(keys: &[u64]) -> i64 {
@@ -128,7 +105,7 @@ impl History {
         let mut files = Vec::new();
         let step = new.last().map_or(self.stored, |line| line.step);
         if !new.is_empty() {
-            let ledger = serde_json::to_vec(&Ledger { format: 1, lines: new }).expect("numbers only");
+            let ledger = serde_json::to_vec(&Lines { format: 1, lines: new }).expect("numbers only");
             files.push((keys::ledger(&self.run, self.generation, self.files), Bytes::from(ledger)));
         }
         if !self.points.is_empty() {

@@ -4,20 +4,22 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use object_store::ObjectStore;
+use proto::run_ledger::Line;
 use proto::{Manifest, RunSpec, Split, pb};
 use tch::{Device, Kind, Tensor};
+use tracing::{info, warn};
 
 use crate::alexnet::{AlexNet, Named};
 use crate::batch::Normalise;
 use crate::c10d::{Group, Op};
 use crate::checkpoint::{self, Progress};
-use crate::history::{Line, Sums};
+use crate::history::Sums;
 use crate::ipc::Setup;
 use crate::loader::{Cache, Loader};
 use crate::plan::{EpochPlan, steps_per_epoch};
 use crate::step::{self, Sgd};
-use crate::stream::{Blocks, get_checked};
-use crate::train::Failure;
+use crate::stream::{Blocks, get_checked, is_damage};
+use crate::train::{Failure, Seat};
 
 /// Where all of a process' work runs.
 #[derive(Debug, Clone)]
@@ -41,6 +43,8 @@ pub(crate) struct Job {
     pub progress: Progress,
     /// Whether model, momenta and progress are a state of the run: not before a state was agreed, nor after a half one came.
     pub held: bool,
+    /// The generation in which the state was agreed. Ranks of the same one that have come as far hold the same state, bit by bit.
+    agreed: u64,
     cache: Arc<Cache>,
     blocks: [Arc<Blocks>; 3],
 }
@@ -71,6 +75,7 @@ impl Job {
             steps_per_epoch: steps_per_epoch(blocks[0].samples(), spec.train.batch),
             progress: Progress::default(),
             held: false,
+            agreed: 0,
             cache: Arc::new(Cache::new(home.setup.cache_bytes)),
             spec,
             manifest,
@@ -116,44 +121,60 @@ impl Job {
     }
 
     /// Makes sure that all ranks hold the same state: that of the lowest rank among those that have come furthest; if none holds any, what
-    /// rank 0 finds in `checkpoint`, or fresh weights.
-    pub(crate) fn agree(
-        &mut self,
-        group: &Group,
-        rank: usize,
-        world: usize,
-        checkpoint: Option<&pb::Checkpointed>,
-    ) -> Result<(), Failure> {
+    /// rank 0 finds in the newest whole checkpoint, or the weights that the run starts from. Returns the checkpoints that rank 0 found damaged.
+    pub(crate) fn agree(&mut self, seat: &Seat, join: &pb::Join) -> Result<Vec<pb::Damaged>, Failure> {
+        let Seat { group, rank, world, .. } = seat;
         let mine = if self.held { self.progress.step as i64 + 1 } else { 0 };
-        let furthest = largest(group, mine)?;
+        let agreed = if self.held { self.agreed as i64 } else { 0 };
+        let [furthest, nearest, newest, oldest] = largest(group, [mine, -mine, agreed, -agreed])?;
+        let same = furthest > 0 && (furthest, newest) == (-nearest, -oldest);
+        let mut damaged = Vec::new();
         let root = if furthest == 0 {
-            if rank == 0 {
-                self.load(checkpoint)?;
+            if *rank == 0 {
+                damaged = self.load(join)?;
             }
             0
         } else {
             let vote = if mine == furthest { world - rank } else { 0 };
-            world - largest(group, vote as i64)? as usize
+            world - largest(group, [vote as i64])?[0] as usize
         };
-        // What is overwritten half way is no state any more, unless by the same values.
-        self.held &= mine == furthest;
-        let tensors: Vec<Tensor> = self.tensors().into_iter().map(|(_, tensor)| tensor).collect();
-        group.broadcast(&tensors, root)?;
+        if !same {
+            // What is overwritten half way is no state any more, unless by the same values.
+            self.held &= mine == furthest;
+            let tensors: Vec<Tensor> = self.tensors().into_iter().map(|(_, tensor)| tensor).collect();
+            group.broadcast(&tensors, root)?;
+        }
         self.progress = broadcast_progress(group, &self.progress, root)?;
-        self.held = true;
-        Ok(())
+        (self.held, self.agreed) = (true, join.generation);
+        Ok(damaged)
     }
 
-    fn load(&mut self, checkpoint: Option<&pb::Checkpointed>) -> Result<()> {
+    fn load(&mut self, join: &pb::Join) -> Result<Vec<pb::Damaged>> {
         (self.model, self.sgd) = fresh(&self.spec, &self.manifest, step::kind(self.spec.ranks.precision), self.device);
         self.progress = Progress::default();
-        if let Some(pb::Checkpointed { key, digests, .. }) = checkpoint {
-            let read = checkpoint::read(&self.home.store, key, digests, self.steps_per_epoch);
-            let (progress, tensors) = self.home.runtime.block_on(read)?;
-            step::load(&self.tensors(), &tensors).with_context(|| key.clone())?;
-            self.progress = progress;
+        let mut damaged = Vec::new();
+        for pb::Checkpointed { key, digests, .. } in &join.checkpoints {
+            match self.home.runtime.block_on(checkpoint::read(&self.home.store, key, digests)) {
+                Ok((position, tensors)) => {
+                    self.progress = position.progress(key, self.steps_per_epoch)?;
+                    step::load(&self.tensors(), &tensors).with_context(|| key.clone())?;
+                    return Ok(damaged);
+                }
+                Err(error) if is_damage(&error) => {
+                    let reason = format!("{error:#}");
+                    warn!(key, reason, "a checkpoint is damaged; the one before is taken");
+                    damaged.push(pb::Damaged { key: key.clone(), reason });
+                }
+                Err(error) => return Err(error),
+            }
         }
-        Ok(())
+        if let Some(pb::Checkpointed { key, digests, .. }) = &join.start {
+            let (_, tensors) = self.home.runtime.block_on(checkpoint::read(&self.home.store, key, digests))?;
+            let new = checkpoint::take_weights(&self.weights(), &tensors, self.manifest.classes.len() as i64);
+            let new = new.with_context(|| key.clone())?;
+            info!(key, new_layers = new.join(", "), "begins with the weights of another run");
+        }
+        Ok(damaged)
     }
 }
 
@@ -164,10 +185,11 @@ fn fresh(spec: &RunSpec, manifest: &Manifest, kind: Kind, device: Device) -> (Al
     (model, sgd)
 }
 
-fn largest(group: &Group, mine: i64) -> Result<i64, Failure> {
-    let value = Tensor::from_slice(&[mine]);
-    group.all_reduce(&value, Op::Max)?.wait(group.timeout())?;
-    Ok(value.int64_value(&[0]))
+/// The largest over all ranks of each of these.
+fn largest<const N: usize>(group: &Group, mine: [i64; N]) -> Result<[i64; N], Failure> {
+    let values = Tensor::from_slice(&mine);
+    group.all_reduce(&values, Op::Max)?.wait(group.timeout())?;
+    Ok(std::array::from_fn(|i| values.int64_value(&[i as i64])))
 }
 
 fn broadcast_progress(group: &Group, mine: &Progress, root: usize) -> Result<Progress, Failure> {

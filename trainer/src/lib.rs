@@ -57,6 +57,10 @@ pub struct Config {
     /// Host name or address at which the ranks of other machines reach this one [default: that from which the coordinator is reached]
     #[arg(long, env = "GLEANER_ADVERTISE_ADDRESS", value_name = "HOST")]
     pub advertise_address: Option<String>,
+    /// Network interface over which ranks talk to each other: its first address is advertised, and NCCL takes it
+    /// [default: the one that has the advertised address]
+    #[arg(long, env = "GLEANER_INTERFACE", value_name = "NAME")]
+    pub interface: Option<String>,
     /// What ranks run on: cpu, cpu:N (N ranks), cuda (all GPUs), cuda:N (that GPU), or several of these with commas
     /// [default: all GPUs, or else one cpu]
     #[arg(long, env = "GLEANER_DEVICES")]

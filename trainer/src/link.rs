@@ -1,6 +1,7 @@
 //! The stream to the coordinator: re-opened after any error, for ever. A coordinator may be dead for minutes; ranks train on meanwhile.
 
-use std::net::{SocketAddr, ToSocketAddrs, UdpSocket};
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -9,6 +10,8 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Endpoint;
 use tracing::warn;
+
+use crate::c10d;
 
 /// For the connection, and for the answer to `Connect`.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -39,8 +42,34 @@ pub(crate) fn endpoint(coordinator: &str) -> Result<Endpoint> {
         .keep_alive_while_idle(true))
 }
 
+/// Where other machines reach this one, and the network interface of that address, if it is known: as told, or else the address from which
+/// the coordinator is reached. What is told need not be this machine's own (a host name, an address in front of it).
+pub(crate) fn own_place(
+    coordinator: &Endpoint,
+    address: Option<String>,
+    interface: Option<String>,
+) -> Result<(String, Option<String>)> {
+    let all = c10d::interfaces()?;
+    let address = match (address, &interface) {
+        (Some(address), _) => address,
+        (None, Some(name)) => {
+            let of_it = all.iter().filter(|(of, _)| of == name).map(|(_, address)| address);
+            let address = of_it.min_by_key(|address| address.is_ipv6()).with_context(|| {
+                let names: BTreeSet<&str> = all.iter().map(|(name, _)| name.as_str()).collect();
+                let names: Vec<&str> = names.into_iter().collect();
+                format!("--interface {name}: no interface of that name has an address; there are {}", names.join(", "))
+            })?;
+            address.to_string()
+        }
+        (None, None) => own_address(coordinator)?,
+    };
+    let has_it = |(_, own): &&(String, IpAddr)| address.parse().is_ok_and(|address: IpAddr| address == *own);
+    let interface = interface.or_else(|| all.iter().find(has_it).map(|(name, _)| name.clone()));
+    Ok((address, interface))
+}
+
 /// The address of this machine from which the coordinator is reached.
-pub(crate) fn own_address(endpoint: &Endpoint) -> Result<String> {
+fn own_address(endpoint: &Endpoint) -> Result<String> {
     let uri = endpoint.uri();
     let host = uri.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
     let to: SocketAddr = (host, uri.port_u16().unwrap_or(80))
@@ -96,5 +125,24 @@ async fn stream(endpoint: &Endpoint, links: &mpsc::Sender<Link>) -> Result<()> {
                 return Ok(());
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_advertised_address_is_told_or_that_of_an_interface_or_of_the_way_to_the_coordinator() {
+        let coordinator = endpoint("http://127.0.0.1:7070").expect("an address");
+        let loopback = ("127.0.0.1".to_owned(), Some("lo".to_owned()));
+        let place = |address: Option<&str>, interface: Option<&str>| {
+            own_place(&coordinator, address.map(str::to_owned), interface.map(str::to_owned))
+        };
+        assert_eq!(place(None, None).expect("a route"), loopback);
+        assert_eq!(place(None, Some("lo")).expect("it has one"), loopback);
+        assert_eq!(place(Some("pod-1.trainer"), None).expect("told"), ("pod-1.trainer".to_owned(), None));
+        let refused = format!("{:#}", place(None, Some("lo9")).expect_err("there is none"));
+        assert!(refused.contains("--interface lo9") && refused.contains("lo"), "{refused}");
     }
 }

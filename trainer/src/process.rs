@@ -13,6 +13,9 @@ use tokio::sync::{mpsc, oneshot};
 use crate::c10d::NCCL_ENVIRONMENT;
 use crate::ipc::{self, Setup};
 
+/// The variable by which NCCL chooses its network interface.
+const NCCL_INTERFACE: &str = "NCCL_SOCKET_IFNAME";
+
 /// A log line's bytes; the rest is cut off.
 const LONGEST_LINE: usize = 8 << 10;
 
@@ -42,15 +45,20 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    /// Starts `command` as a rank on a device.
+    /// Starts `command` as a rank on a device. NCCL takes `interface`, unless its own variable says otherwise.
     pub(crate) fn start(
         command: &[OsString],
-        setup: &Setup,
+        (setup, interface): (&Setup, Option<&str>),
         (device, process): (usize, u64),
         heard: &mpsc::Sender<Heard>,
     ) -> Result<Self> {
         let (program, arguments) = command.split_first().context("the command that starts a rank is empty")?;
-        let mut child = Command::new(program)
+        let mut command = Command::new(program);
+        if let Some(interface) = interface.filter(|_| std::env::var_os(NCCL_INTERFACE).is_none()) {
+            // Without the sign it would be a prefix.
+            command.env(NCCL_INTERFACE, format!("={interface}"));
+        }
+        let mut child = command
             .args(arguments)
             .envs(NCCL_ENVIRONMENT)
             // NCCL writes to standard output by default, which is the rank's way to its agent.

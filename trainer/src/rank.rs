@@ -4,16 +4,17 @@
 //! is heard, and one that hangs as a process is not.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use object_store::ObjectStore;
 use prost::Message;
 use proto::metric::MetricPoint;
-use proto::pb::{self, coordinator_message, left::Why, rank_message};
+use proto::pb::{self, alive::Doing, coordinator_message, left::Why, rank_message};
+use tokio::signal::unix::{SignalKind, signal};
 use tracing::{error, info, warn};
 
 use crate::c10d::Aborter;
@@ -22,9 +23,9 @@ use crate::job::{Home, Job};
 use crate::train::{Ending, Failure, generation};
 
 /// A rank is heard at least this often.
-const SIGN_OF_LIFE: Duration = Duration::from_millis(500);
+const SIGN_OF_LIFE: Duration = Duration::from_millis(250);
 
-/// Runs one rank until its agent closes its stdin.
+/// Runs one rank until its agent closes its stdin. On SIGTERM it leaves its generation after the step, with a checkpoint, and ends.
 ///
 /// # Errors
 /// If the agent says nothing, or something that is no order.
@@ -43,20 +44,34 @@ pub async fn run_rank(store: Arc<dyn ObjectStore>) -> Result<()> {
     let setup: Setup =
         serde_json::from_slice(&setup.context("the agent said nothing; ranks are started by `gleaner trainer`")?)?;
     let home = Home { store, runtime, setup };
-    let applied = Arc::new(AtomicU64::new(0));
-    let heard = applied.clone();
+    let pulse = Arc::new(Pulse::new());
+    let current: Arc<Mutex<Option<Arc<Wishes>>>> = Arc::default();
+    let (heard, joined) = (pulse.clone(), current.clone());
     spawn("orders", move || {
-        let result = read_orders(&orders, &heard);
+        let result = read_orders(&orders, &heard, &joined);
         // What is not written yet is in the agent's or the store's hands no more; the training thread may hang in a collective.
         std::process::exit(i32::from(result.is_err()));
     })?;
-    spawn("reports", move || write_reports(&to_write, &applied))?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let told = pulse.clone();
+    tokio::spawn(async move {
+        terminate.recv().await;
+        told.terminated.store(true, Ordering::SeqCst);
+        match current.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
+            Some(wishes) if !wishes.over.load(Ordering::SeqCst) => wishes.leave_after_step(true),
+            // It holds at most a state that others hold, too.
+            _ => std::process::exit(0),
+        }
+    });
     let (done, ended) = tokio::sync::oneshot::channel();
-    spawn("train", move || {
-        serve(&home, &to_train, &reports);
+    let beating = pulse.clone();
+    spawn("reports", move || {
+        write_reports(&to_write, &beating);
         let _ = done.send(());
     })?;
-    ended.await.context("the training thread panicked")
+    // Its end ends the reports, when all are written.
+    spawn("train", move || serve(&home, &to_train, &reports, &pulse))?;
+    ended.await.context("the reporting thread panicked")
 }
 
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
@@ -65,41 +80,47 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
 }
 
 /// Reads until the agent is gone. A `Leave` goes to the generation that it is for, past the training thread.
-fn read_orders(orders: &Sender<(pb::Join, Arc<Wishes>)>, applied: &Arc<AtomicU64>) -> Result<()> {
+fn read_orders(
+    orders: &Sender<(pb::Join, Arc<Wishes>)>,
+    pulse: &Arc<Pulse>,
+    current: &Mutex<Option<Arc<Wishes>>>,
+) -> Result<()> {
     let mut stdin = std::io::stdin().lock();
-    let mut current: Option<Arc<Wishes>> = None;
+    let current = || current.lock().unwrap_or_else(PoisonError::into_inner);
     while let Some(frame) = ipc::read(&mut stdin)? {
         match pb::CoordinatorMessage::decode(frame.as_slice())?.message {
             Some(coordinator_message::Message::Join(join)) => {
-                if let Some(old) = current.take() {
+                pulse.hear();
+                let wishes = Arc::new(Wishes::new(&join, pulse.clone()));
+                if let Some(old) = current().replace(wishes.clone()) {
                     old.abort();
                 }
-                let wishes = Arc::new(Wishes::new(&join, applied.clone()));
-                current = Some(wishes.clone());
                 if orders.send((join, wishes)).is_err() {
                     break;
                 }
             }
             Some(coordinator_message::Message::Leave(leave)) => {
-                if let Some(wishes) = current.as_ref().filter(|wishes| wishes.concern(&leave)) {
+                if let Some(wishes) = current().as_ref().filter(|wishes| wishes.concern(&leave)) {
                     wishes.hear(&leave);
                 }
             }
+            Some(coordinator_message::Message::Heard(_)) => pulse.hear(),
             _ => {}
         }
     }
     Ok(())
 }
 
-fn write_reports(reports: &Receiver<pb::RankMessage>, applied: &AtomicU64) {
+/// Writes reports as they come, and signs of life between them, until there are no more.
+fn write_reports(reports: &Receiver<pb::RankMessage>, pulse: &Pulse) {
     let mut stdout = std::io::stdout().lock();
+    let mut due = Instant::now();
     loop {
-        let message = match reports.recv_timeout(SIGN_OF_LIFE) {
+        let message = match reports.recv_timeout(due.saturating_duration_since(Instant::now())) {
             Ok(message) => message,
             Err(RecvTimeoutError::Timeout) => {
-                let step = applied.load(Ordering::Relaxed);
-                let stepped = pb::Stepped { step, metrics: Vec::new() };
-                pb::RankMessage { message: Some(rank_message::Message::Stepped(stepped)), ..Default::default() }
+                due = Instant::now() + SIGN_OF_LIFE;
+                pb::RankMessage { message: Some(rank_message::Message::Alive(pulse.alive())), ..Default::default() }
             }
             Err(RecvTimeoutError::Disconnected) => return,
         };
@@ -109,14 +130,74 @@ fn write_reports(reports: &Receiver<pb::RankMessage>, applied: &AtomicU64) {
     }
 }
 
-/// Takes part in one generation after the other, until there are no more orders.
-pub(crate) fn serve(home: &Home, orders: &Receiver<(pb::Join, Arc<Wishes>)>, reports: &Sender<pb::RankMessage>) {
+/// What is known of a rank process beside its training thread.
+#[derive(Debug)]
+pub(crate) struct Pulse {
+    began: Instant,
+    applied: AtomicU64,
+    doing: AtomicI32,
+    /// Milliseconds since `began`.
+    since: AtomicU64,
+    /// When the coordinator was last known to be there; the same.
+    heard: AtomicU64,
+    terminated: AtomicBool,
+}
+
+impl Pulse {
+    /// Of a process that has just begun.
+    pub(crate) fn new() -> Self {
+        Self {
+            began: Instant::now(),
+            applied: AtomicU64::new(0),
+            doing: AtomicI32::new(Doing::Idle.into()),
+            since: AtomicU64::new(0),
+            heard: AtomicU64::new(0),
+            terminated: AtomicBool::new(false),
+        }
+    }
+
+    fn now(&self) -> u64 {
+        self.began.elapsed().as_millis() as u64
+    }
+
+    fn alive(&self) -> pb::Alive {
+        let millis = self.now().saturating_sub(self.since.load(Ordering::Relaxed));
+        pb::Alive { doing: self.doing.load(Ordering::Relaxed), step: self.step(), millis }
+    }
+
+    /// Steps applied.
+    pub(crate) fn step(&self) -> u64 {
+        self.applied.load(Ordering::Relaxed)
+    }
+
+    fn hear(&self) {
+        self.heard.store(self.now(), Ordering::Relaxed);
+    }
+
+    /// The coordinator counts as there for so long from now on.
+    #[cfg(test)]
+    pub(crate) fn hear_for(&self, time: Duration) {
+        self.heard.store(self.now() + time.as_millis() as u64, Ordering::Relaxed);
+    }
+}
+
+/// Takes part in one generation after the other, until there are no more orders, or the process is to end.
+pub(crate) fn serve(
+    home: &Home,
+    orders: &Receiver<(pb::Join, Arc<Wishes>)>,
+    reports: &Sender<pb::RankMessage>,
+    pulse: &Pulse,
+) {
     let mut job: Option<Job> = None;
     for (join, wishes) in orders {
         let reports =
             Reports { run: join.run.clone(), generation: join.generation, rank: join.rank, to: reports.clone() };
         let result = take_part(home, &mut job, &join, &wishes, &reports);
+        wishes.over.store(true, Ordering::SeqCst);
+        wishes.at(Doing::Idle);
+        let terminated = pulse.terminated.load(Ordering::SeqCst);
         let (why, detail) = match &result {
+            Ok(Ending::Asked) if terminated => (Why::Terminated, String::new()),
             Ok(Ending::Asked) => (Why::Asked, String::new()),
             Ok(Ending::Finished) => (Why::Finished, String::new()),
             Err(Failure::Collective(detail)) => (Why::Collective, detail.clone()),
@@ -134,6 +215,9 @@ pub(crate) fn serve(home: &Home, orders: &Receiver<(pb::Join, Arc<Wishes>)>, rep
             }
         }
         reports.left(why, step, detail);
+        if terminated {
+            return;
+        }
     }
 }
 
@@ -145,6 +229,7 @@ fn take_part(
     reports: &Reports,
 ) -> Result<Ending, Failure> {
     info!(run = join.run, generation = join.generation, rank = join.rank, world = join.world_size, "joining");
+    wishes.at(Doing::Opening);
     let job = match job.take().filter(|job| job.run == join.run) {
         Some(open) => job.insert(open),
         None => job.insert(Job::open(home, join)?),
@@ -161,12 +246,14 @@ pub(crate) struct Wishes {
     checkpoint: AtomicBool,
     abort: AtomicBool,
     aborter: Mutex<Option<Aborter>>,
-    applied: Arc<AtomicU64>,
+    /// It has left.
+    over: AtomicBool,
+    pulse: Arc<Pulse>,
 }
 
 impl Wishes {
     /// None yet, for the generation that is joined.
-    pub(crate) fn new(join: &pb::Join, applied: Arc<AtomicU64>) -> Self {
+    pub(crate) fn new(join: &pb::Join, pulse: Arc<Pulse>) -> Self {
         Self {
             run: join.run.clone(),
             generation: join.generation,
@@ -174,7 +261,8 @@ impl Wishes {
             checkpoint: AtomicBool::new(false),
             abort: AtomicBool::new(false),
             aborter: Mutex::new(None),
-            applied,
+            over: AtomicBool::new(false),
+            pulse,
         }
     }
 
@@ -187,9 +275,13 @@ impl Wishes {
         if leave.abort {
             self.abort();
         } else {
-            self.checkpoint.fetch_or(leave.checkpoint, Ordering::Relaxed);
-            self.leave.store(true, Ordering::Release);
+            self.leave_after_step(leave.checkpoint);
         }
+    }
+
+    fn leave_after_step(&self, checkpoint: bool) {
+        self.checkpoint.fetch_or(checkpoint, Ordering::Relaxed);
+        self.leave.store(true, Ordering::Release);
     }
 
     /// Ends the generation's collectives, those in flight too.
@@ -229,9 +321,20 @@ impl Wishes {
         (leave, leave && self.checkpoint.load(Ordering::Relaxed))
     }
 
-    /// Notes the newest step, which signs of life carry.
+    /// Notes what the training thread is at, which signs of life carry.
+    pub(crate) fn at(&self, doing: Doing) {
+        self.pulse.doing.store(doing.into(), Ordering::Relaxed);
+        self.pulse.since.store(self.pulse.now(), Ordering::Relaxed);
+    }
+
+    /// Notes the newest step, the same.
     pub(crate) fn applied(&self, step: u64) {
-        self.applied.store(step, Ordering::Relaxed);
+        self.pulse.applied.store(step, Ordering::Relaxed);
+    }
+
+    /// Whether the coordinator was there at most so long ago. If not, the generation may be over without this rank's knowing.
+    pub(crate) fn in_contact(&self, within: Duration) -> bool {
+        self.pulse.now() <= self.pulse.heard.load(Ordering::Relaxed) + within.as_millis() as u64
     }
 }
 
@@ -257,8 +360,8 @@ impl Reports {
         });
     }
 
-    pub(crate) fn joined(&self, step: u64, steps_per_epoch: u64) {
-        self.send(rank_message::Message::Joined(pb::Joined { step, steps_per_epoch }));
+    pub(crate) fn joined(&self, step: u64, steps_per_epoch: u64, damaged: Vec<pb::Damaged>) {
+        self.send(rank_message::Message::Joined(pb::Joined { step, steps_per_epoch, damaged }));
     }
 
     pub(crate) fn stepped(&self, step: u64, point: Option<MetricPoint>) {
@@ -266,8 +369,8 @@ impl Reports {
         self.send(rank_message::Message::Stepped(pb::Stepped { step, metrics }));
     }
 
-    pub(crate) fn checkpointed(&self, step: u64, key: String, digests: HashMap<String, String>) {
-        self.send(rank_message::Message::Checkpointed(pb::Checkpointed { step, key, digests }));
+    pub(crate) fn checkpointed(&self, made: pb::Checkpointed) {
+        self.send(rank_message::Message::Checkpointed(made));
     }
 
     pub(crate) fn finished(&self, key: String, digests: HashMap<String, String>) {

@@ -4,7 +4,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
@@ -124,9 +124,26 @@ pub(crate) async fn get_checked(store: &Arc<dyn ObjectStore>, key: &str, sha256:
     let bytes = retried(key, WHOLE_TIMEOUT, get).await.with_context(|| format!("failed to read {key}"))?;
     let found = sha256_hex(&bytes);
     if found != sha256 {
-        bail!("{key} is damaged: its SHA-256 is {found}, it should be {sha256}");
+        return Err(Damaged { key: key.to_owned(), found, expected: sha256.to_owned() }.into());
     }
     Ok(bytes)
+}
+
+/// An object that is not what was written.
+#[derive(Debug, thiserror::Error)]
+#[error("{key} is damaged: its SHA-256 is {found}, it should be {expected}")]
+struct Damaged {
+    key: String,
+    found: String,
+    expected: String,
+}
+
+/// Whether an object that was once whole is damaged or gone: then it will not help to read it again.
+pub(crate) fn is_damage(error: &anyhow::Error) -> bool {
+    let gone = |cause: &(dyn std::error::Error + 'static)| {
+        matches!(cause.downcast_ref(), Some(object_store::Error::NotFound { .. }))
+    };
+    error.chain().any(|cause| cause.is::<Damaged>() || gone(cause))
 }
 
 /// Puts the object, and replaces one that is there.

@@ -8,13 +8,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 use proto::metric::{MetricKind, MetricPoint};
+use proto::pb::alive::Doing;
+use proto::run_ledger::Line;
 use proto::{Split, pb};
 use tch::{Kind, Tensor};
+use tracing::info;
 
 use crate::c10d::{self, Group, Member, Op, Reducer};
 use crate::checkpoint::{self, Snapshot};
 use crate::evaluate::evaluate;
-use crate::history::{History, Line, Sums, digest};
+use crate::history::{History, Sums, digest};
 use crate::job::Job;
 use crate::loader::{self, Batch};
 use crate::plan::lanes_of;
@@ -93,9 +96,10 @@ impl Seat {
         }
         let (host, port) = host_and_port(&join.store)?;
         let timeout = job.spec.failure_detection() * PATIENCE;
-        let store = c10d::Store::connect(host, port, timeout)?;
         let address = job.home.setup.advertise_address.clone();
-        let group = Group::new(&store, Member { rank, world, address, device: job.device, timeout })?;
+        wishes.at(Doing::Meeting);
+        let member = Member { rank, world, address, device: job.device, timeout };
+        let group = Group::meet(host, port, member, || wishes.aborted())?;
         wishes.watch(group.aborter())?;
         Ok(Self { generation: join.generation, rank, world, group, began: (join.elapsed_seconds, Instant::now()) })
     }
@@ -119,53 +123,63 @@ pub(crate) fn generation(
     reports: &Reports,
 ) -> Result<Ending, Failure> {
     let seat = Seat::take(job, join, wishes)?;
-    job.agree(&seat.group, seat.rank, seat.world, join.checkpoint.as_ref())?;
+    wishes.at(Doing::Agreeing);
+    let damaged = job.agree(&seat, join)?;
     wishes.applied(job.progress.step);
-    reports.joined(job.progress.step, job.steps_per_epoch);
+    info!(generation = join.generation, rank = join.rank, step = job.progress.step, "agreed on a state");
+    reports.joined(job.progress.step, job.steps_per_epoch, damaged);
 
     let mine = lanes_of(join.rank, join.world_size, job.spec.ranks.lanes);
     let requests = loader::training(job.kept(Split::Train), &job.spec, mine.clone(), job.progress.step);
     let mut batches = job.loader(Split::Train).batches(requests)?;
     let parameters: Vec<Tensor> = job.model.parameters().into_iter().map(|(_, parameter)| parameter).collect();
     let reducer = Reducer::new(&seat.group, &parameters, BUCKET_BYTES)?;
-    let mut records = Records::new(job, &seat, reports);
+    let mut records = Records::new(job, join, &seat, reports);
 
     loop {
         let epoch = job.progress.step / job.steps_per_epoch;
         if job.progress.step.is_multiple_of(job.steps_per_epoch) && job.progress.validated < epoch {
             records.epoch(job);
+            wishes.at(Doing::Evaluating);
             if let Some(sums) = evaluate(job, Split::Validation, mine.clone(), &seat, wishes)? {
                 records.evaluated(job, MetricKind::Validation, &sums);
             }
             job.progress.validated = epoch;
         }
-        if job.progress.step == job.steps() {
+        let over = job.progress.step == job.steps();
+        // After the validation, whose result it carries.
+        records.checkpoint_if_due(job, wishes, over)?;
+        if over {
             break;
         }
         let asked = Instant::now();
+        wishes.at(Doing::WaitingForData);
         let batch = batches.next(|| wishes.aborted()).unwrap_or_else(|| Err(anyhow!("the batches ended early")));
         if wishes.aborted() {
             return Err(Failure::Collective("aborted while waiting for data".to_owned()));
         }
         let word = train_step(job, &seat, &reducer, &batch?, wishes, &mut records, asked)?;
-        let leave = word.leave;
-        if word.checkpoint || records.checkpoint_is_due(job) {
-            records.checkpoint(job, leave)?;
-        }
-        if leave {
+        if word.leave {
+            wishes.at(Doing::Checkpointing);
+            if word.checkpoint {
+                records.last_checkpoint(job, wishes)?;
+            }
             records.finish(job);
             return Ok(Ending::Asked);
         }
     }
 
+    wishes.at(Doing::Evaluating);
     let test = evaluate(job, Split::Test, mine, &seat, wishes)?;
     if let Some(sums) = &test {
         records.evaluated(job, MetricKind::Test, sums);
     }
+    wishes.at(Doing::Exporting);
     records.finish(job);
     if seat.rank == 0 {
         let test = test.map(|(sums, _)| sums);
-        let export = checkpoint::export(&job.home.store, &job.run, &job.spec, &job.manifest, &job.model, test);
+        let (run, model) = ((job.run.as_str(), seat.generation), &job.model);
+        let export = checkpoint::export(&job.home.store, run, &job.spec, &job.manifest, model, test);
         let (key, digests) = job.home.runtime.block_on(export)?;
         reports.finished(key, digests);
     }
@@ -192,13 +206,16 @@ fn train_step(
     if *step != job.progress.step {
         return Err(anyhow!("the batch of step {step} came where that of {} belongs", job.progress.step).into());
     }
+    wishes.at(Doing::Forward);
     let (images, labels) = job.normalise.apply(pixels)?;
     let keys: Vec<u64> = pixels.keys.iter().map(|&key| random::key(&[job.spec.seed, *step, key])).collect();
     let forward = job.model.train(&images, shares, &keys);
     let loss = step::loss(&forward.logits, &labels, job.spec.train.label_smoothing);
+    wishes.at(Doing::Backward);
     // The reducer divides the sum over ranks by their number.
     reducer.backward(&(&loss * (seat.world as f64 / *samples as f64)))?;
 
+    wishes.at(Doing::Counting);
     let (leave, checkpoint) = wishes.leave();
     let stored = if seat.rank == 0 { records.history.stored } else { 0 };
     let own = pixels.keys.len() as i64;
@@ -230,6 +247,7 @@ fn train_step(
         return Err(anyhow!("the loss of step {step} is {}: choose a lower train.learning_rate", sums.loss).into());
     }
 
+    wishes.at(Doing::Updating);
     let learning_rate = step::learning_rate(*step, job.steps_per_epoch, &job.spec.train);
     job.sgd.step(learning_rate)?;
     let statistics = measured.narrow(0, 3, measured.size()[0] - 3) / f64::from(job.spec.ranks.lanes);
@@ -254,11 +272,18 @@ struct Records<'a> {
     /// Since the epoch, or the generation, began: samples, time in steps, and of this the time in which data was waited for.
     epoch: (f64, Duration, Duration),
     learning_rate: f64,
-    writing: Option<tokio::task::JoinHandle<()>>,
+    /// Steps between checkpoints.
+    every: u64,
+    /// The step of the newest checkpoint that is in the store.
+    saved: u64,
+    /// The checkpoint that is being written; whether it was.
+    writing: Option<(u64, tokio::task::JoinHandle<bool>)>,
+    /// The newest validation: its step, and the share of right first guesses.
+    validated: Option<(u64, f64)>,
 }
 
 impl<'a> Records<'a> {
-    fn new(job: &Job, seat: &'a Seat, reports: &'a Reports) -> Self {
+    fn new(job: &Job, join: &pb::Join, seat: &'a Seat, reports: &'a Reports) -> Self {
         let history = History::new(job.home.store.clone(), job.home.runtime.clone(), &job.run, seat.generation);
         let long_ago = Instant::now().checked_sub(POINT_EVERY).unwrap_or_else(Instant::now);
         Self {
@@ -269,7 +294,11 @@ impl<'a> Records<'a> {
             pointed: long_ago,
             epoch: (0.0, Duration::ZERO, Duration::ZERO),
             learning_rate: 0.0,
+            every: (job.spec.checkpoint.every_epochs * job.steps_per_epoch as f64).round().max(1.0) as u64,
+            // A state from before the newest checkpoint goes on from an older one, since that one is damaged.
+            saved: join.checkpoints.first().map_or(0, |newest| newest.step.min(job.progress.step)),
             writing: None,
+            validated: None,
         }
     }
 
@@ -328,6 +357,9 @@ impl<'a> Records<'a> {
     fn evaluated(&mut self, job: &Job, kind: MetricKind, (sums, time): &(Sums, Duration)) {
         if self.seat.rank == 0 {
             let point = self.point(job, kind, sums, *time, Duration::ZERO);
+            if kind == MetricKind::Validation {
+                self.validated = Some((point.step, point.top1));
+            }
             self.publish(job, point);
         }
     }
@@ -338,44 +370,71 @@ impl<'a> Records<'a> {
         self.history.flush(&job.progress.tail, true);
     }
 
-    fn checkpoint_is_due(&self, job: &Job) -> bool {
-        let every = (job.spec.checkpoint.every_epochs * job.steps_per_epoch as f64).round().max(1.0) as u64;
-        job.progress.step.is_multiple_of(every) || job.progress.step == job.steps()
-    }
-
-    /// Copies the state and has it written beside the training; waits for it if `now`.
-    fn checkpoint(&mut self, job: &Job, now: bool) -> Result<()> {
+    /// Begins a checkpoint if one is due, or, at the run's end, writes the last one. One at a time and beside the training, which is held
+    /// up by the copy alone: what is due while the store is still at the one before, or the coordinator is away, is made up for later.
+    fn checkpoint_if_due(&mut self, job: &Job, wishes: &Wishes, over: bool) -> Result<()> {
         if self.seat.rank != 0 {
             return Ok(());
         }
-        let snapshot =
-            Snapshot::take(&job.run, self.seat.generation, job.steps_per_epoch, &job.progress, &job.tensors())?;
-        // One at a time: a store that is too slow holds the training back, instead of filling the memory with copies.
-        self.wait(job);
-        let (store, reports) = (job.home.store.clone(), self.reports.clone());
-        self.writing = Some(job.home.runtime.spawn(async move {
-            match snapshot.write(store).await {
-                Ok((step, key, digests)) => reports.checkpointed(step, key, digests),
-                Err(error) => tracing::error!(error = format!("{error:#}"), "checkpoint not written"),
-            }
-        }));
-        if now {
-            self.wait(job);
+        if over {
+            return self.last_checkpoint(job, wishes);
         }
-        self.history.flush(&job.progress.tail, true);
+        if self.writing.as_ref().is_some_and(|(_, writing)| writing.is_finished()) {
+            self.written(job);
+        }
+        let due = job.progress.step / self.every > self.saved / self.every;
+        if due && self.writing.is_none() && wishes.in_contact(job.spec.failure_detection()) {
+            wishes.at(Doing::Checkpointing);
+            self.begin_checkpoint(job)?;
+            self.history.flush(&job.progress.tail, true);
+        }
         Ok(())
     }
 
-    fn wait(&mut self, job: &Job) {
-        if let Some(writing) = self.writing.take() {
-            let _ = job.home.runtime.block_on(writing);
+    /// A checkpoint of this very state is in the store, unless the coordinator is away.
+    fn last_checkpoint(&mut self, job: &Job, wishes: &Wishes) -> Result<()> {
+        self.written(job);
+        if self.seat.rank == 0 && self.saved < job.progress.step && wishes.in_contact(job.spec.failure_detection()) {
+            self.begin_checkpoint(job)?;
+            self.written(job);
+        }
+        Ok(())
+    }
+
+    /// Copies the state, and has it written.
+    fn begin_checkpoint(&mut self, job: &Job) -> Result<()> {
+        let step = job.progress.step;
+        let snapshot =
+            Snapshot::take(&job.run, self.seat.generation, job.steps_per_epoch, &job.progress, &job.tensors())?;
+        let top1 = self.validated.filter(|(at, _)| *at == step).map(|(_, top1)| top1);
+        let (store, reports) = (job.home.store.clone(), self.reports.clone());
+        let write = async move {
+            match snapshot.write(store).await {
+                Ok(made) => reports.checkpointed(pb::Checkpointed { top1, ..made }),
+                Err(error) => {
+                    tracing::error!(step, error = format!("{error:#}"), "checkpoint not written");
+                    return false;
+                }
+            }
+            true
+        };
+        self.writing = Some((step, job.home.runtime.spawn(write)));
+        Ok(())
+    }
+
+    /// Waits for the checkpoint that is being written.
+    fn written(&mut self, job: &Job) {
+        if let Some((step, writing)) = self.writing.take()
+            && job.home.runtime.block_on(writing).unwrap_or(false)
+        {
+            self.saved = step;
         }
     }
 
     /// All that was begun is in the store.
     fn finish(&mut self, job: &Job) {
         if self.seat.rank == 0 {
-            self.wait(job);
+            self.written(job);
             self.history.finish(&job.progress.tail);
             self.reports.stepped(job.progress.step, None);
         }

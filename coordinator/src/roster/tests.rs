@@ -1,5 +1,7 @@
 use super::*;
+use proto::RunSpec;
 use proto::pb::rank_message::Message as Said;
+use proto::run_event::{Culprit, EventRecord};
 
 /// A roster, its clock, and what it has decided; the agents answer as real ones do.
 struct Scene {
@@ -67,11 +69,19 @@ impl Scene {
         while self.seconds < end {
             self.seconds = (self.seconds + 0.5).min(end);
             for agent in beating {
-                self.roster.heartbeat(self.now(), agent, &[0; 8]);
+                self.beat(agent, &[0; 8], false);
             }
             let actions = self.roster.tick(self.now());
             self.take(actions);
         }
+    }
+
+    /// An agent says how long each of its processes was silent.
+    fn beat(&mut self, agent: &str, silent_millis: &[u64], leaving: bool) {
+        let alive = Some(pb::Alive { doing: pb::alive::Doing::Backward.into(), step: 7, millis: 100 });
+        let devices = silent_millis.iter().map(|&silent_millis| pb::DeviceLife { silent_millis, alive });
+        let beat = pb::Heartbeat { devices: devices.collect(), leaving };
+        self.roster.heartbeat(self.now(), agent, &beat);
     }
 
     fn say(&mut self, agent: &str, generation: u64, rank: u32, device: u32, said: Said) {
@@ -105,7 +115,13 @@ impl Scene {
             }
         }
         for (rank, (agent, device)) in (0u32..).zip(&members) {
-            self.say(agent, generation, rank, *device, Said::Joined(pb::Joined { step, steps_per_epoch: 10 }));
+            self.say(
+                agent,
+                generation,
+                rank,
+                *device,
+                Said::Joined(pb::Joined { step, steps_per_epoch: 10, damaged: vec![] }),
+            );
         }
         members
     }
@@ -131,7 +147,8 @@ impl Scene {
 fn run(min: u32, max: u32, now: Now, events: &[EventRecord]) -> Run {
     let mut spec = RunSpec::from_toml("dataset = \"d\"").expect("one line is enough");
     (spec.ranks.min, spec.ranks.max, spec.ranks.failure_detection_seconds) = (min, max, 4.0);
-    Run::recovered(now, spec, ("key".into(), "sha".into()), 10, events)
+    let sources = Sources { manifest: ("key".into(), "sha".into()), start: None };
+    Run::recovered(now, spec, sources, 10, events)
 }
 
 fn place(agent: &str, device: u32) -> Place {
@@ -144,14 +161,14 @@ fn a_run_waits_for_its_ranks_then_trains_and_frees_its_devices_when_it_is_done()
     scene.hello("a", 1, vec![]);
     scene.wait(3.0, &["a"]);
     assert_eq!(scene.state(), pb::RunState::Waiting);
-    assert_eq!(scene.roster.runs["r"].reason, "needs 2 ranks; 1 devices are free on 1 agents");
+    assert_eq!(scene.roster.runs["r"].reason, "needs 2 ranks; 1 devices are free, on 1 agents");
     scene.hello("b", 1, vec![]);
     assert_eq!(scene.start(0), [place("a", 0), place("b", 0)]);
     assert_eq!(scene.state(), pb::RunState::Running);
     scene.say("a", 1, 0, 0, Said::Stepped(pb::Stepped { step: 5, metrics: vec![] }));
     scene.say("b", 1, 1, 0, Said::Stepped(pb::Stepped { step: 4, metrics: vec![] }));
     assert_eq!(scene.roster.runs["r"].step, 5, "rank 0 alone speaks for the run");
-    let made = pb::Checkpointed { step: 5, key: "c".into(), digests: Default::default() };
+    let made = pb::Checkpointed { step: 5, key: "c".into(), digests: Default::default(), top1: None };
     scene.say("a", 1, 0, 0, Said::Checkpointed(made));
     assert!(matches!(scene.last(), RunEvent::Checkpoint { step: 5, .. }));
     scene.say("a", 1, 0, 0, Said::Finished(pb::Finished { key: "m".into(), digests: Default::default() }));
@@ -175,11 +192,25 @@ fn a_rank_that_exits_is_named_and_the_next_generation_begins_with_the_survivor()
     assert_eq!(scene.sent.iter().filter(aborts).count(), 1);
     assert!(matches!(scene.last(), RunEvent::Generation { .. }), "who was at fault is not known yet");
     scene.leave("a", 1, 0, 0, Why::Exited, 0);
-    let failure = &scene.history[1].event;
-    assert!(matches!(failure, RunEvent::Failure { generation: 1, rank: Some(0), step: 7, .. }), "{failure:?}");
-    scene.wait(1.5, &["a"]);
-    assert_eq!(scene.start(7), [place("a", 1), place("a", 0)], "rank 0 holds the state");
+    assert_eq!(failed(&scene.history[1].event), (1, Some(0), 7));
+    assert_eq!(scene.start(7), [place("a", 1)], "at once, without waiting for a new process");
     assert_eq!(scene.roster.runs["r"].generation, 2);
+    scene.wait(6.0, &["a"]);
+    scene.leave("a", 2, 0, 1, Why::Asked, 9);
+    assert_eq!(scene.start(9), [place("a", 1), place("a", 0)], "rank 0 holds the state");
+    assert_eq!(failures(&scene), 1);
+}
+
+/// Generation, rank and step of a failure.
+fn failed(event: &RunEvent) -> (u64, Option<u32>, u64) {
+    match event {
+        RunEvent::Failure { generation, culprit, step, .. } => (*generation, culprit.as_ref().map(|c| c.rank), *step),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn failures(scene: &Scene) -> usize {
+    scene.history.iter().filter(|record| matches!(record.event, RunEvent::Failure { .. })).count()
 }
 
 #[test]
@@ -197,8 +228,12 @@ fn an_agent_may_be_away_for_a_moment_but_not_for_long() {
     scene.roster.disconnected("b");
     scene.wait(4.5, &["a"]);
     scene.leave("a", 1, 0, 0, Why::Collective, 3);
-    assert!(matches!(scene.history[1].event, RunEvent::Failure { rank: Some(1), .. }));
-    scene.wait(1.5, &["a"]);
+    let RunEvent::Failure { culprit: Some(culprit), reason, .. } = &scene.history[1].event else { panic!("a culprit") };
+    let Culprit { rank, agent, address, device, doing, step, silent_millis } = culprit;
+    assert_eq!((*rank, agent.as_str(), address.as_str(), device.as_str()), (1, "b", "b.local", "cpu"));
+    assert_eq!((doing.as_str(), *step), ("backward", 7));
+    assert!((4000..5000).contains(silent_millis), "{silent_millis}");
+    assert!(reason.contains("rank 1 (cpu of agent b at b.local)") && reason.contains("backward"), "{reason}");
     assert_eq!(scene.start(3), [place("a", 0)], "one rank is enough");
 }
 
@@ -207,7 +242,7 @@ fn a_silent_rank_is_killed_and_those_that_do_not_leave_are_killed_too() {
     let mut scene = Scene::with_run(2, 2);
     scene.hello("a", 2, vec![]);
     scene.start(0);
-    scene.roster.heartbeat(scene.now(), "a", &[0, 4000]);
+    scene.beat("a", &[0, 4000], false);
     let actions = scene.roster.tick(scene.now());
     scene.take(actions);
     let kills = |scene: &Scene, device| {
@@ -217,7 +252,7 @@ fn a_silent_rank_is_killed_and_those_that_do_not_leave_are_killed_too() {
     assert_eq!((kills(&scene, 0), kills(&scene, 1) > 0), (0, true));
     scene.wait(5.0, &["a"]);
     assert_eq!(kills(&scene, 0), 1);
-    assert!(matches!(scene.history[1].event, RunEvent::Failure { rank: Some(1), .. }));
+    assert_eq!(failed(&scene.history[1].event).1, Some(1));
     assert_eq!(scene.roster.runs["r"].generation, 2);
 }
 
@@ -247,7 +282,7 @@ fn a_cancelled_run_leaves_with_a_checkpoint() {
     scene.take(actions);
     assert_eq!(scene.state(), pb::RunState::Cancelling);
     assert!(matches!(&scene.sent.last(), Some((_, Message::Leave(leave))) if leave.checkpoint && !leave.abort));
-    let made = pb::Checkpointed { step: 3, key: "c".into(), digests: Default::default() };
+    let made = pb::Checkpointed { step: 3, key: "c".into(), digests: Default::default(), top1: None };
     scene.say("a", 1, 0, 0, Said::Checkpointed(made));
     scene.leave("a", 1, 0, 0, Why::Asked, 3);
     assert_eq!((scene.state(), scene.last()), (pb::RunState::Cancelled, &RunEvent::Cancelled));
@@ -261,14 +296,81 @@ fn a_run_grows_when_devices_appear_but_not_at_once_again() {
     scene.wait(1.5, &["a"]);
     scene.start(0);
     scene.hello("b", 1, vec![]);
-    scene.wait(5.0, &["a", "b"]);
+    scene.wait(3.0, &["a", "b"]);
     assert!(!matches!(scene.sent.last(), Some((_, Message::Leave(_)))));
-    scene.wait(6.0, &["a", "b"]);
+    scene.wait(3.0, &["a", "b"]);
     assert!(matches!(scene.sent.last(), Some((_, Message::Leave(leave))) if !leave.abort && !leave.checkpoint));
     scene.leave("a", 1, 0, 0, Why::Asked, 5);
-    scene.wait(1.5, &["a", "b"]);
     assert_eq!(scene.start(5), [place("a", 0), place("b", 0)]);
-    assert!(!scene.history.iter().any(|record| matches!(record.event, RunEvent::Failure { .. })));
+    assert_eq!(failures(&scene), 0);
+}
+
+#[test]
+fn an_agent_that_is_shut_down_hands_over_and_gets_nothing_new() {
+    let mut scene = Scene::with_run(1, 2);
+    scene.hello("a", 1, vec![]);
+    scene.hello("b", 1, vec![]);
+    scene.start(0);
+    scene.beat("b", &[0], true);
+    scene.leave("b", 1, 1, 0, Why::Asked, 4);
+    assert!(matches!(scene.sent.last(), Some((to, Message::Leave(leave))) if to == "a" && !leave.abort));
+    scene.leave("a", 1, 0, 0, Why::Asked, 4);
+    assert_eq!(scene.start(4), [place("a", 0)]);
+    for _ in 0..20 {
+        scene.beat("b", &[0], true);
+        scene.wait(0.5, &["a"]);
+    }
+    assert_eq!((scene.roster.runs["r"].generation, failures(&scene)), (2, 0));
+}
+
+#[test]
+fn an_agent_that_hung_is_free_of_its_rank_and_comes_back_later() {
+    let mut scene = Scene::with_run(1, 2);
+    scene.hello("a", 1, vec![]);
+    scene.hello("b", 1, vec![]);
+    scene.start(0);
+    // "b" serves nothing and says nothing, but its stream stands.
+    scene.wait(4.0, &["a"]);
+    assert!(scene.sent.contains(&("b".into(), Message::Kill(pb::Kill { device: 0 }))), "when it hears again");
+    scene.leave("a", 1, 0, 0, Why::Collective, 3);
+    assert_eq!(scene.start(3), [place("a", 0)]);
+    scene.wait(6.0, &["a", "b"]);
+    scene.leave("a", 2, 0, 0, Why::Asked, 5);
+    assert_eq!(scene.start(5), [place("a", 0), place("b", 0)]);
+    assert_eq!(failures(&scene), 1);
+}
+
+#[test]
+fn time_in_which_nobody_could_be_heard_is_nobodys_silence() {
+    let mut scene = Scene::with_run(1, 1);
+    scene.hello("a", 1, vec![]);
+    scene.start(0);
+    scene.seconds += 60.0;
+    scene.roster.excuse(scene.now(), Duration::from_secs(59));
+    let actions = scene.roster.tick(scene.now());
+    scene.take(actions);
+    assert_eq!((scene.state(), failures(&scene)), (pb::RunState::Running, 0));
+}
+
+#[test]
+fn the_newest_checkpoints_and_the_best_are_kept_and_a_damaged_one_is_forgotten() {
+    let mut scene = Scene::with_run(1, 1);
+    scene.hello("a", 1, vec![]);
+    scene.start(0);
+    for (step, top1) in [(10, None), (20, Some(0.6)), (30, Some(0.5)), (40, Some(0.4)), (50, None), (60, Some(0.3))] {
+        let made = pb::Checkpointed { step, key: step.to_string(), digests: Default::default(), top1 };
+        scene.say("a", 1, 0, 0, Said::Checkpointed(made));
+    }
+    let kept = |run: &Run| run.checkpoints.iter().map(|checkpoint| checkpoint.step).collect::<Vec<_>>();
+    assert_eq!(kept(&scene.roster.runs["r"]), [20, 40, 50, 60], "3 are kept, and the best");
+    scene.leave("a", 1, 0, 0, Why::Exited, 0);
+    scene.wait(1.5, &["a"]);
+    scene.start(60);
+    let damaged = vec![pb::Damaged { key: "60".into(), reason: "rot".into() }];
+    scene.say("a", 2, 0, 0, Said::Joined(pb::Joined { step: 50, steps_per_epoch: 10, damaged }));
+    assert!(matches!(scene.last(), RunEvent::Damaged { key, .. } if key == "60"));
+    let run = run(1, 1, scene.now(), &scene.history);
+    assert_eq!((kept(&run), run.best().map(|best| best.step)), (vec![20, 40, 50], Some(20)));
 }
 
 #[test]
@@ -293,8 +395,7 @@ fn a_new_coordinator_goes_on_with_the_generation_whose_agents_all_come_back() {
         } else {
             scene.wait(6.0, &["a"]);
             scene.leave("a", 1, 0, 0, Why::Collective, 7);
-            scene.wait(1.5, &["a"]);
-            assert!(matches!(scene.history[1].event, RunEvent::Failure { rank: Some(1), step: 7, .. }));
+            assert_eq!(failed(&scene.history[1].event), (1, Some(1), 7));
             assert_eq!(scene.start(7), [place("a", 0)]);
         }
     }
@@ -329,7 +430,7 @@ fn survivors_of_a_generation_that_failed_while_the_coordinator_was_away_are_kept
     let occupied = vec![scene.occupied(&place("a", 1), 1, 1, false)];
     scene.hello("a", 2, occupied);
     scene.wait(5.5, &["a"]);
-    assert!(matches!(scene.history[1].event, RunEvent::Failure { rank: Some(0), step: 7, .. }), "{:?}", scene.history);
+    assert_eq!(failed(&scene.history[1].event), (1, Some(0), 7));
     assert!(!scene.sent.iter().any(|(_, message)| matches!(message, Message::Kill(_))), "{:?}", scene.sent);
     assert_eq!(scene.start(7), [place("a", 1), place("a", 0)], "rank 0 holds the state");
 }

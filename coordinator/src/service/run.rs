@@ -134,6 +134,14 @@ impl RunService for RunApi {
         Ok(Response::new(pieces.boxed()))
     }
 
+    async fn compare_runs(
+        &self,
+        request: Request<pb::CompareRunsRequest>,
+    ) -> Result<Response<pb::CompareRunsResponse>, Status> {
+        let pb::CompareRunsRequest { a, b } = request.into_inner();
+        Ok(Response::new(self.0.compare(&a, &b).await?))
+    }
+
     async fn get_status(&self, _: Request<pb::GetStatusRequest>) -> Result<Response<pb::Status>, Status> {
         let (agents, runs_waiting, runs_running) = self.0.status();
         let datasets = &self.0.datasets;

@@ -49,8 +49,13 @@ impl Stage {
         let service = TrainerServiceServer::new(Puppet(send));
         tokio::spawn(tonic::transport::Server::builder().serve(address, service));
         let store: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
-        let config =
-            Config { coordinator, advertise_address: None, devices: Some("cpu:2".to_owned()), cache_bytes: 1 << 20 };
+        let config = Config {
+            coordinator,
+            advertise_address: None,
+            interface: None,
+            devices: Some("cpu:2".to_owned()),
+            cache_bytes: 1 << 20,
+        };
         let shutdown = CancellationToken::new();
         let command = ["sh", "-c", script].map(OsString::from).to_vec();
         let agent = tokio::spawn(run(config, store.clone(), command, shutdown.clone()));
@@ -138,7 +143,7 @@ async fn ranks_outlive_the_coordinator_and_are_offered_to_the_next_one() {
     tell(&to, coordinator_message::Message::Welcome(pb::Welcome { term: 6 })).await;
     tell(&to, join(0)).await;
     let beat = |message| if let agent_message::Message::Heartbeat(beat) = message { Some(beat) } else { None };
-    while hear(&mut said, beat).await.silent_millis[0] == 0 {}
+    while hear(&mut said, beat).await.devices[0].silent_millis == 0 {}
     drop((said, to));
 
     let (mut said, to) = stage.next_stream().await;

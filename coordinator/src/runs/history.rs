@@ -1,0 +1,128 @@
+//! What ranks have stored of a run: its learning curve, its ledger, its checkpoints.
+
+use std::collections::HashSet;
+
+use proto::metric::MetricPoint;
+use proto::run_ledger::{Ledger, Line, Lines};
+use proto::{keys, pb};
+use tracing::warn;
+
+use super::Runs;
+use crate::error::Error;
+
+/// Points of the curve of steps that are held in memory for one run; beyond it every other one is dropped.
+const MOST_STEP_POINTS: usize = 4096;
+
+impl Runs {
+    /// The points of the learning curve, of these kinds only unless there are none, in order.
+    pub(crate) async fn points(&self, name: &str, kinds: &[String]) -> Result<Vec<pb::Metric>, Error> {
+        self.load(name).await?;
+        let state = self.state();
+        let points = state.records.get(name).map_or(&[][..], |record| &record.points);
+        Ok(points.iter().filter(|point| kinds.is_empty() || kinds.contains(&point.kind)).cloned().collect())
+    }
+
+    /// Reads what the store has of the run's curve, once.
+    pub(super) async fn load(&self, name: &str) -> Result<(), Error> {
+        match self.state().records.get(name) {
+            None => return Err(Error::NotFound(format!("no run is called {name:?}"))),
+            Some(record) if record.loaded => return Ok(()),
+            Some(_) => {}
+        }
+        let mut stored = Vec::new();
+        for (key, lines) in self.store.get_all(self.store.list(&keys::metrics_of(name)).await?).await? {
+            for line in lines.split(|&b| b == b'\n').filter(|line| !line.is_empty()) {
+                match serde_json::from_slice::<MetricPoint>(line) {
+                    Ok(point) => stored.push(point.into()),
+                    Err(error) => warn!(run = name, key, %error, "a line of the curve cannot be read"),
+                }
+            }
+        }
+        if let Some(record) = self.state().records.get_mut(name) {
+            stored.append(&mut record.points);
+            for point in stored {
+                add_point(&mut record.points, point);
+            }
+            record.loaded = true;
+        }
+        Ok(())
+    }
+
+    /// Whether two runs were trained on the same samples.
+    pub(crate) async fn compare(&self, a: &str, b: &str) -> Result<pb::CompareRunsResponse, Error> {
+        let (a, b) = (self.ledger(a).await?, self.ledger(b).await?);
+        let (steps_equal, first) = a.compare(&b);
+        let line = |side: Option<&(u64, Line)>| {
+            side.map(|(generation, line)| {
+                let Line { epoch, step, samples, digest } = *line;
+                pb::LedgerLine { epoch, step, generation: *generation, samples, digest }
+            })
+        };
+        let [first_a, first_b] = first.unwrap_or([None, None]).map(line);
+        let (steps_a, steps_b) = (a.steps(), b.steps());
+        Ok(pb::CompareRunsResponse { equal: first.is_none(), steps_a, steps_b, steps_equal, first_a, first_b })
+    }
+
+    async fn ledger(&self, run: &str) -> Result<Ledger, Error> {
+        self.find(run)?;
+        let mut ledger = Ledger::default();
+        for (key, json) in self.store.get_all(self.store.list(&keys::ledgers(run)).await?).await? {
+            let bad = |error: &dyn std::fmt::Display| Error::Local(format!("{key}: {error}"));
+            let generation = keys::number(&key).map_err(|error| bad(&error))?;
+            let lines: Lines = serde_json::from_slice(&json).map_err(|error| bad(&error))?;
+            if lines.format != 1 {
+                return Err(bad(&format!("format {}: this program reads format 1", lines.format)));
+            }
+            ledger.add(generation, lines);
+        }
+        Ok(ledger)
+    }
+
+    /// Removes, beside everything else, the run's checkpoints that are not kept. `made`: step and generation of the newest; what a later
+    /// generation is writing, no event names yet.
+    pub(super) fn forget_checkpoints(&self, run: &str, made: (u64, u64)) {
+        let kept: HashSet<String> = match self.state().roster.runs.get(run) {
+            Some(known) => known.checkpoints.iter().map(|checkpoint| checkpoint.key.clone()).collect(),
+            None => return,
+        };
+        let (store, run) = (self.store.clone(), run.to_owned());
+        tokio::spawn(async move {
+            let old = |key: &String| {
+                let folder = key.rsplit_once('/').map_or("", |(folder, _)| folder);
+                let before = |(step, generation)| (generation, step) <= (made.1, made.0);
+                !kept.contains(folder) && keys::checkpoint_of(&run, key).is_ok_and(before)
+            };
+            let removed = async {
+                let mut keys = store.list(&keys::checkpoints(&run)).await?;
+                keys.retain(old);
+                store.delete_all(keys).await
+            };
+            if let Err(error) = removed.await {
+                warn!(run, %error, "cannot remove old checkpoints");
+            }
+        });
+    }
+}
+
+/// Adds a point; of two of one kind and step the higher generation's stands. After a return to a checkpoint the steps are
+/// done again, so the new point goes where the old one was.
+pub(super) fn add_point(points: &mut Vec<pb::Metric>, point: pb::Metric) {
+    let at = points.partition_point(|other| other.step < point.step);
+    let same =
+        points[at..].iter().take_while(|other| other.step == point.step).position(|other| other.kind == point.kind);
+    match same.map(|same| &mut points[at + same]) {
+        Some(other) if other.generation <= point.generation => *other = point,
+        Some(_) => {}
+        None => {
+            let end = at + points[at..].partition_point(|other| other.step == point.step);
+            points.insert(end, point);
+        }
+    }
+    if points.iter().filter(|point| point.kind == "step").count() > MOST_STEP_POINTS {
+        let mut n = 0;
+        points.retain(|point| {
+            n += u64::from(point.kind == "step");
+            point.kind != "step" || n % 2 == 0
+        });
+    }
+}

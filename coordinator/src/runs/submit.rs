@@ -1,0 +1,196 @@
+//! New runs: a spec is resolved against its dataset, and perhaps against the run that it starts from, and stored.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+use proto::manifest::Manifest;
+use proto::run_event::RunEvent;
+use proto::{RunSpec, Split, keys, pb};
+use serde::{Deserialize, Serialize};
+use tokio::sync::oneshot;
+
+use super::{Input, Runs, StoredRun};
+use crate::datasets::Stage;
+use crate::error::Error;
+use crate::roster::Run;
+use crate::store::{Created, nonce};
+
+/// The checkpoint of another run whose weights a run begins with.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Start {
+    run: String,
+    step: u64,
+    /// Classes of that run.
+    from_classes: u64,
+    /// Classes of this one: with others the last layer is new.
+    classes: u64,
+    /// The copy's folder.
+    key: String,
+    /// File name -> SHA-256 in hex.
+    digests: BTreeMap<String, String>,
+}
+
+impl Start {
+    /// As ranks are told of it.
+    pub(super) fn checkpoint(&self) -> pb::Checkpointed {
+        let digests = self.digests.clone().into_iter().collect();
+        pb::Checkpointed { step: self.step, key: self.key.clone(), digests, top1: None }
+    }
+}
+
+impl fmt::Display for Start {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { run, step, from_classes, classes, .. } = self;
+        write!(f, "the weights of {run} at step {step}")?;
+        if from_classes != classes {
+            write!(f, "; the last layer is new, because that has {from_classes} classes and this {classes}")?;
+        }
+        Ok(())
+    }
+}
+
+impl Runs {
+    /// Resolves a spec against the dataset, stores the run, and queues it. Returns its name.
+    pub(crate) async fn submit(self: &Arc<Self>, request: pb::SubmitRunRequest) -> Result<String, Error> {
+        let pb::SubmitRunRequest { request_id, name, spec_json, from_run, from_step } = request;
+        if request_id.is_empty() {
+            return Err(Error::Invalid("request_id is empty".to_owned()));
+        }
+        let mut spec = RunSpec::from_json(&spec_json)?;
+        let one = Arc::clone(&self.submitting).lock_owned().await;
+        if let Some((name, _)) = self.state().records.iter().find(|(_, record)| record.request_id == request_id) {
+            return Ok(name.clone());
+        }
+        let (dataset, _) = self.datasets.find(&spec.dataset)?;
+        let Stage::Ready(latest) = &dataset.stage else {
+            return Err(Error::Precondition(format!(
+                "dataset {:?} has no manifest yet: wait until it is ready",
+                spec.dataset
+            )));
+        };
+        let version = *spec.manifest.get_or_insert(latest.version);
+        let manifest_key = keys::manifest(&dataset.id, version);
+        let missing = || Error::NotFound(format!("dataset {:?} has no manifest of version {version}", spec.dataset));
+        let json = self.store.get(&manifest_key).await?.ok_or_else(missing)?;
+        let manifest = Manifest::from_json(&json).map_err(|e| Error::Local(format!("{manifest_key}: {e}")))?;
+        let steps_per_epoch = check(&spec, &manifest)?;
+        let start = match from_run.as_str() {
+            "" => None,
+            from => Some(self.start(from, from_step, &spec, &manifest).await?),
+        };
+        let name = match name.as_str() {
+            "" => self.free_name(&spec.dataset),
+            given if !keys::is_name(given) => {
+                let rule = "1 to 63 of a-z 0-9 - . , beginning and ending with a letter or digit";
+                return Err(Error::Invalid(format!("name = {given:?}: must be {rule}")));
+            }
+            given => given.to_owned(),
+        };
+        if self.state().records.contains_key(&name) {
+            return Err(Error::Exists(format!("a run is called {name:?} already")));
+        }
+        let manifest_sha256 = proto::shard::sha256_hex(&json);
+        let dataset = dataset.id.to_string();
+        let nonce = nonce();
+        let stored =
+            StoredRun { nonce, request_id, dataset, manifest_key, manifest_sha256, steps_per_epoch, start, spec };
+        let this = Arc::clone(self);
+        // A caller that goes away must not cut this in the middle.
+        let tail = tokio::spawn(async move {
+            let _one = one;
+            this.commit(name, stored).await
+        });
+        tail.await.map_err(|error| Error::Local(error.to_string()))?
+    }
+
+    /// Stores a run and queues it. Returns its name.
+    async fn commit(&self, name: String, mut stored: StoredRun) -> Result<String, Error> {
+        self.term.look(&self.store).await?;
+        if let Some(start) = &mut stored.start {
+            // Copied, since the other run goes on removing its old checkpoints.
+            let folder = keys::start(&name, &stored.nonce);
+            for file in start.digests.keys() {
+                self.store.copy(&format!("{}/{file}", start.key), &format!("{folder}/{file}")).await?;
+            }
+            start.key = folder;
+        }
+        let json = serde_json::to_vec_pretty(&stored).map_err(|error| Error::Local(error.to_string()))?;
+        // From here on a coordinator that recovers it queues it, and a repeated request finds it.
+        if let Created::Lost(theirs) = self.store.create(&keys::run_spec(&name), json.into(), &stored.nonce).await? {
+            // It may be an earlier try of this request, whose answer from the store was lost.
+            let theirs = serde_json::from_slice(&theirs).ok();
+            let same = theirs.filter(|theirs: &StoredRun| theirs.request_id == stored.request_id);
+            stored = same.ok_or_else(|| Error::Exists(format!("a run is called {name:?} already")))?;
+        }
+        let sources = stored.sources();
+        let StoredRun { spec, request_id, steps_per_epoch, start, .. } = stored;
+        let run = Box::new(Run::recovered(self.now(), spec, sources, steps_per_epoch, &[]));
+        let start = start.map(|start| start.to_string());
+        let submitted = RunEvent::Submitted { request_id: request_id.clone(), start };
+        let (done, told) = oneshot::channel();
+        self.input(Input::Submit { name: name.clone(), run, submitted, request_id, done }, told).await?;
+        Ok(name)
+    }
+
+    fn free_name(&self, dataset: &str) -> String {
+        let state = self.state();
+        let stem: String = dataset.chars().take(56).collect();
+        (1u32..).map(|n| format!("{stem}-{n}")).find(|name| !state.records.contains_key(name)).unwrap_or(stem)
+    }
+
+    /// The checkpoint of run `from` to start from: that of `step`, or the newest.
+    async fn start(&self, from: &str, step: Option<u64>, spec: &RunSpec, manifest: &Manifest) -> Result<Start, Error> {
+        let other = self.state().roster.runs.get(from).cloned();
+        let other = other.ok_or_else(|| Error::NotFound(format!("no run to start from is called {from:?}")))?;
+        let network = |spec: &RunSpec| (spec.model.arch, spec.model.width);
+        if network(&other.spec) != network(spec) {
+            let (theirs, width) = network(&other.spec);
+            return Err(Error::Invalid(format!(
+                "the run to start from, {from:?}, has another network: set model.arch = {} and model.width = {width}",
+                serde_json::to_string(&theirs).unwrap_or_default()
+            )));
+        }
+        let found = other.checkpoints.iter().rfind(|checkpoint| step.is_none_or(|step| checkpoint.step == step));
+        let found = found.ok_or_else(|| {
+            let there: Vec<String> = other.checkpoints.iter().map(|checkpoint| checkpoint.step.to_string()).collect();
+            let there = if there.is_empty() { "none".to_owned() } else { there.join(", ") };
+            let wanted = step.map_or(String::new(), |step| format!(" at step {step}"));
+            Error::NotFound(format!("run {from:?} has no checkpoint{wanted}; there are: {there}"))
+        })?;
+        let (key, _) = other.manifest();
+        let theirs = Manifest::from_json(&self.store.need(key).await?);
+        let theirs = theirs.map_err(|error| Error::Local(format!("{key}: {error}")))?;
+        Ok(Start {
+            run: from.to_owned(),
+            step: found.step,
+            from_classes: theirs.classes.len() as u64,
+            classes: manifest.classes.len() as u64,
+            key: found.key.clone(),
+            digests: found.digests.clone().into_iter().collect(),
+        })
+    }
+}
+
+/// Whether the spec fits the samples (design's rules on steps and shares), and how many steps an epoch then has.
+fn check(spec: &RunSpec, manifest: &Manifest) -> Result<u64, Error> {
+    let samples = manifest.samples(Split::Train);
+    let (batch, lanes) = (u64::from(spec.train.batch), u64::from(spec.ranks.lanes));
+    // Rounded to the nearest: an epoch has no short step at its end.
+    let steps = (samples + batch / 2) / batch;
+    if steps == 0 || samples / (steps * lanes) < 2 {
+        return Err(Error::Invalid(format!(
+            "train.batch = {batch} with ranks.lanes = {lanes}: the dataset has {samples} training images; \
+             each lane needs 2 in each step, and an epoch at least one step"
+        )));
+    }
+    if spec.input.crop > manifest.resize.size {
+        let size = manifest.resize.size;
+        return Err(Error::Invalid(format!(
+            "input.crop = {}: stored images have {size} pixels a side",
+            spec.input.crop
+        )));
+    }
+    Ok(steps)
+}
