@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test test-nccl soak-train images libtorch pytorch clean
+.PHONY: help setup build demo test test-nccl soak-train bench-train images libtorch pytorch clean
 
 tools := target/tools
 export PATH := $(CURDIR)/$(tools)/bin:$(PATH)
@@ -14,6 +14,7 @@ help:
 	@echo "make test                 everything that has to hold, with the time of each stage"
 	@echo "make test-nccl            does the NCCL backend compile, link and start? (part of 'make test' when CI is set)"
 	@echo "make soak-train           a run whose ranks and agents are killed every 10 s for SECONDS=300; its ledger must be an undisturbed one's"
+	@echo "make bench-train          the trainer against PyTorch, torchvision and WebDataset on this machine [ARGS=--help]"
 	@echo "make setup                libtorch and the build's tools, into target/; every other target does it first"
 	@echo "make images               both container images, as archives in target/images; needs buildah. PROFILE=dev: quicker, if"
 	@echo "                          tests were run; IMAGES=gleaner: the small one alone"
@@ -43,6 +44,10 @@ soak-train: setup
 	SECONDS_OF_KILLS=$(or $(SECONDS),300) cargo test --locked -p gleaner --test elastic -- --ignored --exact --nocapture soak | tee target/soak-train.log
 	@grep '^soak-train:' target/soak-train.log
 
+bench-train: setup pytorch $(tools)/torchvision/ready
+	cargo build --locked -p gleaner-trainer --features bench --example bench
+	PYTHONPATH=$(tools)/torchvision $(tools)/pytorch/bin/python deploy/bench/train.py --bench target/debug/examples/bench $(ARGS)
+
 # CUDA=1: with CUDA. LINK_ONLY=1 besides: without NVIDIA's libraries, for machines that have no GPU.
 libtorch: setup $(if $(CUDA),target/libtorch-cuda/$(if $(LINK_ONLY),link,full))
 
@@ -71,4 +76,9 @@ $(tools)/pytorch/ready: deploy/setup/python.txt target/libtorch/build-version
 	rm -rf $(@D)
 	deploy/setup/venv.sh $(@D)
 	$(@D)/bin/python deploy/setup/libtorch.py python
+	touch $@
+
+$(tools)/torchvision/ready: deploy/bench/python.txt $(tools)/pytorch/ready
+	rm -rf $(@D)
+	$(tools)/pytorch/bin/python -m pip --disable-pip-version-check install --quiet --require-hashes --no-deps --target $(@D) -r $<
 	touch $@

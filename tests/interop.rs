@@ -90,9 +90,12 @@ fn a_batch() -> Vec<u8> {
 
 #[test]
 fn one_step_of_each_network_is_pytorch_s() {
-    for (arch, precision, tolerance) in
-        [("alexnet", "f64", 1e-9), ("alexnet-bn", "f64", 1e-9), ("alexnet-slim", "f32", 2e-4)]
-    {
+    for (arch, precision, tolerance) in [
+        ("alexnet", "f64", 1e-9),
+        ("alexnet-bn", "f64", 1e-9),
+        ("alexnet-2012", "f64", 1e-9),
+        ("alexnet-slim", "f32", 2e-4),
+    ] {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let [batch, step] = ["batch", "step"].map(|name| dir.path().join(name).with_extension("safetensors"));
         std::fs::write(&batch, a_batch()).expect("a folder to write to");

@@ -140,7 +140,7 @@ async fn a_run_goes_from_its_submission_to_its_end_over_a_restart_of_the_coordin
     let run = tokio::time::timeout(PATIENCE, checkpointed).await.expect("in time");
     assert_eq!((run.state(), run.step, run.last_step.map(|point| point.loss)), (RunState::Running, 1, Some(3.0)));
     // Rank 0 stores its points, and its agent what it says.
-    let stored = r#"{"kind":"step","generation":1,"epoch":1,"step":1,"loss":3.0,"top1":0.1,"top5":0.5,"samples":32,"learning_rate":0.1,"images_per_second":9.0,"seconds":1.0,"data_wait":0.0}"#;
+    let stored = r#"{"kind":"step","generation":1,"epoch":1,"step":1,"loss":3.0,"top1":0.1,"top5":0.5,"samples":32,"learning_rate":0.1,"images_per_second":9.0,"seconds":1.0,"data_wait":0.0,"compute":1.0,"rank_wait":0.0,"network_wait":0.0,"optimizer":0.0,"slowest_rank":0,"ranks":1,"gradient_bytes":4,"link_bytes_per_second":0.0}"#;
     put(&*cluster.store, &keys::metrics("birds-1", 1, 1), stored).await;
     put(&*cluster.store, &keys::logs("birds-1", 1, 0, 1), "one\ntwo\n").await;
     cluster.kill();

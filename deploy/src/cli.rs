@@ -101,7 +101,7 @@ mod tests {
     fn the_flags_are_these_and_no_more() {
         Cli::command().debug_assert();
         #[rustfmt::skip]
-        let expected: [(&[&str], &str); 19] = [
+        let expected: [(&[&str], &str); 20] = [
             (&["local"], "store listen workers ranks allow-net exit-with-stdin"),
             (&["dataset", "create"], "urls synsets url-template store-key format synset-column url-column size quality \
                 validation test seed slice-urls min-bytes spec set wait timeout"),
@@ -118,6 +118,7 @@ mod tests {
             (&["run", "wait"], "timeout"),
             (&["run", "logs"], "follow"),
             (&["run", "metrics"], "kind csv"),
+            (&["run", "explain"], ""),
             (&["run", "cancel"], ""),
             (&["run", "resume"], "wait timeout"),
             (&["status"], ""),

@@ -14,6 +14,7 @@ mod dataset;
 mod demo;
 mod doctor;
 mod exit;
+mod explain;
 mod lists;
 mod local;
 mod metered;

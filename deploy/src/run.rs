@@ -71,6 +71,8 @@ pub(crate) enum Command {
         #[command(flatten)]
         cluster: ClusterArgs,
     },
+    /// Say what bounds the run: data, compute, network, or one of its ranks
+    Explain(NameArgs),
     /// End a run after the step it is at, with a checkpoint
     Cancel(NameArgs),
     /// Queue a cancelled or failed run again, from its last checkpoint
@@ -89,9 +91,9 @@ pub(crate) enum Command {
 #[derive(Debug, clap::Args)]
 pub(crate) struct NameArgs {
     /// The run's name
-    run: String,
+    pub(crate) run: String,
     #[command(flatten)]
-    cluster: ClusterArgs,
+    pub(crate) cluster: ClusterArgs,
 }
 
 /// Arguments of `gleaner run submit`.
@@ -141,6 +143,7 @@ pub(crate) async fn run(command: Command) -> Result<()> {
         Command::Metrics { of, kind, csv } => metrics(&of, kind, csv).await,
         Command::Model(args) => crate::model::run(args).await,
         Command::Compare { a, b, cluster } => compare(&a, &b, &cluster).await,
+        Command::Explain(of) => crate::explain::explain(&of).await,
         Command::Cancel(of) => cancel(&of).await,
         Command::Resume { of, wait, timeout } => resume(&of, wait, timeout.timeout).await,
     }
@@ -461,7 +464,7 @@ async fn metrics(of: &NameArgs, kinds: Vec<String>, csv: bool) -> Result<()> {
     if of.cluster.output == Format::Json {
         return say_json(&metrics);
     }
-    const HEADINGS: [&str; 12] = [
+    const HEADINGS: [&str; 16] = [
         "kind",
         "generation",
         "epoch",
@@ -474,6 +477,10 @@ async fn metrics(of: &NameArgs, kinds: Vec<String>, csv: bool) -> Result<()> {
         "images_per_second",
         "seconds",
         "data_wait",
+        "compute",
+        "rank_wait",
+        "network_wait",
+        "optimizer",
     ];
     let row = |m: &Metric| {
         let integers = [m.generation, m.epoch, m.step].map(|n| n.to_string());
@@ -481,12 +488,17 @@ async fn metrics(of: &NameArgs, kinds: Vec<String>, csv: bool) -> Result<()> {
         let [generation, epoch, step] = integers;
         let [loss, top1, top5] = scores;
         let learning_rate = format!("{:.6}", m.learning_rate);
-        let speeds =
-            [format!("{:.0}", m.images_per_second), format!("{:.1}", m.seconds), format!("{:.3}", m.data_wait)];
-        let [images, seconds, data_wait] = speeds;
+        let [images, seconds] = [format!("{:.0}", m.images_per_second), format!("{:.1}", m.seconds)];
+        let shares = [m.data_wait, m.compute, m.rank_wait, m.network_wait, m.optimizer].map(|x| format!("{x:.3}"));
+        let [data_wait, compute, rank_wait, network_wait, optimizer] = shares;
         let samples = m.samples.to_string();
         let kind = m.kind.clone();
-        [kind, generation, epoch, step, loss, top1, top5, samples, learning_rate, images, seconds, data_wait]
+        #[rustfmt::skip]
+        let row = [
+            kind, generation, epoch, step, loss, top1, top5, samples, learning_rate, images, seconds, data_wait, compute, rank_wait,
+            network_wait, optimizer,
+        ];
+        row
     };
     if csv {
         say(HEADINGS.join(","));

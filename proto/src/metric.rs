@@ -30,8 +30,24 @@ pub struct MetricPoint {
     pub images_per_second: f64,
     /// Since the run's first generation began.
     pub seconds: f64,
-    /// Share of the time in which the rank waited for data.
+    /// Share of the time in which ranks waited for data (as all shares here, the mean over ranks).
     pub data_wait: f64,
+    /// ... in which they computed forward and backward.
+    pub compute: f64,
+    /// ... in which they waited for the slowest of them.
+    pub rank_wait: f64,
+    /// ... in which they waited for the network, with nothing left to compute.
+    pub network_wait: f64,
+    /// ... in which they applied the gradients.
+    pub optimizer: f64,
+    /// The rank that the others waited for the longest.
+    pub slowest_rank: u32,
+    /// Ranks of the generation.
+    pub ranks: u32,
+    /// Bytes of gradients that each rank gives and gets in a step.
+    pub gradient_bytes: u64,
+    /// Bytes a second that a rank's link to the others was measured to carry each way, when the generation began; 0 for one rank.
+    pub link_bytes_per_second: f64,
 }
 
 /// What a point is measured over.
@@ -63,10 +79,14 @@ impl MetricKind {
 impl From<MetricPoint> for pb::Metric {
     fn from(point: MetricPoint) -> Self {
         let MetricPoint { kind, generation, epoch, step, loss, top1, top5, samples, .. } = point;
-        let MetricPoint { learning_rate, images_per_second, seconds, data_wait, .. } = point;
-        let kind = kind.name().to_owned();
+        let MetricPoint { learning_rate, images_per_second, seconds, data_wait, compute, rank_wait, .. } = point;
+        let MetricPoint { network_wait, optimizer, slowest_rank, ranks, gradient_bytes, .. } = point;
+        let (kind, link_bytes_per_second) = (kind.name().to_owned(), point.link_bytes_per_second);
         #[rustfmt::skip]
-        let metric = Self { kind, generation, epoch, step, loss, top1, top5, samples, learning_rate, images_per_second, seconds, data_wait };
+        let metric = Self {
+            kind, generation, epoch, step, loss, top1, top5, samples, learning_rate, images_per_second, seconds, data_wait, compute,
+            rank_wait, network_wait, optimizer, slowest_rank, ranks, gradient_bytes, link_bytes_per_second,
+        };
         metric
     }
 }

@@ -55,6 +55,9 @@ pub enum Arch {
     Alexnet,
     /// The same with batch normalisation after each convolution and each hidden fully-connected layer.
     AlexnetBn,
+    /// The network of the paper of 2012: convolutions in two groups, responses normalised across channels.
+    #[serde(rename = "alexnet-2012")]
+    Alexnet2012,
     /// `alexnet-bn` with a global average pooling head instead of the fully-connected layers: small enough for a phone.
     AlexnetSlim,
 }
@@ -63,12 +66,32 @@ pub enum Arch {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Input {
-    /// Pixels of the square that is cut out: at a random place to train (which is the translation), at the centre to evaluate.
+    /// Side of the square that the network sees, in pixels; to evaluate, it is cut out of the centre.
     pub crop: u32,
+    /// What is cut out to train.
+    pub cut: Cut,
+    /// With `resized`: the least share of an image's area that is cut out, 0.01 to 1.
+    pub min_area: f64,
+    /// With `resized`: the most that what is cut out is wider than high, or higher than wide, 1 to 10.
+    pub max_aspect: f64,
     /// Whether images are mirrored at random while training.
     pub flip: bool,
     /// Pixel values are multiplied by a random factor from 1 - this to 1 + this while training, 0 to 0.9.
     pub brightness: f64,
+    /// The same of the distance of pixels from their image's mean grey, 0 to 0.9.
+    pub contrast: f64,
+    /// The same of the distance of pixels from their own grey, 0 to 0.9.
+    pub saturation: f64,
+}
+
+/// What is cut out of an image to train.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Cut {
+    /// The square of `crop` pixels at a random place, as in AlexNet's paper.
+    Translate,
+    /// A part of random size, shape and place, scaled to the square (torchvision's `RandomResizedCrop`).
+    Resized,
 }
 
 /// How it learns: SGD with momentum, as in the paper.
@@ -95,6 +118,9 @@ pub struct Train {
     pub step_epochs: f64,
     /// Gradients are scaled down to this norm at most; 0: never.
     pub clip_norm: f64,
+    /// A rank computes a step in parts of so many samples at the most, and adds up their gradients, to need less memory: whole lanes, at
+    /// least one at a time; 0: all at once.
+    pub micro_batch: u32,
 }
 
 /// How the learning rate falls after the warm-up.
@@ -127,6 +153,8 @@ pub struct Ranks {
     pub max_failures: u32,
     /// Arithmetic of weights and gradients.
     pub precision: Precision,
+    /// How gradients travel between ranks.
+    pub compress: Compress,
 }
 
 /// Arithmetic of weights and gradients.
@@ -137,6 +165,20 @@ pub enum Precision {
     F32,
     /// 64 bits: to compare runs to the last digit.
     F64,
+    /// 32 bits, but convolutions and matrix products compute in bfloat16 (autocast). For GPUs; CPUs without such instructions are slower.
+    Bf16,
+}
+
+/// How gradients travel between ranks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compress {
+    /// As they are.
+    None,
+    /// In 16 bits with 11 significant ones. What comes out then depends, within rounding, on the number of ranks.
+    Fp16,
+    /// In 16 bits with 8 significant ones, and the range of f32.
+    Bf16,
 }
 
 /// What is kept on the way.
@@ -157,7 +199,17 @@ impl Default for Model {
 
 impl Default for Input {
     fn default() -> Self {
-        Self { crop: 224, flip: true, brightness: 0.2 }
+        Self {
+            crop: 224,
+            cut: Cut::Translate,
+            // torchvision's defaults.
+            min_area: 0.08,
+            max_aspect: 4.0 / 3.0,
+            flip: true,
+            brightness: 0.2,
+            contrast: 0.0,
+            saturation: 0.0,
+        }
     }
 }
 
@@ -174,6 +226,7 @@ impl Default for Train {
             schedule: Schedule::Cosine,
             step_epochs: 30.0,
             clip_norm: 0.0,
+            micro_batch: 0,
         }
     }
 }
@@ -188,6 +241,7 @@ impl Default for Ranks {
             failure_detection_seconds: 10.0,
             max_failures: 3,
             precision: Precision::F32,
+            compress: Compress::None,
         }
     }
 }
@@ -229,7 +283,16 @@ impl RunSpec {
         check("model.width", model.width, (0.1..=4.0).contains(&model.width), "0.1 to 4")?;
         check("model.dropout", model.dropout, (0.0..=0.9).contains(&model.dropout), "0 to 0.9")?;
         check("input.crop", input.crop, (64..=1024).contains(&input.crop), "64 to 1024")?;
-        check("input.brightness", input.brightness, (0.0..=0.9).contains(&input.brightness), "0 to 0.9")?;
+        check("input.min_area", input.min_area, (0.01..=1.0).contains(&input.min_area), "0.01 to 1")?;
+        check("input.max_aspect", input.max_aspect, (1.0..=10.0).contains(&input.max_aspect), "1 to 10")?;
+        let lights = [
+            ("input.brightness", input.brightness),
+            ("input.contrast", input.contrast),
+            ("input.saturation", input.saturation),
+        ];
+        for (key, value) in lights {
+            check(key, value, (0.0..=0.9).contains(&value), "0 to 0.9")?;
+        }
         check("train.epochs", train.epochs, (1..=100_000).contains(&train.epochs), "1 to 100000")?;
         check("train.learning_rate", train.learning_rate, train.learning_rate > 0.0, "more than 0")?;
         check("train.momentum", train.momentum, (0.0..1.0).contains(&train.momentum), "0 to less than 1")?;

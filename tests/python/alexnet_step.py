@@ -38,9 +38,13 @@ def add(name, parts, *after):
     modules.extend([*parts, *after])
 
 
+classic = arch == "alexnet-2012"
 for index, (size, stride, padding) in convolutions.items():
-    make = lambda i, o, bias: nn.Conv2d(i, o, size, stride, padding, bias=bias)
-    pool = [nn.MaxPool2d(3, 2)] if index in (0, 3, 10) else []
+    groups = 2 if classic and index in (3, 8, 10) else 1
+    make = lambda i, o, bias: nn.Conv2d(i * groups, o, size, stride, padding, bias=bias, groups=groups)
+    # The paper's alpha is of each square, PyTorch's of their mean.
+    pool = [nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2)] if classic and index in (0, 3) else []
+    pool += [nn.MaxPool2d(3, 2)] if index in (0, 3, 10) else []
     add(f"features.{index}", layer(f"features.{index}", make), nn.ReLU(), *pool)
 modules += [nn.AdaptiveAvgPool2d(1 if arch == "alexnet-slim" else 6), nn.Flatten()]
 for index in () if arch == "alexnet-slim" else (1, 4):

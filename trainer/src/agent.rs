@@ -20,7 +20,7 @@ use crate::ipc::Setup;
 use crate::link::{self, Link};
 use crate::logs::Logs;
 use crate::process::{Heard, Process, What};
-use crate::{Config, c10d, devices, metrics};
+use crate::{CacheConfig, Config, c10d, devices, metrics};
 
 const HEARTBEAT: Duration = Duration::from_millis(250);
 /// Log lines are in the store after so long.
@@ -32,7 +32,7 @@ struct Agent {
     name: String,
     address: String,
     interface: Option<String>,
-    cache_bytes: u64,
+    cache: CacheConfig,
     rank_command: Vec<OsString>,
     slots: Vec<Slot>,
     heard: mpsc::Sender<Heard>,
@@ -86,7 +86,7 @@ pub(crate) async fn run(
         name: uuid::Uuid::new_v4().simple().to_string(),
         address,
         interface,
-        cache_bytes: config.cache_bytes,
+        cache: config.cache,
         rank_command,
         slots: devices.into_iter().map(|device| Slot { device, seat: None }).collect(),
         heard,
@@ -248,7 +248,9 @@ impl Agent {
             device: slot.device.clone(),
             advertise_address: self.address.clone(),
             threads: (cores / self.slots.len()).max(1) as u32,
-            cache_bytes: self.cache_bytes / self.slots.len() as u64,
+            cache_bytes: self.cache.cache_bytes / self.slots.len() as u64,
+            cache_dir: self.cache.cache_dir.clone(),
+            cache_disk_bytes: self.cache.cache_disk_bytes / self.slots.len() as u64,
         };
         self.processes += 1;
         let id = self.processes;

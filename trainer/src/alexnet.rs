@@ -1,11 +1,18 @@
-//! The networks: AlexNet in torchvision's layout (Krizhevsky, "One weird trick for parallelizing convolutional neural networks", 2014),
-//! plain, with batch normalisation, or slim.
+//! The networks.
 //!
-//! | | parameters at width 1, crop 224, 1000 classes |
-//! | --- | --- |
-//! | `alexnet` | 61,100,840 (torchvision's) |
-//! | `alexnet-bn` | 61,110,184 |
-//! | `alexnet-slim` | 2,727,848 |
+//! | | | parameters at width 1, crop 224, 1000 classes |
+//! | --- | --- | --- |
+//! | `alexnet` | torchvision's layout ("One weird trick", below) | 61,100,840 |
+//! | `alexnet-bn` | the same with batch normalisation after each layer but the last | 61,110,184 |
+//! | `alexnet-2012` | two groups, responses normalised across channels ("ImageNet classification", below) | 60,965,224 |
+//! | `alexnet-slim` | `alexnet-bn` with global average pooling for the hidden fully-connected layers | 2,727,848 |
+//!
+//! Krizhevsky, "One weird trick for parallelizing convolutional neural networks", 2014. Krizhevsky, Sutskever & Hinton, "ImageNet
+//! classification with deep convolutional neural networks", 2012.
+//!
+//! Weights begin as in the source: uniform within 1 / sqrt(fan in), PyTorch's default (Kaiming's with a = sqrt 5), biases too; but in
+//! `alexnet-2012` normal with a deviation of 0.01, and biases of 1 in the second, fourth and fifth convolution and the hidden layers, 0 in
+//! the others.
 //!
 //! Batch normalisation here is per virtual rank ("ghost" batch norm, Hoffer et al., 2017): the share of each lane in a batch is normalised
 //! alone. So the numbers are the same on any number of ranks, and nothing need be sent in forward or backward. With it a layer has no bias of
@@ -16,11 +23,16 @@ mod export;
 use proto::run_spec::{Arch, Model};
 use tch::{Device, Kind, Tensor};
 
-use crate::random;
+use crate::{random, tensor};
 
 /// Weight of one step's statistics in the running ones, and the floor of a variance (PyTorch's defaults).
 const NORM_MOMENTUM: f64 = 0.1;
 const NORM_EPS: f64 = 1e-5;
+
+/// Of `alexnet-2012`: responses are divided by (2 + 1e-4 x the sum of the squares of 5 neighbouring channels)^(3/4).
+const RESPONSE_CHANNELS: i64 = 5;
+const RESPONSE_ALPHA: f64 = 1e-4;
+const RESPONSE_BIAS: f64 = 2.0;
 
 /// Crops under this have a first convolution of stride 2 instead of 4: the maps behind it would be too small to tell shapes apart.
 const SMALL_CROP: i64 = 96;
@@ -36,6 +48,8 @@ pub(crate) struct AlexNet {
     features: Vec<Layer>,
     hidden: Vec<Layer>,
     output: Layer,
+    /// As the paper of 2012 has it.
+    classic: bool,
     stride: i64,
     /// Side of the map that the features are averaged to.
     grid: i64,
@@ -73,7 +87,8 @@ impl AlexNet {
     pub(crate) fn new(model: &Model, classes: i64, crop: i64, seed: u64, kind: Kind, device: Device) -> Self {
         // Multiples of 8 fill the vector registers of convolution kernels.
         let wide = |channels: i64| (((channels as f64 * model.width / 8.0).round() as i64) * 8).max(8);
-        let normed = model.arch != Arch::Alexnet;
+        let classic = model.arch == Arch::Alexnet2012;
+        let normed = matches!(model.arch, Arch::AlexnetBn | Arch::AlexnetSlim);
         let slim = model.arch == Arch::AlexnetSlim;
         let stride = if crop < SMALL_CROP { 2 } else { 4 };
         let pooled = |side: i64| (side - 3) / 2 + 1;
@@ -83,12 +98,20 @@ impl AlexNet {
         let mut stream = 0;
         let mut layer = |name: String, shape: &[i64], norm: bool| {
             stream += 1;
-            Layer::new(name, shape, norm, random::key(&[seed, stream]), kind, device)
+            // The paper's second, fourth and fifth convolution and its hidden layers.
+            let first = match classic {
+                true => First::Normal(if matches!(stream, 2 | 4..=7) { 1.0 } else { 0.0 }),
+                false => First::Uniform,
+            };
+            Layer::new(name, shape, norm, first, random::key(&[seed, stream]), kind, device)
         };
         let mut features = Vec::new();
         let mut inputs = 3;
-        for (index, channels, size) in [(0, 64, 11), (3, 192, 5), (6, 384, 3), (8, 256, 3), (10, 256, 3)] {
-            features.push(layer(format!("features.{index}"), &[wide(channels), inputs, size, size], normed));
+        let channels = if classic { [96, 256, 384, 384, 256] } else { [64, 192, 384, 256, 256] };
+        let sizes = [(0, 11), (3, 5), (6, 3), (8, 3), (10, 3)];
+        for (((index, size), channels), groups) in sizes.into_iter().zip(channels).zip(groups(classic)) {
+            let shape = [wide(channels), inputs / groups, size, size];
+            features.push(layer(format!("features.{index}"), &shape, normed));
             inputs = wide(channels);
         }
         inputs *= grid * grid;
@@ -98,7 +121,7 @@ impl AlexNet {
             inputs = wide(4096);
         }
         let output = layer("classifier.6".to_owned(), &[classes, inputs], false);
-        Self { features, hidden, output, stride, grid, dropout: model.dropout }
+        Self { features, hidden, output, classic, stride, grid, dropout: model.dropout }
     }
 
     /// The forward pass in training on this rank's part of a batch: `images` [samples, 3, crop, crop], normalised, lane after lane;
@@ -165,9 +188,17 @@ impl AlexNet {
         self.features.iter().chain(&self.hidden).chain([&self.output])
     }
 
-    /// Stride and padding of each convolution, and whether a pooling of 3 x 3 and stride 2 follows.
-    fn geometry(&self) -> [(i64, i64, bool); 5] {
-        [(self.stride, 2, true), (1, 2, true), (1, 1, false), (1, 1, false), (1, 1, true)]
+    /// What each convolution is like, and what follows.
+    fn stages(&self) -> [Stage; 5] {
+        let groups = groups(self.classic);
+        [(self.stride, 2, true), (1, 2, true), (1, 1, false), (1, 1, false), (1, 1, true)].map({
+            let mut index = 0;
+            move |(stride, padding, pools)| {
+                index += 1;
+                let responds = self.classic && index <= 2;
+                Stage { stride, padding, groups: groups[index - 1], responds, pools }
+            }
+        })
     }
 
     fn forward(
@@ -181,17 +212,27 @@ impl AlexNet {
             None => x.shallow_clone().relu_(),
         };
         let mut x = images.shallow_clone();
-        for (layer, (stride, padding, pools)) in self.features.iter().zip(self.geometry()) {
-            x = x.conv2d(&layer.weight, layer.bias.as_ref(), [stride, stride], [padding, padding], [1, 1], 1);
+        for (layer, stage) in self.features.iter().zip(self.stages()) {
+            let Stage { stride, padding, groups, .. } = stage;
+            x = x.conv2d(&layer.weight, layer.bias.as_ref(), [stride, stride], [padding, padding], [1, 1], groups);
             x = activate(layer, x);
-            if pools {
+            if stage.responds {
+                x = normalise_responses(&x);
+            }
+            if stage.pools {
                 x = x.max_pool2d([3, 3], [2, 2], [0, 0], [1, 1], false);
             }
         }
         x = x.adaptive_avg_pool2d([self.grid, self.grid]).flatten(1, -1);
         for (index, layer) in self.hidden.iter().enumerate() {
-            x = dropout(index as u64, x).linear(&layer.weight, layer.bias.as_ref());
-            x = activate(layer, x);
+            // torchvision drops inputs of the hidden layers; the paper drops their outputs.
+            if !self.classic {
+                x = dropout(index as u64, x);
+            }
+            x = activate(layer, x.linear(&layer.weight, layer.bias.as_ref()));
+            if self.classic {
+                x = dropout(index as u64, x);
+            }
         }
         if self.hidden.is_empty() {
             x = dropout(0, x);
@@ -207,36 +248,79 @@ impl AlexNet {
         }
         let units = x.size()[1] as usize;
         let scale = (65536.0 / (65536 - threshold) as f64) as f32;
-        let mut mask = vec![0.0_f32; keys.len() * units];
-        for (key, row) in keys.iter().zip(mask.chunks_mut(units)) {
-            let key = random::key(&[*key, layer]);
-            for (index, four) in row.chunks_mut(4).enumerate() {
-                let bits = random::bits(key, index as u64);
-                for (part, unit) in four.iter_mut().enumerate() {
-                    *unit = if (bits >> (16 * part)) & 0xffff < threshold { 0.0 } else { scale };
+        let mask = tensor::filled(&[keys.len() as i64, units as i64], |mask: &mut [f32]| {
+            for (key, row) in keys.iter().zip(mask.chunks_mut(units)) {
+                let key = random::key(&[*key, layer]);
+                for (index, four) in row.chunks_mut(4).enumerate() {
+                    let bits = random::bits(key, index as u64);
+                    for (part, unit) in four.iter_mut().enumerate() {
+                        *unit = if (bits >> (16 * part)) & 0xffff < threshold { 0.0 } else { scale };
+                    }
                 }
             }
-        }
-        let mask = Tensor::from_slice(&mask).view([keys.len() as i64, units as i64]);
+        });
         let mask = mask.to_device(x.device()).to_kind(x.kind());
         x * mask
     }
 }
 
+/// A convolution's geometry, and what follows its activation: a normalisation of responses, a pooling of 3 x 3 and stride 2.
+#[derive(Debug, Clone, Copy)]
+struct Stage {
+    stride: i64,
+    padding: i64,
+    groups: i64,
+    responds: bool,
+    pools: bool,
+}
+
+/// In how many groups each convolution is computed, none of which sees the channels of another.
+fn groups(classic: bool) -> [i64; 5] {
+    if classic { [1, 2, 1, 2, 2] } else { [1; 5] }
+}
+
+/// Divides each response by what its neighbours across channels have, at the same place.
+fn normalise_responses(x: &Tensor) -> Tensor {
+    let margin = RESPONSE_CHANNELS / 2;
+    let squares = x.square().unsqueeze(1).constant_pad_nd([0, 0, 0, 0, margin, margin]);
+    let window = [RESPONSE_CHANNELS, 1, 1];
+    let mean = squares.avg_pool3d(window, [1, 1, 1], [0, 0, 0], false, true, None::<i64>).squeeze_dim(1);
+    let root = (mean * (RESPONSE_ALPHA * RESPONSE_CHANNELS as f64) + RESPONSE_BIAS).sqrt();
+    x / (&root * root.sqrt())
+}
+
+/// What a layer's weights are before it has learned.
+#[derive(Debug, Clone, Copy)]
+enum First {
+    /// Weights and biases within 1 / sqrt(fan in).
+    Uniform,
+    /// Weights with a deviation of 0.01, biases of this.
+    Normal(f64),
+}
+
 impl Layer {
-    fn new(name: String, shape: &[i64], norm: bool, key: u64, kind: Kind, device: Device) -> Self {
+    fn new(name: String, shape: &[i64], norm: bool, first: First, key: u64, kind: Kind, device: Device) -> Self {
         let fan_in: i64 = shape[1..].iter().product();
         let bound = 1.0 / (fan_in as f32).sqrt();
-        let mut next = 0;
-        let mut uniform = |shape: &[i64]| {
-            let count = shape.iter().product::<i64>() as u64;
-            let values: Vec<f32> =
-                (next..next + count).map(|i| bound * (2.0 * random::uniform(key, i) - 1.0)).collect();
-            next += count;
-            Tensor::from_slice(&values).view(shape).to_kind(kind).to_device(device).set_requires_grad(true)
+        let leaf =
+            |values: Tensor, shape: &[i64]| values.view(shape).to_kind(kind).to_device(device).set_requires_grad(true);
+        let values = |from: u64, shape: &[i64]| {
+            let value = |i: u64| match first {
+                First::Uniform => bound * (2.0 * random::uniform(key, i) - 1.0),
+                First::Normal(_) => (0.01 * random::normal(key, i)) as f32,
+            };
+            tensor::filled(shape, |values: &mut [f32]| {
+                values.iter_mut().zip(from..).for_each(|(place, i)| *place = value(i));
+            })
         };
-        let weight = uniform(shape);
-        let bias = (!norm).then(|| uniform(&shape[..1]));
+        let weight = leaf(values(0, shape), shape);
+        let bias = (!norm).then(|| {
+            let shape = &shape[..1];
+            match first {
+                First::Uniform => leaf(values(weight.numel() as u64, shape), shape),
+                First::Normal(bias) => leaf(Tensor::full(shape, bias, (kind, device)), shape),
+            }
+        });
         let norm = norm.then(|| Norm {
             weight: Tensor::ones(&shape[..1], (kind, device)).set_requires_grad(true),
             bias: Tensor::zeros(&shape[..1], (kind, device)).set_requires_grad(true),
@@ -299,9 +383,12 @@ mod tests {
 
     #[test]
     fn each_network_has_the_documented_number_of_parameters() {
-        for (arch, documented) in
-            [(Arch::Alexnet, 61_100_840), (Arch::AlexnetBn, 61_110_184), (Arch::AlexnetSlim, 2_727_848)]
-        {
+        for (arch, documented) in [
+            (Arch::Alexnet, 61_100_840),
+            (Arch::AlexnetBn, 61_110_184),
+            (Arch::Alexnet2012, 60_965_224),
+            (Arch::AlexnetSlim, 2_727_848),
+        ] {
             let model = Model { arch, width: 1.0, dropout: 0.5 };
             let network = AlexNet::new(&model, 1000, 224, 1, Kind::Float, Device::Cpu);
             let count: usize = network.parameters().iter().map(|(_, parameter)| parameter.numel()).sum();
@@ -371,9 +458,26 @@ mod tests {
     }
 
     #[test]
+    fn weights_begin_as_the_source_of_the_network_says() {
+        let classic = network(Arch::Alexnet2012, 0.25, 5, 64);
+        let weight = &classic.hidden[1].weight;
+        let (deviation, mean) = weight.std_mean(true);
+        assert!((deviation.double_value(&[]) - 0.01).abs() < 1e-4 && mean.double_value(&[]).abs() < 1e-4);
+        let first = |layer: &Layer| layer.bias.as_ref().expect("no norm").double_value(&[0]);
+        assert_eq!(classic.features.iter().map(first).collect::<Vec<_>>(), [0.0, 1.0, 0.0, 1.0, 1.0]);
+        assert_eq!((first(&classic.hidden[0]), first(&classic.output)), (1.0, 0.0));
+        let plain = network(Arch::Alexnet, 0.25, 5, 64);
+        let weight = &plain.hidden[1].weight;
+        let bound = 1.0 / (weight.size()[1] as f64).sqrt();
+        let largest = weight.abs().max().double_value(&[]) / bound;
+        let deviation = weight.std(true).double_value(&[]) / bound;
+        assert!((0.999..=1.0001).contains(&largest) && (deviation - 1.0 / 3.0_f64.sqrt()).abs() < 1e-2);
+    }
+
+    #[test]
     fn every_crop_size_goes_through() {
         for crop in [64, 65, 95, 96, 97, 112, 160, 224, 300] {
-            for arch in [Arch::Alexnet, Arch::AlexnetBn, Arch::AlexnetSlim] {
+            for arch in [Arch::Alexnet, Arch::AlexnetBn, Arch::Alexnet2012, Arch::AlexnetSlim] {
                 let logits = network(arch, 0.125, 7, crop).evaluate(&images(2, crop));
                 assert_eq!(logits.size(), [2, 7], "{arch:?} {crop}");
             }

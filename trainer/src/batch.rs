@@ -1,14 +1,18 @@
-//! From stored images to network input: decode, crop, mirror, change the light, normalise.
+//! From stored images to what the network looks at: choose a part, decode, scale, mirror.
 //!
-//! What is done to a sample depends on seed, epoch and the sample's key alone. Pixels travel as bytes; they become numbers on the device.
+//! What is done to a sample depends on seed, epoch and the sample's key alone, and its pixels not on whether they were cached.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, Result, ensure};
+use fast_image_resize::images::{CroppedImage, Image as Target, ImageRef};
+use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
 use proto::Sample;
-use proto::run_spec::Input;
-use tch::{Device, Kind, Tensor};
+use proto::run_spec::{Cut, Input};
+use tch::Tensor;
 
+use crate::jpeg::{self, Area};
+use crate::normalise::{GREY, Light};
 use crate::random;
 
 /// A decoded image.
@@ -18,83 +22,137 @@ pub(crate) struct Image {
     pub key: u64,
     /// The place of its class in the manifest.
     pub label: u32,
-    /// Rows of pixels of red, green, blue; width and height are the stored size.
+    pub width: usize,
+    pub height: usize,
+    /// Rows of pixels of red, green, blue.
     pub pixels: Vec<u8>,
+    grey: OnceLock<f32>,
 }
 
-/// Decodes JPEGs, on one thread.
-pub(crate) struct Decoder {
-    jpeg: turbojpeg::Decompressor,
-    size: usize,
-}
-
-impl Decoder {
-    /// For images of `size` x `size` pixels.
-    pub(crate) fn new(size: u32) -> Result<Self> {
-        Ok(Self { jpeg: turbojpeg::Decompressor::new()?, size: size as usize })
+impl Image {
+    /// From its pixels.
+    pub(crate) fn new(key: u64, label: u32, (width, height): (usize, usize), pixels: Vec<u8>) -> Self {
+        Self { key, label, width, height, pixels, grey: OnceLock::new() }
     }
 
-    /// Decodes one sample, which must be of the size that this decoder is for.
-    pub(crate) fn decode(&mut self, sample: &Sample) -> Result<Image> {
-        let Sample { key, label, ref jpeg } = *sample;
-        let context = || format!("sample {key}");
-        let size = self.size;
-        let header = self.jpeg.read_header(jpeg).with_context(context)?;
-        let (width, height) = (header.width, header.height);
-        ensure!(
-            (width, height) == (size, size),
-            "sample {key} has {width} x {height} pixels instead of {size} x {size}"
-        );
-        let mut pixels = vec![0; 3 * size * size];
-        let format = turbojpeg::PixelFormat::RGB;
-        let image = turbojpeg::Image { pixels: &mut pixels[..], width, pitch: 3 * width, height, format };
-        self.jpeg.decompress(jpeg, image).with_context(context)?;
-        Ok(Image { key, label, pixels })
+    /// The mean grey of its pixels, 0 to 1.
+    fn grey(&self) -> f32 {
+        *self.grey.get_or_init(|| {
+            let mut sums = [0_u64; 3];
+            for pixel in self.pixels.as_chunks::<3>().0 {
+                for (sum, &byte) in sums.iter_mut().zip(pixel) {
+                    *sum += u64::from(byte);
+                }
+            }
+            let pixels = (self.width * self.height) as f32;
+            sums.iter().zip(GREY).map(|(&sum, weight)| weight * sum as f32 / pixels / 255.0).sum()
+        })
     }
 }
 
 /// How samples become input.
 #[derive(Debug, Clone)]
 pub(crate) enum Views {
-    /// A random place, perhaps mirrored, in random light: for each epoch (from 0) and sample another one.
+    /// A random part, perhaps mirrored, in random light: for each epoch (from 0) and sample another one.
     Training { input: Input, seed: u64, epoch: u64 },
     /// The centre.
     Evaluation { crop: u32 },
 }
 
-/// What of one image is looked at.
+/// What of one image is looked at, and how.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct View {
-    left: usize,
-    top: usize,
+    area: Area,
     flip: bool,
     brightness: f32,
+    contrast: f32,
+    saturation: f32,
+}
+
+/// Which draw of a sample decides what.
+mod draw {
+    pub(super) const LEFT: u64 = 0;
+    pub(super) const TOP: u64 = 1;
+    pub(super) const FLIP: u64 = 2;
+    pub(super) const BRIGHTNESS: u64 = 3;
+    pub(super) const CONTRAST: u64 = 4;
+    pub(super) const SATURATION: u64 = 5;
+    /// Two for each try to find a part.
+    pub(super) const SHAPES: u64 = 6;
 }
 
 impl Views {
-    fn crop(&self) -> usize {
+    /// Side of the network's input.
+    pub(crate) fn crop(&self) -> usize {
         match self {
             Views::Training { input, .. } => input.crop as usize,
             Views::Evaluation { crop } => *crop as usize,
         }
     }
 
-    fn of(&self, key: u64, size: u32) -> View {
-        match *self {
-            Views::Evaluation { crop } => {
-                let margin = (size - crop) as usize / 2;
-                View { left: margin, top: margin, flip: false, brightness: 1.0 }
-            }
-            Views::Training { ref input, seed, epoch } => {
-                let draws = random::key(&[seed, epoch, key]);
-                let places = u64::from(size - input.crop) + 1;
-                View {
-                    left: random::below(draws, 0, places) as usize,
-                    top: random::below(draws, 1, places) as usize,
-                    flip: input.flip && random::below(draws, 2, 2) == 1,
-                    brightness: 1.0 + input.brightness as f32 * (2.0 * random::uniform(draws, 3) - 1.0),
-                }
-            }
+    /// Whether all of an image must be known to light a part of it.
+    fn whole(&self) -> bool {
+        matches!(self, Views::Training { input, .. } if input.contrast > 0.0)
+    }
+
+    fn of(&self, key: u64, width: usize, height: usize) -> Result<View> {
+        let crop = self.crop();
+        let scales = matches!(self, Views::Training { input, .. } if input.cut == Cut::Resized);
+        ensure!(
+            scales || width.min(height) >= crop,
+            "it has {width} x {height} pixels, of which input.crop = {crop} cannot be cut"
+        );
+        let Views::Training { input, seed, epoch } = self else {
+            let area = Area { left: (width - crop) / 2, top: (height - crop) / 2, width: crop, height: crop };
+            return Ok(View { area, flip: false, brightness: 1.0, contrast: 1.0, saturation: 1.0 });
+        };
+        let draws = random::key(&[*seed, *epoch, key]);
+        let (w, h) = match input.cut {
+            Cut::Translate => (crop, crop),
+            Cut::Resized => shape(draws, input, width, height),
+        };
+        let place = |draw, room: usize| random::below(draws, draw, room as u64 + 1) as usize;
+        let around_one = |draw, by: f64| 1.0 + by as f32 * (2.0 * random::uniform(draws, draw) - 1.0);
+        Ok(View {
+            area: Area { left: place(draw::LEFT, width - w), top: place(draw::TOP, height - h), width: w, height: h },
+            flip: input.flip && random::below(draws, draw::FLIP, 2) == 1,
+            brightness: around_one(draw::BRIGHTNESS, input.brightness),
+            contrast: around_one(draw::CONTRAST, input.contrast),
+            saturation: around_one(draw::SATURATION, input.saturation),
+        })
+    }
+}
+
+/// Width and height of a random part of an image (the Inception networks' augmentation, Szegedy et al., 2015, as torchvision's
+/// `RandomResizedCrop` draws it): its area is a uniform share of the image's, the logarithm of its aspect ratio uniform. If none of ten
+/// fits, the largest part with the nearest ratio.
+fn shape(draws: u64, input: &Input, width: usize, height: usize) -> (usize, usize) {
+    let (w, h) = (width as f64, height as f64);
+    let ratio = input.max_aspect.ln();
+    for attempt in 0..10 {
+        let uniform = |i| f64::from(random::uniform(draws, draw::SHAPES + 2 * attempt + i));
+        let area = w * h * (input.min_area + (1.0 - input.min_area) * uniform(0));
+        let aspect = (ratio * (2.0 * uniform(1) - 1.0)).exp();
+        let (part_w, part_h) = ((area * aspect).sqrt().round() as usize, (area / aspect).sqrt().round() as usize);
+        if (1..=width).contains(&part_w) && (1..=height).contains(&part_h) {
+            return (part_w, part_h);
+        }
+    }
+    let aspect = (w / h).clamp(1.0 / input.max_aspect, input.max_aspect);
+    let fitting = |side: f64, most: usize| (side.round() as usize).clamp(1, most);
+    (fitting(h * aspect, width).min(width), fitting(w / aspect, height).min(height))
+}
+
+impl View {
+    /// Brightness b scales, contrast c draws towards the grey of the whole image (or away from it), saturation s towards the pixel's own
+    /// grey: one map, held within its range at the end, where torchvision holds it after each.
+    fn light(&self, grey: impl FnOnce() -> f32) -> Light {
+        let Self { brightness, contrast, saturation, .. } = *self;
+        let gain = brightness * contrast;
+        Light {
+            gain: gain * saturation,
+            grey: gain * (1.0 - saturation),
+            offset: if contrast == 1.0 { 0.0 } else { (1.0 - contrast) * brightness * grey() },
         }
     }
 }
@@ -104,8 +162,8 @@ impl Views {
 pub(crate) struct Pixels {
     /// [samples, crop, crop, 3], bytes.
     pub pixels: Tensor,
-    /// [samples], 32-bit floats: what pixel values are multiplied by.
-    pub brightness: Tensor,
+    /// Each sample's.
+    pub lights: Vec<Light>,
     /// [samples], 64-bit integers.
     pub labels: Tensor,
     /// The samples' keys.
@@ -113,131 +171,215 @@ pub(crate) struct Pixels {
 }
 
 impl Pixels {
-    /// Cuts the views out of images of `size` x `size` pixels.
-    pub(crate) fn cut(images: &[Arc<Image>], size: u32, views: &Views) -> Self {
-        let crop = views.crop();
-        let pitch = 3 * size as usize;
-        let mut pixels = Vec::with_capacity(images.len() * 3 * crop * crop);
-        let mut brightness = Vec::with_capacity(images.len());
-        for image in images {
-            let view = views.of(image.key, size);
-            for row in image.pixels.chunks_exact(pitch).skip(view.top).take(crop) {
-                let row = &row[3 * view.left..3 * (view.left + crop)];
-                match view.flip {
-                    false => pixels.extend_from_slice(row),
-                    true => pixels.extend(row.as_chunks::<3>().0.iter().rev().flatten()),
-                }
-            }
-            brightness.push(view.brightness);
-        }
-        let labels: Vec<i64> = images.iter().map(|image| i64::from(image.label)).collect();
-        let (n, side) = (images.len() as i64, crop as i64);
+    /// `count` samples from the `start`-th on, in the same memory.
+    pub(crate) fn part(&self, start: usize, count: usize) -> Self {
+        let of = |tensor: &Tensor| tensor.narrow(0, start as i64, count as i64);
         Self {
-            pixels: Tensor::from_slice(&pixels).reshape([n, side, side, 3]),
-            brightness: Tensor::from_slice(&brightness),
-            labels: Tensor::from_slice(&labels),
-            keys: images.iter().map(|image| image.key).collect(),
+            pixels: of(&self.pixels),
+            lights: self.lights[start..start + count].to_vec(),
+            labels: of(&self.labels),
+            keys: self.keys[start..start + count].to_vec(),
         }
-    }
-
-    /// One after the other.
-    pub(crate) fn join(mut parts: Vec<Self>) -> Option<Self> {
-        if parts.len() < 2 {
-            return parts.pop();
-        }
-        let all = |of: fn(&Self) -> &Tensor| Tensor::cat(&parts.iter().map(of).collect::<Vec<_>>(), 0);
-        Some(Self {
-            pixels: all(|part| &part.pixels),
-            brightness: all(|part| &part.brightness),
-            labels: all(|part| &part.labels),
-            keys: parts.iter().flat_map(|part| part.keys.iter().copied()).collect(),
-        })
     }
 }
 
-/// The last part of the way, on the device: bytes to normalised numbers.
-#[derive(Debug)]
-pub(crate) struct Normalise {
-    mean: Tensor,
-    std: Tensor,
-    device: Device,
-    kind: Kind,
+/// Decodes and cuts, on one thread, in memory that it keeps.
+pub(crate) struct Cutter {
+    decoder: jpeg::Decoder,
+    pixels: Vec<u8>,
+    resizer: Resizer,
 }
 
-impl Normalise {
-    /// With mean and standard deviation of each channel, on the scale of 0 to 1.
-    pub(crate) fn new(mean: [f64; 3], std: [f64; 3], device: Device, kind: Kind) -> Self {
-        let channels = |of: [f64; 3]| Tensor::from_slice(&of).reshape([3, 1, 1]).to_kind(kind).to_device(device);
-        Self { mean: channels(mean), std: channels(std), device, kind }
+impl Cutter {
+    /// A cutter.
+    pub(crate) fn new() -> Result<Self> {
+        Ok(Self { decoder: jpeg::Decoder::new()?, pixels: Vec::new(), resizer: Resizer::new() })
     }
 
-    /// The input of the network, [samples, 3, crop, crop], and the labels.
-    pub(crate) fn apply(&self, batch: &Pixels) -> Result<(Tensor, Tensor), tch::TchError> {
-        let brightness = batch.brightness.f_to_device(self.device)?.f_to_kind(self.kind)?.f_reshape([-1, 1, 1, 1])?;
-        let input =
-            batch.pixels.f_to_device(self.device)?.f_permute([0, 3, 1, 2])?.f_contiguous()?.f_to_kind(self.kind)?;
-        let light = (input * (brightness / 255.0)).f_clamp_(0.0, 1.0)?;
-        Ok(((light - &self.mean).f_div_(&self.std)?, batch.labels.f_to_device(self.device)?))
+    /// Decodes all of a sample.
+    pub(crate) fn decode(&mut self, sample: &Sample) -> Result<Arc<Image>> {
+        let Sample { key, label, ref jpeg } = *sample;
+        let all = |width, height| Ok(Area { left: 0, top: 0, width, height });
+        let mut pixels = Vec::new();
+        let (size, _) = self.decoder.decode(jpeg, all, &mut pixels).with_context(|| format!("sample {key}"))?;
+        Ok(Arc::new(Image::new(key, label, size, pixels)))
+    }
+
+    /// Writes what is looked at of a decoded image: crop x crop x 3 bytes.
+    pub(crate) fn cut(&mut self, image: &Image, views: &Views, into: &mut [u8]) -> Result<Light> {
+        let Image { key, width, height, ref pixels, .. } = *image;
+        let view = views.of(key, width, height).with_context(|| format!("sample {key}"))?;
+        write(&mut self.resizer, (pixels, Area { left: 0, top: 0, width, height }), &view, views.crop(), into)?;
+        Ok(view.light(|| image.grey()))
+    }
+
+    /// Decodes no more of a sample than what is looked at, and writes that.
+    pub(crate) fn decode_and_cut(&mut self, sample: &Sample, views: &Views, into: &mut [u8]) -> Result<Light> {
+        if views.whole() {
+            let image = self.decode(sample)?;
+            return self.cut(&image, views, into);
+        }
+        let Sample { key, ref jpeg, .. } = *sample;
+        let context = || format!("sample {key}");
+        let mut view = None;
+        let wanted = |width, height| Ok(view.insert(views.of(key, width, height)?).area);
+        let (_, part) = self.decoder.decode(jpeg, wanted, &mut self.pixels).with_context(context)?;
+        let view = view.with_context(context)?;
+        write(&mut self.resizer, (&self.pixels, part), &view, views.crop(), into)?;
+        Ok(view.light(|| 0.0))
+    }
+}
+
+/// Writes a view as crop x crop pixels, from pixels that are a part of the image.
+fn write(
+    resizer: &mut Resizer,
+    (pixels, part): (&[u8], Area),
+    view: &View,
+    crop: usize,
+    into: &mut [u8],
+) -> Result<()> {
+    let View { area, flip, .. } = *view;
+    let (left, top) = (area.left - part.left, area.top - part.top);
+    if (area.width, area.height) == (crop, crop) {
+        let rows = pixels.chunks_exact(3 * part.width).skip(top);
+        for (row, into) in rows.zip(into.chunks_exact_mut(3 * crop)) {
+            let row = &row[3 * left..3 * (left + crop)];
+            match flip {
+                false => into.copy_from_slice(row),
+                true => mirror(row, into),
+            }
+        }
+        return Ok(());
+    }
+    let source = ImageRef::new(part.width as u32, part.height as u32, pixels, PixelType::U8x3)?;
+    let source = CroppedImage::new(&source, left as u32, top as u32, area.width as u32, area.height as u32)?;
+    let mut target = Target::from_slice_u8(crop as u32, crop as u32, into, PixelType::U8x3)?;
+    // A triangle as wide as the scale asks for, which is what Pillow calls bilinear.
+    let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Bilinear));
+    resizer.resize(&source, &mut target, &options)?;
+    if flip {
+        into.chunks_exact_mut(3 * crop).for_each(|row| row.as_chunks_mut::<3>().0.reverse());
+    }
+    Ok(())
+}
+
+/// Writes a row's pixels from right to left.
+fn mirror(row: &[u8], into: &mut [u8]) {
+    let (row, into) = (row.as_chunks::<3>().0, into.as_chunks_mut::<3>().0);
+    for (pixel, into) in row.iter().rev().zip(into) {
+        *into = *pixel;
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bytes::Bytes;
 
-    const SIZE: u32 = 10;
+    const SIZE: usize = 40;
 
     /// Each pixel's red is its column, its green its row.
-    fn image(key: u64) -> Arc<Image> {
-        let pixel = |i: u32| [(i % SIZE) as u8, (i / SIZE) as u8, 200];
-        Arc::new(Image { key, label: 3, pixels: (0..SIZE * SIZE).flat_map(pixel).collect() })
+    fn image(key: u64) -> Image {
+        let pixel = |i: usize| [(i % SIZE) as u8, (i / SIZE) as u8, 200];
+        Image::new(key, 3, (SIZE, SIZE), (0..SIZE * SIZE).flat_map(pixel).collect())
     }
 
-    fn training(epoch: u64) -> Views {
-        Views::Training { input: Input { crop: 8, flip: true, brightness: 0.2 }, seed: 1, epoch }
+    fn training(epoch: u64, input: Input) -> Views {
+        Views::Training { input: Input { crop: 32, ..input }, seed: 1, epoch }
+    }
+
+    fn cut(key: u64, views: &Views) -> (Vec<u8>, Light) {
+        let mut into = vec![0; 3 * views.crop() * views.crop()];
+        let light = Cutter::new().expect("memory").cut(&image(key), views, &mut into).expect("large enough");
+        (into, light)
     }
 
     #[test]
-    fn a_view_is_the_same_wherever_it_is_cut_and_another_in_each_epoch() {
-        let images: Vec<_> = (0..40).map(image).collect();
-        let together = Pixels::cut(&images, SIZE, &training(0));
-        let alone = Pixels::cut(&images[7..8], SIZE, &training(0));
-        assert_eq!(together.pixels.narrow(0, 7, 1), alone.pixels);
-        assert_ne!(together.pixels, Pixels::cut(&images, SIZE, &training(1)).pixels);
-        let corners: std::collections::BTreeSet<(i64, i64)> = (0..40)
-            .map(|i| (together.pixels.int64_value(&[i, 0, 0, 0]), together.pixels.int64_value(&[i, 0, 0, 1])))
-            .collect();
-        assert!(corners.len() > 8, "places and mirrors: {corners:?}");
+    fn views_differ_by_sample_and_epoch_and_are_otherwise_the_same() {
+        let input = Input::default();
+        let views = |epoch| (0..40).map(|key| cut(key, &training(epoch, input.clone()))).collect::<Vec<_>>();
+        let (first, second) = (views(0), views(1));
+        assert_eq!(first, views(0));
+        assert!(first.iter().zip(&second).filter(|(one, other)| one == other).count() < 3);
+        let corners: std::collections::BTreeSet<_> = first.iter().map(|(pixels, _)| (pixels[0], pixels[1])).collect();
+        assert!(corners.len() > 20, "places and mirrors: {corners:?}");
     }
 
     #[test]
     fn a_mirrored_view_has_its_columns_in_reverse() {
-        let images: Vec<_> = (0..40).map(image).collect();
-        let cut = Pixels::cut(&images, SIZE, &training(0));
-        let mirrored = (0..40)
-            .filter(|&i| {
-                let columns: Vec<i64> = (0..8).map(|x| cut.pixels.int64_value(&[i, 0, x, 0])).collect();
-                let step = columns[1] - columns[0];
-                assert!(columns.windows(2).all(|pair| pair[1] - pair[0] == step), "{columns:?}");
-                step == -1
-            })
-            .count();
-        assert!((8..32).contains(&mirrored), "{mirrored} of 40");
+        for (part, step) in [(Cut::Translate, 1.0), (Cut::Resized, 0.9)] {
+            let input = Input { cut: part, ..Input::default() };
+            let mirrored = (0..40)
+                .filter(|&key| {
+                    let (pixels, _) = cut(key, &training(0, input.clone()));
+                    let red: Vec<f32> = pixels[..96].chunks(3).map(|pixel| f32::from(pixel[0])).collect();
+                    let slope = (red[31] - red[0]) / 31.0;
+                    assert!(slope.abs() <= 1.3 && slope.abs() >= if step == 1.0 { 1.0 } else { 0.1 }, "{red:?}");
+                    slope < 0.0
+                })
+                .count();
+            assert!((8..32).contains(&mirrored), "{part:?}: {mirrored} of 40");
+        }
     }
 
     #[test]
-    fn evaluation_sees_the_centre_normalised_by_channel() {
-        let cut = Pixels::cut(&[image(0)], SIZE, &Views::Evaluation { crop: 4 });
-        let normalise = Normalise::new([0.0, 0.5, 1.0], [1.0, 0.5, 2.0], Device::Cpu, Kind::Double);
-        let (input, labels) = normalise.apply(&cut).expect("shapes agree");
-        assert_eq!((input.size(), labels.int64_value(&[0])), (vec![1, 3, 4, 4], 3));
-        let at = |channel, y, x| input.double_value(&[0, channel, y, x]);
-        for (found, wanted) in [
-            (at(0, 0, 1), 4.0 / 255.0),
-            (at(1, 2, 0), (5.0 / 255.0 - 0.5) / 0.5),
-            (at(2, 0, 0), (200.0 / 255.0 - 1.0) / 2.0),
-        ] {
-            assert!((found - wanted).abs() < 1e-7, "{found} instead of {wanted}");
+    fn resized_parts_have_the_areas_and_ratios_that_the_spec_allows() {
+        let input = Input { cut: Cut::Resized, min_area: 0.2, max_aspect: 2.0, crop: 32, ..Input::default() };
+        let views = training(3, input);
+        let mut areas = Vec::new();
+        for key in 0..500 {
+            let Area { left, top, width, height } = views.of(key, 300, 200).expect("any size").area;
+            assert!(left + width <= 300 && top + height <= 200);
+            let (area, ratio) = ((width * height) as f64 / 60_000.0, width as f64 / height as f64);
+            assert!((0.19..=1.0).contains(&area) && (0.48..=2.05).contains(&ratio), "{width} x {height}");
+            areas.push(area);
         }
+        areas.sort_by(f64::total_cmp);
+        assert!(areas[0] < 0.25 && (0.45..0.65).contains(&areas[250]), "{} {}", areas[0], areas[250]);
+    }
+
+    #[test]
+    fn what_is_decoded_in_part_is_what_is_cut_from_the_whole() {
+        let pixels: Vec<u8> = (0..3 * 90 * 80).map(|i| (i * i / 7 % 256) as u8).collect();
+        let format = turbojpeg::PixelFormat::RGB;
+        let picture = turbojpeg::Image { pixels: &pixels[..], width: 90, pitch: 270, height: 80, format };
+        let jpeg = turbojpeg::compress(picture, 80, turbojpeg::Subsamp::Sub2x2).expect("an image");
+        let jpeg = Bytes::copy_from_slice(&jpeg);
+        let mut cutter = Cutter::new().expect("memory");
+        let one = |contrast, cut| Input { contrast, cut, saturation: 0.4, ..Input::default() };
+        let cuts = [one(0.0, Cut::Translate), one(0.0, Cut::Resized), one(0.3, Cut::Resized)];
+        let views = cuts.into_iter().map(|input| training(1, input)).chain([Views::Evaluation { crop: 32 }]);
+        for views in views {
+            for key in 0..30 {
+                let sample = Sample { key, label: 1, jpeg: jpeg.clone() };
+                let (mut part, mut whole) = (vec![0; 3 * 32 * 32], vec![1; 3 * 32 * 32]);
+                let light = cutter.decode_and_cut(&sample, &views, &mut part).expect("a JPEG");
+                let image = cutter.decode(&sample).expect("a JPEG");
+                assert_eq!(cutter.cut(&image, &views, &mut whole).expect("large enough"), light);
+                assert_eq!(part, whole, "{views:?} {key}");
+            }
+        }
+    }
+
+    #[test]
+    fn evaluation_sees_the_centre_and_nothing_is_cut_of_what_is_too_small() {
+        let (pixels, light) = cut(0, &Views::Evaluation { crop: 30 });
+        assert_eq!((&pixels[..3], light), (&[5, 5, 200][..], Light::default()));
+        let error = Views::Evaluation { crop: 41 }.of(7, 50, 40).expect_err("too small").to_string();
+        assert!(error.contains("50 x 40") && error.contains("input.crop = 41"), "{error}");
+    }
+
+    #[test]
+    fn light_is_brightness_contrast_and_saturation_in_turn() {
+        let area = Area { left: 0, top: 0, width: 1, height: 1 };
+        let light = |brightness, contrast, saturation| {
+            View { area, flip: false, brightness, contrast, saturation }.light(|| 0.5)
+        };
+        assert_eq!(light(1.0, 1.0, 1.0), Light::default());
+        assert_eq!(light(1.5, 1.0, 1.0), Light { gain: 1.5, ..Light::default() });
+        // Without contrast all is the image's grey, without saturation the pixel's.
+        assert_eq!(light(1.0, 0.0, 1.0), Light { gain: 0.0, grey: 0.0, offset: 0.5 });
+        assert_eq!(light(1.0, 1.0, 0.0), Light { gain: 0.0, grey: 1.0, offset: 0.0 });
+        assert!((image(0).grey() - (0.299 * 19.5 + 0.587 * 19.5 + 0.114 * 200.0) / 255.0).abs() < 1e-4);
     }
 }

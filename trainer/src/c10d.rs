@@ -263,6 +263,11 @@ impl Group {
         self.completion().wait()
     }
 
+    /// What the ranks compute on.
+    pub(crate) fn device(&self) -> Device {
+        self.member.device
+    }
+
     /// How long to wait for a collective.
     pub(crate) fn timeout(&self) -> Duration {
         self.member.timeout
@@ -332,10 +337,15 @@ pub(crate) struct Reducer {
 
 impl Reducer {
     /// For these parameters, which must be the same ones in the same order on all ranks; `bucket_bytes` of gradients travel together
-    /// (PyTorch: 25 MiB).
+    /// (PyTorch: 25 MiB), as smaller numbers if `compress` says so.
     ///
     /// The buckets take their final form, in the order in which gradients become ready, before the second backward.
-    pub(crate) fn new(group: &Group, parameters: &[Tensor], bucket_bytes: usize) -> Result<Self> {
+    pub(crate) fn new(
+        group: &Group,
+        parameters: &[Tensor],
+        bucket_bytes: usize,
+        compress: Option<Half>,
+    ) -> Result<Self> {
         let pointers = pointers(parameters);
         let mut raw = std::ptr::null_mut();
         // SAFETY: group, parameters and the list outlive the call; the reducer keeps its own counts of group and parameters.
@@ -346,6 +356,7 @@ impl Reducer {
                 pointers.len(),
                 FIRST_BUCKET_BYTES,
                 bucket_bytes as i64,
+                code(compress),
                 &raw mut raw,
             )
         })
@@ -353,15 +364,38 @@ impl Reducer {
         Ok(Self { raw, completion: group.completion(), one_thread: PhantomData })
     }
 
-    /// Computes the gradients of `loss` and replaces those of the parameters by their average over all ranks.
+    /// Begins a step: its gradients are added up from nothing.
+    pub(crate) fn begin(&self) -> Result<()> {
+        // SAFETY: `self` keeps the reducer alive.
+        check(unsafe { c10d_reducer_begin(self.raw) }).map_err(Error::Other)
+    }
+
+    /// Adds the gradients of a part of the step's loss to those of this rank, without communication.
+    pub(crate) fn accumulate(&self, loss: &Tensor) -> Result<()> {
+        loss.f_backward().map_err(|e| Error::Other(e.to_string()))
+    }
+
+    /// Adds the gradients of `loss`, the last of a step, and replaces those of the parameters by their average over all ranks. Gives the
+    /// time that passed after this rank's last gradient was computed: communication that nothing hid.
     ///
     /// **Ok means that every bucket has completed on this rank**, on GPUs too, where a collective's own wait only orders streams. After
     /// an error the gradients are worth nothing.
-    pub(crate) fn backward(&self, loss: &Tensor) -> Result<()> {
+    pub(crate) fn backward(&self, loss: &Tensor) -> Result<Duration> {
         // SAFETY: `self` keeps the reducer alive.
         check(unsafe { c10d_reducer_prepare(self.raw) }).map_err(Error::of_collective)?;
         loss.f_backward().map_err(|e| Error::of_collective(e.to_string()))?;
-        self.completion.wait()
+        let mut ago = 0;
+        self.completion.poll(|| self.ready(&mut ago))?;
+        let began = Instant::now();
+        self.completion.wait()?;
+        Ok(Duration::from_nanos(ago.max(0) as u64) + began.elapsed())
+    }
+
+    fn ready(&self, ago: &mut i64) -> Result<bool> {
+        let mut reached = 0;
+        // SAFETY: `self` keeps the reducer alive, and both numbers outlive the call.
+        check(unsafe { c10d_reducer_ready(self.raw, &raw mut reached, ago) }).map_err(Error::of_collective)?;
+        Ok(reached != 0)
     }
 
     /// How many all-reduces one backward makes.
@@ -458,6 +492,36 @@ impl Drop for Event {
     }
 }
 
+/// Numbers of 16 bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Half {
+    /// IEEE's: 11 significant bits, up to 65504.
+    Fp16 = 1,
+    /// 8 significant bits, the range of f32.
+    Bf16 = 2,
+}
+
+fn code(half: Option<Half>) -> c_int {
+    half.map_or(0, |half| half as c_int)
+}
+
+/// What `work` computes on this thread is computed in smaller numbers where that does little harm (convolutions, matrix products), as
+/// PyTorch's autocast has it.
+pub(crate) fn autocast<T>(device: Device, kind: Half, work: impl FnOnce() -> T) -> Result<T> {
+    struct Off(c_int);
+    impl Drop for Off {
+        fn drop(&mut self) {
+            // SAFETY: takes no pointers. It cannot fail for a device for which it was just turned on.
+            let _ = check(unsafe { c10d_autocast(self.0, 0) });
+        }
+    }
+    let cuda = c_int::from(device.is_cuda());
+    // SAFETY: takes no pointers.
+    check(unsafe { c10d_autocast(cuda, kind as c_int) }).map_err(Error::Other)?;
+    let _off = Off(cuda);
+    Ok(work())
+}
+
 /// One step of SGD with momentum on all parameters in one kernel, as `torch.optim.SGD` counts:
 /// m = `momentum` m + (g + `weight_decay` p), p = p - `learning_rate` m. The three lists must be of the same length.
 pub(crate) fn fused_sgd(
@@ -537,9 +601,13 @@ unsafe extern "C" {
         count: usize,
         first_bucket_bytes: i64,
         bucket_bytes: i64,
+        compress: c_int,
         out: *mut *mut c_void,
     ) -> *mut c_char;
+    fn c10d_reducer_begin(reducer: *mut c_void) -> *mut c_char;
     fn c10d_reducer_prepare(reducer: *mut c_void) -> *mut c_char;
+    fn c10d_reducer_ready(reducer: *mut c_void, reached: *mut c_int, ago_ns: *mut i64) -> *mut c_char;
+    fn c10d_autocast(cuda: c_int, kind: c_int) -> *mut c_char;
     #[cfg(test)]
     fn c10d_reducer_buckets(reducer: *mut c_void, out: *mut usize) -> *mut c_char;
     fn c10d_reducer_free(reducer: *mut c_void);

@@ -8,6 +8,7 @@ use proto::Split;
 use tch::{Kind, Tensor};
 
 use crate::c10d::Op;
+use crate::cache::Again;
 use crate::history::Sums;
 use crate::job::Job;
 use crate::loader;
@@ -32,7 +33,12 @@ pub(crate) fn evaluate(
     let places: Vec<_> = plan::evaluation(&kept, job.spec.ranks.lanes, mine).collect();
     let batch = (job.spec.train.batch as usize / seat.world).max(1);
     let expected = places.len().div_ceil(batch);
-    let mut batches = job.loader(split).batches(loader::evaluation(places, batch, job.spec.input.crop))?;
+    let epoch = job.progress.step / job.steps_per_epoch;
+    let again = match split == Split::Validation && epoch < u64::from(job.spec.train.epochs) {
+        true => Again::at_the_end_of(epoch as u32),
+        false => Again::Never,
+    };
+    let mut batches = job.loader(split).batches(loader::evaluation(places, batch, job.spec.input.crop, again))?;
     let sums = Tensor::zeros([4], (Kind::Double, job.device));
     for _ in 0..expected {
         let batch = batches.next(|| wishes.aborted()).unwrap_or_else(|| Err(anyhow!("the batches ended early")));

@@ -22,6 +22,10 @@ pub(crate) struct Setup {
     pub threads: u32,
     /// Decoded images may take so many bytes of memory.
     pub cache_bytes: u64,
+    /// Where those that have no room there are kept, if anywhere ...
+    pub cache_dir: Option<std::path::PathBuf>,
+    /// ... in a file of at most so many bytes.
+    pub cache_disk_bytes: u64,
 }
 
 /// Reads a frame; None at the end.

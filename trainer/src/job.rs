@@ -5,17 +5,19 @@ use std::sync::Arc;
 use anyhow::{Context, Result, ensure};
 use object_store::ObjectStore;
 use proto::run_ledger::Line;
+use proto::run_spec::Compress;
 use proto::{Manifest, RunSpec, Split, pb};
 use tch::{Device, Kind, Tensor};
 use tracing::{info, warn};
 
 use crate::alexnet::{AlexNet, Named};
-use crate::batch::Normalise;
 use crate::c10d::{Group, Op};
+use crate::cache::Cache;
 use crate::checkpoint::{self, Progress};
 use crate::history::Sums;
 use crate::ipc::Setup;
-use crate::loader::{Cache, Loader};
+use crate::loader::Loader;
+use crate::normalise::Normalise;
 use crate::plan::{EpochPlan, steps_per_epoch};
 use crate::step::{self, Sgd};
 use crate::stream::{Blocks, get_checked, is_damage};
@@ -76,7 +78,7 @@ impl Job {
             progress: Progress::default(),
             held: false,
             agreed: 0,
-            cache: Arc::new(Cache::new(home.setup.cache_bytes)),
+            cache: Arc::new(cache(&home.setup)?),
             spec,
             manifest,
             device,
@@ -101,11 +103,22 @@ impl Job {
         Loader {
             split,
             blocks: self.blocks[split as usize].clone(),
-            size: self.manifest.resize.size,
             cache: self.cache.clone(),
             threads: self.home.setup.threads.max(1) as usize,
+            device: self.device,
             runtime: self.home.runtime.clone(),
         }
+    }
+
+    /// Bytes of all gradients together, as they travel.
+    pub(crate) fn gradient_bytes(&self) -> u64 {
+        let sizes = self
+            .model
+            .parameters()
+            .into_iter()
+            .map(|(_, parameter)| parameter.numel() * parameter.kind().elt_size_in_bytes());
+        let halves = if self.spec.ranks.compress == Compress::None { 1 } else { 2 };
+        sizes.sum::<usize>() as u64 / halves
     }
 
     /// All tensors of the state by name: parameters, running statistics, momenta.
@@ -176,6 +189,16 @@ impl Job {
         }
         Ok(damaged)
     }
+}
+
+fn cache(setup: &Setup) -> Result<Cache> {
+    let disk = setup.cache_dir.as_deref().map(|folder| (folder, setup.cache_disk_bytes));
+    Cache::new(setup.cache_bytes, disk).with_context(|| {
+        format!(
+            "--cache-dir {}: cannot make a file there",
+            disk.map_or("-".into(), |(folder, _)| folder.to_string_lossy())
+        )
+    })
 }
 
 fn fresh(spec: &RunSpec, manifest: &Manifest, kind: Kind, device: Device) -> (AlexNet, Sgd) {

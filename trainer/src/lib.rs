@@ -5,34 +5,42 @@
 //!   assigned; it keeps their `logs`;
 //! - `rank` is that process: it takes part in one generation after the other, as its agent says over `ipc`;
 //! - `job` is what it holds of its run: data, network, progress; here the ranks agree on a state;
-//! - `plan` says which samples come in which order, `stream` reads them from the store, `batch` decodes and cuts them, and `loader` does
-//!   all this ahead of the step;
+//! - `plan` says which samples come in which order, `stream` reads them from the store, `batch` cuts what is looked at out of them (`jpeg`
+//!   decodes), `cache` keeps them decoded, `loader` does all this ahead of the step (`ready` says how far), `normalise` makes numbers of bytes;
 //! - `train` is the loop, in the order of the mathematics: `alexnet` the network, `step` loss and optimizer, `c10d` the collectives;
-//! - `evaluate` measures a split; `checkpoint` keeps the state and the trained model; `history` the ledger and the learning curve.
+//! - `timing` says where the time of a step went; `evaluate` measures a split; `checkpoint` keeps the state and the trained model; `history` the ledger and the learning curve.
 //!
 //! Whatever is random comes from `random`, as a function of what it is for.
 
 mod agent;
 mod alexnet;
 mod batch;
+#[cfg(feature = "bench")]
+pub mod bench;
 mod c10d;
+mod cache;
 mod checkpoint;
 mod devices;
 mod evaluate;
 mod history;
 mod ipc;
 mod job;
+mod jpeg;
 mod link;
 mod loader;
 mod logs;
 pub mod metrics;
+mod normalise;
 mod onnx;
 mod plan;
 mod process;
 mod random;
 mod rank;
+mod ready;
 mod step;
 mod stream;
+mod tensor;
+mod timing;
 mod train;
 
 #[cfg(test)]
@@ -65,9 +73,24 @@ pub struct Config {
     /// [default: all GPUs, or else one cpu]
     #[arg(long, env = "GLEANER_DEVICES")]
     pub devices: Option<String>,
+    /// Where decoded images are kept
+    #[command(flatten)]
+    pub cache: CacheConfig,
+}
+
+/// Settings of the cache of decoded images, for all ranks of a machine together.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct CacheConfig {
     /// Decoded images may take so many bytes of memory, all ranks of this machine together
     #[arg(long, env = "GLEANER_CACHE_BYTES", default_value_t = 1 << 30, value_name = "BYTES")]
     pub cache_bytes: u64,
+    /// Folder for decoded images that have no room in memory; what is in it vanishes with the trainer, however that ends
+    /// [default: none are kept]
+    #[arg(long, env = "GLEANER_CACHE_DIR", value_name = "DIR")]
+    pub cache_dir: Option<std::path::PathBuf>,
+    /// Decoded images may take so many bytes of that folder, all ranks of this machine together
+    #[arg(long, env = "GLEANER_CACHE_DISK_BYTES", default_value_t = 64 << 30, value_name = "BYTES")]
+    pub cache_disk_bytes: u64,
 }
 
 /// Runs a trainer agent until `shutdown`. `rank_command` starts a rank process: a program that calls [`run_rank`] on the same store, with

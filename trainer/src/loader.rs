@@ -2,69 +2,40 @@
 //!
 //! ```text
 //! scout      walks the plan far ahead; has the blocks read that are not in the cache, at most AHEAD_BYTES before they are needed
-//! feeder     takes the samples out of the blocks as they arrive
-//! decoders   own threads: decode what the cache does not hold, cut the views
-//! assembler  one thread: puts the parts of a batch in order
+//! feeder     takes the samples out of the blocks as they arrive, and makes the tensors
+//! decoders   own threads: decode what the cache does not hold, and write each its part of the tensor
+//! assembler  one thread: puts the batches in order
 //! ```
 //!
 //! All channels are bounded, so the training thread's pace holds back the rest. Dropping a [`Batches`] ends all of it.
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use std::time::Duration;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, anyhow};
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
 use proto::{RunSpec, Sample, Split};
+use tch::{Device, Tensor};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::batch::{Decoder, Image, Pixels, Views};
+use crate::batch::{Cutter, Pixels, Views};
+use crate::cache::{Again, Cache, Id, Moment};
+use crate::normalise::Light;
 use crate::plan::{EpochPlan, Lane, Place, steps_per_epoch};
+use crate::ready::Ready;
 use crate::stream::Blocks;
+use crate::tensor::{Chunk, Slab};
 
 /// Blocks may be read, or on their way, that come to so many bytes before the first of their samples is needed.
 const AHEAD_BYTES: u64 = 64 << 20;
 /// The scout is at most so many samples ahead of the decoders.
 const AHEAD_SAMPLES: usize = 1 << 14;
-/// Finished batches that wait for the training thread.
-const READY_BATCHES: usize = 2;
 /// Samples that one thread decodes at a time.
 const PART: usize = 8;
-
-/// Decoded images of one dataset, kept up to a hard limit of bytes. What is in stays in.
-#[derive(Debug)]
-pub(crate) struct Cache {
-    limit: u64,
-    bytes: AtomicU64,
-    images: RwLock<HashMap<(Split, Place), Arc<Image>>>,
-}
-
-impl Cache {
-    /// An empty cache that holds at most `limit` bytes of pixels.
-    pub(crate) fn new(limit: u64) -> Self {
-        Self { limit, bytes: AtomicU64::new(0), images: RwLock::default() }
-    }
-
-    fn get(&self, split: Split, place: Place) -> Option<Arc<Image>> {
-        self.images.read().unwrap_or_else(PoisonError::into_inner).get(&(split, place)).cloned()
-    }
-
-    fn insert(&self, split: Split, place: Place, image: &Arc<Image>) {
-        let bytes = image.pixels.len() as u64;
-        let fits = |held: u64| (held + bytes <= self.limit).then_some(held + bytes);
-        if self.bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits).is_ok() {
-            let mut images = self.images.write().unwrap_or_else(PoisonError::into_inner);
-            if images.insert((split, place), image.clone()).is_some() {
-                self.bytes.fetch_sub(bytes, Ordering::Relaxed);
-            }
-        }
-    }
-}
 
 /// Where a rank's batches come from.
 #[derive(Debug, Clone)]
@@ -73,12 +44,12 @@ pub(crate) struct Loader {
     pub split: Split,
     /// Its blocks.
     pub blocks: Arc<Blocks>,
-    /// Width and height of stored images.
-    pub size: u32,
     /// Shared by all loaders of a dataset in this process.
     pub cache: Arc<Cache>,
     /// Threads that decode.
     pub threads: usize,
+    /// For which the batches are.
+    pub device: Device,
     /// What the reads run on.
     pub runtime: tokio::runtime::Handle,
 }
@@ -98,6 +69,8 @@ pub(crate) struct Request {
     pub places: Vec<Place>,
     /// What is done to them.
     pub views: Views,
+    /// When they are needed the next time.
+    pub again: Again,
 }
 
 /// A batch that is ready for the device.
@@ -114,50 +87,83 @@ pub(crate) struct Batch {
 }
 
 impl Loader {
+    /// The batches of a rank that trains from step `from` (over the whole run, from 0) to the end of the last epoch.
+    pub(crate) fn train(&self, spec: &RunSpec, mine: Range<u32>, from: u64) -> Result<Batches> {
+        let kept = self.blocks.kept();
+        self.cache.replan(needed(&kept, spec, mine.clone(), from));
+        self.batches(training(kept, spec, mine, from))
+    }
+
     /// Has the requests made into batches, one after the other.
     pub(crate) fn batches(&self, requests: impl Iterator<Item = Request> + Send + 'static) -> Result<Batches> {
-        let (found, to_feed) = mpsc::channel(AHEAD_SAMPLES);
+        // Not so far that an epoch's samples are looked for before they have been decoded in the one before.
+        let ahead = (self.blocks.samples() as usize / 16).clamp(512, AHEAD_SAMPLES);
+        let (found, to_feed) = mpsc::channel(ahead);
         let (parts, to_decode) = mpsc::channel(2 * self.threads);
         let (decoded, to_assemble) = sync_channel(2 * self.threads);
-        let (ready, batches) = sync_channel(READY_BATCHES);
+        let ready = Arc::new(Ready::default());
         let scout =
             Scout { loader: self.clone(), ahead: Arc::new(Semaphore::new(AHEAD_BYTES as usize)), open: HashMap::new() };
         let tasks = [
             AbortOnDropHandle::new(self.runtime.spawn(scout.run(requests, found))),
-            AbortOnDropHandle::new(self.runtime.spawn(feed(to_feed, parts, decoded.clone()))),
+            AbortOnDropHandle::new(self.runtime.spawn(feed(to_feed, parts, decoded.clone(), self.device))),
         ];
         let to_decode = Arc::new(Mutex::new(to_decode));
         for i in 0..self.threads {
             let (loader, jobs, decoded) = (self.clone(), to_decode.clone(), decoded.clone());
             thread(&format!("decode-{i}"), move || loader.decode(&jobs, &decoded))?;
         }
-        thread("assemble", move || assemble(&to_assemble, &ready))?;
-        Ok(Batches { batches, _tasks: tasks })
+        let batches = Batches { ready: ready.clone(), _tasks: tasks };
+        thread("assemble", move || {
+            assemble(&to_assemble, &ready);
+            ready.end();
+        })?;
+        Ok(batches)
     }
 
     fn decode(&self, jobs: &Mutex<mpsc::Receiver<Part>>, decoded: &SyncSender<Decoded>) {
-        let mut decoder = None;
+        let mut cutter = None;
         loop {
             let Some(job) = jobs.lock().unwrap_or_else(PoisonError::into_inner).blocking_recv() else { return };
-            let Part { batch, part, items } = job;
-            let mut image = |(place, source)| match source {
-                Source::Cached(image) => Ok(image),
-                Source::Encoded(sample) => {
-                    let decoder = match &mut decoder {
-                        Some(decoder) => decoder,
-                        none => none.insert(Decoder::new(self.size)?),
-                    };
-                    let image = Arc::new(decoder.decode(&sample)?);
-                    self.cache.insert(self.split, place, &image);
-                    Ok(image)
-                }
-            };
-            let images: Result<Vec<Arc<Image>>> = items.into_iter().map(&mut image).collect();
-            let pixels = images.map(|images| Pixels::cut(&images, self.size, &batch.views));
-            if decoded.send(Decoded { batch, part, pixels }).is_err() {
+            let Part { batch, part, items, mut chunk } = job;
+            let side = 3 * batch.views.crop() * batch.views.crop();
+            let known = items.into_iter().zip(chunk.chunks_exact_mut(side)).map(|((place, source), into)| {
+                let cutter = match &mut cutter {
+                    Some(cutter) => cutter,
+                    none => none.insert(Cutter::new()?),
+                };
+                self.write(cutter, &batch, place, source, into)
+            });
+            let done = known.collect::<Result<Vec<Known>>>().map(|samples| Written { samples, chunk });
+            if decoded.send(Decoded { batch, part, done }).is_err() {
                 return;
             }
         }
+    }
+
+    /// Writes what is looked at of one sample.
+    fn write(&self, cutter: &mut Cutter, batch: &Head, place: Place, source: Source, into: &mut [u8]) -> Result<Known> {
+        let (id, again) = ((self.split, place), batch.again.of(place));
+        // Also what was not there when it was looked for may have come.
+        if let Some(image) = self.cache.take(id, again) {
+            let light = cutter.cut(&image, &batch.views, into)?;
+            return Ok(Known { key: image.key, label: image.label, light });
+        }
+        let sample = match source {
+            Source::Encoded(sample) => sample,
+            // It was promised, so its file cannot be read.
+            Source::Cached => self.runtime.block_on(self.blocks.read(place.block))?.swap_remove(place.sample as usize),
+        };
+        let Sample { key, label, .. } = sample;
+        // The size that it will have is not known yet; that of its input is near enough to ask whether it would be kept.
+        let light = if self.cache.wants(into.len(), again) {
+            let image = cutter.decode(&sample)?;
+            self.cache.keep(id, &image, again);
+            cutter.cut(&image, &batch.views, into)?
+        } else {
+            cutter.decode_and_cut(&sample, &batch.views, into)?
+        };
+        Ok(Known { key, label, light })
     }
 }
 
@@ -169,21 +175,20 @@ fn thread(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
 /// Batches in the order of their requests.
 #[derive(Debug)]
 pub(crate) struct Batches {
-    batches: Receiver<Result<Batch>>,
+    ready: Arc<Ready<Result<Batch>>>,
     _tasks: [AbortOnDropHandle<()>; 2],
 }
 
 impl Batches {
     /// The next batch; None after the last, and when `given_up` says so while there is none yet.
     pub(crate) fn next(&mut self, given_up: impl Fn() -> bool) -> Option<Result<Batch>> {
-        loop {
-            match self.batches.recv_timeout(Duration::from_millis(50)) {
-                Ok(batch) => return Some(batch),
-                Err(RecvTimeoutError::Disconnected) => return None,
-                Err(RecvTimeoutError::Timeout) if given_up() => return None,
-                Err(RecvTimeoutError::Timeout) => {}
-            }
-        }
+        self.ready.next(given_up)
+    }
+}
+
+impl Drop for Batches {
+    fn drop(&mut self) {
+        self.ready.refuse();
     }
 }
 
@@ -197,6 +202,7 @@ struct Head {
     /// How many of the samples are this rank's.
     own: usize,
     views: Views,
+    again: Again,
 }
 
 /// A sample on its way from the scout to the feeder.
@@ -207,7 +213,7 @@ struct Item {
 }
 
 enum Found {
-    Cached(Arc<Image>),
+    Cached,
     InBlock(Arc<Open>),
 }
 
@@ -215,17 +221,30 @@ struct Part {
     batch: Arc<Head>,
     part: usize,
     items: Vec<(Place, Source)>,
+    chunk: Chunk,
 }
 
 enum Source {
-    Cached(Arc<Image>),
+    Cached,
     Encoded(Sample),
 }
 
 struct Decoded {
     batch: Arc<Head>,
     part: usize,
-    pixels: Result<Pixels>,
+    done: Result<Written>,
+}
+
+/// A part of a batch whose pixels are in their place.
+struct Written {
+    samples: Vec<Known>,
+    chunk: Chunk,
+}
+
+struct Known {
+    key: u64,
+    label: u32,
+    light: Light,
 }
 
 /// A block that is read, or on its way.
@@ -255,12 +274,12 @@ struct Scout {
 impl Scout {
     async fn run(mut self, requests: impl Iterator<Item = Request> + Send + 'static, found: mpsc::Sender<Item>) {
         let mut plan = HashMap::new();
-        for (number, Request { step, uses, samples, shares, places, views }) in (0..).zip(requests) {
+        for (number, Request { step, uses, samples, shares, places, views, again }) in (0..).zip(requests) {
             if let Some(uses) = uses {
                 plan = uses;
                 self.open.clear();
             }
-            let batch = Arc::new(Head { number, step, samples, shares, own: places.len(), views });
+            let batch = Arc::new(Head { number, step, samples, shares, own: places.len(), views, again });
             for place in places {
                 let uses = plan.get(&place.block).copied().unwrap_or(1);
                 let source = self.find(uses, place).await;
@@ -274,12 +293,12 @@ impl Scout {
     }
 
     async fn find(&mut self, uses: u32, place: Place) -> Found {
-        let cached = self.loader.cache.get(self.loader.split, place);
+        let cached = self.loader.cache.promise((self.loader.split, place));
         let (left, block) = self.open.remove(&place.block).unwrap_or((uses, None));
         let (block, source) = match (cached, block) {
-            (Some(image), block) => (block, Found::Cached(image)),
-            (None, Some(block)) => (Some(block.clone()), Found::InBlock(block)),
-            (None, None) => {
+            (true, block) => (block, Found::Cached),
+            (false, Some(block)) => (Some(block.clone()), Found::InBlock(block)),
+            (false, None) => {
                 let block = self.read(place.block).await;
                 (Some(block.clone()), Found::InBlock(block))
             }
@@ -305,16 +324,21 @@ impl Scout {
 }
 
 /// Gathers samples into parts of batches. An error goes to the assembler in the place of its part.
-async fn feed(mut found: mpsc::Receiver<Item>, parts: mpsc::Sender<Part>, decoded: SyncSender<Decoded>) {
-    let (mut part, mut items, mut seen) = (0, Vec::with_capacity(PART), 0);
+async fn feed(
+    mut found: mpsc::Receiver<Item>,
+    parts: mpsc::Sender<Part>,
+    decoded: SyncSender<Decoded>,
+    device: Device,
+) {
+    let (mut part, mut items, mut seen, mut slab) = (0, Vec::with_capacity(PART), 0, None);
     while let Some(Item { batch, place, source }) = found.recv().await {
         let source = match source {
-            Found::Cached(image) => Source::Cached(image),
+            Found::Cached => Source::Cached,
             Found::InBlock(block) => match block.sample(place).await {
                 Ok(sample) => Source::Encoded(sample),
                 Err(error) => {
                     // The channel to the assembler may be full, and this must not block the runtime.
-                    let failed = Decoded { batch, part, pixels: Err(error) };
+                    let failed = Decoded { batch, part, done: Err(error) };
                     let _ = tokio::task::spawn_blocking(move || decoded.send(failed)).await;
                     return;
                 }
@@ -325,42 +349,46 @@ async fn feed(mut found: mpsc::Receiver<Item>, parts: mpsc::Sender<Part>, decode
         let last = seen == batch.own;
         if last || items.len() == PART {
             let items = std::mem::replace(&mut items, Vec::with_capacity(PART));
-            if parts.send(Part { batch, part, items }).await.is_err() {
+            let crop = batch.views.crop();
+            let shape = [batch.own as i64, crop as i64, crop as i64, 3];
+            let chunk = slab.get_or_insert_with(|| Slab::new(&shape, device)).chunk(3 * crop * crop * items.len());
+            if parts.send(Part { batch, part, items, chunk }).await.is_err() {
                 return;
             }
             part += 1;
         }
         if last {
-            (part, seen) = (0, 0);
+            (part, seen, slab) = (0, 0, None);
         }
     }
 }
 
 /// A batch, its parts, and how many of them are missing.
-type Unfinished = (Arc<Head>, Vec<Option<Pixels>>, usize);
+type Unfinished = (Arc<Head>, Vec<Option<Written>>, usize);
 
 /// Puts parts in the order of batches and parts, until they end, nobody wants them, or one is an error.
-fn assemble(decoded: &Receiver<Decoded>, ready: &SyncSender<Result<Batch>>) {
+fn assemble(decoded: &Receiver<Decoded>, ready: &Ready<Result<Batch>>) {
     let mut waiting: HashMap<u64, Unfinished> = HashMap::new();
     let mut next = 0;
-    for Decoded { batch, part, pixels } in decoded {
-        let pixels = match pixels {
-            Ok(pixels) => pixels,
+    for Decoded { batch, part, done } in decoded {
+        let written = match done {
+            Ok(written) => written,
             Err(error) => {
-                let _ = ready.send(Err(error));
+                ready.put(Err(error), 0);
                 return;
             }
         };
         let parts = batch.own.div_ceil(PART);
         let (_, slots, missing) =
             waiting.entry(batch.number).or_insert_with(|| (batch.clone(), (0..parts).map(|_| None).collect(), parts));
-        slots[part] = Some(pixels);
+        slots[part] = Some(written);
         *missing -= 1;
         while let Some((_, _, 0)) = waiting.get(&next) {
             let Some((head, slots, _)) = waiting.remove(&next) else { return };
-            let Some(pixels) = Pixels::join(slots.into_iter().flatten().collect()) else { return };
+            let Some(pixels) = join(slots) else { return };
             let Head { step, samples, ref shares, .. } = *head;
-            if ready.send(Ok(Batch { step, samples, shares: shares.clone(), pixels })).is_err() {
+            let bytes = pixels.pixels.numel();
+            if !ready.put(Ok(Batch { step, samples, shares: shares.clone(), pixels }), bytes) {
                 return;
             }
             next += 1;
@@ -368,8 +396,21 @@ fn assemble(decoded: &Receiver<Decoded>, ready: &SyncSender<Result<Batch>>) {
     }
 }
 
+fn join(parts: Vec<Option<Written>>) -> Option<Pixels> {
+    let (samples, chunks): (Vec<_>, Vec<_>) =
+        parts.into_iter().flatten().map(|Written { samples, chunk }| (samples, chunk)).unzip();
+    let known: Vec<Known> = samples.into_iter().flatten().collect();
+    let labels: Vec<i64> = known.iter().map(|sample| i64::from(sample.label)).collect();
+    Some(Pixels {
+        pixels: Chunk::join(chunks)?,
+        lights: known.iter().map(|sample| sample.light).collect(),
+        labels: Tensor::from_slice(&labels),
+        keys: known.iter().map(|sample| sample.key).collect(),
+    })
+}
+
 /// A rank's training from step `from` (over the whole run, from 0) to the end of the last epoch.
-pub(crate) fn training(
+fn training(
     kept: Vec<u32>,
     spec: &RunSpec,
     mine: Range<u32>,
@@ -380,7 +421,12 @@ pub(crate) fn training(
     (from / steps..u64::from(train.epochs))
         .map_while(move |epoch| {
             // Whoever asks has made such a plan before, and whether one is possible is the same for all epochs.
-            let plan = Arc::new(EpochPlan::new(&kept, lanes, train.batch, seed, epoch).ok()?);
+            let plan = |epoch| EpochPlan::new(&kept, lanes, train.batch, seed, epoch).ok();
+            let again = match epoch + 1 < u64::from(train.epochs) {
+                true => Again::In(epoch as u32 + 1, Arc::new(plan(epoch + 1)?.turns(mine.clone()))),
+                false => Again::Never,
+            };
+            let plan = Arc::new(plan(epoch)?);
             let first = from.saturating_sub(epoch * steps);
             let mut uses = Some(plan.uses(&mine).collect());
             let mut own: Vec<Lane> = mine.clone().map(|lane| plan.lane(lane, first)).collect();
@@ -394,10 +440,29 @@ pub(crate) fn training(
                     shares: shares.iter().map(|share| share.len() as i64).collect(),
                     places: shares.concat(),
                     views: views.clone(),
+                    again: again.clone(),
                 }
             }))
         })
         .flatten()
+}
+
+/// When images in the cache are needed by a training that begins at step `from`.
+fn needed(kept: &[u32], spec: &RunSpec, mine: Range<u32>, from: u64) -> impl Fn(Id) -> Option<Moment> {
+    let steps = steps_per_epoch(kept.iter().map(|&n| u64::from(n)).sum(), spec.train.batch);
+    let epoch = from / steps;
+    let turns = |epoch: u64| match epoch < u64::from(spec.train.epochs) {
+        true => EpochPlan::new(kept, spec.ranks.lanes, spec.train.batch, spec.seed, epoch)
+            .map_or(Again::Never, |plan| Again::In(epoch as u32, Arc::new(plan.turns(mine.clone())))),
+        false => Again::Never,
+    };
+    let (this, next) = (turns(epoch), turns(epoch + 1));
+    let now = (from << 32) / steps;
+    move |(split, place)| match split {
+        Split::Train => this.of(place).filter(|moment| *moment >= now).or_else(|| next.of(place)),
+        // Which of them are this rank's may have changed, and they are few.
+        _ => None,
+    }
 }
 
 /// A rank's part of an evaluation, in batches of `batch` samples.
@@ -405,6 +470,7 @@ pub(crate) fn evaluation(
     places: Vec<Place>,
     batch: usize,
     crop: u32,
+    again: Again,
 ) -> impl Iterator<Item = Request> + Send + 'static {
     let mut counts = HashMap::new();
     for place in &places {
@@ -414,7 +480,7 @@ pub(crate) fn evaluation(
     (0..places.len()).step_by(batch).zip(0..).map(move |(start, step)| {
         let places = places[start..(start + batch).min(places.len())].to_vec();
         let own = places.len();
-        let views = Views::Evaluation { crop };
-        Request { step, uses: uses.take(), samples: own as u64, shares: vec![own as i64], places, views }
+        let (views, again) = (Views::Evaluation { crop }, again.clone());
+        Request { step, uses: uses.take(), samples: own as u64, shares: vec![own as i64], places, views, again }
     })
 }

@@ -16,6 +16,7 @@ pub(crate) struct Graph(GraphProto);
 /// One attribute of a node.
 #[derive(Debug, Clone)]
 pub(crate) enum Attribute {
+    Float(f32),
     Int(i64),
     Ints(Vec<i64>),
 }
@@ -154,11 +155,13 @@ struct NodeProto {
 struct AttributeProto {
     #[prost(string, tag = "1")]
     name: String,
+    #[prost(float, tag = "2")]
+    f: f32,
     #[prost(int64, tag = "3")]
     i: i64,
     #[prost(int64, repeated, packed = "false", tag = "8")]
     ints: Vec<i64>,
-    /// `AttributeType`: 2 i, 7 ints.
+    /// `AttributeType`: 1 f, 2 i, 7 ints.
     #[prost(int32, tag = "20")]
     r#type: i32,
 }
@@ -167,6 +170,7 @@ impl AttributeProto {
     fn new(name: &str, value: &Attribute) -> Self {
         let name = name.to_owned();
         match value {
+            Attribute::Float(f) => Self { name, f: *f, r#type: 1, ..Self::default() },
             Attribute::Int(i) => Self { name, i: *i, r#type: 2, ..Self::default() },
             Attribute::Ints(ints) => Self { name, ints: ints.clone(), r#type: 7, ..Self::default() },
         }

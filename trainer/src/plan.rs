@@ -1,8 +1,10 @@
 //! The order of samples: a pure function of the blocks' counts, the seed and the epoch. Which rank reads what follows from the lanes
 //! alone, so any number of ranks trains on the same samples in the same steps.
 //!
-//! An epoch shuffles the blocks and lays them end to end; lane v of V owns an equal part of that line, cut inside blocks where it must be.
-//! Within a window of blocks the lane's samples are shuffled, and what comes out is spread evenly over the epoch's steps.
+//! A run shuffles the blocks and lays them end to end; lane v of V owns an equal part of that line, cut inside blocks where it must be, and
+//! owns it in every epoch: so a rank decodes no other samples than those that it has cached, and a cluster reads the store once. An epoch
+//! shuffles each lane's pieces of blocks; within a window of pieces the lane's samples are shuffled, and what comes out is spread evenly
+//! over the epoch's steps.
 //!
 //! Nothing is laid out per sample but the windows at hand: 100,000,000 samples are some million blocks, and a lane's place in the line is
 //! found from them.
@@ -46,8 +48,25 @@ pub(crate) struct EpochPlan {
     ends: Vec<u64>,
     lanes: u32,
     steps: u64,
+    /// The epoch's.
     seed: u64,
 }
+
+/// When in an epoch the samples of some lanes have their turn.
+#[derive(Debug)]
+pub(crate) struct Turns(Vec<(Place, u32)>);
+
+impl Turns {
+    /// Which part of the epoch has passed when the window of this sample begins, as a fraction of 2^32; None if it is of another lane.
+    pub(crate) fn of(&self, place: Place) -> Option<u32> {
+        let after = self.0.partition_point(|(first, _)| *first <= place);
+        let (first, turn) = self.0[after.checked_sub(1)?];
+        (first.block == place.block && turn != OF_OTHERS).then_some(turn)
+    }
+}
+
+/// The turn of what follows on the last sample of a piece.
+const OF_OTHERS: u32 = u32::MAX;
 
 /// The lanes of rank `rank` of `world`. The parts of all ranks are contiguous and differ by at most one lane.
 pub(crate) fn lanes_of(rank: u32, world: u32, lanes: u32) -> Range<u32> {
@@ -72,9 +91,8 @@ impl EpochPlan {
     /// # Errors
     /// If a lane's share of a step could have fewer than two samples.
     pub(crate) fn new(kept: &[u32], lanes: u32, batch: u32, seed: u64, epoch: u64) -> Result<Self, TooFewSamples> {
-        let seed = key(&[seed, epoch]);
         let mut order: Vec<u32> = (0..kept.len() as u32).filter(|&block| kept[block as usize] > 0).collect();
-        shuffle(&mut order, seed);
+        shuffle(&mut order, key(&[seed]));
         let mut end = 0;
         let ends: Vec<u64> = order
             .iter()
@@ -89,7 +107,7 @@ impl EpochPlan {
             let at_least = u64::from(lanes) * 3;
             return Err(TooFewSamples { samples: end, steps, lanes, at_least });
         }
-        Ok(Self { order, ends, lanes, steps, seed })
+        Ok(Self { order, ends, lanes, steps, seed: key(&[seed, epoch]) })
     }
 
     /// Samples of step `step` (counted within the epoch) in all lanes together.
@@ -99,7 +117,7 @@ impl EpochPlan {
 
     /// The shares of one lane from step `from` on (counted within the epoch): each step's samples, until the epoch ends.
     pub(crate) fn lane(self: &Arc<Self>, lane: u32, from: u64) -> Lane {
-        Lane { plan: self.clone(), lane, step: from, window: 0..0, places: Vec::new() }
+        Lane { pieces: self.pieces(lane), plan: self.clone(), lane, step: from, window: 0..0, places: Vec::new() }
     }
 
     /// How many of its samples each block has for these lanes, in no order; blocks without any are left out.
@@ -112,6 +130,23 @@ impl EpochPlan {
         })
     }
 
+    /// When the samples of these lanes have their turn.
+    pub(crate) fn turns(&self, lanes: Range<u32>) -> Turns {
+        let mut turns = Vec::new();
+        for lane in lanes {
+            let pieces = self.pieces(lane);
+            let samples = pieces.ends.last().map_or(1, |&end| end.max(1));
+            for (i, piece) in pieces.of.iter().enumerate() {
+                let begins = pieces.start(pieces.window(i).start);
+                turns.push((piece.0, part(u64::from(OF_OTHERS), begins, samples) as u32));
+                turns.push((Place { sample: piece.0.sample + piece.1, ..piece.0 }, OF_OTHERS));
+            }
+        }
+        // Where one piece of a block ends and another begins, the one that begins comes last.
+        turns.sort_unstable_by_key(|&(first, turn)| (first, turn != OF_OTHERS));
+        Turns(turns)
+    }
+
     /// The part of the line that a lane owns.
     fn line(&self, lane: u32) -> Range<u64> {
         let samples = self.ends.last().copied().unwrap_or(0);
@@ -119,10 +154,10 @@ impl EpochPlan {
         cut(lane)..cut(lane + 1)
     }
 
-    /// The part of the line that a lane owns in one step.
+    /// The part of its samples that a lane owns in one step.
     fn share(&self, lane: u32, step: u64) -> Range<u64> {
         let line = self.line(lane);
-        let cut = |step| line.start + part(line.end - line.start, step, self.steps);
+        let cut = |step| part(line.end - line.start, step, self.steps);
         cut(step)..cut(step + 1)
     }
 
@@ -131,26 +166,67 @@ impl EpochPlan {
         i.checked_sub(1).map_or(0, |before| self.ends[before])..self.ends[i]
     }
 
-    /// The window around `position` on `lane`'s line: its place on the line, and its samples in order.
-    fn window(&self, lane: u32, position: u64) -> (Range<u64>, Vec<Place>) {
+    /// A lane's pieces in the order of this epoch.
+    fn pieces(&self, lane: u32) -> Pieces {
         let line = self.line(lane);
-        let at = |position| self.ends.partition_point(|&end| end <= position);
-        let (first, end) = (at(line.start), at(line.end - 1) + 1);
-        let (size, pieces) = ((WINDOW_BLOCKS / self.lanes as usize).max(1), end - first);
+        let first = self.ends.partition_point(|&end| end <= line.start);
+        let mut of: Vec<(Place, u32)> = (first..self.order.len())
+            .map_while(|i| {
+                let block = self.block(i);
+                let samples = overlap(&block, &line);
+                let first = Place { block: self.order[i], sample: (samples.start.saturating_sub(block.start)) as u32 };
+                (!samples.is_empty()).then(|| (first, (samples.end - samples.start) as u32))
+            })
+            .collect();
+        let seed = key(&[self.seed, u64::from(lane)]);
+        shuffle(&mut of, seed);
+        let mut end = 0;
+        let mut add = |&(_, samples): &(Place, u32)| {
+            end += u64::from(samples);
+            end
+        };
+        let ends = of.iter().map(&mut add).collect();
+        let size = (WINDOW_BLOCKS / self.lanes as usize).max(1);
         // The lanes' first windows differ in size, so that they do not all ask for a new window's blocks at the same step.
-        let head = if pieces <= size { pieces } else { (size * (lane as usize + 1) / self.lanes as usize).max(1) };
-        let piece = at(position) - first;
-        let from = if piece < head { 0 } else { piece - (piece - head) % size };
-        let to = if from == 0 { head } else { (from + size).min(pieces) };
-        let mut places = Vec::new();
-        for i in first + from..first + to {
-            let block = self.block(i);
-            places.extend(
-                overlap(&block, &line).map(|p| Place { block: self.order[i], sample: (p - block.start) as u32 }),
-            );
-        }
-        shuffle(&mut places, key(&[self.seed, u64::from(lane), from as u64]));
-        (overlap(&(self.block(first + from).start..self.block(first + to - 1).end), &line), places)
+        let head = if of.len() <= size { of.len() } else { (size * (lane as usize + 1) / self.lanes as usize).max(1) };
+        Pieces { of, ends, head, size, seed }
+    }
+}
+
+/// A lane's part of the blocks, in the order of an epoch, in windows.
+#[derive(Debug)]
+struct Pieces {
+    /// First sample and how many.
+    of: Vec<(Place, u32)>,
+    /// `ends[i]`: how many samples there are up to the end of the `i`-th.
+    ends: Vec<u64>,
+    /// Pieces in the first window, and in each of the others.
+    head: usize,
+    size: usize,
+    seed: u64,
+}
+
+impl Pieces {
+    /// How many samples there are before the `i`-th.
+    fn start(&self, i: usize) -> u64 {
+        i.checked_sub(1).map_or(0, |before| self.ends[before])
+    }
+
+    /// The window that the `i`-th is in.
+    fn window(&self, i: usize) -> Range<usize> {
+        let from = if i < self.head { 0 } else { i - (i - self.head) % self.size };
+        from..if from == 0 { self.head } else { (from + self.size).min(self.of.len()) }
+    }
+
+    /// The window around the `position`-th sample: where it lies, and its samples in order.
+    fn samples(&self, position: u64) -> (Range<u64>, Vec<Place>) {
+        let window = self.window(self.ends.partition_point(|&end| end <= position));
+        let all = |&(first, samples): &(Place, u32)| {
+            (first.sample..first.sample + samples).map(move |sample| Place { sample, ..first })
+        };
+        let mut places: Vec<Place> = self.of[window.clone()].iter().flat_map(all).collect();
+        shuffle(&mut places, key(&[self.seed, window.start as u64]));
+        (self.start(window.start)..self.start(window.end), places)
     }
 }
 
@@ -158,6 +234,7 @@ impl EpochPlan {
 #[derive(Debug)]
 pub(crate) struct Lane {
     plan: Arc<EpochPlan>,
+    pieces: Pieces,
     lane: u32,
     step: u64,
     window: Range<u64>,
@@ -175,7 +252,7 @@ impl Iterator for Lane {
         self.step += 1;
         let places = share.map(|position| {
             if !self.window.contains(&position) {
-                (self.window, self.places) = self.plan.window(self.lane, position);
+                (self.window, self.places) = self.pieces.samples(position);
             }
             self.places[(position - self.window.start) as usize]
         });
@@ -280,6 +357,25 @@ mod tests {
                 prop_assert_eq!(plan.uses(&mine).collect::<HashMap<_, _>>(), used);
             }
             prop_assert_eq!(next, 8);
+        }
+
+        #[test]
+        fn lanes_own_the_same_samples_in_every_epoch_and_say_when_their_turn_is(kept in blocks(), lanes in 1u32..10, from in 0u32..4) {
+            let (Some(one), Some(other)) = (plan(&kept, lanes, lanes * 5, 1), plan(&kept, lanes, lanes * 5, 2)) else { return Ok(()) };
+            let owned = from.min(lanes - 1)..lanes;
+            let turns = other.turns(owned.clone());
+            for lane in 0..lanes {
+                let order: Vec<Place> = other.lane(lane, 0).flatten().collect();
+                let sorted = |mut places: Vec<Place>| { places.sort_unstable(); places };
+                prop_assert_eq!(sorted(one.lane(lane, 0).flatten().collect()), sorted(order.clone()));
+                let samples = order.len() as f64;
+                let window = |place: Place| turns.of(place).map(|turn| f64::from(turn) / 4_294_967_296.0 * samples);
+                for (position, place) in order.into_iter().enumerate() {
+                    let turn = window(place);
+                    prop_assert_eq!(turn.is_some(), owned.contains(&lane));
+                    prop_assert!(turn.is_none_or(|turn| turn < position as f64 + 1.0), "{:?} at {}", turn, position);
+                }
+            }
         }
 
         #[test]

@@ -18,6 +18,13 @@ pub(crate) fn uniform(key: u64, index: u64) -> f32 {
     (bits(key, index) >> 40) as f32 / (1u32 << 24) as f32
 }
 
+/// The `index`-th number of a stream of normal ones, mean 0 and deviation 1 (Box & Muller, 1958).
+pub(crate) fn normal(key: u64, index: u64) -> f64 {
+    let bits = bits(key, index);
+    let half = |bits: u64| ((bits & 0xffff_ffff) as f64 + 0.5) / 4_294_967_296.0;
+    (-2.0 * half(bits).ln()).sqrt() * (std::f64::consts::TAU * half(bits >> 32)).cos()
+}
+
 /// The `index`-th number of a stream in 0 .. `n`, by multiplication instead of division (Lemire, 2019).
 pub(crate) fn below(key: u64, index: u64, n: u64) -> u64 {
     ((u128::from(bits(key, index)) * u128::from(n)) >> 64) as u64

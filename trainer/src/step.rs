@@ -1,14 +1,91 @@
-//! One step without the communication: loss, learning rate, optimizer, and what is counted.
+//! One step: forward, loss, backward, learning rate, optimizer, and what is counted.
 
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use proto::RunSpec;
-use proto::run_spec::{Precision, Schedule, Train};
+use proto::pb::alive::Doing;
+use proto::run_spec::{Compress, Precision, Schedule, Train};
 use tch::{Device, Kind, Reduction, Tensor};
 
 use crate::alexnet::{AlexNet, Named};
-use crate::c10d;
+use crate::c10d::{self, Half, Reducer};
+use crate::loader::Batch;
+use crate::normalise::Normalise;
+use crate::random;
+use crate::train::Failure;
+
+/// What one rank's forward and backward gave, beside the gradients.
+#[derive(Debug)]
+pub(crate) struct Computed {
+    /// As f64, on the CPU: summed loss, top-1 and top-5 hits, then the norms' statistics as in [`crate::alexnet::Forward`].
+    pub measured: Tensor,
+    /// Communication that no computation hid.
+    pub exposed: Duration,
+}
+
+/// Computes a rank's part of a step, in parts of whole lanes, and averages the gradients over `world` ranks; `at` hears what it is at.
+pub(crate) fn compute(
+    spec: &RunSpec,
+    world: usize,
+    model: &AlexNet,
+    normalise: &Normalise,
+    reducer: &Reducer,
+    batch: &Batch,
+    at: &dyn Fn(Doing),
+) -> Result<Computed, Failure> {
+    let device = normalise.device();
+    let mut measured: Option<Tensor> = None;
+    let mut exposed = Duration::ZERO;
+    reducer.begin()?;
+    let parts = parts(&batch.shares, spec.train.micro_batch);
+    let (mut start, last) = (0, parts.len() - 1);
+    for (i, shares) in parts.into_iter().enumerate() {
+        let samples: i64 = shares.iter().sum();
+        let pixels = batch.pixels.part(start as usize, samples as usize);
+        start += samples;
+        at(Doing::Forward);
+        let (images, labels) = normalise.apply(&pixels)?;
+        let keys: Vec<u64> = pixels.keys.iter().map(|&key| random::key(&[spec.seed, batch.step, key])).collect();
+        let forward = match autocast(spec.ranks.precision) {
+            None => model.train(&images, shares, &keys),
+            Some(half) => c10d::autocast(device, half, || model.train(&images, shares, &keys))?,
+        };
+        let logits = forward.logits.to_kind(kind(spec.ranks.precision));
+        let loss = loss(&logits, &labels, spec.train.label_smoothing);
+        // The reducer divides the sum over ranks by their number.
+        let share = &loss * (world as f64 / batch.samples as f64);
+        at(Doing::Backward);
+        if i == last {
+            exposed = reducer.backward(&share)?;
+        } else {
+            reducer.accumulate(&share)?;
+        }
+        let loss = loss.detach().to_kind(Kind::Double).reshape([1]);
+        let these = Tensor::cat(&[loss, correct(&logits, &labels), forward.statistics], 0);
+        measured = Some(match measured {
+            None => these,
+            Some(sum) => sum + these,
+        });
+    }
+    let measured = measured.context("a rank without lanes")?.to_device(Device::Cpu);
+    Ok(Computed { measured, exposed })
+}
+
+/// Consecutive lanes that together have at most `most` samples, at least one at a time; all if `most` is 0.
+fn parts(shares: &[i64], most: u32) -> Vec<&[i64]> {
+    let (mut parts, mut start, mut samples) = (Vec::new(), 0, 0);
+    for (i, share) in shares.iter().enumerate() {
+        if i > start && most > 0 && samples + share > i64::from(most) {
+            parts.push(&shares[start..i]);
+            (start, samples) = (i, 0);
+        }
+        samples += share;
+    }
+    parts.push(&shares[start..]);
+    parts
+}
 
 /// The cross entropy of `logits` [samples, classes] with `labels` [samples] (i64), summed over samples.
 ///
@@ -147,8 +224,23 @@ pub fn reference_step(spec: &RunSpec, classes: i64, batch: &Path, out: &Path) ->
 /// libtorch's name of a precision.
 pub(crate) fn kind(precision: Precision) -> Kind {
     match precision {
-        Precision::F32 => Kind::Float,
+        Precision::F32 | Precision::Bf16 => Kind::Float,
         Precision::F64 => Kind::Double,
+    }
+}
+
+/// What convolutions and matrix products compute in, if not in that.
+fn autocast(precision: Precision) -> Option<Half> {
+    (precision == Precision::Bf16).then_some(Half::Bf16)
+}
+
+/// What gradients travel as between `world` ranks, if not as they are.
+pub(crate) fn compression(compress: Compress, world: usize) -> Option<Half> {
+    match compress {
+        _ if world == 1 => None,
+        Compress::None => None,
+        Compress::Fp16 => Some(Half::Fp16),
+        Compress::Bf16 => Some(Half::Bf16),
     }
 }
 
@@ -172,6 +264,15 @@ mod tests {
         for (rate, expected) in rates(&train).iter().zip([0.2, 0.4, 1.0, 2.0, 2.0, 1.0, last]) {
             assert!((rate - expected).abs() < 1e-12, "{rate} is not {expected}");
         }
+    }
+
+    #[test]
+    fn a_step_is_computed_in_parts_of_whole_lanes() {
+        let shares = [3, 4, 3, 4];
+        assert_eq!(parts(&shares, 0), [&shares[..]]);
+        assert_eq!(parts(&shares, 7), [&shares[..2], &shares[2..]]);
+        assert_eq!(parts(&shares, 10), [&shares[..3], &shares[3..]]);
+        assert_eq!(parts(&shares, 1).len(), 4);
     }
 
     #[test]

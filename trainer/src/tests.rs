@@ -132,6 +132,8 @@ impl World {
             threads: 1,
             // Holds about half of the images, so that both ways are gone.
             cache_bytes: (80 * 3 * SIZE * SIZE) as u64,
+            cache_dir: None,
+            cache_disk_bytes: 0,
         };
         let home = Home { store: self.store.clone(), runtime: self.runtime.handle().clone(), setup };
         let pulse = Arc::new(Pulse::new());
@@ -332,6 +334,8 @@ fn any_number_of_ranks_sees_the_same_samples_and_learns_the_same() {
     for ranks in [2, 3, 4, 7] {
         one.assert_equals(&world.whole(&format!("of-{ranks}"), &spec, ranks));
     }
+    let in_parts = spec.replace("\"epochs\"", "\"micro_batch\": 9, \"epochs\"");
+    one.assert_equals(&world.whole("parts", &in_parts, 2));
     let samples: u64 = one.ledger.values().filter(|line| line.epoch == 3).map(|line| line.samples).sum();
     assert_eq!(samples, 150);
 }

@@ -11,7 +11,7 @@ use proto::metric::{MetricKind, MetricPoint};
 use proto::pb::alive::Doing;
 use proto::run_ledger::Line;
 use proto::{Split, pb};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 use tracing::info;
 
 use crate::c10d::{self, Group, Member, Op, Reducer};
@@ -19,10 +19,11 @@ use crate::checkpoint::{self, Snapshot};
 use crate::evaluate::evaluate;
 use crate::history::{History, Sums, digest};
 use crate::job::Job;
-use crate::loader::{self, Batch};
+use crate::loader::Batch;
 use crate::plan::lanes_of;
 use crate::rank::{Reports, Wishes};
-use crate::{random, step};
+use crate::step;
+use crate::timing::{self, Timing};
 
 /// Gradients that travel together (PyTorch's default).
 const BUCKET_BYTES: usize = 25 << 20;
@@ -81,6 +82,8 @@ pub(crate) struct Seat {
     pub rank: usize,
     pub world: usize,
     pub group: Group,
+    /// Bytes a second that the link to the other ranks carries each way; 0 for one rank.
+    pub link: f64,
     /// The run's time when the generation was joined, in seconds, and that moment.
     pub began: (f64, Instant),
 }
@@ -101,7 +104,9 @@ impl Seat {
         let member = Member { rank, world, address, device: job.device, timeout };
         let group = Group::meet(host, port, member, || wishes.aborted())?;
         wishes.watch(group.aborter())?;
-        Ok(Self { generation: join.generation, rank, world, group, began: (join.elapsed_seconds, Instant::now()) })
+        let link = timing::link(&group, world)?;
+        let began = (join.elapsed_seconds, Instant::now());
+        Ok(Self { generation: join.generation, rank, world, group, link, began })
     }
 
     fn seconds(&self) -> f64 {
@@ -130,10 +135,10 @@ pub(crate) fn generation(
     reports.joined(job.progress.step, job.steps_per_epoch, damaged);
 
     let mine = lanes_of(join.rank, join.world_size, job.spec.ranks.lanes);
-    let requests = loader::training(job.kept(Split::Train), &job.spec, mine.clone(), job.progress.step);
-    let mut batches = job.loader(Split::Train).batches(requests)?;
+    let mut batches = job.loader(Split::Train).train(&job.spec, mine.clone(), job.progress.step)?;
     let parameters: Vec<Tensor> = job.model.parameters().into_iter().map(|(_, parameter)| parameter).collect();
-    let reducer = Reducer::new(&seat.group, &parameters, BUCKET_BYTES)?;
+    let compress = step::compression(job.spec.ranks.compress, seat.world);
+    let reducer = Reducer::new(&seat.group, &parameters, BUCKET_BYTES, compress)?;
     let mut records = Records::new(job, join, &seat, reports);
 
     loop {
@@ -186,6 +191,9 @@ pub(crate) fn generation(
     Ok(Ending::Finished)
 }
 
+/// Words of a step's small all-reduce that are of all ranks together; those of each rank follow.
+const WORDS: usize = 5;
+
 /// What the ranks agreed on in a step, beside the gradients.
 struct Word {
     leave: bool,
@@ -202,37 +210,29 @@ fn train_step(
     asked: Instant,
 ) -> Result<Word, Failure> {
     let waited = asked.elapsed();
-    let Batch { step, samples, shares, pixels } = batch;
+    let Batch { step, samples, pixels, .. } = batch;
     if *step != job.progress.step {
         return Err(anyhow!("the batch of step {step} came where that of {} belongs", job.progress.step).into());
     }
-    wishes.at(Doing::Forward);
-    let (images, labels) = job.normalise.apply(pixels)?;
-    let keys: Vec<u64> = pixels.keys.iter().map(|&key| random::key(&[job.spec.seed, *step, key])).collect();
-    let forward = job.model.train(&images, shares, &keys);
-    let loss = step::loss(&forward.logits, &labels, job.spec.train.label_smoothing);
-    wishes.at(Doing::Backward);
-    // The reducer divides the sum over ranks by their number.
-    reducer.backward(&(&loss * (seat.world as f64 / *samples as f64)))?;
+    let at = |doing| wishes.at(doing);
+    let computed = step::compute(&job.spec, seat.world, &job.model, &job.normalise, reducer, batch, &at)?;
+    let busy = asked.elapsed().saturating_sub(computed.exposed);
 
     wishes.at(Doing::Counting);
     let (leave, checkpoint) = wishes.leave();
     let stored = if seat.rank == 0 { records.history.stored } else { 0 };
     let own = pixels.keys.len() as i64;
-    let counts =
-        Tensor::from_slice(&[i64::from(leave), i64::from(checkpoint), own, digest(&pixels.keys), stored as i64]);
-    let measured = Tensor::cat(
-        &[
-            loss.detach().to_kind(Kind::Double).reshape([1]),
-            step::correct(&forward.logits, &labels),
-            forward.statistics,
-        ],
-        0,
-    )
-    .to_device(tch::Device::Cpu);
+    let mut counts = vec![i64::from(leave), i64::from(checkpoint), own, digest(&pixels.keys), stored as i64];
+    // Each rank's time has a place of its own.
+    counts.resize(WORDS + 2 * seat.world, 0);
+    counts[WORDS + 2 * seat.rank] = waited.as_micros() as i64;
+    counts[WORDS + 2 * seat.rank + 1] = busy.as_micros() as i64;
+    let counts = Tensor::from_slice(&counts);
+    let measured = computed.measured;
     let (first, second) = (seat.group.all_reduce(&counts, Op::Sum)?, seat.group.all_reduce(&measured, Op::Sum)?);
     first.wait(seat.group.timeout())?;
     second.wait(seat.group.timeout())?;
+    let agreed = asked.elapsed();
     let count = |i| counts.int64_value(&[i]);
     let sums = Sums {
         loss: measured.double_value(&[0]),
@@ -258,7 +258,9 @@ fn train_step(
     job.progress.tail.retain(|line| line.step > count(4) as u64);
     job.progress.tail.push(Line { epoch, step: job.progress.step, samples: *samples, digest: count(3) as u64 });
     wishes.applied(job.progress.step);
-    records.step(job, &sums, learning_rate, asked.elapsed(), waited);
+    let of_ranks: Vec<(i64, i64)> =
+        (WORDS..WORDS + 2 * seat.world).step_by(2).map(|i| (count(i as i64), count(i as i64 + 1))).collect();
+    records.step(job, &sums, learning_rate, &Timing::of(&of_ranks, agreed, asked.elapsed()));
     Ok(Word { leave: count(0) > 0, checkpoint: count(1) > 0 })
 }
 
@@ -269,8 +271,9 @@ struct Records<'a> {
     history: History,
     reported: Instant,
     pointed: Instant,
-    /// Since the epoch, or the generation, began: samples, time in steps, and of this the time in which data was waited for.
-    epoch: (f64, Duration, Duration),
+    /// Since the epoch, or the generation, began: samples, and the time of the steps.
+    epoch: (f64, Timing),
+    gradient_bytes: u64,
     learning_rate: f64,
     /// Steps between checkpoints.
     every: u64,
@@ -292,7 +295,8 @@ impl<'a> Records<'a> {
             history,
             reported: long_ago,
             pointed: long_ago,
-            epoch: (0.0, Duration::ZERO, Duration::ZERO),
+            epoch: (0.0, Timing::default()),
+            gradient_bytes: job.gradient_bytes(),
             learning_rate: 0.0,
             every: (job.spec.checkpoint.every_epochs * job.steps_per_epoch as f64).round().max(1.0) as u64,
             // A state from before the newest checkpoint goes on from an older one, since that one is damaged.
@@ -302,9 +306,9 @@ impl<'a> Records<'a> {
         }
     }
 
-    fn point(&self, job: &Job, kind: MetricKind, sums: &Sums, time: Duration, waited: Duration) -> MetricPoint {
+    fn point(&self, job: &Job, kind: MetricKind, sums: &Sums, timing: &Timing) -> MetricPoint {
         let mean = sums.mean();
-        let seconds = time.as_secs_f64().max(1e-9);
+        let seconds = timing.whole.max(1e-9);
         let learns = matches!(kind, MetricKind::Step | MetricKind::Train);
         MetricPoint {
             kind,
@@ -318,19 +322,26 @@ impl<'a> Records<'a> {
             learning_rate: if learns { self.learning_rate } else { 0.0 },
             images_per_second: mean.samples / seconds,
             seconds: self.seat.seconds(),
-            data_wait: waited.as_secs_f64() / seconds,
+            data_wait: timing.data / seconds,
+            compute: timing.compute / seconds,
+            rank_wait: timing.ranks / seconds,
+            network_wait: timing.network / seconds,
+            optimizer: timing.optimizer / seconds,
+            slowest_rank: timing.slowest(),
+            ranks: self.seat.world as u32,
+            gradient_bytes: self.gradient_bytes,
+            link_bytes_per_second: self.seat.link,
         }
     }
 
-    fn step(&mut self, job: &mut Job, sums: &Sums, learning_rate: f64, time: Duration, waited: Duration) {
+    fn step(&mut self, job: &mut Job, sums: &Sums, learning_rate: f64, timing: &Timing) {
         if self.seat.rank != 0 {
             return;
         }
         self.learning_rate = learning_rate;
         self.epoch.0 += sums.samples;
-        self.epoch.1 += time;
-        self.epoch.2 += waited;
-        let point = self.point(job, MetricKind::Step, sums, time, waited);
+        self.epoch.1.add(timing);
+        let point = self.point(job, MetricKind::Step, sums, timing);
         if self.pointed.elapsed() >= POINT_EVERY {
             self.pointed = Instant::now();
             self.history.point(point);
@@ -344,10 +355,10 @@ impl<'a> Records<'a> {
 
     /// The epoch is over: its mean is a point, and the next one counts from nothing.
     fn epoch(&mut self, job: &mut Job) {
-        let (samples, time, waited) = std::mem::take(&mut self.epoch);
+        let (samples, timing) = std::mem::take(&mut self.epoch);
         let sums = std::mem::take(&mut job.progress.sums);
         if self.seat.rank == 0 && sums.samples > 0.0 {
-            let mut point = self.point(job, MetricKind::Train, &sums, time, waited);
+            let mut point = self.point(job, MetricKind::Train, &sums, &timing);
             // A part of the epoch may have been another generation's.
             point.images_per_second *= samples / sums.samples.max(1.0);
             self.publish(job, point);
@@ -356,7 +367,8 @@ impl<'a> Records<'a> {
 
     fn evaluated(&mut self, job: &Job, kind: MetricKind, (sums, time): &(Sums, Duration)) {
         if self.seat.rank == 0 {
-            let point = self.point(job, kind, sums, *time, Duration::ZERO);
+            let timing = Timing { whole: time.as_secs_f64(), ..Timing::default() };
+            let point = self.point(job, kind, sums, &timing);
             if kind == MetricKind::Validation {
                 self.validated = Some((point.step, point.top1));
             }

@@ -54,7 +54,7 @@ impl Stage {
             advertise_address: None,
             interface: None,
             devices: Some("cpu:2".to_owned()),
-            cache_bytes: 1 << 20,
+            cache: Default::default(),
         };
         let shutdown = CancellationToken::new();
         let command = ["sh", "-c", script].map(OsString::from).to_vec();

@@ -6,7 +6,7 @@
 use anyhow::{Context, Result};
 use tch::{CModule, Kind, Tensor};
 
-use super::{AlexNet, Layer, NORM_EPS};
+use super::{AlexNet, Layer, NORM_EPS, RESPONSE_ALPHA, RESPONSE_BIAS, RESPONSE_CHANNELS};
 use crate::onnx::{Attribute, Dimension, Graph};
 
 impl AlexNet {
@@ -17,6 +17,7 @@ impl AlexNet {
             features: fold(&self.features),
             hidden: fold(&self.hidden),
             output: self.output.folded(),
+            classic: self.classic,
             stride: self.stride,
             grid: self.grid,
             dropout: 0.0,
@@ -44,17 +45,29 @@ impl AlexNet {
             x = graph.node(operator, &format!("{name}.applied"), &[&x, &value], &[]);
         }
         let mut side = crop;
-        for (layer, (stride, padding, pools)) in self.features.iter().zip(self.geometry()) {
+        for (layer, stage) in self.features.iter().zip(self.stages()) {
+            let (stride, padding) = (stage.stride, stage.padding);
             let size = layer.weight.size()[2];
             side = (side + 2 * padding - size) / stride + 1;
             let attributes = [
                 ("kernel_shape", Attribute::Ints(vec![size; 2])),
                 ("strides", Attribute::Ints(vec![stride; 2])),
                 ("pads", Attribute::Ints(vec![padding; 4])),
+                ("group", Attribute::Int(stage.groups)),
             ];
             x = layer.in_graph(&mut graph, "Conv", &x, &attributes)?;
             x = graph.node("Relu", &format!("{}.relu", layer.name), &[&x], &[]);
-            if pools {
+            if stage.responds {
+                let attributes = [
+                    ("size", Attribute::Int(RESPONSE_CHANNELS)),
+                    // ONNX divides by the size.
+                    ("alpha", Attribute::Float((RESPONSE_ALPHA * RESPONSE_CHANNELS as f64) as f32)),
+                    ("beta", Attribute::Float(0.75)),
+                    ("bias", Attribute::Float(RESPONSE_BIAS as f32)),
+                ];
+                x = graph.node("LRN", &format!("{}.responses", layer.name), &[&x], &attributes);
+            }
+            if stage.pools {
                 side = (side - 3) / 2 + 1;
                 let attributes =
                     [("kernel_shape", Attribute::Ints(vec![3; 2])), ("strides", Attribute::Ints(vec![2; 2]))];
@@ -151,7 +164,7 @@ mod tests {
 
     #[test]
     fn a_folded_network_evaluates_as_the_one_it_is_made_of() {
-        for arch in [Arch::Alexnet, Arch::AlexnetBn, Arch::AlexnetSlim] {
+        for arch in [Arch::Alexnet, Arch::AlexnetBn, Arch::Alexnet2012, Arch::AlexnetSlim] {
             let model = Model { arch, width: 0.125, dropout: 0.5 };
             let network = AlexNet::new(&model, 5, 64, 1, Kind::Double, Device::Cpu);
             let images = Tensor::rand([6, 3, 64, 64], (Kind::Double, Device::Cpu));

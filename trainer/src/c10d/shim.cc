@@ -1,9 +1,13 @@
 #include "shim.h"
 
 #include <ATen/ATen.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/ops/_fused_sgd.h>
 #include <c10/core/Event.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/utils/lambda_post_hook.h>
+#include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
@@ -17,6 +21,7 @@
 #include <netdb.h>
 #include <netinet/in.h>
 
+#include <atomic>
 #include <cstring>
 #include <system_error>
 #include <typeinfo>
@@ -39,7 +44,33 @@ struct c10d_work {
 struct c10d_reducer {
   // Before the reducer, so that they outlive it: their hooks point into it.
   std::vector<at::Tensor> parameters;
+  // When the last gradient was there: on the CPU the time, on a GPU the place in its stream.
+  std::atomic<std::chrono::steady_clock::rep> ready{0};
+  std::optional<c10::Event> event;
+  std::vector<std::pair<intrusive_ptr<torch::autograd::Node>, uintptr_t>> hooks;
   std::shared_ptr<c10d::Reducer> it;
+
+  void watch() {
+    using torch::autograd::variable_list;
+    if (!parameters.empty() && parameters[0].is_cuda()) event.emplace(at::kCUDA);
+    for (auto& parameter : parameters) {
+      auto node = torch::autograd::impl::grad_accumulator(parameter);
+      auto hook = [this](const variable_list& outputs, const variable_list&) {
+        if (event)
+          event->record(c10::impl::VirtualGuardImpl(at::kCUDA).getStream(parameters[0].device()));
+        else
+          ready = std::chrono::steady_clock::now().time_since_epoch().count();
+        return outputs;
+      };
+      auto key = node->add_post_hook(std::make_unique<torch::autograd::utils::LambdaPostHook>(std::move(hook)));
+      hooks.emplace_back(std::move(node), key);
+    }
+  }
+
+  ~c10d_reducer() {
+    it.reset();
+    for (auto& [node, key] : hooks) node->del_post_hook(key);
+  }
 };
 struct c10d_event {
   c10::Event it;
@@ -89,6 +120,30 @@ class Gloo : public c10d::ProcessGroupGloo {
     }
   }
 };
+
+// Sends gradients as numbers of half the size: c10d's FP16CompressCommHook, for either kind.
+class Compress : public c10d::CppCommHookInterface<intrusive_ptr<c10d::ProcessGroup>> {
+ public:
+  Compress(intrusive_ptr<c10d::ProcessGroup> group, at::ScalarType kind) : CppCommHookInterface(std::move(group)), kind(kind) {}
+
+  intrusive_ptr<c10::ivalue::Future> runHook(c10d::GradBucket& bucket) override {
+    // Divided first, so that the sum does not overflow.
+    std::vector<at::Tensor> small{bucket.getBufferRef().to(kind).div_(state_->getSize())};
+    auto sum = state_->allreduce(small)->getFuture();
+    auto restore = [full = bucket.getBufferRef()](c10::ivalue::Future& sum) {
+      full.copy_(sum.value().toTensorVector()[0]);
+      return c10::IValue(full);
+    };
+    return sum->then(restore, sum->elementType());
+  }
+
+ private:
+  at::ScalarType kind;
+};
+
+at::ScalarType half(int kind) {
+  return kind == 1 ? at::kHalf : at::kBFloat16;
+}
 
 } // namespace
 
@@ -201,7 +256,7 @@ void c10d_work_free(c10d_work* work) {
   free(guard([&] { delete work; }));
 }
 
-char* c10d_reducer_new(c10d_group* group, const c10d_tensor* t, size_t count, int64_t first_bucket_bytes, int64_t bucket_bytes, c10d_reducer** out) {
+char* c10d_reducer_new(c10d_group* group, const c10d_tensor* t, size_t count, int64_t first_bucket_bytes, int64_t bucket_bytes, int compress, c10d_reducer** out) {
   return guard([&] {
     auto parameters = list(t, count);
     c10d::verify_params_across_processes(group->it, parameters, std::nullopt);
@@ -209,20 +264,39 @@ char* c10d_reducer_new(c10d_group* group, const c10d_tensor* t, size_t count, in
     // One bucket for the first step, as DistributedDataParallel does: it shows in which order gradients become ready, and the
     // reducer then cuts its buckets in that order.
     auto buckets = std::get<0>(c10d::compute_bucket_assignment_by_size(parameters, {static_cast<size_t>(INT64_MAX)}, sparse));
-    auto reducer = std::make_shared<c10d::Reducer>(
+    auto owner = std::make_unique<c10d_reducer>();
+    owner->parameters = parameters;
+    // Before the reducer's own hooks, the last of which starts the last bucket.
+    owner->watch();
+    owner->it = std::make_shared<c10d::Reducer>(
         parameters, buckets, group->it, sparse, bucket_bytes, /*find_unused_parameters=*/false, /*gradient_as_bucket_view=*/true,
         std::unordered_map<size_t, std::string>(), first_bucket_bytes, /*skip_all_reduce_unused_params=*/false,
         /*use_python_reducer=*/false, std::vector<int64_t>());
-    *out = new c10d_reducer{parameters, reducer};
+    if (compress) owner->it->register_comm_hook(std::make_unique<Compress>(group->it, half(compress)));
+    *out = owner.release();
+  });
+}
+
+char* c10d_reducer_begin(c10d_reducer* reducer) {
+  return guard([&] {
+    for (auto& parameter : reducer->parameters) parameter.mutable_grad().reset();
   });
 }
 
 char* c10d_reducer_prepare(c10d_reducer* reducer) {
   return guard([&] {
-    for (auto& parameter : reducer->parameters) parameter.mutable_grad().reset();
     reducer->it->prepare_for_forward();
     reducer->it->rebuild_buckets();
     reducer->it->prepare_for_backward({});
+  });
+}
+
+char* c10d_reducer_ready(c10d_reducer* reducer, int* reached, int64_t* ago_ns) {
+  return guard([&] {
+    using namespace std::chrono;
+    *reached = !reducer->event || reducer->event->query();
+    auto ready = steady_clock::time_point(steady_clock::duration(reducer->ready.load()));
+    *ago_ns = reducer->event ? 0 : duration_cast<nanoseconds>(steady_clock::now() - ready).count();
   });
 }
 
@@ -249,6 +323,19 @@ char* c10d_event_reached(c10d_event* event, int* out) {
 
 void c10d_event_free(c10d_event* event) {
   free(guard([&] { delete event; }));
+}
+
+char* c10d_autocast(int cuda, int kind) {
+  return guard([&] {
+    auto device = cuda ? at::kCUDA : at::kCPU;
+    if (kind) {
+      at::autocast::increment_nesting();
+      at::autocast::set_autocast_dtype(device, half(kind));
+    } else if (at::autocast::decrement_nesting() == 0) {
+      at::autocast::clear_cache();
+    }
+    at::autocast::set_autocast_enabled(device, kind != 0);
+  });
 }
 
 char* c10d_fused_sgd(const c10d_tensor* parameters, const c10d_tensor* gradients, const c10d_tensor* momenta, size_t count,

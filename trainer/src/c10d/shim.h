@@ -36,9 +36,14 @@ char* c10d_broadcast(c10d_group* group, const c10d_tensor* tensors, size_t count
 char* c10d_work_wait(c10d_work* work, int64_t timeout_ms);
 void c10d_work_free(c10d_work* work);
 
-char* c10d_reducer_new(c10d_group* group, const c10d_tensor* parameters, size_t count, int64_t first_bucket_bytes, int64_t bucket_bytes, c10d_reducer** out);
-// To be called before each backward; drops the gradients of the step before.
+// compress: 0 not, 1 to fp16, 2 to bf16.
+char* c10d_reducer_new(c10d_group* group, const c10d_tensor* parameters, size_t count, int64_t first_bucket_bytes, int64_t bucket_bytes, int compress, c10d_reducer** out);
+// Drops the gradients of the step before.
+char* c10d_reducer_begin(c10d_reducer* reducer);
+// To be called before the step's last backward, the one that reduces.
 char* c10d_reducer_prepare(c10d_reducer* reducer);
+// Whether the device has computed all gradients of that backward, and on the CPU how long ago that was.
+char* c10d_reducer_ready(c10d_reducer* reducer, int* reached, int64_t* ago_ns);
 char* c10d_reducer_buckets(c10d_reducer* reducer, size_t* out);
 void c10d_reducer_free(c10d_reducer* reducer);
 
@@ -46,6 +51,9 @@ void c10d_reducer_free(c10d_reducer* reducer);
 char* c10d_event_record(int cuda, c10d_event** out);
 char* c10d_event_reached(c10d_event* event, int* out);
 void c10d_event_free(c10d_event* event);
+
+// On this thread operations that gain by it compute in a smaller kind from now on (1 fp16, 2 bf16), or no more (0).
+char* c10d_autocast(int cuda, int kind);
 
 char* c10d_fused_sgd(const c10d_tensor* parameters, const c10d_tensor* gradients, const c10d_tensor* momenta, size_t count,
                      double learning_rate, double momentum, double weight_decay);

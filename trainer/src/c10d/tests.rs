@@ -162,8 +162,9 @@ fn numbers(key: &[u64], rows: i64) -> Tensor {
 fn the_reducer_gives_the_mean_of_the_ranks_gradients_step_after_step() {
     generation(2, LONG, |group| {
         let parameters = small_network();
-        let reducer = Reducer::new(&group, &parameters, 1000).expect("all are here");
+        let reducer = Reducer::new(&group, &parameters, 1000, None).expect("all are here");
         for step in 0..3 {
+            reducer.begin().expect("alive");
             reducer.backward(&sample_loss(&parameters, step, group.member.rank as u64)).expect("all are here");
             let alone = small_network();
             ((sample_loss(&alone, step, 0) + sample_loss(&alone, step, 1)) / 2.0).backward();
@@ -177,15 +178,41 @@ fn the_reducer_gives_the_mean_of_the_ranks_gradients_step_after_step() {
 }
 
 #[test]
+fn gradients_of_parts_are_added_up_and_reduced_with_the_last_and_may_travel_in_half_the_bytes() {
+    generation(2, LONG, |group| {
+        for (compress, tolerance) in [(None, 1e-14), (Some(Half::Fp16), 2e-3), (Some(Half::Bf16), 2e-2)] {
+            let parameters = small_network();
+            let reducer = Reducer::new(&group, &parameters, 1000, compress).expect("all are here");
+            let mine = |step| sample_loss(&parameters, step, group.member.rank as u64);
+            for step in 0..3 {
+                reducer.begin().expect("alive");
+                reducer.accumulate(&mine(step)).expect("no communication");
+                reducer.backward(&mine(step + 10)).expect("all are here");
+                let alone = small_network();
+                let all = [(step, 0), (step, 1), (step + 10, 0), (step + 10, 1)];
+                let sum: Tensor = all.iter().map(|&(step, rank)| sample_loss(&alone, step, rank)).sum();
+                (sum / 2.0).backward();
+                for (averaged, alone) in parameters.iter().zip(&alone) {
+                    let difference = (averaged.grad() - alone.grad()).abs().max() / alone.grad().abs().max();
+                    let difference = difference.double_value(&[]);
+                    assert!(difference < tolerance, "{compress:?}, step {step}: {difference}");
+                }
+            }
+        }
+    });
+}
+
+#[test]
 fn backward_fails_when_a_peer_goes_away_in_it() {
     generation(2, LONG, |group| {
         let parameters = small_network();
-        let reducer = Reducer::new(&group, &parameters, 1000).expect("all are here");
+        let reducer = Reducer::new(&group, &parameters, 1000, None).expect("all are here");
         reducer.backward(&sample_loss(&parameters, 0, 0)).expect("all are here");
         if group.member.rank == 1 {
             return;
         }
         let start = Instant::now();
+        reducer.begin().expect("alive");
         let error = reducer.backward(&sample_loss(&parameters, 1, 0)).expect_err("one is gone");
         assert!(matches!(error, Error::Collective(_)), "{error}");
         assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());

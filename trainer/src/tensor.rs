@@ -1,0 +1,135 @@
+//! Memory of tensors as slices, so that it is filled in place and by several threads.
+#![allow(
+    unsafe_code,
+    reason = "libtorch hands out its memory as a bare pointer; here it becomes a slice, and nowhere else"
+)]
+
+use std::ops::{Deref, DerefMut};
+
+use tch::{Device, Kind, Tensor};
+
+/// A number that a tensor can hold.
+pub(crate) trait Element: Copy + Send + Sync + 'static {
+    /// libtorch's name for it.
+    const KIND: Kind;
+    /// The nearest number of this kind.
+    fn of(value: f64) -> Self;
+}
+
+impl Element for f32 {
+    const KIND: Kind = Kind::Float;
+    fn of(value: f64) -> Self {
+        value as f32
+    }
+}
+
+impl Element for f64 {
+    const KIND: Kind = Kind::Double;
+    fn of(value: f64) -> Self {
+        value
+    }
+}
+
+/// A new tensor in the CPU's memory, of which `fill` writes every element, in the order in which they lie.
+pub(crate) fn filled<T: Element>(shape: &[i64], fill: impl FnOnce(&mut [T])) -> Tensor {
+    let tensor = Tensor::empty(shape, (T::KIND, Device::Cpu));
+    // SAFETY: a new tensor is contiguous and of this kind, nothing else refers to its memory yet, and `tensor` keeps it alive.
+    fill(unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), tensor.numel()) });
+    tensor
+}
+
+/// Calls `read` with the elements of a contiguous tensor of bytes in the CPU's memory.
+pub(crate) fn bytes<R>(tensor: &Tensor, read: impl FnOnce(&[u8]) -> R) -> R {
+    assert!(tensor.kind() == Kind::Uint8 && tensor.device() == Device::Cpu && tensor.is_contiguous());
+    // SAFETY: kind, place and layout were checked, and `tensor` keeps the memory alive. Who writes to a tensor's memory holds it as
+    // chunks, before there is a tensor to read.
+    read(unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast(), tensor.numel()) })
+}
+
+/// A tensor of bytes that is still being given out in chunks, one after the other.
+#[derive(Debug)]
+pub(crate) struct Slab {
+    tensor: Tensor,
+    given: usize,
+}
+
+/// A part of a [`Slab`], to be written on any thread.
+#[derive(Debug)]
+pub(crate) struct Chunk {
+    start: *mut u8,
+    length: usize,
+    tensor: Tensor,
+}
+
+// SAFETY: a chunk is the only way to its part of the memory, as `&mut` would be, and its handle on the tensor counts atomically.
+unsafe impl Send for Chunk {}
+
+impl Slab {
+    /// Of this shape, in memory from which a device copies by itself if there is one.
+    pub(crate) fn new(shape: &[i64], device: Device) -> Self {
+        let tensor = Tensor::empty(shape, (Kind::Uint8, Device::Cpu));
+        Self { tensor: if device.is_cuda() { tensor.pin_memory(device) } else { tensor }, given: 0 }
+    }
+
+    /// The next `length` bytes.
+    pub(crate) fn chunk(&mut self, length: usize) -> Chunk {
+        assert!(self.given + length <= self.tensor.numel(), "a slab is given out once");
+        // SAFETY: the sum stays within the tensor's memory.
+        let start = unsafe { self.tensor.data_ptr().cast::<u8>().add(self.given) };
+        self.given += length;
+        Chunk { start, length, tensor: self.tensor.shallow_clone() }
+    }
+}
+
+impl Chunk {
+    /// The tensor whose chunks these are; all of them, so that nobody is left who writes to it.
+    pub(crate) fn join(chunks: Vec<Self>) -> Option<Tensor> {
+        let tensor = chunks.first()?.tensor.shallow_clone();
+        let begin = tensor.data_ptr().cast::<u8>();
+        // SAFETY: within the tensor's memory, or one past its end.
+        let end = unsafe { begin.add(tensor.numel()) };
+        let of_it = chunks.iter().all(|chunk| (begin..=end).contains(&chunk.start));
+        let whole = chunks.iter().map(|chunk| chunk.length).sum::<usize>() == tensor.numel();
+        (of_it && whole).then_some(tensor)
+    }
+}
+
+impl Deref for Chunk {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        // SAFETY: the chunk's own part of memory that its tensor keeps alive.
+        unsafe { std::slice::from_raw_parts(self.start, self.length) }
+    }
+}
+
+impl DerefMut for Chunk {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and nobody else holds this part.
+        unsafe { std::slice::from_raw_parts_mut(self.start, self.length) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_that_are_filled_on_other_threads_are_one_tensor_again() {
+        let mut slab = Slab::new(&[5, 2], Device::Cpu);
+        let (mut first, mut second) = (slab.chunk(4), slab.chunk(6));
+        std::thread::scope(|scope| {
+            scope.spawn(|| first.fill(1));
+            scope.spawn(|| second.fill(2));
+        });
+        assert!(Chunk::join(vec![slab.chunk(0)]).is_none(), "others may still write");
+        let tensor = Chunk::join(vec![second, first]).expect("all of them");
+        assert_eq!(bytes(&tensor, <[u8]>::to_vec), [1, 1, 1, 1, 2, 2, 2, 2, 2, 2]);
+    }
+
+    #[test]
+    fn what_is_filled_is_what_the_tensor_holds() {
+        let tensor = filled(&[2, 2], |values: &mut [f64]| values.copy_from_slice(&[1.0, 2.0, 3.0, 4.0]));
+        assert_eq!(tensor, Tensor::from_slice(&[1.0, 2.0, 3.0, 4.0]).view([2, 2]));
+    }
+}
