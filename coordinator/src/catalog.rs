@@ -40,12 +40,18 @@ pub(crate) struct Round {
     pub(crate) first_slice: u32,
     /// In the order of their numbers.
     pub(crate) slices: Vec<Slice>,
-    /// URLs in all slices together.
-    pub(crate) urls: u64,
-    /// By synset.
+    /// The first key that this round gave; its other new URLs have the keys that follow.
+    pub(crate) first_key: u64,
+    /// URLs that came into the catalog with it.
+    pub(crate) new_urls: u64,
+    /// The same by synset.
     pub(crate) urls_per_class: BTreeMap<String, u64>,
+    /// URLs of earlier rounds that it fetches again, by the outcome that they had.
+    pub(crate) retried: BTreeMap<String, u64>,
     /// Lines of synsets that were not chosen.
     pub(crate) not_chosen: u64,
+    /// Lines whose synset and URL were in the catalog already.
+    pub(crate) known: u64,
     /// Lines without a synset or without a URL.
     pub(crate) bad_lines: u64,
     /// The first few of them.
@@ -62,43 +68,81 @@ pub(crate) struct Slice {
     pub(crate) sha256: String,
 }
 
+/// Where a round begins: what earlier ones have used up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Begin {
+    pub(crate) round: u32,
+    pub(crate) first_slice: u32,
+    pub(crate) first_key: u64,
+    pub(crate) request_id: String,
+}
+
+impl Begin {
+    /// A dataset's first round.
+    pub(crate) fn first(request_id: &str) -> Self {
+        Self { round: 1, first_slice: 0, first_key: 0, request_id: request_id.to_owned() }
+    }
+}
+
 impl Round {
     pub(crate) fn from_json(json: &[u8]) -> Result<Self, serde_json::Error> {
         serde_json::from_slice(json)
     }
+
+    /// In all slices together.
+    pub(crate) fn urls(&self) -> u64 {
+        self.new_urls + self.retried.values().sum::<u64>()
+    }
+
+    /// Numbers of its slices.
+    pub(crate) fn shards(&self) -> impl Iterator<Item = u32> + use<> {
+        self.first_slice..self.first_slice + self.slices.len() as u32
+    }
 }
 
-/// Gathers the entries of all sources.
+/// Gathers the entries of all sources of one round.
 pub(crate) struct Catalog {
     seed: u64,
+    begin: Begin,
     spool: Spool,
     /// None: all that occur.
     chosen: Option<HashSet<String>>,
+    /// In a later round: new lines and those of earlier rounds, which are compared at the end.
+    compared: Option<Spool>,
     urls_per_class: BTreeMap<String, u64>,
-    urls: u64,
+    new_urls: u64,
+    retried: BTreeMap<String, u64>,
     not_chosen: u64,
+    known: u64,
     bad_lines: u64,
     bad_line_examples: Vec<String>,
 }
 
+/// In the place of a key: the entry has none yet.
+const NEW: u64 = u64::MAX;
+
 impl Catalog {
     /// An empty one. The classes of `spec` choose which synsets are taken; `folder` is where large lists are spooled.
-    pub(crate) fn new(spec: &DatasetSpec, folder: Option<PathBuf>) -> Self {
+    pub(crate) fn new(spec: &DatasetSpec, begin: Begin, folder: Option<PathBuf>) -> Self {
         let chosen = spec.classes.iter().map(|class| class.synset.clone()).collect::<HashSet<_>>();
         Self {
             seed: spec.seed,
+            compared: (begin.round > 1).then(|| Spool::new(folder.clone())),
+            begin,
             spool: Spool::new(folder),
             chosen: (!chosen.is_empty()).then_some(chosen),
             urls_per_class: BTreeMap::new(),
-            urls: 0,
+            new_urls: 0,
+            retried: BTreeMap::new(),
             not_chosen: 0,
+            known: 0,
             bad_lines: 0,
             bad_line_examples: Vec::new(),
         }
     }
 
     /// Reads one source to its end.
-    pub(crate) fn read(&mut self, name: &str, source: impl Read, options: &ListOptions) -> Result<(), Error> {
+    pub(crate) fn read(&mut self, name: &str, source: impl Read + Send, options: &ListOptions) -> Result<(), Error> {
         list::read(name, source, options, &mut |number, line| match line {
             Ok((synset, url)) => self.push(synset, url),
             Err(what) => {
@@ -116,125 +160,213 @@ impl Catalog {
             self.not_chosen += 1;
             return Ok(());
         }
-        let classes = self.urls_per_class.len();
-        match self.urls_per_class.get_mut(synset) {
-            Some(urls) => *urls += 1,
-            None if classes == MOST_CLASSES => {
-                return Err(Error::Invalid(format!(
-                    "more than {MOST_CLASSES} synsets: is the first column the class?"
-                )));
+        match &mut self.compared {
+            None => self.enter(NEW, synset.as_bytes(), url.as_bytes()),
+            Some(compared) => {
+                let line = [synset.len() as u32, url.len() as u32].map(u32::to_le_bytes);
+                let pair = pair(synset, url);
+                compared.push(pair[0], &[&pair, &line[0], &line[1], synset.as_bytes(), url.as_bytes()])?;
+                Ok(())
             }
-            None => drop(self.urls_per_class.insert(synset.to_owned(), 1)),
         }
-        let ordinal = self.urls.to_le_bytes();
+    }
+
+    /// Tells of an entry of an earlier round, so that a new line like it is known.
+    pub(crate) fn earlier(&mut self, synset: &str, url: &str) -> Result<(), Error> {
+        if let Some(compared) = &mut self.compared {
+            let pair = pair(synset, url);
+            compared.push(pair[0], &[&pair, &[0; 8]])?;
+        }
+        Ok(())
+    }
+
+    /// Takes in an entry of an earlier round, which is to be fetched again; `outcome` is what became of it last.
+    pub(crate) fn retry(&mut self, key: u64, synset: &str, url: &str, outcome: &str) -> Result<(), Error> {
+        *self.retried.entry(outcome.to_owned()).or_default() += 1;
+        self.enter(key, synset.as_bytes(), url.as_bytes())
+    }
+
+    fn enter(&mut self, key: u64, synset: &[u8], url: &[u8]) -> Result<(), Error> {
+        let ordinal = if key == NEW { self.begin.first_key + self.new_urls } else { key };
+        if key == NEW {
+            let synset = String::from_utf8_lossy(synset);
+            let classes = self.urls_per_class.len();
+            match self.urls_per_class.get_mut(&*synset) {
+                Some(urls) => *urls += 1,
+                None if classes == MOST_CLASSES => {
+                    return Err(Error::Invalid(format!(
+                        "more than {MOST_CLASSES} synsets: is the first column the class?"
+                    )));
+                }
+                None => drop(self.urls_per_class.insert(synset.into_owned(), 1)),
+            }
+            self.new_urls += 1;
+        }
         let hash = Sha256::new()
             .chain_update(self.seed.to_le_bytes())
-            .chain_update(ordinal)
+            .chain_update(ordinal.to_le_bytes())
             .chain_update(synset)
             .chain_update([0])
             .chain_update(url)
             .finalize();
         let line = [synset.len() as u32, url.len() as u32].map(u32::to_le_bytes);
-        self.spool.push(hash[0], &[&hash[..8], &ordinal, &line[0], &line[1], synset.as_bytes(), url.as_bytes()])?;
-        self.urls += 1;
+        let head = [ordinal.to_le_bytes(), key.to_le_bytes()];
+        self.spool.push(hash[0], &[&hash[..8], &head[0], &head[1], &line[0], &line[1], synset, url])?;
         Ok(())
     }
 
-    /// Cuts the shuffled catalog into slices of `spec.slice_urls` and sends each one's number and bytes to `slices`. Returns the
-    /// spec with its classes complete, and the round that names the slices.
-    pub(crate) fn cut(
-        self,
-        mut spec: DatasetSpec,
-        request_id: &str,
-        slices: &mpsc::Sender<(u32, Bytes)>,
-    ) -> Result<(DatasetSpec, Round), Error> {
-        if self.urls == 0 {
+    /// Enters the new lines that no earlier round has, each once.
+    fn compare(&mut self) -> Result<(), Error> {
+        let Some(compared) = self.compared.take() else { return Ok(()) };
+        for partition in compared.into_partitions() {
+            let partition = partition?;
+            let lines = pairs(&partition);
+            let mut there: HashSet<&[u8; 16]> =
+                lines.iter().filter(|(_, synset, _)| synset.is_empty()).map(|&(pair, ..)| pair).collect();
+            for (pair, synset, url) in lines.into_iter().filter(|(_, synset, _)| !synset.is_empty()) {
+                if there.insert(pair) {
+                    self.enter(NEW, synset, url)?;
+                } else {
+                    self.known += 1;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Cuts the shuffled entries into slices of `spec.slice_urls` and sends each one's number and bytes to `slices`. Completes
+    /// the classes of `spec`, and returns the round that names the slices: without any if a later round has nothing to fetch.
+    pub(crate) fn cut(mut self, spec: &mut DatasetSpec, slices: &mpsc::Sender<(u32, Bytes)>) -> Result<Round, Error> {
+        self.compare()?;
+        let (entered, begin) = (self.new_urls + self.retried.values().sum::<u64>(), self.begin);
+        let all_bad = self.bad_lines > 0 && self.new_urls + self.known + self.not_chosen == 0;
+        if all_bad || begin.round == 1 && entered == 0 {
             let mut message =
                 format!("no line of the list is good: {} bad, {} not chosen", self.bad_lines, self.not_chosen);
             self.bad_line_examples.iter().for_each(|line| message += &format!("; {line}"));
             return Err(Error::Invalid(message));
         }
-        if self.urls.div_ceil(u64::from(spec.slice_urls)) > 999_999 {
+        if u64::from(begin.first_slice) + entered.div_ceil(u64::from(spec.slice_urls)) > 999_999 {
             return Err(Error::Invalid(format!(
-                "{} URLs in slices of {}: choose larger slices",
-                self.urls, spec.slice_urls
+                "{entered} URLs in slices of {}: choose larger slices",
+                spec.slice_urls
             )));
         }
         if spec.classes.is_empty() {
-            let class = |synset: &String| Class { synset: synset.clone(), name: synset.clone() };
+            let class = |synset: &String| Class { synset: synset.clone(), name: String::new() };
             spec.classes = self.urls_per_class.keys().map(class).collect();
         }
-        for class in spec.classes.iter_mut().filter(|class| class.name.is_empty()) {
-            class.name.clone_from(&class.synset);
-        }
-        let mut cutter = Cutter { per_slice: spec.slice_urls, slices, done: Vec::new(), open: None, key: 0 };
+        let mut cutter = Cutter {
+            per_slice: spec.slice_urls,
+            first_slice: begin.first_slice,
+            slices,
+            done: Vec::new(),
+            open: None,
+            key: begin.first_key,
+        };
         for partition in self.spool.into_partitions() {
             let partition = partition?;
             let mut records = records(&partition);
-            records.sort_unstable_by_key(|&(hash, ordinal, ..)| (hash, ordinal));
-            for (_, _, synset, url) in records {
-                cutter.push(synset, url)?;
+            records.sort_unstable();
+            for (_, _, key, synset, url) in records {
+                cutter.push(key, synset, url)?;
             }
         }
         cutter.close()?;
-        let round = Round {
+        Ok(Round {
             format: 1,
             nonce: crate::store::nonce(),
-            request_id: request_id.to_owned(),
-            round: 1,
-            first_slice: 0,
+            request_id: begin.request_id,
+            round: begin.round,
+            first_slice: begin.first_slice,
             slices: cutter.done,
-            urls: self.urls,
+            first_key: begin.first_key,
+            new_urls: self.new_urls,
             urls_per_class: self.urls_per_class,
+            retried: self.retried,
             not_chosen: self.not_chosen,
+            known: self.known,
             bad_lines: self.bad_lines,
             bad_line_examples: self.bad_line_examples,
-        };
-        Ok((spec, round))
+        })
     }
 }
 
-/// The records of a partition, as [`Catalog::push`] made them: hash, ordinal, synset, URL.
-fn records(mut bytes: &[u8]) -> Vec<(u64, u64, &[u8], &[u8])> {
-    fn number<const N: usize>(bytes: &mut &[u8]) -> Option<[u8; N]> {
-        let (head, rest) = bytes.split_first_chunk::<N>()?;
-        *bytes = rest;
-        Some(*head)
-    }
-    let mut next = || {
+/// What stands for a synset and a URL when they are compared.
+fn pair(synset: &str, url: &str) -> [u8; 16] {
+    let hash = Sha256::new().chain_update(synset).chain_update([0]).chain_update(url).finalize();
+    std::array::from_fn(|i| hash[i])
+}
+
+fn number<const N: usize>(bytes: &mut &[u8]) -> Option<[u8; N]> {
+    let (head, rest) = bytes.split_first_chunk::<N>()?;
+    *bytes = rest;
+    Some(*head)
+}
+
+/// A synset and a URL behind their lengths.
+fn line<'a>(bytes: &mut &'a [u8]) -> Option<(&'a [u8], &'a [u8])> {
+    let synset = u32::from_le_bytes(number(bytes)?) as usize;
+    let url = u32::from_le_bytes(number(bytes)?) as usize;
+    let (text, rest) = bytes.split_at_checked(synset + url)?;
+    *bytes = rest;
+    Some(text.split_at(synset))
+}
+
+/// What [`Catalog::push`] and [`Catalog::earlier`] made; those of earlier rounds without synset and URL.
+fn pairs(mut bytes: &[u8]) -> Vec<(&[u8; 16], &[u8], &[u8])> {
+    let next = || {
+        let (pair, rest) = bytes.split_first_chunk()?;
+        bytes = rest;
+        let (synset, url) = line(&mut bytes)?;
+        Some((pair, synset, url))
+    };
+    std::iter::from_fn(next).collect()
+}
+
+type Record<'a> = (u64, u64, u64, &'a [u8], &'a [u8]);
+
+/// The records of a partition, as [`Catalog::enter`] made them: hash, ordinal, key, synset, URL.
+fn records(mut bytes: &[u8]) -> Vec<Record<'_>> {
+    let next = || {
         let hash = u64::from_be_bytes(number(&mut bytes)?);
         let ordinal = u64::from_le_bytes(number(&mut bytes)?);
-        let synset = u32::from_le_bytes(number(&mut bytes)?) as usize;
-        let url = u32::from_le_bytes(number(&mut bytes)?) as usize;
-        let (text, rest) = bytes.split_at_checked(synset + url)?;
-        bytes = rest;
-        let (synset, url) = text.split_at(synset);
-        Some((hash, ordinal, synset, url))
+        let key = u64::from_le_bytes(number(&mut bytes)?);
+        let (synset, url) = line(&mut bytes)?;
+        Some((hash, ordinal, key, synset, url))
     };
-    std::iter::from_fn(&mut next).collect()
+    std::iter::from_fn(next).collect()
 }
 
 /// Writes `KEY<TAB>synset<TAB>url` lines into one slice after the other.
 struct Cutter<'a> {
     per_slice: u32,
+    first_slice: u32,
     slices: &'a mpsc::Sender<(u32, Bytes)>,
     done: Vec<Slice>,
     open: Option<(zstd::Encoder<'static, Vec<u8>>, u32)>,
+    /// Of the next new URL.
     key: u64,
 }
 
 impl Cutter<'_> {
-    fn push(&mut self, synset: &[u8], url: &[u8]) -> Result<(), Error> {
+    fn push(&mut self, key: u64, synset: &[u8], url: &[u8]) -> Result<(), Error> {
+        let key = match key {
+            NEW => {
+                self.key += 1;
+                self.key - 1
+            }
+            given => given,
+        };
         let (encoder, urls) = match &mut self.open {
             Some(open) => open,
             None => self.open.insert((zstd::Encoder::new(Vec::new(), 3)?, 0)),
         };
-        write!(encoder, "{}\t", self.key)?;
+        write!(encoder, "{key}\t")?;
         encoder.write_all(synset)?;
         encoder.write_all(b"\t")?;
         encoder.write_all(url)?;
         encoder.write_all(b"\n")?;
-        self.key += 1;
         *urls += 1;
         if *urls == self.per_slice { self.close() } else { Ok(()) }
     }
@@ -242,7 +374,7 @@ impl Cutter<'_> {
     fn close(&mut self) -> Result<(), Error> {
         let Some((encoder, urls)) = self.open.take() else { return Ok(()) };
         let bytes = Bytes::from(encoder.finish()?);
-        let number = self.done.len() as u32;
+        let number = self.first_slice + self.done.len() as u32;
         self.done.push(Slice { urls, sha256: proto::shard::sha256_hex(&bytes) });
         self.slices
             .blocking_send((number, bytes))
@@ -253,24 +385,59 @@ impl Cutter<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proto::pb::ListFormat;
     use std::io::Cursor;
 
-    fn cut(list: &str, spec: DatasetSpec) -> Result<(DatasetSpec, Round, Vec<String>), Error> {
-        let options = ListOptions { format: ListFormat::Auto, synset_column: String::new(), url_column: String::new() };
-        let mut catalog = Catalog::new(&spec, None);
-        catalog.read("list", Cursor::new(list.to_owned()), &options)?;
+    fn options() -> ListOptions {
+        ListOptions::default()
+    }
+
+    /// The lines of all slices in order.
+    fn lines(catalog: Catalog, spec: &mut DatasetSpec) -> Result<(Round, Vec<String>), Error> {
         let (sender, mut receiver) = mpsc::channel(1000);
-        let (spec, round) = catalog.cut(spec, "r", &sender)?;
+        let round = catalog.cut(spec, &sender)?;
         drop(sender);
         let mut lines = Vec::new();
         while let Some((number, bytes)) = receiver.blocking_recv() {
             let text = zstd::decode_all(&bytes[..]).expect("own output");
             let text = String::from_utf8(text).expect("own output");
-            assert_eq!(text.lines().count(), round.slices[number as usize].urls as usize);
+            assert_eq!(text.lines().count(), round.slices[(number - round.first_slice) as usize].urls as usize);
             lines.extend(text.lines().map(str::to_owned));
         }
+        Ok((round, lines))
+    }
+
+    fn cut(list: &str, mut spec: DatasetSpec) -> Result<(DatasetSpec, Round, Vec<String>), Error> {
+        let mut catalog = Catalog::new(&spec, Begin::first("r"), None);
+        catalog.read("list", Cursor::new(list.to_owned()), &options())?;
+        let (round, lines) = lines(catalog, &mut spec)?;
         Ok((spec, round, lines))
+    }
+
+    #[test]
+    fn a_later_round_holds_what_is_tried_again_under_its_key_and_new_lines_under_the_next_ones() {
+        let classes = vec![Class { synset: "n1".into(), name: "dog".into() }];
+        let mut spec = DatasetSpec { classes, ..DatasetSpec::default() };
+        let begin = Begin { round: 2, first_slice: 7, first_key: 100, request_id: "r2".into() };
+        let mut catalog = Catalog::new(&spec, begin.clone(), None);
+        for url in ["http://a", "http://b"] {
+            catalog.earlier("n1", url).expect("in memory");
+        }
+        catalog.retry(41, "n1", "http://b", "timeout").expect("in memory");
+        let list = "n1\thttp://c\nn1\thttp://a\nn2\thttp://a\nn1\thttp://c\nn1\thttp://d\nbad\n";
+        catalog.read("list", Cursor::new(list), &options()).expect("reads");
+        let (round, mut slices) = lines(catalog, &mut spec).expect("cuts");
+        slices.sort();
+        let keys: Vec<&str> = slices.iter().filter_map(|line| line.split('\t').next()).collect();
+        assert_eq!(keys, ["100", "101", "41"]);
+        assert_eq!(slices[2], "41\tn1\thttp://b");
+        assert_eq!(
+            (round.first_slice, round.new_urls, round.known, round.not_chosen, round.bad_lines),
+            (7, 2, 2, 1, 1)
+        );
+        assert_eq!((round.urls(), round.retried), (3, BTreeMap::from([("timeout".to_owned(), 1)])));
+
+        let nothing = lines(Catalog::new(&spec, begin, None), &mut spec).expect("no error");
+        assert_eq!((nothing.0.urls(), nothing.1.len()), (0, 0));
     }
 
     #[test]
@@ -279,7 +446,7 @@ mod tests {
         let spec = DatasetSpec { slice_urls: 1000, seed: 7, ..DatasetSpec::default() };
         let (resolved, round, lines) = cut(&list, spec.clone()).expect("a good list");
         assert_eq!(round.slices.iter().map(|s| s.urls).collect::<Vec<_>>(), [1000, 1000, 500]);
-        assert_eq!((round.urls, round.urls_per_class["n1"]), (2500, 833));
+        assert_eq!((round.urls(), round.urls_per_class["n1"]), (2500, 833));
         assert_eq!(resolved.classes.iter().map(|c| c.synset.as_str()).collect::<Vec<_>>(), ["n0", "n1", "n2"]);
         let mut urls: Vec<&str> = Vec::new();
         for (key, line) in lines.iter().enumerate() {
@@ -302,9 +469,9 @@ mod tests {
             vec![Class { synset: "n2".into(), name: "dog".into() }, Class { synset: "n1".into(), name: String::new() }];
         let spec = DatasetSpec { classes, ..DatasetSpec::default() };
         let (spec, round, lines) = cut("n1\thttp://a\nn2\thttp://b\nn3\thttp://c\nbad\n", spec).expect("a good list");
-        assert_eq!((round.urls, round.not_chosen, round.bad_lines, lines.len()), (2, 1, 1, 2));
+        assert_eq!((round.urls(), round.not_chosen, round.bad_lines, lines.len()), (2, 1, 1, 2));
         assert_eq!(round.bad_line_examples, ["list:4: no tab between synset and URL"]);
-        assert_eq!(spec.classes.iter().map(|c| c.name.as_str()).collect::<Vec<_>>(), ["dog", "n1"]);
+        assert_eq!(spec.classes.iter().map(|c| c.name.as_str()).collect::<Vec<_>>(), ["dog", ""]);
         let none = DatasetSpec { classes: vec![Class { synset: "x".into(), name: "x".into() }], ..spec };
         assert!(matches!(cut("n1\thttp://a\n", none), Err(Error::Invalid(_))));
     }

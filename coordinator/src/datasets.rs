@@ -1,4 +1,5 @@
-//! The datasets: what is known of each, and the work on them, by subject: `recover`, `lease`, `seal`, `remove`.
+//! The datasets: what is known of each, and the work on them, by subject: `recover`, `lease`, `rounds`, `seal`,
+//! `remove`, `wanted`.
 //!
 //! The state is behind one lock that is never held over an await. All of it comes from the store: [`Datasets::recover`]
 //! rebuilds it by listing.
@@ -6,7 +7,11 @@
 mod lease;
 mod recover;
 mod remove;
+mod rounds;
 mod seal;
+mod wanted;
+
+pub(crate) use self::rounds::{Again, gather, put_slices};
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
@@ -14,11 +19,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use proto::manifest::Manifest;
-use proto::{DatasetSpec, ShardIndex, keys};
+use proto::{DatasetSpec, ShardIndex, Split, keys};
 use tokio::sync::{Notify, OwnedMutexGuard, Semaphore};
 use tracing::info;
 
 use crate::catalog::Round;
+use crate::datasets::wanted::Wanted;
 use crate::error::Error;
 use crate::ledger::{Counts, Ledger, Now};
 use crate::store::{Created, Store};
@@ -58,10 +64,14 @@ pub(crate) struct Dataset {
     pub(crate) spec: Arc<DatasetSpec>,
     pub(crate) spec_json: String,
     pub(crate) rounds: Arc<Vec<Round>>,
-    /// URLs by outcome, of the committed shards.
-    pub(crate) outcomes: BTreeMap<String, u64>,
+    /// URLs by outcome, of the committed shards; one that was fetched in two rounds has two.
+    outcomes: BTreeMap<String, u64>,
     /// The same of the leased ones, as far as workers have told.
     progress: BTreeMap<u32, BTreeMap<String, u64>>,
+    /// With `per_class` in the spec.
+    wanted: Option<Wanted>,
+    /// The latest one.
+    pub(crate) manifest: Option<Arc<Manifest>>,
     pub(crate) stage: Stage,
     /// Grows with each change.
     pub(crate) revision: u64,
@@ -74,28 +84,40 @@ pub(crate) enum Stage {
     Fetching,
     /// The manifest is being made.
     Sealing,
-    /// A manifest names all.
-    Ready(Arc<Manifest>),
-    /// The manifest cannot be made.
+    /// The latest manifest names all.
+    Ready,
+    /// There is nothing to train on, or the manifest cannot be made.
     Failed(String),
 }
 
 impl Dataset {
     pub(crate) fn urls(&self) -> u64 {
-        self.rounds.iter().map(|round| round.urls).sum()
+        self.rounds.iter().map(|round| round.new_urls).sum()
     }
 
     pub(crate) fn shards(&self) -> Vec<u32> {
-        self.rounds.iter().flat_map(|round| (round.first_slice..).take(round.slices.len())).collect()
+        self.rounds.iter().flat_map(Round::shards).collect()
     }
 
-    /// URLs by outcome, the workers' progress included.
+    /// URLs by their latest outcome, the workers' progress included. One that a later round fetches again has none until it has
+    /// been fetched.
     pub(crate) fn outcomes_so_far(&self) -> BTreeMap<String, u64> {
         let mut all = self.outcomes.clone();
         for (outcome, urls) in self.progress.values().flatten() {
             *all.entry(outcome.clone()).or_default() += urls;
         }
+        for (outcome, urls) in self.rounds.iter().flat_map(|round| &round.retried) {
+            if let Some(had) = all.get_mut(outcome) {
+                *had = had.saturating_sub(*urls);
+            }
+        }
+        all.retain(|_, urls| *urls > 0);
         all
+    }
+
+    /// The latest manifest, if there is anything to train on in it.
+    pub(crate) fn trainable(&self) -> Option<&Arc<Manifest>> {
+        self.manifest.as_ref().filter(|manifest| manifest.samples(Split::Train) > 0)
     }
 
     pub(crate) fn urls_per_class(&self) -> BTreeMap<String, u64> {
@@ -214,10 +236,14 @@ impl Datasets {
         self.state().live.get(id).map(|dataset| dataset.revision)
     }
 
-    /// The dataset that a request created.
-    pub(crate) fn by_request(&self, request_id: &str) -> Option<Dataset> {
-        let by = |dataset: &&Dataset| dataset.rounds.first().is_some_and(|round| round.request_id == request_id);
-        self.state().live.values().find(by).cloned()
+    /// The dataset and the round that a request made.
+    pub(crate) fn by_request(&self, request_id: &str) -> Option<(Arc<str>, Round)> {
+        let state = self.state();
+        let round = |dataset: &Dataset| {
+            let round = dataset.rounds.iter().find(|round| round.request_id == request_id)?;
+            Some((Arc::clone(&dataset.id), round.clone()))
+        };
+        state.live.values().find_map(round)
     }
 
     /// Worker, its leases, and since when nothing was heard of it.
@@ -238,6 +264,7 @@ impl Dataset {
     fn new(id: &str, spec: DatasetSpec, rounds: Vec<Round>) -> anyhow::Result<Self> {
         let name = id.rsplit_once('-').map(|(name, _)| name.to_owned());
         let name = name.ok_or_else(|| anyhow::anyhow!("{id:?} is not <name>-<uid>"))?;
+        let wanted = (spec.per_class > 0).then(|| Wanted::new(spec.per_class, spec.classes.len()));
         Ok(Self {
             id: id.into(),
             name,
@@ -246,14 +273,48 @@ impl Dataset {
             rounds: rounds.into(),
             outcomes: BTreeMap::new(),
             progress: BTreeMap::new(),
+            wanted,
+            manifest: None,
             stage: Stage::Fetching,
             revision: 0,
         })
     }
 
+    /// Takes note of what a worker has made of a shard so far: URLs by outcome, samples by label.
+    fn progressed(&mut self, shard: u32, outcomes: BTreeMap<String, u64>, kept: &HashMap<u32, u64>) {
+        self.progress.insert(shard, outcomes);
+        if let Some(wanted) = &mut self.wanted {
+            wanted.progressed(shard, kept);
+        }
+        self.revision += 1;
+    }
+
+    /// Forgets what was made of a shard.
+    fn dropped(&mut self, shard: u32) {
+        self.progress.remove(&shard);
+        if let Some(wanted) = &mut self.wanted {
+            wanted.dropped(shard);
+        }
+        self.revision += 1;
+    }
+
+    /// Takes note of the latest manifest.
+    fn sealed(&mut self, manifest: Arc<Manifest>) {
+        if let Some(wanted) = &mut self.wanted {
+            wanted.sealed(&manifest);
+        }
+        self.manifest = Some(manifest);
+        self.revision += 1;
+    }
+
     /// Counts a committed shard.
     fn count(&mut self, index: &ShardIndex) {
-        self.progress.remove(&index.shard);
+        self.dropped(index.shard);
+        let named = self.manifest.as_ref().map_or(0, |manifest| manifest.rounds as usize);
+        let later = self.rounds.iter().skip(named).any(|round| round.shards().any(|shard| shard == index.shard));
+        if let Some(wanted) = self.wanted.as_mut().filter(|_| later) {
+            wanted.committed(index);
+        }
         for (outcome, urls) in &index.outcomes {
             *self.outcomes.entry(outcome.clone()).or_default() += urls;
         }

@@ -83,11 +83,15 @@ impl Ledger {
         self.lease
     }
 
-    /// Adds a dataset's uncommitted shards. `fresh`: it was created in this term, so nobody of an older one can hold a lease.
+    /// Adds uncommitted shards of a dataset: all of a new one, or those of another round. `fresh`: it was created in this term, so nobody of an older one can hold a lease.
     pub(crate) fn add(&mut self, now: Now, dataset: &Arc<str>, shards: impl IntoIterator<Item = u32>, fresh: bool) {
         let state = if fresh { State::Pending { from: now } } else { State::Unknown { until: now + self.lease } };
         let open = Open { failures: 0, attempt: None, state };
-        self.datasets.push((Arc::clone(dataset), shards.into_iter().map(|shard| (shard, open.clone())).collect()));
+        let shards = shards.into_iter().map(|shard| (shard, open.clone()));
+        match self.datasets.iter_mut().find(|(name, _)| name == dataset) {
+            Some((_, there)) => there.extend(shards),
+            None => self.datasets.push((Arc::clone(dataset), shards.collect())),
+        }
     }
 
     /// Forgets a dataset and all its leases.

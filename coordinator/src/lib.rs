@@ -6,7 +6,8 @@
 //!
 //! - `catalog`, `list`, `spool`: lists of URLs become shuffled slices, in bounded memory;
 //! - `ledger` (pure): who may make which shard until when;
-//! - `datasets`, `manifest`: the state of all datasets, and their sealing;
+//! - `datasets`, `manifest`, `history`: the state of all datasets, their sealing, and what became of each URL;
+//! - `duplicates`, `near` (pure): which samples do not count;
 //! - `roster` (pure), `runs`: which rank runs where, and each run's history;
 //! - `service`: the gRPC face of all that;
 //! - [`metrics`]: what is measured of all that;
@@ -14,11 +15,14 @@
 
 mod catalog;
 mod datasets;
+mod duplicates;
 mod error;
+mod history;
 mod ledger;
 mod list;
 mod manifest;
 pub mod metrics;
+mod near;
 mod roster;
 mod runs;
 mod service;

@@ -1,12 +1,26 @@
-//! Parses URL lists: lines of several formats, plain or compressed, as a stream in bounded memory.
+//! Parses URL lists: lines of several formats, plain or compressed, as a stream in bounded memory. Parquet, which is read from
+//! its end, goes through a temporary file.
+//!
+//! Formats with named columns need two of them. Unless they are named by the caller, the usual names are looked for ([`SYNSETS`],
+//! [`URLS`]), whatever their case and punctuation: `image_url`, `ImageURL` and `image-url` are one.
+
+mod columns;
 
 use std::cell::Cell;
 use std::io::{self, BufRead, BufReader, Cursor, Read};
+use std::path::PathBuf;
 use std::rc::Rc;
 
 use proto::pb::ListFormat;
 
 use crate::error::Error;
+
+/// Columns that hold the class, the most telling first. `LabelName` is Open Images'.
+const SYNSETS: &[&str] =
+    &["synset", "wnid", "synsetid", "labelname", "class", "classid", "label", "labelid", "category", "target"];
+
+/// Columns that hold the URL. `OriginalURL` is Open Images'; `Thumbnail300KURL` beside it is not wanted.
+const URLS: &[&str] = &["url", "imageurl", "imgurl", "originalurl", "photoimageurl", "imagelink", "link", "uri", "src"];
 
 /// A line of more bytes than this is bad.
 const LONGEST_LINE: usize = 64 << 10;
@@ -15,13 +29,15 @@ const LONGEST_LINE: usize = 64 << 10;
 const LONGEST_RECORD: usize = 4 << 20;
 
 /// How the lines of a list are to be read.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct ListOptions {
     pub(crate) format: ListFormat,
-    /// Name of the column, if there is a header.
+    /// Name of the column, in formats that have any; empty: one of the usual names.
     pub(crate) synset_column: String,
     /// Likewise.
     pub(crate) url_column: String,
+    /// For temporary files; None: the system's folder.
+    pub(crate) folder: Option<PathBuf>,
 }
 
 /// One line: synset and URL, or what is wrong with it.
@@ -43,6 +59,9 @@ pub(crate) fn read(name: &str, source: impl Read, options: &ListOptions, each: E
     if source.fill_buf().map_err(broken)?.starts_with(b"\xef\xbb\xbf") {
         source.consume(3);
     }
+    if options.format == ListFormat::Parquet || source.fill_buf().map_err(broken)?.starts_with(b"PAR1") {
+        return columns::parquet(name, source, options, each);
+    }
     // The lines up to the first that says something are read ahead, to tell the format by it.
     let (mut head, mut first) = (Vec::new(), Vec::new());
     while head.len() < 16 * LONGEST_LINE && is_nothing(&first) {
@@ -61,19 +80,45 @@ pub(crate) fn read(name: &str, source: impl Read, options: &ListOptions, each: E
     match format {
         ListFormat::Csv => with_header(name, source, b',', options, each),
         ListFormat::Tsv => with_header(name, source, b'\t', options, each),
-        ListFormat::WnidIdUrl => lines(name, source, true, each),
-        ListFormat::SynsetUrl | ListFormat::Auto => lines(name, source, false, each),
+        ListFormat::Jsonl => {
+            let mut at = None;
+            lines(name, source, each, |line| columns::json_line(line, options, &mut at))
+        }
+        ListFormat::WnidIdUrl => lines(name, source, each, |line| pair(line, true)),
+        ListFormat::SynsetUrl | ListFormat::Auto | ListFormat::Parquet => {
+            lines(name, source, each, |line| pair(line, false))
+        }
     }
 }
 
-impl ListOptions {
-    fn synset_column(&self) -> &str {
-        if self.synset_column.is_empty() { "synset" } else { &self.synset_column }
+/// The places of the synset's and the URL's column among `there`; what is missing is said by the name that was wanted.
+fn find_columns<'a>(
+    there: impl Iterator<Item = &'a str> + Clone,
+    options: &ListOptions,
+) -> Result<(usize, usize), &'static str> {
+    let plain = |name: &str| -> String {
+        name.chars().filter(char::is_ascii_alphanumeric).map(|c| c.to_ascii_lowercase()).collect()
+    };
+    let find = |given: &str, usual: &[&str]| match given {
+        "" => usual.iter().find_map(|usual| there.clone().position(|column| plain(column) == *usual)),
+        given => there.clone().position(|column| column == given),
+    };
+    match (find(&options.synset_column, SYNSETS), find(&options.url_column, URLS)) {
+        (Some(synset), Some(url)) => Ok((synset, url)),
+        (None, _) => Err("class"),
+        (_, None) => Err("URL"),
     }
+}
 
-    fn url_column(&self) -> &str {
-        if self.url_column.is_empty() { "url" } else { &self.url_column }
-    }
+/// That a column is not there, which are, and what to do.
+fn no_column<'a>(name: &str, what: &str, there: impl Iterator<Item = &'a str>, options: &ListOptions) -> Error {
+    let (given, flag) = match what {
+        "class" => (&options.synset_column, "--synset-column"),
+        _ => (&options.url_column, "--url-column"),
+    };
+    let wanted = if given.is_empty() { format!("for the {what}") } else { format!("{given:?}") };
+    let there: Vec<&str> = there.collect();
+    Error::Invalid(format!("{name}: no column {wanted}; it has {}. Name the right one with {flag}", there.join(", ")))
 }
 
 fn unreadable(name: &str, error: &io::Error) -> Error {
@@ -127,9 +172,12 @@ fn is_nothing(line: &[u8]) -> bool {
 
 fn detect(name: &str, first: &str, options: &ListOptions) -> ListFormat {
     let header = |delimiter| {
-        let has = |column: &str| first.split(delimiter).any(|field| field.trim().trim_matches('"') == column);
-        has(options.synset_column()) && has(options.url_column())
+        let fields = first.split(delimiter).map(|field: &str| field.trim().trim_matches('"'));
+        find_columns(fields, options).is_ok()
     };
+    if first.trim_start().starts_with('{') {
+        return ListFormat::Jsonl;
+    }
     if header('\t') {
         return ListFormat::Tsv;
     }
@@ -150,7 +198,12 @@ fn detect(name: &str, first: &str, options: &ListOptions) -> ListFormat {
     }
 }
 
-fn lines(name: &str, mut source: impl BufRead, with_id: bool, each: Each<'_>) -> Result<(), Error> {
+fn lines(
+    name: &str,
+    mut source: impl BufRead,
+    each: Each<'_>,
+    mut parse: impl FnMut(&str) -> Result<(String, String), String>,
+) -> Result<(), Error> {
     let mut line = Vec::new();
     for number in 1.. {
         line.clear();
@@ -158,23 +211,31 @@ fn lines(name: &str, mut source: impl BufRead, with_id: bool, each: Each<'_>) ->
             break;
         }
         if !is_nothing(&line) {
-            each(number, parse_line(&line, with_id))?;
+            let parsed = text(&line).and_then(&mut parse);
+            match &parsed {
+                Ok((synset, url)) => each(number, entry(synset, url))?,
+                Err(what) => each(number, Err(what.clone()))?,
+            }
         }
     }
     Ok(())
 }
 
-fn parse_line(line: &[u8], with_id: bool) -> Line<'_> {
+fn text(line: &[u8]) -> Result<&str, String> {
     if line.len() > LONGEST_LINE {
         return Err(format!("longer than {LONGEST_LINE} bytes"));
     }
-    let line = std::str::from_utf8(line).map_err(|_| "not UTF-8".to_owned())?;
+    std::str::from_utf8(line).map_err(|_| "not UTF-8".to_owned())
+}
+
+/// `synset<TAB>url`, or `synset_id<TAB>url`.
+fn pair(line: &str, with_id: bool) -> Result<(String, String), String> {
     let (synset, url) = line.split_once('\t').ok_or("no tab between synset and URL")?;
     let synset = match with_id {
         true => synset.trim().rsplit_once('_').ok_or_else(|| format!("{synset:?} is not <synset>_<id>"))?.0,
         false => synset,
     };
-    entry(synset, url)
+    Ok((synset.to_owned(), url.to_owned()))
 }
 
 fn entry<'a>(synset: &'a str, url: &'a str) -> Line<'a> {
@@ -210,13 +271,9 @@ fn with_header(
         kind => Error::Invalid(format!("{name}: {kind:?}")),
     };
     let header = reader.byte_headers().map_err(broken)?;
-    let column = |wanted: &str| {
-        header.iter().position(|field| field.trim_ascii() == wanted.as_bytes()).ok_or_else(|| {
-            let there: Vec<_> = header.iter().map(String::from_utf8_lossy).collect();
-            Error::Invalid(format!("{name}: no column {wanted:?} in the header; it has {}", there.join(", ")))
-        })
-    };
-    let (synset, url) = (column(options.synset_column())?, column(options.url_column())?);
+    let header: Vec<String> = header.iter().map(|field| String::from_utf8_lossy(field).trim().to_owned()).collect();
+    let there = header.iter().map(String::as_str);
+    let (synset, url) = find_columns(there.clone(), options).map_err(|what| no_column(name, what, there, options))?;
     let mut record = csv::ByteRecord::new();
     loop {
         budget.set(LONGEST_RECORD);
@@ -263,7 +320,7 @@ mod tests {
     use std::io::Write;
 
     fn auto() -> ListOptions {
-        ListOptions { format: ListFormat::Auto, synset_column: String::new(), url_column: String::new() }
+        ListOptions::default()
     }
 
     /// The entries as `synset url`, bad lines as `number: what`.
@@ -287,6 +344,8 @@ mod tests {
             "n1_77\thttp://a/x,y\nn2_8\tftp://b\n",
             "id,url,synset\n1,\"http://a/x,y\",n1\n# no\n2,ftp://b,n2\n",
             "\u{feff}synset\turl\nn1\thttp://a/x,y\nn2\tftp://b\n",
+            "ImageID,OriginalURL,LabelName,Confidence\n1,\"http://a/x,y\",n1,1\n2,ftp://b,n2,0.8\n",
+            "{\"image_url\": \"http://a/x,y\", \"label\": \"n1\"}\n\n{\"label\": \"n2\", \"image_url\": \"ftp://b\"}\n",
         ] {
             assert_eq!(all("l", list.as_bytes(), &auto()).expect("reads"), expected, "{list}");
         }
@@ -328,9 +387,16 @@ mod tests {
 
     #[test]
     fn a_missing_column_and_an_endless_quote_are_refused() {
-        let csv = ListOptions { format: ListFormat::Csv, synset_column: "class".into(), url_column: "u".into() };
+        let csv = ListOptions {
+            format: ListFormat::Csv,
+            synset_column: "class".into(),
+            url_column: "u".into(),
+            folder: None,
+        };
         let error = all("l.csv", b"url,synset\n", &csv).expect_err("no such column").to_string();
-        assert!(error.contains("\"class\"") && error.contains("url, synset"), "{error}");
+        assert!(error.contains("\"class\"") && error.contains("url, synset. Name"), "{error}");
+        let error = all("l.csv", b"photo,synset\n", &auto()).expect_err("no URL's column").to_string();
+        assert!(error.contains("for the URL") && error.contains("--url-column"), "{error}");
         let endless = format!("class,u\nn1,\"{}", "x".repeat(2 * LONGEST_RECORD));
         let error = all("l.csv", endless.as_bytes(), &csv).expect_err("too long").to_string();
         assert!(error.contains("quote"), "{error}");

@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use object_store::path::Path;
-use object_store::{Error as Cause, ObjectStore, ObjectStoreExt, PutMode, PutOptions};
+use object_store::{Error as Cause, GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutOptions};
 use tracing::warn;
 
 /// Tries of one operation; with the pauses between them about 12 seconds, beside the client's own retries.
@@ -85,14 +85,16 @@ impl Store {
         })
     }
 
-    /// The object as a stream of its bytes.
+    /// The object, or a range of it, as a stream of its bytes.
     pub(crate) async fn stream(
         &self,
         key: &str,
+        range: Option<GetRange>,
     ) -> Result<Option<futures::stream::BoxStream<'static, Result<Bytes, Cause>>>, StoreError> {
         let path = Path::from(key);
         retry("get", key, || async {
-            match self.0.get(&path).await {
+            let options = GetOptions { range: range.clone(), ..GetOptions::default() };
+            match self.0.get_opts(&path, options).await {
                 Ok(found) => Ok(Some(found.into_stream())),
                 Err(Cause::NotFound { .. }) => Ok(None),
                 Err(error) => Err(error),
@@ -124,6 +126,14 @@ impl Store {
             }
         })
         .await
+    }
+
+    /// Put-if-absent of bytes that are the same whoever writes them. False: other bytes are there.
+    pub(crate) async fn create_same(&self, key: &str, bytes: Bytes) -> Result<bool, StoreError> {
+        Ok(match self.create(key, bytes.clone(), &nonce()).await? {
+            Created::Won => true,
+            Created::Lost(found) => found == bytes,
+        })
     }
 
     /// Keys under a folder, at any depth, in order.

@@ -234,6 +234,11 @@ async fn lists_in_the_own_store_are_read_after_the_streamed_ones() {
         async move { client.create_dataset(stream).await }
     };
     assert_eq!(create("birds", "lists/birds.tsv.zst").await.expect("a good list").into_inner().urls, 128);
+    for (name, pattern) in [("cats", "lists/"), ("cows", "l?sts/*.tsv.zst")] {
+        assert_eq!(create(name, pattern).await.expect("it matches").into_inner().urls, 128);
+    }
+    let none = create("dogs", "lists/*.gz").await.expect_err("nothing matches");
+    assert_eq!(none.code(), Code::InvalidArgument);
     let missing = create("dogs", "lists/dogs").await.expect_err("no such object");
     assert_eq!(missing.code(), Code::InvalidArgument);
     assert!(missing.message().contains("lists/dogs"), "{}", missing.message());

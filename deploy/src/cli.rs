@@ -101,10 +101,14 @@ mod tests {
     fn the_flags_are_these_and_no_more() {
         Cli::command().debug_assert();
         #[rustfmt::skip]
-        let expected: [(&[&str], &str); 20] = [
+        let expected: [(&[&str], &str); 24] = [
             (&["local"], "store listen workers ranks allow-net exit-with-stdin"),
-            (&["dataset", "create"], "urls synsets url-template store-key format synset-column url-column size quality \
-                validation test seed slice-urls min-bytes spec set wait timeout"),
+            (&["dataset", "create"], "urls store-key format synset-column url-column synsets url-template class-names \
+                size quality validation test seed slice-urls per-class min-bytes spec set wait timeout"),
+            (&["dataset", "refresh"], "urls store-key format synset-column url-column wait timeout"),
+            (&["dataset", "outcomes"], "store outcome synset limit version"),
+            (&["dataset", "diff"], "store"),
+            (&["dataset", "export"], "store to as split version"),
             (&["dataset", "list"], ""),
             (&["dataset", "describe"], ""),
             (&["dataset", "watch"], ""),

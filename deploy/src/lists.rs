@@ -193,15 +193,17 @@ async fn get(client: &reqwest::Client, url: &str) -> Result<reqwest::Response> {
     }
 }
 
-/// The classes of a synsets file: `synset`, white space, and a name for people, which may be missing. Empty lines and those
-/// that begin with `#` are left out.
-pub(crate) fn parse_synsets(text: &str) -> Result<Vec<Class>> {
+/// The classes of a file that `flag` names: `synset`, white space or a comma, and a name for people, which may be missing. Empty
+/// lines and those that begin with `#` are left out, and so is the header of Open Images' class descriptions.
+pub(crate) fn parse_synsets(flag: &str, text: &str) -> Result<Vec<Class>> {
     let mut classes = Vec::new();
-    for line in text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')) {
-        let (synset, name) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
-        classes.push(Class { synset: synset.to_owned(), name: name.trim().to_owned() });
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    for line in lines.filter(|line| *line != "LabelName,DisplayName") {
+        let (synset, name) = line.split_once(|c: char| c == ',' || c.is_whitespace()).unwrap_or((line, ""));
+        let name = name.trim().trim_matches('"').trim();
+        classes.push(Class { synset: synset.to_owned(), name: name.to_owned() });
     }
-    ensure!(!classes.is_empty(), Ended::usage("--synsets: the file names no synset"));
+    ensure!(!classes.is_empty(), Ended::usage(format!("{flag}: the file names no synset")));
     Ok(classes)
 }
 
@@ -212,18 +214,24 @@ mod tests {
 
     #[test]
     fn synset_files_have_names_comments_and_blank_lines() {
+        let parse_synsets = |text| parse_synsets("--synsets", text);
         let classes = parse_synsets("# ours\nn02084071\tdog, domestic dog\n\n  n02121620 cat\r\nn1\n").expect("three");
         let pairs: Vec<(&str, &str)> =
             classes.iter().map(|class| (class.synset.as_str(), class.name.as_str())).collect();
         assert_eq!(pairs, [("n02084071", "dog, domestic dog"), ("n02121620", "cat"), ("n1", "")]);
         assert!(parse_synsets("# none\n").is_err());
+        let described =
+            parse_synsets("LabelName,DisplayName\n/m/011k07,Tortoise\n/m/011q46kg,\"Container, box\"\n").expect("two");
+        let pairs: Vec<(&str, &str)> =
+            described.iter().map(|class| (class.synset.as_str(), class.name.as_str())).collect();
+        assert_eq!(pairs, [("/m/011k07", "Tortoise"), ("/m/011q46kg", "Container, box")]);
     }
 
     #[test]
     fn sources_that_cannot_be_meant_are_refused_before_anything_starts() {
         assert_eq!(Source::parse("-").expect("standard input"), Source::Stdin);
         assert!(Source::parse("/no/such/file").is_err() && Source::parse("/").is_err());
-        let classes = parse_synsets("n1").expect("one");
+        let classes = parse_synsets("--synsets", "n1").expect("one");
         assert!(Source::template("http://x/?wnid={synset}", &classes).is_ok());
         assert!(Source::template("http://x/", &classes).is_err() && Source::template("http://{synset}", &[]).is_err());
     }
@@ -272,7 +280,7 @@ mod tests {
     async fn a_template_is_asked_for_each_synset_and_its_lines_are_labelled() {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let address = serve(&[("http://a/1\r\n\r\nhttp://a/2", 24)]).await;
-        let classes = parse_synsets("n1 one").expect("one");
+        let classes = parse_synsets("--synsets", "n1 one").expect("one");
         let source = Source::template(&format!("{address}/?wnid={{synset}}"), &classes).expect("a template");
         let (result, text) = sent(&source).await;
         assert!(result.is_ok() && text.ends_with("]n1\thttp://a/1\nn1\thttp://a/2\n"), "{result:?} {text}");

@@ -30,12 +30,24 @@ pub(crate) fn open_metered(location: &str) -> Result<Arc<dyn ObjectStore>> {
 /// # Errors
 /// If the URL's scheme is none of these, or the store cannot be opened with what the environment says.
 pub(crate) fn open(location: &str) -> Result<Arc<dyn ObjectStore>> {
+    open_with(location, true)
+}
+
+/// Likewise, for what can be written again: a folder is written without fsync.
+///
+/// # Errors
+/// As [`open`].
+pub(crate) fn open_scratch(location: &str) -> Result<Arc<dyn ObjectStore>> {
+    open_with(location, false)
+}
+
+fn open_with(location: &str, fsync: bool) -> Result<Arc<dyn ObjectStore>> {
     if let Some(folder) = folder(location)? {
         std::fs::create_dir_all(&folder)
             .with_context(|| format!("cannot make the store's folder {}", folder.display()))?;
         let store = LocalFileSystem::new_with_prefix(&folder)
             .with_context(|| format!("cannot open the store's folder {}", folder.display()))?;
-        return Ok(Arc::new(store.with_fsync(true)));
+        return Ok(Arc::new(store.with_fsync(fsync)));
     }
     let url = Url::parse(location).map_err(|e| Ended::usage(format!("--store {location}: {e}")))?;
     let variables = match url.scheme() {

@@ -25,6 +25,11 @@ pub struct DatasetSpec {
     pub splits: Splits,
     /// What is refused, and how long is waited.
     pub limits: Limits,
+    /// Which pictures are taken for the same one.
+    pub duplicates: Duplicates,
+    /// Samples of a class, all splits together, after which no more of it is fetched; the manifest keeps the first so many by
+    /// key. 0: all that there are.
+    pub per_class: u32,
     /// URLs in one slice; a slice becomes one shard.
     pub slice_urls: u32,
     /// Seed of the shuffle that deals URLs to slices.
@@ -86,6 +91,17 @@ pub struct Limits {
     pub redirects: u32,
 }
 
+/// Which pictures are taken for the same one, when a manifest is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Duplicates {
+    /// The same bytes under more different URLs than this are a placeholder that nobody had listed: none of them counts.
+    pub many_urls: u32,
+    /// Two pictures look alike if their 64-bit perceptual hashes differ in at most so many bits, 0 to 6. One that validates or
+    /// tests is skipped if it looks like one that trains; all others are reported.
+    pub near_bits: u32,
+}
+
 /// A part of the dataset that is used for one purpose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -105,6 +121,8 @@ impl Default for DatasetSpec {
             resize: Resize::default(),
             splits: Splits::default(),
             limits: Limits::default(),
+            duplicates: Duplicates::default(),
+            per_class: 0,
             slice_urls: 10_000,
             seed: 0,
         }
@@ -114,6 +132,12 @@ impl Default for DatasetSpec {
 impl Default for Resize {
     fn default() -> Self {
         Self { size: 256, quality: 95 }
+    }
+}
+
+impl Default for Duplicates {
+    fn default() -> Self {
+        Self { many_urls: 20, near_bits: 4 }
     }
 }
 
@@ -152,7 +176,7 @@ impl DatasetSpec {
     }
 
     fn check(&self) -> Result<(), SpecError> {
-        let Self { classes, resize, splits, limits, slice_urls, .. } = self;
+        let Self { classes, resize, splits, limits, duplicates, slice_urls, .. } = self;
         check("resize.size", resize.size, (8..=4096).contains(&resize.size), "8 to 4096")?;
         check("resize.quality", resize.quality, (1..=100).contains(&resize.quality), "1 to 100")?;
         for (key, share) in [("splits.validation", splits.validation), ("splits.test", splits.test)] {
@@ -164,6 +188,8 @@ impl DatasetSpec {
             splits.validation + splits.test < 1.0,
             "less than 1",
         )?;
+        check("duplicates.many_urls", duplicates.many_urls, duplicates.many_urls >= 1, "at least 1")?;
+        check("duplicates.near_bits", duplicates.near_bits, duplicates.near_bits <= 6, "0 to 6")?;
         check("slice_urls", slice_urls, (1..=1_000_000).contains(slice_urls), "1 to 1000000")?;
         check("limits.max_bytes", limits.max_bytes, limits.max_bytes >= limits.min_bytes, "at least limits.min_bytes")?;
         check("limits.max_bytes", limits.max_bytes, limits.max_bytes <= 1 << 30, "at most 1 GiB (1073741824)")?;

@@ -10,6 +10,7 @@
 //! datasets/<dataset>/index/000007.json                   Create = the commit of shard 7
 //! datasets/<dataset>/manifests/000003.json               Create = version 3 of the manifest
 //! datasets/<dataset>/manifests/000003/skips/000007.bits  which of shard 7's samples version 3 skips
+//! datasets/<dataset>/manifests/000003/findings/000007.parquet  why, and which of them look like another one
 //! runs/<run>/spec.json                                   Create: the resolved run spec
 //! runs/<run>/events/000012.json                          Create: the run's history, written by the coordinator alone
 //! runs/<run>/ledger/<generation>-<n>.json                what was really trained on
@@ -95,6 +96,11 @@ pub fn slice(dataset: &str, shard: u32) -> String {
     format!("{DATASETS}/{dataset}/slices/{shard:06}.tsv.zst")
 }
 
+/// `datasets/<dataset>/slices`
+pub fn slices(dataset: &str) -> String {
+    format!("{DATASETS}/{dataset}/slices")
+}
+
 /// `datasets/<dataset>/catalog`
 pub fn rounds(dataset: &str) -> String {
     format!("{DATASETS}/{dataset}/catalog")
@@ -138,6 +144,11 @@ pub fn manifest(dataset: &str, version: u32) -> String {
 /// `datasets/<dataset>/manifests/000003/skips/000007.bits`
 pub fn skips(dataset: &str, version: u32, shard: u32) -> String {
     format!("{}/{version:06}/skips/{shard:06}.bits", manifests(dataset))
+}
+
+/// `datasets/<dataset>/manifests/000003/findings/000007.parquet`
+pub fn findings(dataset: &str, version: u32, shard: u32) -> String {
+    format!("{}/{version:06}/findings/{shard:06}.parquet", manifests(dataset))
 }
 
 /// `runs/<run>/spec.json`

@@ -5,10 +5,11 @@
 //! - [`dataset_spec`], [`run_spec`]: what people ask for;
 //! - [`rejection`], [`outcomes`]: what became of each URL;
 //! - [`shard`]: tars, blocks and the index that commits them;
-//! - [`manifest`]: an immutable version of a dataset;
+//! - [`manifest`], [`findings`]: an immutable version of a dataset, and what was found out when it was made;
 //! - [`run_event`], [`run_ledger`], [`metric`]: a run's history, what it was trained on, and its learning curve.
 
 pub mod dataset_spec;
+pub mod findings;
 pub mod keys;
 pub mod manifest;
 pub mod metric;
@@ -19,7 +20,7 @@ pub mod run_ledger;
 pub mod run_spec;
 pub mod shard;
 
-pub use dataset_spec::{Class, DatasetSpec, Limits, Resize, SpecError, Split, Splits};
+pub use dataset_spec::{Class, DatasetSpec, Duplicates, Limits, Resize, SpecError, Split, Splits};
 pub use keys::Attempt;
 pub use manifest::Manifest;
 pub use rejection::{Outcome, Rejection};

@@ -25,15 +25,17 @@ pub struct Manifest {
     pub resize: Resize,
     /// In the order of the labels.
     pub classes: Vec<ManifestClass>,
-    /// URLs by outcome's name.
+    /// URLs by outcome's name, each by that of the latest round in which it was fetched.
     pub outcomes: BTreeMap<String, u64>,
     /// Kept samples that are skipped, by reason.
     pub skipped: BTreeMap<Skip, u64>,
+    /// Samples that count although they look like another one with a lower key; the shards' findings name both.
+    pub near_duplicates: u64,
     /// Of the training samples that count, on the scale of 0 to 1: red, green, blue.
     pub mean: [f64; 3],
     /// Likewise.
     pub std: [f64; 3],
-    /// In order of their numbers; those without samples are left out.
+    /// All of its rounds, in order of their numbers.
     pub shards: Vec<ManifestShard>,
 }
 
@@ -41,21 +43,34 @@ pub struct Manifest {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Skip {
+    /// Its URL was fetched again in a later round.
+    Superseded,
     /// The same bytes under so many different URLs that they can only be a placeholder which nobody had listed.
     ManyUrls,
     /// The same bytes under several classes.
     SeveralClasses,
     /// The same bytes as a sample of its class with a lower key.
     Duplicate,
+    /// A picture that validates or tests, but looks like one that trains.
+    NearTraining,
+    /// Beyond the first `per_class` of its class by key.
+    ClassFull,
 }
 
 impl Skip {
+    /// Every reason, the first one first.
+    pub const ALL: [Skip; 6] =
+        [Skip::Superseded, Skip::ManyUrls, Skip::SeveralClasses, Skip::Duplicate, Skip::NearTraining, Skip::ClassFull];
+
     /// The stable name.
     pub fn name(self) -> &'static str {
         match self {
+            Skip::Superseded => "superseded",
             Skip::ManyUrls => "many_urls",
             Skip::SeveralClasses => "several_classes",
             Skip::Duplicate => "duplicate",
+            Skip::NearTraining => "near_training",
+            Skip::ClassFull => "class_full",
         }
     }
 }
@@ -69,8 +84,17 @@ pub struct ManifestClass {
     pub name: String,
     /// URLs that were listed for it.
     pub urls: u64,
+    /// Its URLs by outcome's name.
+    pub outcomes: BTreeMap<String, u64>,
     /// Samples by split.
     pub samples: BTreeMap<Split, u64>,
+}
+
+impl ManifestClass {
+    /// Samples that count, of all splits.
+    pub fn total(&self) -> u64 {
+        self.samples.values().sum()
+    }
 }
 
 /// One committed shard.
@@ -78,6 +102,12 @@ pub struct ManifestClass {
 pub struct ManifestShard {
     /// Its number.
     pub shard: u32,
+    /// The round of the catalog that its slice belongs to.
+    pub round: u32,
+    /// The Parquet file with one row per URL (see [`crate::outcomes`]); none for a slice that failed.
+    pub outcomes: Option<crate::shard::StoredFile>,
+    /// The Parquet file of what was found about its samples (see [`crate::findings`]); none if nothing was.
+    pub findings: Option<crate::shard::StoredFile>,
     /// The bitmap of its samples that are skipped; none if all count. See [`Skips`].
     pub skips: Option<crate::shard::StoredFile>,
     /// A tar for each split that has samples.

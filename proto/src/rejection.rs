@@ -87,6 +87,41 @@ rejections! {
     SliceFailed = "slice_failed",
 }
 
+impl Rejection {
+    /// Whether another try, days later, may give a sample: what failed was a name server, a network, a server that had trouble,
+    /// or this cluster. `http_status` is that of the last answer, if there was one. [`Rejection::ClassFull`] is no failure: such
+    /// a URL is opened when its class turns out to be short.
+    pub fn may_come_back(self, http_status: Option<i32>) -> bool {
+        match self {
+            Self::HostGivenUp
+            | Self::Dns
+            | Self::Connect
+            | Self::Tls
+            | Self::Timeout
+            | Self::Protocol
+            | Self::SliceFailed => true,
+            // Request Timeout, Too Early, Too Many Requests, and all that the server blames on itself (RFC 9110, 8470, 6585).
+            Self::HttpStatus => matches!(http_status, Some(408 | 425 | 429 | 500..=599)),
+            Self::BadUrl
+            | Self::ClassFull
+            | Self::BlockedAddress
+            | Self::RedirectLimit
+            | Self::NotFound
+            | Self::OptedOut
+            | Self::TooLarge
+            | Self::TooSmall
+            | Self::NotAnImage
+            | Self::Placeholder
+            | Self::TooManyPixels
+            | Self::TooFewPixels
+            | Self::Aspect
+            | Self::Truncated
+            | Self::Undecodable
+            | Self::Flat => false,
+        }
+    }
+}
+
 impl fmt::Display for Rejection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
@@ -109,6 +144,15 @@ impl FromStr for Rejection {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn servers_in_trouble_may_come_back_and_refusals_do_not() {
+        let comes_back = |status| Rejection::HttpStatus.may_come_back(status);
+        assert!([408, 425, 429, 500, 503, 599].into_iter().all(|status| comes_back(Some(status))));
+        assert!(![400, 401, 403, 451, 600].into_iter().any(|status| comes_back(Some(status))) && !comes_back(None));
+        assert!(Rejection::Timeout.may_come_back(None) && Rejection::SliceFailed.may_come_back(None));
+        assert!(!Rejection::NotFound.may_come_back(Some(404)) && !Rejection::ClassFull.may_come_back(None));
+    }
 
     #[test]
     fn names_are_parsed_back_and_unique() {

@@ -255,6 +255,61 @@ pub fn read_block(block: &Bytes) -> Result<Vec<Sample>, FormatError> {
     }
 }
 
+/// One sample as it stands in its tar.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RawSample {
+    /// The URL's ordinal in the catalog.
+    pub key: u64,
+    /// The place of its class in the dataset's spec.
+    pub label: u32,
+    /// The ending of its image's name, without the dot.
+    pub ending: String,
+    /// The encoded image.
+    pub image: Bytes,
+    /// All its members with their headers: what another tar takes over as it is.
+    pub members: Bytes,
+}
+
+/// Cuts a block into its samples, in order, without copying anything.
+///
+/// # Errors
+/// If the bytes are not whole samples.
+pub fn split_block(block: &Bytes) -> Result<Vec<RawSample>, FormatError> {
+    let bad = |what: String| FormatError(format!("tar block of {} bytes: {what}", block.len()));
+    let mut archive = tar::Archive::new(block.as_ref());
+    let mut samples: Vec<RawSample> = Vec::new();
+    let mut start = 0;
+    for entry in archive.entries().map_err(|e| bad(e.to_string()))? {
+        let entry = entry.map_err(|e| bad(e.to_string()))?;
+        let path = entry.path_bytes();
+        let name = std::str::from_utf8(&path).map_err(|_| bad("a member's name is not UTF-8".to_owned()))?;
+        let named = name.split_once('.').and_then(|(key, ending)| Some((key.parse::<u64>().ok()?, ending)));
+        let (key, ending) = named.ok_or_else(|| bad(format!("member {name:?} is not named by a key")))?;
+        let data = entry.raw_file_position() as usize;
+        let end = usize::try_from(entry.size()).ok().and_then(|size| data.checked_add(size));
+        let padded = end.and_then(|end| end.checked_next_multiple_of(512)).filter(|padded| *padded <= block.len());
+        let (Some(end), Some(padded)) = (end, padded) else {
+            return Err(bad(format!("member {name:?} is cut short")));
+        };
+        match samples.last_mut() {
+            Some(sample) if sample.key == key => {
+                sample.members = block.slice(start..padded);
+                if ending == "cls" {
+                    let text = std::str::from_utf8(&block[data..end]).ok().and_then(|text| text.trim().parse().ok());
+                    sample.label = text.ok_or_else(|| bad(format!("member {name:?} holds no label")))?;
+                }
+            }
+            _ => {
+                start = data.saturating_sub(512);
+                let (ending, image) = (ending.to_owned(), block.slice(data..end));
+                let members = block.slice(start..padded);
+                samples.push(RawSample { key, label: u32::MAX, ending, image, members });
+            }
+        }
+    }
+    Ok(samples)
+}
+
 /// The object that commits a shard: names its files, their checksums, counts, moments and blocks. Put with put-if-absent;
 /// whatever it does not name is no part of the dataset.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -355,6 +410,10 @@ mod tests {
             for block in &blocks {
                 let bytes = tar.slice(block.offset as usize..(block.offset + block.length) as usize);
                 let found = read_block(&bytes).expect("a whole block");
+                let raw = split_block(&bytes).expect("a whole block");
+                let same = |(raw, sample): (&RawSample, &Sample)| (raw.key, raw.label, &raw.image) == (sample.key, sample.label, &sample.jpeg);
+                prop_assert!(raw.len() == found.len() && raw.iter().zip(&found).all(same));
+                prop_assert_eq!(raw.iter().map(|raw| raw.members.len()).sum::<usize>(), bytes.len());
                 prop_assert_eq!(found.len(), block.samples as usize);
                 read.extend(found);
             }
@@ -366,7 +425,8 @@ mod tests {
 
         #[test]
         fn bytes_that_are_no_block_are_an_error_not_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..3000)) {
-            let _ = read_block(&Bytes::from(bytes));
+            let bytes = Bytes::from(bytes);
+            let _ = (read_block(&bytes), split_block(&bytes));
         }
     }
 

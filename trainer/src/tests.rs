@@ -93,12 +93,13 @@ impl World {
                 first += samples;
             }
             let skips = Some(self.put(&keys::skips("d-1", 1, shard), skips.as_bytes().to_vec()));
-            shards.push(ManifestShard { shard, skips, tars });
+            shards.push(ManifestShard { shard, round: 1, outcomes: None, findings: None, skips, tars });
         }
         let class = |(i, samples): (usize, &BTreeMap<Split, u64>)| ManifestClass {
             synset: format!("n{i}"),
             name: format!("class {i}"),
             urls: 60,
+            outcomes: BTreeMap::new(),
             samples: samples.clone(),
         };
         let manifest = Manifest {
@@ -111,6 +112,7 @@ impl World {
             classes: counted.iter().enumerate().map(class).collect(),
             outcomes: BTreeMap::new(),
             skipped: BTreeMap::new(),
+            near_duplicates: 0,
             mean: [0.5; 3],
             std: [0.25; 3],
             shards,

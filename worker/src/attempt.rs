@@ -4,7 +4,7 @@
 //! it. The outcomes are in the order of their keys.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, bail};
@@ -13,7 +13,7 @@ use object_store::{ObjectStore, ObjectStoreExt};
 use proto::outcomes::{self, OutcomeRow};
 use proto::rejection::{KEPT, outcome_name};
 use proto::shard::{Origin, Sample, ShardIndex, hex};
-use proto::{Attempt, DatasetSpec, Split, keys};
+use proto::{Attempt, DatasetSpec, Rejection, Split, keys};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -49,17 +49,54 @@ pub(crate) struct Assignment {
     pub(crate) spec: DatasetSpec,
 }
 
-/// URLs of an attempt by outcome so far.
+/// What an attempt has made so far, and of what it is to make no more.
 #[derive(Debug, Default)]
-pub(crate) struct Progress(Mutex<BTreeMap<&'static str, u64>>);
+pub(crate) struct Progress(Mutex<Made>);
+
+#[derive(Debug, Default)]
+struct Made {
+    /// URLs by outcome.
+    outcomes: BTreeMap<&'static str, u64>,
+    /// Samples by label.
+    kept: HashMap<u32, u64>,
+    /// The same at which a class is full; classes that are not named have no limit.
+    most: HashMap<u32, u64>,
+}
 
 impl Progress {
-    fn count(&self, outcome: &'static str) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner).entry(outcome).or_default() += 1;
+    fn made(&self) -> MutexGuard<'_, Made> {
+        // Nothing under the lock can leave it half changed.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn count(&self, outcome: &'static str) {
+        *self.made().outcomes.entry(outcome).or_default() += 1;
+    }
+
+    fn keep(&self, label: u32) {
+        *self.made().kept.entry(label).or_default() += 1;
+    }
+
+    fn is_full(&self, label: u32) -> bool {
+        let made = self.made();
+        made.most.get(&label).is_some_and(|most| made.kept.get(&label).copied().unwrap_or(0) >= *most)
+    }
+
+    /// Takes note of what classes still want beyond what was `reported` as kept.
+    pub(crate) fn limit(&self, wanted: HashMap<u32, u64>, reported: &HashMap<u32, u64>) {
+        let most = |(label, wanted)| (label, wanted + reported.get(&label).copied().unwrap_or(0));
+        self.made().most = wanted.into_iter().map(most).collect();
+    }
+
+    /// URLs by outcome.
     pub(crate) fn so_far(&self) -> BTreeMap<&'static str, u64> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.made().outcomes.clone()
+    }
+
+    /// Samples by label, if any class has a limit.
+    pub(crate) fn kept(&self) -> HashMap<u32, u64> {
+        let made = self.made();
+        if made.most.is_empty() { HashMap::new() } else { made.kept.clone() }
     }
 }
 
@@ -169,6 +206,14 @@ async fn fill<T: Send>(
     let mut in_flight = JoinSet::new();
     let mut tail = Some(tail);
     loop {
+        let is_full =
+            |listed: &Listed| labels.get(listed.synset.as_str()).is_some_and(|&label| progress.is_full(label));
+        while let Some(left) = waiting.next_if(is_full) {
+            let outcome = Rejection::ClassFull.name();
+            progress.count(outcome);
+            metrics::outcome(outcome);
+            rows.push(OutcomeRow { outcome: outcome.to_owned(), fetched_at: now(), ..left.row() });
+        }
         if waiting.peek().is_none() {
             tail.take();
         }
@@ -189,6 +234,7 @@ async fn fill<T: Send>(
                         format!("the slice names synset {:?}, which is no class of the dataset", row.synset)
                     })?;
                     keep(assignment, files, label, stored, &sha256, &mut row).await?;
+                    progress.keep(label);
                 }
                 progress.count(outcome);
                 rows.push(row);
@@ -223,6 +269,18 @@ struct Listed {
     url: String,
 }
 
+impl Listed {
+    fn row(self) -> OutcomeRow {
+        OutcomeRow { key: self.key, synset: self.synset, url: self.url, ..OutcomeRow::default() }
+    }
+}
+
+/// Milliseconds since 1970.
+#[allow(clippy::disallowed_methods, reason = "a column for people; nothing is decided by it")]
+fn now() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64)
+}
+
 async fn read_slice(store: &dyn ObjectStore, of: &Assignment) -> anyhow::Result<Vec<Listed>> {
     let key = keys::slice(&of.dataset, of.shard);
     let found = store.get(&Path::from(key.as_str())).await.with_context(|| format!("failed to read {key}"))?;
@@ -255,24 +313,19 @@ struct Fetched {
 }
 
 /// Fetches and judges one URL.
-async fn fetch_one(tools: &Tools, rules: Arc<Rules>, Listed { key, synset, url }: Listed) -> anyhow::Result<Fetched> {
+async fn fetch_one(tools: &Tools, rules: Arc<Rules>, listed: Listed) -> anyhow::Result<Fetched> {
     let _in_flight = InFlight::begin();
     let start = Instant::now();
     let mut trace = Trace::default();
-    let fetched = tools.fetcher.fetch(&url, &rules.limits, &mut trace).await;
+    let fetched = tools.fetcher.fetch(&listed.url, &rules.limits, &mut trace).await;
     metrics::fetched(start.elapsed().as_secs_f64(), fetched.as_ref().map_or(0, |body| body.bytes.len()));
     let millis = start.elapsed().as_millis() as i64;
-    #[allow(clippy::disallowed_methods, reason = "a column for people; nothing is decided by it")]
-    let fetched_at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64);
     let mut row = OutcomeRow {
-        key,
-        synset,
-        url,
         final_url: trace.final_url,
         http_status: trace.status.map(i32::from),
-        fetched_at,
+        fetched_at: now(),
         millis,
-        ..OutcomeRow::default()
+        ..listed.row()
     };
     let outcome = match fetched {
         Err(rejection) => Err(rejection),

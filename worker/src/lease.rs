@@ -101,8 +101,9 @@ impl Coordinator {
         Ok(answer.lease)
     }
 
-    /// The lease's new duration; zero if it is over.
+    /// The lease's new duration; zero if it is over. Takes note of what classes still want.
     async fn renew(&self, id: &LeaseId, progress: &Progress, timeout: Duration) -> Result<Duration, Status> {
+        let kept = progress.kept();
         let request = RenewLeaseRequest {
             term_seen: self.term.load(Ordering::Relaxed),
             worker: self.worker.clone(),
@@ -110,10 +111,12 @@ impl Coordinator {
             shard: id.shard,
             attempt: id.attempt.clone(),
             outcomes: progress.so_far().into_iter().map(|(name, n)| (name.to_owned(), n)).collect(),
+            kept: kept.clone(),
         };
         let mut client = self.client.clone();
         let answer = within(timeout, client.renew_lease(Request::new(request))).await?;
         self.hear(answer.term)?;
+        progress.limit(answer.wanted, &kept);
         Ok(Duration::from_millis(answer.duration_millis))
     }
 

@@ -17,6 +17,7 @@ mod resize;
 mod upload;
 mod validate;
 
+use std::collections::HashMap;
 use std::num::NonZero;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -213,6 +214,7 @@ async fn work_on(
 ) -> bool {
     let id = LeaseId::from(lease);
     let progress = Progress::default();
+    progress.limit(lease.wanted.clone(), &HashMap::new());
     let cancel = shutdown.child_token();
     let made = async {
         let assignment = assignment(lease)?;

@@ -62,7 +62,7 @@ impl FetchService for CoordinatorDouble {
             heard.renewals.push(request.into_inner());
             heard.duration_millis
         });
-        Ok(Response::new(RenewLeaseResponse { term: TERM, duration_millis }))
+        Ok(Response::new(RenewLeaseResponse { term: TERM, duration_millis, ..RenewLeaseResponse::default() }))
     }
 
     async fn complete_shard(
@@ -90,6 +90,7 @@ fn lease(shard: u32, duration_millis: u64) -> Lease {
         attempt: format!("{TERM}.{shard}"),
         duration_millis,
         spec_json: spec().to_json(),
+        ..Lease::default()
     }
 }
 

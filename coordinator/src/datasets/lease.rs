@@ -1,6 +1,6 @@
 //! Leases: shards are granted, renewed, given back, committed, and given up.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,6 +8,7 @@ use futures::StreamExt;
 use proto::{Attempt, Rejection, ShardIndex, keys};
 use tracing::{error, info, warn};
 
+use super::wanted::Wanted;
 use super::{Datasets, PARALLEL, Stage};
 use crate::error::Error;
 use crate::ledger::{Counts, Settled, ShardId};
@@ -24,6 +25,16 @@ pub(crate) struct Grant {
     pub(crate) attempt: Attempt,
     pub(crate) duration: Duration,
     pub(crate) spec_json: String,
+    /// Samples that classes still want, by label; see `wanted`.
+    pub(crate) wanted: HashMap<u32, u64>,
+}
+
+/// A lease that goes on.
+#[derive(Debug, Clone)]
+pub(crate) struct Renewed {
+    pub(crate) duration: Duration,
+    /// As in [`Grant`].
+    pub(crate) wanted: HashMap<u32, u64>,
 }
 
 impl Datasets {
@@ -54,7 +65,8 @@ impl Datasets {
         dataset.revision += 1;
         metrics::lease_granted();
         info!(dataset = &*id.dataset, shard = id.shard, %attempt, worker, "lease granted");
-        Some(Grant { id, attempt, duration: state.ledger.lease(), spec_json: dataset.spec_json.clone() })
+        let wanted = dataset.wanted.as_ref().map(Wanted::by_label).unwrap_or_default();
+        Some(Grant { id, attempt, duration: state.ledger.lease(), spec_json: dataset.spec_json.clone(), wanted })
     }
 
     /// Prolongs a lease; None: it is over.
@@ -64,7 +76,8 @@ impl Datasets {
         id: (&str, u32),
         attempt: Attempt,
         outcomes: BTreeMap<String, u64>,
-    ) -> Option<Duration> {
+        kept: &HashMap<u32, u64>,
+    ) -> Option<Renewed> {
         let now = self.now();
         let mut state = self.state();
         state.workers.insert(worker.to_owned(), Instant::now());
@@ -72,9 +85,9 @@ impl Datasets {
             return None;
         }
         let dataset = state.live.get_mut(id.0)?;
-        dataset.progress.insert(id.1, outcomes);
-        dataset.revision += 1;
-        Some(state.ledger.lease())
+        dataset.progressed(id.1, outcomes, kept);
+        let wanted = dataset.wanted.as_ref().map(Wanted::by_label).unwrap_or_default();
+        Some(Renewed { duration: state.ledger.lease(), wanted })
     }
 
     /// Takes a lease back.
@@ -91,8 +104,7 @@ impl Datasets {
             state.workers.insert(worker.to_owned(), Instant::now());
             state.ledger.release(now, id.0, id.1, attempt, failed);
             if let Some(dataset) = state.live.get_mut(id.0) {
-                dataset.progress.remove(&id.1);
-                dataset.revision += 1;
+                dataset.dropped(id.1);
             }
         }
         self.free.notify_waiters();
@@ -165,8 +177,7 @@ impl Datasets {
                 metrics::lease_over();
                 info!(dataset = &*id.dataset, shard = id.shard, "shard is free again");
                 if let Some(dataset) = self.state().live.get_mut(&id.dataset) {
-                    dataset.progress.remove(&id.shard);
-                    dataset.revision += 1;
+                    dataset.dropped(id.shard);
                 }
                 self.free.notify_waiters();
                 Ok(())

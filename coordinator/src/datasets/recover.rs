@@ -7,6 +7,8 @@ use proto::manifest::Manifest;
 use proto::{DatasetSpec, ShardIndex, keys};
 use tracing::{error, info, warn};
 
+use super::rounds::short;
+use super::seal::outcome;
 use super::{Dataset, Datasets, PARALLEL, Stage};
 use crate::catalog::Round;
 use crate::store::StoreError;
@@ -49,6 +51,9 @@ impl Datasets {
             let spec_json = String::from_utf8(self.store.need(&keys::dataset_spec(&id)).await?.to_vec())?;
             let spec = DatasetSpec::from_json(&spec_json)?;
             let mut dataset = Dataset::new(&id, spec, rounds)?;
+            if let Some(manifest) = self.latest_manifest(&id).await? {
+                dataset.sealed(manifest.into());
+            }
             let mut open = dataset.shards();
             for (key, json) in self.store.get_all(self.store.list(&keys::indexes(&id)).await?).await? {
                 let index = ShardIndex::from_json(&json).map_err(|e| anyhow::anyhow!("{key}: {e}"))?;
@@ -58,10 +63,12 @@ impl Datasets {
                 }
             }
             if open.is_empty() {
-                dataset.stage = match self.latest_manifest(&id).await? {
-                    Some(manifest) if manifest.rounds as usize >= dataset.rounds.len() => Stage::Ready(manifest.into()),
-                    _ => Stage::Sealing,
+                let complete = |manifest: &&Arc<Manifest>| {
+                    let all = manifest.rounds as usize >= dataset.rounds.len();
+                    all && short(manifest, dataset.spec.per_class).is_empty()
                 };
+                let manifest = dataset.manifest.as_ref().filter(complete);
+                dataset.stage = manifest.map_or(Stage::Sealing, |manifest| outcome(manifest));
             }
             anyhow::Ok((dataset, open))
         };
@@ -97,7 +104,7 @@ pub(super) fn stage_name(stage: &Stage) -> &'static str {
     match stage {
         Stage::Fetching => "fetching",
         Stage::Sealing => "sealing",
-        Stage::Ready(_) => "ready",
+        Stage::Ready => "ready",
         Stage::Failed(_) => "failed",
     }
 }

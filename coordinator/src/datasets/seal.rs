@@ -1,6 +1,6 @@
 //! Sealing, once all shards of a dataset are committed, and what it leaves to sweep.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,7 +8,9 @@ use proto::manifest::Manifest;
 use proto::{DatasetSpec, ShardIndex, Split, keys};
 use tracing::{error, info, warn};
 
-use super::{Datasets, Stage};
+use super::rounds::short;
+use super::{Dataset, Datasets, Stage};
+use crate::ledger::Counts;
 use crate::manifest::{SealError, Sealing, seal};
 use crate::store::StoreError;
 
@@ -20,21 +22,17 @@ impl Datasets {
         let this = Arc::clone(self);
         tokio::spawn(async move {
             let stage = loop {
-                let sealed = {
+                let settled = {
                     let Ok(_permit) = this.sealing.acquire().await else { return };
-                    this.seal(&id).await
+                    this.settle(&id).await
                 };
-                match sealed {
-                    Ok(manifest) => break Stage::Ready(manifest.into()),
-                    Err(error @ (SealError::Empty(_) | SealError::Corrupt { .. })) => {
-                        break Stage::Failed(error.to_string());
-                    }
+                match settled {
+                    Ok(Some(stage)) => break stage,
+                    Ok(None) => return,
+                    Err(error @ SealError::Corrupt { .. }) => break Stage::Failed(error.to_string()),
                     Err(error) => warn!(dataset = &*id, %error, "cannot seal, trying again"),
                 }
                 tokio::time::sleep(SEAL_PAUSE).await;
-                if this.revision(&id).is_none() {
-                    return;
-                }
             };
             match &stage {
                 Stage::Failed(error) => error!(dataset = &*id, error, "dataset failed"),
@@ -50,16 +48,41 @@ impl Datasets {
         });
     }
 
-    async fn seal(self: &Arc<Self>, id: &Arc<str>) -> Result<Manifest, SealError> {
-        let Some(dataset) = self.state().live.get(id).cloned() else {
-            return Err(SealError::Empty("it was deleted".to_owned()));
+    /// Makes the manifest, unless the latest one names all; if that shows that classes are short, opens what was left of them.
+    /// None: there is nothing to settle (any more).
+    async fn settle(self: &Arc<Self>, id: &Arc<str>) -> Result<Option<Stage>, SealError> {
+        let dataset = {
+            let state = self.state();
+            let Some(dataset) = state.live.get(id) else { return Ok(None) };
+            if state.ledger.counts(id) != Counts::default() {
+                return Ok(None);
+            }
+            dataset.clone()
         };
+        let latest = dataset.manifest.clone().filter(|manifest| manifest.rounds as usize >= dataset.rounds.len());
+        let manifest = match latest {
+            Some(manifest) => manifest,
+            None => Arc::new(self.seal(&dataset).await?),
+        };
+        if let Some(dataset) = self.state().live.get_mut(id) {
+            dataset.sealed(Arc::clone(&manifest));
+        }
+        let short = short(&manifest, dataset.spec.per_class);
+        if !short.is_empty() {
+            let dataset = Dataset { manifest: Some(Arc::clone(&manifest)), ..dataset };
+            let opened = self.open_unfetched(&dataset, short).await;
+            if opened.map_err(|error| SealError::Round(error.to_string()))? {
+                return Ok(None);
+            }
+        }
+        Ok(Some(outcome(&manifest)))
+    }
+
+    async fn seal(&self, dataset: &Dataset) -> Result<Manifest, SealError> {
         let sealing = Sealing {
-            dataset: id.to_string(),
-            version: self.latest_version(id).await? + 1,
-            rounds: dataset.rounds.len() as u32,
-            shards: dataset.shards(),
-            urls_per_class: dataset.urls_per_class(),
+            dataset: dataset.id.to_string(),
+            version: self.latest_version(&dataset.id).await? + 1,
+            rounds: dataset.rounds.to_vec(),
             folder: self.folder.clone(),
             spec: DatasetSpec::clone(&dataset.spec),
         };
@@ -68,7 +91,8 @@ impl Datasets {
         sealed.unwrap_or_else(|error| Err(SealError::Local(std::io::Error::other(error))))
     }
 
-    /// Removes the files of attempts whose shard has an index that names another attempt.
+    /// Removes the files of attempts whose shard has an index that names another attempt, and the slices of rounds that were
+    /// never committed: those whose numbers lie between the ones that the catalog names. (Behind them, a round may be on its way.)
     async fn sweep(&self, id: &str) -> Result<(), StoreError> {
         let indexes = self.store.get_all(self.store.list(&keys::indexes(id)).await?).await?;
         let winners: HashMap<u32, String> = indexes
@@ -76,6 +100,14 @@ impl Datasets {
             .filter_map(|(_, json)| ShardIndex::from_json(json).ok())
             .map(|index| (index.shard, index.attempt))
             .collect();
+        let Ok((dataset, _)) = self.find(id) else { return Ok(()) };
+        let named: HashSet<u32> = dataset.shards().into_iter().collect();
+        let last = dataset.rounds.last().map_or(0, |round| round.first_slice);
+        let mut slices = self.store.list(&keys::slices(id)).await?;
+        slices.retain(|key| {
+            keys::number(key).is_ok_and(|n| u32::try_from(n).is_ok_and(|n| n < last && !named.contains(&n)))
+        });
+        self.store.delete_all(slices).await?;
         let folder = keys::dataset(id);
         let mut folders = vec![format!("{folder}/outcomes")];
         folders.extend(Split::ALL.iter().map(|split| format!("{folder}/shards/{split}")));
@@ -93,4 +125,15 @@ impl Datasets {
         }
         Ok(())
     }
+}
+
+/// What a dataset comes to with a manifest that names all of it.
+pub(super) fn outcome(manifest: &Manifest) -> Stage {
+    if manifest.samples(Split::Train) > 0 {
+        return Stage::Ready;
+    }
+    let counts = manifest.outcomes.iter().map(|(outcome, urls)| format!("{outcome} {urls}"));
+    let counts: Vec<String> =
+        counts.chain(manifest.skipped.iter().map(|(skip, n)| format!("{} {n}", skip.name()))).collect();
+    Stage::Failed(format!("no training image is left: of the dataset's URLs came {}", counts.join(", ")))
 }

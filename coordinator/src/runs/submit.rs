@@ -11,7 +11,6 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
 use super::{Input, Runs, StoredRun};
-use crate::datasets::Stage;
 use crate::error::Error;
 use crate::roster::Run;
 use crate::store::{Created, nonce};
@@ -64,7 +63,7 @@ impl Runs {
             return Ok(name.clone());
         }
         let (dataset, _) = self.datasets.find(&spec.dataset)?;
-        let Stage::Ready(latest) = &dataset.stage else {
+        let Some(latest) = dataset.trainable() else {
             return Err(Error::Precondition(format!(
                 "dataset {:?} has no manifest yet: wait until it is ready",
                 spec.dataset

@@ -46,6 +46,7 @@ impl FetchService for FetchApi {
             attempt: grant.attempt.to_string(),
             duration_millis: millis(grant.duration),
             spec_json: grant.spec_json,
+            wanted: grant.wanted,
         });
         Ok(Response::new(pb::LeaseShardResponse { term: self.term(), lease }))
     }
@@ -54,12 +55,14 @@ impl FetchService for FetchApi {
         &self,
         request: Request<pb::RenewLeaseRequest>,
     ) -> Result<Response<pb::RenewLeaseResponse>, Status> {
-        let pb::RenewLeaseRequest { term_seen, worker, dataset, shard, attempt: text, outcomes } = request.into_inner();
+        let pb::RenewLeaseRequest { term_seen, worker, dataset, shard, attempt: text, outcomes, kept } =
+            request.into_inner();
         self.0.term.hear(term_seen)?;
         let outcomes = outcomes.into_iter().collect();
-        let renewed = self.0.renew(&worker, (&dataset, shard), attempt(&text)?, outcomes);
-        let duration_millis = renewed.map_or(0, millis);
-        Ok(Response::new(pb::RenewLeaseResponse { term: self.term(), duration_millis }))
+        let renewed = self.0.renew(&worker, (&dataset, shard), attempt(&text)?, outcomes, &kept);
+        let (duration_millis, wanted) =
+            renewed.map_or_else(Default::default, |renewed| (millis(renewed.duration), renewed.wanted));
+        Ok(Response::new(pb::RenewLeaseResponse { term: self.term(), duration_millis, wanted }))
     }
 
     async fn complete_shard(

@@ -5,3 +5,4 @@ pub(crate) mod fetch;
 pub(crate) mod run;
 pub(crate) mod scaler;
 pub(crate) mod trainer;
+mod upload;

@@ -120,7 +120,7 @@ impl RunService for RunApi {
             return Err(Status::not_found(format!("the model of run {run:?} has no file {file:?}, but: {files}")));
         }
         let key = format!("{folder}/{file}");
-        let bytes = self.0.store.stream(&key).await.map_err(Error::from)?;
+        let bytes = self.0.store.stream(&key, None).await.map_err(Error::from)?;
         let bytes = bytes.ok_or_else(|| Status::data_loss(format!("{key} is gone from the store")))?;
         let pieces = bytes.flat_map(move |read| {
             futures::stream::iter(match read {

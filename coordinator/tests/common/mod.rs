@@ -77,18 +77,30 @@ impl Cluster {
         slice_urls: u32,
         list: &str,
     ) -> Result<pb::CreateDatasetResponse, Status> {
-        let spec = DatasetSpec { slice_urls, ..DatasetSpec::default() };
-        let start = Start {
-            request_id: request_id.to_owned(),
-            name: name.to_owned(),
-            spec_json: spec.to_json(),
-            ..Start::default()
-        };
-        let source = Part::Source(Source { name: "list".to_owned() });
-        let pieces = list.as_bytes().chunks(100).map(|piece| Part::Data(Bytes::copy_from_slice(piece)));
-        let parts: Vec<Part> = [Part::Start(start), source].into_iter().chain(pieces).collect();
-        let stream = tokio_stream::iter(parts.into_iter().map(|part| pb::CreateDatasetRequest { part: Some(part) }));
+        self.create_with(name, request_id, &DatasetSpec { slice_urls, ..DatasetSpec::default() }, list).await
+    }
+
+    /// Likewise, with any spec.
+    pub async fn create_with(
+        &self,
+        name: &str,
+        request_id: &str,
+        spec: &DatasetSpec,
+        list: &str,
+    ) -> Result<pb::CreateDatasetResponse, Status> {
+        let stream = requests(name, request_id, spec.to_json(), Some(list));
         Ok(self.datasets().create_dataset(stream).await?.into_inner())
+    }
+
+    /// Opens another round, perhaps with a list of new URLs.
+    pub async fn refresh(
+        &self,
+        name: &str,
+        request_id: &str,
+        list: Option<&str>,
+    ) -> Result<pb::CreateDatasetResponse, Status> {
+        let stream = requests(name, request_id, String::new(), list);
+        Ok(self.datasets().refresh_dataset(stream).await?.into_inner())
     }
 
     pub async fn dataset(&self, name: &str) -> Result<pb::Dataset, Status> {
@@ -112,7 +124,11 @@ impl Cluster {
     }
 
     pub async fn manifest(&self, name: &str) -> proto::Manifest {
-        let request = pb::GetManifestRequest { name: name.to_owned(), version: 0 };
+        self.manifest_version(name, 0).await
+    }
+
+    pub async fn manifest_version(&self, name: &str, version: u32) -> proto::Manifest {
+        let request = pb::GetManifestRequest { name: name.to_owned(), version };
         let mut stream = self.datasets().get_manifest(request).await.expect("exists").into_inner();
         let mut json = Vec::new();
         while let Some(chunk) = stream.message().await.expect("streams") {
@@ -156,6 +172,7 @@ impl Cluster {
             shard: lease.shard,
             attempt: lease.attempt.clone(),
             outcomes: [("kept".to_owned(), 1)].into(),
+            kept: [(0, 1)].into(),
         };
         self.fetch().renew_lease(request).await.expect("answers").into_inner().duration_millis
     }
@@ -173,6 +190,22 @@ impl Cluster {
     }
 }
 
+/// The start, and the list in pieces.
+fn requests(
+    name: &str,
+    request_id: &str,
+    spec_json: String,
+    list: Option<&str>,
+) -> impl futures::Stream<Item = pb::CreateDatasetRequest> + Send + 'static {
+    let start = Start { request_id: request_id.to_owned(), name: name.to_owned(), spec_json, ..Start::default() };
+    let mut parts = vec![Part::Start(start)];
+    if let Some(list) = list {
+        parts.push(Part::Source(Source { name: "list".to_owned() }));
+        parts.extend(list.as_bytes().chunks(100).map(|piece| Part::Data(Bytes::copy_from_slice(piece))));
+    }
+    tokio_stream::iter(parts.into_iter().map(|part| pb::CreateDatasetRequest { part: Some(part) }))
+}
+
 pub async fn get(store: &dyn ObjectStore, key: &str) -> Bytes {
     store.get(&Key::from(key)).await.expect(key).bytes().await.expect(key)
 }
@@ -181,9 +214,14 @@ pub async fn put(store: &dyn ObjectStore, key: &str, bytes: impl Into<Bytes>) {
     store.put(&Key::from(key), bytes.into().into()).await.expect(key);
 }
 
-/// What the worker makes of a URL: `http://h/<content>/...` is an image of that content; any other is gone.
-fn content(url: &str) -> Option<&str> {
-    url.strip_prefix("http://h/").and_then(|rest| rest.split('/').next())
+/// What the worker makes of a URL: `http://h/<content>/...` is an image of that content; `http://late/<content>` is one from
+/// shard 1 on, and before that its server says nothing; any other is gone.
+fn content(url: &str, shard: u32) -> Result<&str, Rejection> {
+    match url.split_once("://").and_then(|(_, rest)| rest.split_once('/')) {
+        Some(("late", _)) if shard == 0 => Err(Rejection::Timeout),
+        Some(("h" | "late", path)) => Ok(path.split('/').next().unwrap_or_default()),
+        _ => Err(Rejection::NotFound),
+    }
 }
 
 /// Makes a shard as a worker does: tars, outcomes, then the index.
@@ -193,21 +231,21 @@ pub async fn put_shard(store: &dyn ObjectStore, lease: &pb::Lease) {
     let slice = get(store, &keys::slice(&lease.dataset, lease.shard)).await;
     let text = String::from_utf8(zstd::decode_all(&slice[..]).expect("zstd")).expect("UTF-8");
     let mut tars: BTreeMap<Split, (TarWriter, Vec<u32>, Moments)> = BTreeMap::new();
+    let mut wanted = lease.wanted.clone();
     let (mut rows, mut counts) = (Vec::new(), BTreeMap::<String, u64>::new());
     for line in text.lines() {
         let [key, synset, url] = line.splitn(3, '\t').collect::<Vec<_>>()[..] else { panic!("{line}") };
         let key: u64 = key.parse().expect("a number");
-        let mut row = OutcomeRow {
-            key: key as i64,
-            synset: synset.to_owned(),
-            url: url.to_owned(),
-            outcome: Rejection::NotFound.name().to_owned(),
-            ..OutcomeRow::default()
-        };
-        if let Some(content) = content(url) {
+        let mut row =
+            OutcomeRow { key: key as i64, synset: synset.to_owned(), url: url.to_owned(), ..OutcomeRow::default() };
+        let label = spec.classes.iter().position(|class| class.synset == synset).expect("a class") as u32;
+        let full = wanted.get(&label) == Some(&0);
+        let fetched = if full { Err(Rejection::ClassFull) } else { content(url, lease.shard) };
+        row.outcome = fetched.map_or_else(Rejection::name, |_| KEPT).to_owned();
+        if let Ok(content) = fetched {
+            wanted.entry(label).and_modify(|wanted| *wanted -= 1);
             let sha: [u8; 32] = Sha256::digest(content).into();
             let split = spec.splits.split_of(&sha);
-            let label = spec.classes.iter().position(|class| class.synset == synset).expect("a class") as u32;
             let (writer, per_class, moments) = tars.entry(split).or_default();
             let sample = Sample { key, label, jpeg: Bytes::copy_from_slice(content.as_bytes()) };
             let origin =
@@ -218,7 +256,8 @@ pub async fn put_shard(store: &dyn ObjectStore, lease: &pb::Lease) {
             let of_one = Moments { pixels: 1, sum: [key; 3], sum_of_squares: [key * key; 3] };
             moments.add(&of_one);
             row.set_moments(&of_one);
-            row.outcome = KEPT.to_owned();
+            // `name~0123456789abcdef` looks so.
+            row.phash = content.split_once('~').map(|(_, look)| look.to_owned());
             row.sha256 = Some(hex(&sha));
             row.split = Some(split.name().to_owned());
             row.tar = Some(keys::tar(&lease.dataset, split, lease.shard, attempt));

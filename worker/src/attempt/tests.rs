@@ -294,3 +294,33 @@ async fn a_cancelled_attempt_and_one_whose_slice_is_no_slice_leave_nothing() {
     assert!(format!("{error:#}").contains("line 2"), "{error:#}");
     assert_eq!(keys_in(&*store, "datasets").await, before);
 }
+
+#[tokio::test]
+async fn urls_of_a_class_that_is_full_are_left_unfetched_and_are_told_of() {
+    let store: Arc<dyn ObjectStore> = Arc::new(object_store::memory::InMemory::new());
+    let at = origin().await;
+    let urls: Vec<String> = (0..40).map(|seed| format!("http://{at}/good/{seed}")).collect();
+    put_slice(&*store, 7, &urls).await;
+    let (tools, progress) = (tools(Arc::clone(&store)), Progress::default());
+    progress.limit(HashMap::from([(0, 0)]), &HashMap::new());
+    assert!(progress.is_full(0) && !progress.is_full(1));
+    make_shard(&tools, &assignment(1), &progress, (), &CancellationToken::new()).await.expect("a good store");
+    let index = ShardIndex::from_json(&get(&*store, &keys::index("birds-1", 7)).await).expect("own output");
+    let file = index.outcomes_file.expect("an attempt has outcomes");
+    let rows = outcomes::read(get(&*store, &file.key).await).expect("own output");
+    assert_eq!(rows.len(), 40);
+    let (mut full, mut kept) = (0, 0);
+    for row in &rows {
+        let expected = if row.synset == "n2" { Ok(()) } else { Err(Rejection::ClassFull) };
+        assert_eq!(row.outcome().expect("a known name"), expected, "{}", row.url);
+        match expected {
+            Ok(()) => kept += 1,
+            Err(_) => full += 1,
+        }
+    }
+    assert!(full > 0 && kept > 0);
+    assert_eq!(progress.kept(), HashMap::from([(1, kept)]));
+    assert_eq!(index.outcomes, BTreeMap::from([("class_full".to_owned(), full), (KEPT.to_owned(), kept)]));
+    progress.limit(HashMap::from([(1, 3)]), &progress.kept());
+    assert!(!progress.is_full(1), "three more are wanted");
+}

@@ -1,0 +1,172 @@
+//! What became of each URL so far: the outcomes of committed shards, read from the latest round to the first, so that a URL's
+//! first row is *the* outcome and all others are superseded.
+
+use std::collections::BTreeMap;
+
+use proto::outcomes::{self, OutcomeRow};
+use proto::shard::{StoredFile, sha256_hex};
+use proto::{Rejection, ShardIndex, keys};
+use tokio::runtime::Handle;
+
+use crate::catalog::Round;
+use crate::manifest::SealError;
+use crate::store::Store;
+
+/// Shards whose outcomes are read at the same time.
+const PARALLEL: usize = 8;
+
+/// A dataset's committed shards.
+pub(crate) struct History<'a> {
+    pub(crate) handle: &'a Handle,
+    pub(crate) store: &'a Store,
+    /// `<name>-<uid>`.
+    pub(crate) dataset: &'a str,
+    pub(crate) rounds: &'a [Round],
+}
+
+/// One bit for each key that a later round has had.
+#[derive(Debug)]
+pub(crate) struct Seen(Vec<u64>);
+
+impl Seen {
+    fn new(rounds: &[Round]) -> Self {
+        let keys = rounds.last().filter(|_| rounds.len() > 1).map_or(0, |last| last.first_key + last.new_urls);
+        Self(vec![0; keys.div_ceil(64) as usize])
+    }
+
+    fn insert(&mut self, key: i64) {
+        if let Some(word) = self.0.get_mut(key as usize / 64) {
+            *word |= 1 << (key % 64);
+        }
+    }
+
+    fn contains(&self, key: i64) -> bool {
+        self.0.get(key as usize / 64).is_some_and(|word| word & (1 << (key % 64)) != 0)
+    }
+}
+
+impl History<'_> {
+    /// The indexes of all shards, by number.
+    pub(crate) fn indexes(&self) -> Result<BTreeMap<u32, ShardIndex>, SealError> {
+        let shards = || self.rounds.iter().flat_map(Round::shards);
+        let wanted = shards().map(|shard| keys::index(self.dataset, shard)).collect();
+        let mut indexes = BTreeMap::new();
+        for (key, json) in self.handle.block_on(self.store.get_all(wanted))? {
+            let index = ShardIndex::from_json(&json).map_err(|error| corrupt(&key, error))?;
+            indexes.insert(index.shard, index);
+        }
+        if let Some(missing) = shards().find(|shard| !indexes.contains_key(shard)) {
+            self.handle.block_on(self.store.need(&keys::index(self.dataset, missing)))?;
+        }
+        Ok(indexes)
+    }
+
+    /// Hands out the rows of each shard, rounds from the last to the first. Of each row, whether it is its URL's latest.
+    pub(crate) fn latest_first(
+        &self,
+        indexes: &BTreeMap<u32, ShardIndex>,
+        mut each: impl FnMut(&ShardIndex, Vec<(OutcomeRow, bool)>) -> Result<(), SealError>,
+    ) -> Result<(), SealError> {
+        let mut seen = Seen::new(self.rounds);
+        for round in self.rounds.iter().rev() {
+            let mut keys = Vec::new();
+            let of_round = round.shards().filter_map(|shard| indexes.get(&shard));
+            self.each(of_round, |index, rows| {
+                let rows = rows.into_iter().map(|row| {
+                    let latest = !seen.contains(row.key);
+                    (row, latest)
+                });
+                let rows: Vec<_> = rows.collect();
+                if round.round > 1 {
+                    keys.extend(rows.iter().map(|(row, _)| row.key));
+                }
+                each(index, rows)
+            })?;
+            keys.into_iter().for_each(|key| seen.insert(key));
+        }
+        Ok(())
+    }
+
+    /// Hands out the rows of some shards; those of a slice that failed are made of its URLs.
+    pub(crate) fn each<'a>(
+        &self,
+        indexes: impl Iterator<Item = &'a ShardIndex>,
+        mut each: impl FnMut(&ShardIndex, Vec<OutcomeRow>) -> Result<(), SealError>,
+    ) -> Result<(), SealError> {
+        let indexes: Vec<&ShardIndex> = indexes.collect();
+        let key = |index: &ShardIndex| match &index.outcomes_file {
+            Some(file) => file.key.clone(),
+            None => keys::slice(self.dataset, index.shard),
+        };
+        for group in indexes.chunks(PARALLEL) {
+            let files: Vec<String> = group.iter().map(|index| key(index)).collect();
+            let reads = self.handle.block_on(futures::future::join_all(files.iter().map(|key| self.store.need(key))));
+            for ((&index, key), bytes) in group.iter().zip(&files).zip(reads) {
+                let bytes = bytes?;
+                let rows = match &index.outcomes_file {
+                    Some(file) => outcome_rows(file, bytes)?,
+                    None => failed_rows(&bytes).map_err(|what| corrupt(key, what))?,
+                };
+                each(index, rows)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Hands out the synset and URL of every entry of every slice; one that was fetched again comes again.
+    pub(crate) fn each_listed<E: From<SealError>>(
+        &self,
+        mut each: impl FnMut(&str, &str) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let slices: Vec<u32> = self.rounds.iter().flat_map(Round::shards).collect();
+        for group in slices.chunks(PARALLEL) {
+            let files: Vec<String> = group.iter().map(|&slice| keys::slice(self.dataset, slice)).collect();
+            let reads = self.handle.block_on(futures::future::join_all(files.iter().map(|key| self.store.need(key))));
+            for (key, bytes) in files.iter().zip(reads) {
+                let text = unpack(&bytes.map_err(SealError::from)?).map_err(|what| corrupt(key, what))?;
+                for line in text.lines() {
+                    let (_, synset, url) =
+                        listed(line).ok_or_else(|| corrupt(key, format!("{line:?} is no line of a slice")))?;
+                    each(synset, url)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+pub(crate) fn corrupt(key: &str, what: impl std::fmt::Display) -> SealError {
+    SealError::Corrupt { key: key.to_owned(), what: what.to_string() }
+}
+
+fn outcome_rows(file: &StoredFile, bytes: bytes::Bytes) -> Result<Vec<OutcomeRow>, SealError> {
+    if sha256_hex(&bytes) != file.sha256 {
+        return Err(corrupt(&file.key, "its bytes are not those that the index names"));
+    }
+    outcomes::read(bytes).map_err(|error| corrupt(&file.key, error))
+}
+
+fn unpack(slice: &[u8]) -> Result<String, String> {
+    String::from_utf8(zstd::decode_all(slice).map_err(|e| e.to_string())?).map_err(|e| e.to_string())
+}
+
+/// `KEY<TAB>synset<TAB>url`
+fn listed(line: &str) -> Option<(i64, &str, &str)> {
+    let (key, rest) = line.split_once('\t')?;
+    let (synset, url) = rest.split_once('\t')?;
+    Some((key.parse().ok()?, synset, url))
+}
+
+fn failed_rows(slice: &[u8]) -> Result<Vec<OutcomeRow>, String> {
+    let row = |line: &str| {
+        let (key, synset, url) = listed(line).ok_or_else(|| format!("{line:?} is no line of a slice"))?;
+        Ok(OutcomeRow {
+            key,
+            synset: synset.to_owned(),
+            url: url.to_owned(),
+            outcome: Rejection::SliceFailed.name().to_owned(),
+            ..OutcomeRow::default()
+        })
+    };
+    unpack(slice)?.lines().map(row).collect()
+}

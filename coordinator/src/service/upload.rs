@@ -1,0 +1,344 @@
+//! Lists that callers stream up, or that lie in the own store, on their way into the catalog.
+
+use std::collections::HashMap;
+use std::io::{self, Read};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{Buf, Bytes};
+use futures::StreamExt;
+use proto::pb::create_dataset_request::{Part, Start};
+use proto::pb::{self, CreateDatasetRequest};
+use proto::{DatasetSpec, keys};
+use tokio::sync::mpsc;
+use tonic::Streaming;
+use tracing::warn;
+
+use crate::catalog::{Begin, Catalog, Round};
+use crate::datasets::{Again, Datasets, Stage, gather, put_slices};
+use crate::error::Error;
+use crate::history::History;
+use crate::list::ListOptions;
+use crate::store::Store;
+
+/// A caller that sends nothing for so long has lost its list.
+const IDLE: Duration = Duration::from_secs(600);
+
+/// See `CreateDataset` in `dataset.proto`.
+pub(super) async fn create(
+    datasets: &Arc<Datasets>,
+    mut stream: Streaming<CreateDatasetRequest>,
+) -> Result<pb::CreateDatasetResponse, Error> {
+    let start = first(&mut stream).await?;
+    if !keys::is_name(&start.name) || start.name.len() > 54 {
+        let rule = "1 to 54 of a-z 0-9 - . , beginning and ending with a letter or digit";
+        return Err(Error::Invalid(format!("name = {:?}: must be {rule}", start.name)));
+    }
+    let spec = DatasetSpec::from_json(if start.spec_json.is_empty() { "{}" } else { &start.spec_json })?;
+    let name = datasets.lock_name(&start.name).await;
+    if let Some((id, round)) = datasets.by_request(&start.request_id) {
+        return Ok(response(&id, &round));
+    }
+    if datasets.find(&start.name).is_ok() {
+        return Err(Error::Exists(format!("a dataset is called {:?} already", start.name)));
+    }
+    let id = format!("{}-{}", start.name, &crate::store::nonce()[..8]);
+    let (pieces, received) = mpsc::channel(32);
+    let made = put_slices(&datasets.store, &id, {
+        let (folder, start) = (datasets.folder.clone(), start.clone());
+        move |slices| {
+            let mut spec = spec;
+            let mut catalog = Catalog::new(&spec, Begin::first(&start.request_id), folder.clone());
+            read_lists(&mut catalog, &start, Pieces::new(received), folder)?;
+            let round = catalog.cut(&mut spec, slices)?;
+            name_classes(&mut spec, &start.class_names);
+            Ok((spec, round))
+        }
+    });
+    let made = with_lists(datasets, &start, stream, pieces, made).await;
+    let datasets = Arc::clone(datasets);
+    // A caller that goes away must not cut this in the middle.
+    let tail = tokio::spawn(async move {
+        let _name = name;
+        let committed = match made {
+            Ok((spec, round)) => datasets.commit(&id, spec, round.clone()).await.map(|()| round),
+            Err(error) => Err(error),
+        };
+        committed.map(|round| response(&id, &round)).inspect_err(|_| {
+            tokio::spawn(async move {
+                if let Err(error) = datasets.remove_unborn(&id).await {
+                    warn!(dataset = id, %error, "cannot remove slices of a list that failed");
+                }
+            });
+        })
+    });
+    tail.await.map_err(|error| Error::Local(error.to_string()))?
+}
+
+/// See `RefreshDataset` in `dataset.proto`.
+pub(super) async fn refresh(
+    datasets: &Arc<Datasets>,
+    mut stream: Streaming<CreateDatasetRequest>,
+) -> Result<pb::CreateDatasetResponse, Error> {
+    let start = first(&mut stream).await?;
+    if !start.spec_json.is_empty() || !start.class_names.is_empty() {
+        let message =
+            "start.spec_json and start.class_names must be empty: they were chosen when the dataset was created";
+        return Err(Error::Invalid(message.to_owned()));
+    }
+    let (found, _) = datasets.find(&start.name)?;
+    let name = datasets.lock_name(&found.name).await;
+    if let Some((id, round)) = datasets.by_request(&start.request_id) {
+        return Ok(response(&id, &round));
+    }
+    let (dataset, _) = datasets.find(&found.id)?;
+    if !matches!(dataset.stage, Stage::Ready | Stage::Failed(_)) {
+        let message = format!("dataset {:?} is still being fetched: wait until it is ready", dataset.name);
+        return Err(Error::Precondition(message));
+    }
+    let begin = datasets.next_round(&dataset, &start.request_id).await?;
+    let (pieces, received) = mpsc::channel(32);
+    let made = put_slices(&datasets.store, &dataset.id, {
+        let (folder, start) = (datasets.folder.clone(), start.clone());
+        let (handle, store) = (tokio::runtime::Handle::current(), datasets.store.clone());
+        let dataset = dataset.clone();
+        move |slices| {
+            let mut spec = (*dataset.spec).clone();
+            let mut catalog = Catalog::new(&spec, begin, folder.clone());
+            let lists = read_lists(&mut catalog, &start, Pieces::new(received), folder)?;
+            let (dataset_id, rounds) = (&*dataset.id, &dataset.rounds[..]);
+            let history = History { handle: &handle, store: &store, dataset: dataset_id, rounds };
+            gather(&history, &Again::may_come_back(&dataset), lists > 0, &mut catalog)?;
+            catalog.cut(&mut spec, slices)
+        }
+    });
+    let round = with_lists(datasets, &start, stream, pieces, made).await?;
+    if round.slices.is_empty() {
+        return Ok(pb::CreateDatasetResponse { round: 0, ..response(&dataset.id, &round) });
+    }
+    let datasets = Arc::clone(datasets);
+    let tail = tokio::spawn(async move {
+        let _name = name;
+        datasets.add_round(&dataset.id, round.clone()).await.map(|()| response(&dataset.id, &round))
+    });
+    tail.await.map_err(|error| Error::Local(error.to_string()))?
+}
+
+/// What the lists are made into, while they are pumped.
+async fn with_lists<T>(
+    datasets: &Datasets,
+    start: &Start,
+    stream: Streaming<CreateDatasetRequest>,
+    pieces: mpsc::Sender<Piece>,
+    made: impl Future<Output = Result<T, Error>>,
+) -> Result<T, Error> {
+    let (pumped, made) = tokio::join!(pump(datasets, start, stream, pieces), made);
+    match made {
+        // Of two errors the first cause: a bad list ends the pumping; a stream that breaks off ends the parsing.
+        Err(Error::Aborted(what)) => Err(pumped.err().unwrap_or(Error::Aborted(what))),
+        made => made,
+    }
+}
+
+async fn first(stream: &mut Streaming<CreateDatasetRequest>) -> Result<Start, Error> {
+    match next(stream).await? {
+        Some(Part::Start(start)) if start.request_id.is_empty() => {
+            Err(Error::Invalid("start.request_id is empty".to_owned()))
+        }
+        Some(Part::Start(start)) => Ok(start),
+        _ => Err(Error::Invalid("the first message must be `start`".to_owned())),
+    }
+}
+
+async fn next(stream: &mut Streaming<CreateDatasetRequest>) -> Result<Option<Part>, Error> {
+    let message = tokio::time::timeout(IDLE, stream.message()).await;
+    let message = message.map_err(|_| Error::Aborted("nothing was sent for ten minutes".to_owned()))?;
+    let message = message.map_err(|status| Error::Aborted(status.message().to_owned()))?;
+    message
+        .map(|message| message.part.ok_or_else(|| Error::Invalid("a message without any part".to_owned())))
+        .transpose()
+}
+
+/// What the caller streams, on its way to the thread that parses it.
+enum Piece {
+    Source(String),
+    Data(Bytes),
+    /// Without this, the stream was cut and nothing counts.
+    End,
+}
+
+/// Hands the caller's stream, then the lists in the own store, to the parser.
+async fn pump(
+    datasets: &Datasets,
+    start: &Start,
+    mut stream: Streaming<CreateDatasetRequest>,
+    pieces: mpsc::Sender<Piece>,
+) -> Result<(), Error> {
+    // The parser has ended, and says why.
+    let over = |_| Error::Aborted("the list was not read to its end".to_owned());
+    while let Some(part) = next(&mut stream).await? {
+        let piece = match part {
+            Part::Start(_) => return Err(Error::Invalid("a second `start`".to_owned())),
+            Part::Source(source) => Piece::Source(source.name),
+            Part::Data(data) => Piece::Data(data),
+        };
+        pieces.send(piece).await.map_err(over)?;
+    }
+    for pattern in &start.store_keys {
+        for key in matching(&datasets.store, pattern).await? {
+            let Some(mut bytes) = datasets.store.stream(&key, None).await? else {
+                return Err(Error::Invalid(format!("store_keys: there is no object {key:?}")));
+            };
+            pieces.send(Piece::Source(key.clone())).await.map_err(over)?;
+            while let Some(data) = bytes.next().await {
+                let data = data.map_err(|error| Error::Aborted(format!("{key}: {error}")))?;
+                pieces.send(Piece::Data(data)).await.map_err(over)?;
+            }
+        }
+    }
+    pieces.send(Piece::End).await.map_err(over)
+}
+
+/// The keys that a key, a folder or a pattern stands for.
+async fn matching(store: &Store, pattern: &str) -> Result<Vec<String>, Error> {
+    let wild = pattern.find(['*', '?']);
+    if wild.is_none() && !pattern.ends_with('/') {
+        return Ok(vec![pattern.to_owned()]);
+    }
+    let plain = &pattern[..wild.unwrap_or(pattern.len())];
+    let folder = plain.rsplit_once('/').map_or("", |(folder, _)| folder);
+    let mut keys = store.list(folder).await?;
+    keys.retain(|key| match wild {
+        Some(_) => matches(pattern.as_bytes(), key.as_bytes()),
+        None => key.starts_with(pattern),
+    });
+    match keys.is_empty() {
+        true => Err(Error::Invalid(format!("store_keys: no object matches {pattern:?}"))),
+        false => Ok(keys),
+    }
+}
+
+/// Whether `*` (any text without a slash) and `?` (any byte but a slash) can stand for what is in `key`.
+fn matches(pattern: &[u8], key: &[u8]) -> bool {
+    let (mut p, mut k) = (0, 0);
+    // Where the last star stands, and up to where it has eaten.
+    let mut star: Option<(usize, usize)> = None;
+    while k < key.len() {
+        if p < pattern.len() && pattern[p] == b'*' {
+            star = Some((p, k));
+            p += 1;
+        } else if p < pattern.len() && (pattern[p] == key[k] || pattern[p] == b'?' && key[k] != b'/') {
+            (p, k) = (p + 1, k + 1);
+        } else if let Some((at, eaten)) = star.filter(|&(_, eaten)| key[eaten] != b'/') {
+            star = Some((at, eaten + 1));
+            (p, k) = (at + 1, eaten + 1);
+        } else {
+            return false;
+        }
+    }
+    pattern[p..].iter().all(|&b| b == b'*')
+}
+
+/// Reads all sources into the catalog; how many there were.
+fn read_lists(catalog: &mut Catalog, start: &Start, mut pieces: Pieces, folder: Option<PathBuf>) -> Result<u64, Error> {
+    let options = ListOptions {
+        format: start.format(),
+        synset_column: start.synset_column.clone(),
+        url_column: start.url_column.clone(),
+        folder,
+    };
+    let mut lists = 0;
+    while let Some(name) = pieces.next_source()? {
+        catalog.read(&name, &mut pieces, &options)?;
+        lists += 1;
+    }
+    Ok(lists)
+}
+
+/// Gives each class without a name the one that the caller knows, or that of its synset.
+fn name_classes(spec: &mut DatasetSpec, names: &HashMap<String, String>) {
+    for class in spec.classes.iter_mut().filter(|class| class.name.is_empty()) {
+        class.name.clone_from(names.get(&class.synset).unwrap_or(&class.synset));
+    }
+}
+
+/// The pieces as one reader per source.
+struct Pieces {
+    received: mpsc::Receiver<Piece>,
+    data: Bytes,
+    /// What stands behind the current source.
+    ahead: Option<Piece>,
+}
+
+impl Pieces {
+    fn new(received: mpsc::Receiver<Piece>) -> Self {
+        Self { received, data: Bytes::new(), ahead: None }
+    }
+
+    fn receive(&mut self) -> io::Result<Piece> {
+        let gone = || io::Error::new(io::ErrorKind::ConnectionAborted, "the caller has gone away");
+        self.received.blocking_recv().ok_or_else(gone)
+    }
+
+    /// Passes over what is left of the current source, to the next; None at the end of the last.
+    fn next_source(&mut self) -> Result<Option<String>, Error> {
+        io::copy(self, &mut io::sink()).map_err(|error| Error::Aborted(error.to_string()))?;
+        Ok(match self.ahead.take() {
+            Some(Piece::Source(name)) => Some(name),
+            _ => None,
+        })
+    }
+}
+
+impl Read for Pieces {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while self.data.is_empty() {
+            if self.ahead.is_some() {
+                return Ok(0);
+            }
+            match self.receive()? {
+                Piece::Data(data) => self.data = data,
+                end => self.ahead = Some(end),
+            }
+        }
+        let n = buffer.len().min(self.data.len());
+        self.data.copy_to_slice(&mut buffer[..n]);
+        Ok(n)
+    }
+}
+
+fn response(id: &str, round: &Round) -> pb::CreateDatasetResponse {
+    pb::CreateDatasetResponse {
+        dataset: id.to_owned(),
+        urls: round.urls(),
+        not_chosen: round.not_chosen,
+        bad_lines: round.bad_lines,
+        bad_line_examples: round.bad_line_examples.clone(),
+        shards: round.slices.len() as u32,
+        round: round.round,
+        retried: round.retried.clone().into_iter().collect(),
+        known: round.known,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns_stand_for_keys_and_never_cross_a_slash() {
+        for (pattern, key, expected) in [
+            ("lists/*.tsv", "lists/birds.tsv", true),
+            ("lists/*.tsv", "lists/a/birds.tsv", false),
+            ("lists/*/*", "lists/a/birds.tsv", true),
+            ("l?sts/b*r*.tsv", "lists/birds-birds.tsv", true),
+            ("lists/b?", "lists/b/", false),
+            ("*", "", true),
+            ("a*b", "aab", true),
+            ("a*b", "aabc", false),
+        ] {
+            assert_eq!(matches(pattern.as_bytes(), key.as_bytes()), expected, "{pattern} {key}");
+        }
+    }
+}

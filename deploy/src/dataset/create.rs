@@ -1,0 +1,386 @@
+//! `gleaner dataset create` and `refresh`: lists of URLs go up.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use proto::DatasetSpec;
+use proto::pb::create_dataset_request::{Part, Start};
+use proto::pb::{CreateDatasetRequest, CreateDatasetResponse, ListFormat};
+use tokio::sync::mpsc;
+use tonic::Status;
+use uuid::Uuid;
+
+use super::{NameArgs, TimeoutArgs};
+use crate::client::{Cluster, ClusterArgs, insist};
+use crate::exit::Ended;
+use crate::lists::{self, Source};
+use crate::output::{Format, note, say, say_json};
+use crate::settings;
+
+/// For the coordinator to shuffle and cut a list of any length, once it has it.
+const CUTTING: Duration = Duration::from_secs(3600);
+
+/// Arguments of `gleaner dataset create`.
+#[derive(Debug, clap::Args)]
+#[command(group = clap::ArgGroup::new("lists").required(true).multiple(true).args(["urls", "url_template", "store_key"]))]
+pub(crate) struct CreateArgs {
+    /// Its name: a-z, 0-9, - and .
+    name: String,
+    #[command(flatten)]
+    lists: ListArgs,
+    /// Which synsets to keep, and their names: lines of SYNSET and a name; all of the list if left out
+    #[arg(long, value_name = "FILE")]
+    synsets: Option<PathBuf>,
+    /// An address that answers the URLs of one synset, one a line: http://host/api?wnid={synset}; needs --synsets
+    #[arg(long, value_name = "URL", requires = "synsets", conflicts_with_all = ["format", "synset_column", "url_column"])]
+    url_template: Option<String>,
+    /// Names of classes: a file like that of --synsets, or Open Images' class descriptions; chooses nothing
+    #[arg(long, value_name = "FILE")]
+    class_names: Option<PathBuf>,
+    /// Stored images have SIZE x SIZE pixels [default: 256]
+    #[arg(long)]
+    size: Option<u32>,
+    /// JPEG quality of stored images, 1 to 100 [default: 95]
+    #[arg(long)]
+    quality: Option<u8>,
+    /// Share of the images that validate [default: 0.05]
+    #[arg(long, value_name = "SHARE")]
+    validation: Option<f64>,
+    /// Share of the images that test [default: 0.05]
+    #[arg(long, value_name = "SHARE")]
+    test: Option<f64>,
+    /// Seed of the shuffle that deals URLs to slices [default: 0]
+    #[arg(long)]
+    seed: Option<u64>,
+    /// URLs in one slice; a slice is fetched by one worker and becomes one shard [default: 10000]
+    #[arg(long, value_name = "N")]
+    slice_urls: Option<u32>,
+    /// Stop fetching a class that has so many images; the dataset keeps the first N of it [default: all]
+    #[arg(long, value_name = "N")]
+    per_class: Option<u32>,
+    /// Smaller files are no photos [default: 5000]
+    #[arg(long, value_name = "BYTES")]
+    min_bytes: Option<u64>,
+    /// A dataset spec in TOML; the flags here are put over it
+    #[arg(long, value_name = "FILE")]
+    spec: Option<PathBuf>,
+    /// Any value of the spec: --set limits.timeout_seconds=10
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Wait until the dataset is ready
+    #[arg(long)]
+    wait: bool,
+    #[command(flatten)]
+    timeout: TimeoutArgs,
+    #[command(flatten)]
+    cluster: ClusterArgs,
+}
+
+/// Arguments of `gleaner dataset refresh`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct RefreshArgs {
+    /// The dataset's name
+    name: String,
+    #[command(flatten)]
+    lists: ListArgs,
+    /// Wait until the dataset is ready
+    #[arg(long)]
+    wait: bool,
+    #[command(flatten)]
+    timeout: TimeoutArgs,
+    #[command(flatten)]
+    cluster: ClusterArgs,
+}
+
+/// Where the URLs are, and how they are written.
+#[derive(Debug, clap::Args)]
+pub(crate) struct ListArgs {
+    /// Lists of URLs: files, - for standard input, or http(s) addresses; plain, gzip or zstd
+    #[arg(long, num_args = 1.., value_name = "FILE|-|URL")]
+    urls: Vec<String>,
+    /// A list in the cluster's own store: a key, a folder (ending in /), or a pattern with * and ?
+    #[arg(long, value_name = "KEY")]
+    store_key: Vec<String>,
+    /// How the lists are written
+    #[arg(long, value_enum, default_value_t = ListForm::Auto)]
+    format: ListForm,
+    /// The column of the synset, if it has another name than usual (synset, wnid, class, label, LabelName ...)
+    #[arg(long, value_name = "NAME")]
+    synset_column: Option<String>,
+    /// The column of the URL, if it has another name than usual (url, image_url, OriginalURL, link ...)
+    #[arg(long, value_name = "NAME")]
+    url_column: Option<String>,
+}
+
+/// How a list is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum ListForm {
+    /// By the first line and the file's name
+    Auto,
+    /// `n01440764<TAB>http://...`
+    SynsetUrl,
+    /// `n01440764_10026<TAB>http://...`
+    WnidIdUrl,
+    /// With a header line
+    Csv,
+    /// With a header line
+    Tsv,
+    /// A JSON object a line
+    Jsonl,
+    /// Parquet
+    Parquet,
+}
+
+impl From<ListForm> for ListFormat {
+    fn from(form: ListForm) -> Self {
+        match form {
+            ListForm::Auto => Self::Auto,
+            ListForm::SynsetUrl => Self::SynsetUrl,
+            ListForm::WnidIdUrl => Self::WnidIdUrl,
+            ListForm::Csv => Self::Csv,
+            ListForm::Tsv => Self::Tsv,
+            ListForm::Jsonl => Self::Jsonl,
+            ListForm::Parquet => Self::Parquet,
+        }
+    }
+}
+
+/// Makes a dataset.
+pub(super) async fn create(args: CreateArgs) -> Result<()> {
+    let (start, sources) = prepare(&args)?;
+    let of = NameArgs { name: args.name, cluster: args.cluster };
+    let round = open_round(&of, Call::Create, &start, &sources).await?;
+    told(&of, &round, "created", args.wait, &args.timeout).await
+}
+
+/// Opens another round of a dataset.
+pub(super) async fn refresh(args: RefreshArgs) -> Result<()> {
+    let sources = args.lists.urls.iter().map(|text| Source::parse(text)).collect::<Result<Vec<_>>>()?;
+    let start = args.lists.start(&args.name);
+    let of = NameArgs { name: args.name, cluster: args.cluster };
+    let round = open_round(&of, Call::Refresh, &start, &sources).await?;
+    told(&of, &round, "refreshed", args.wait, &args.timeout).await
+}
+
+/// Says what the round is, and waits for it.
+async fn told(
+    of: &NameArgs,
+    round: &CreateDatasetResponse,
+    verb: &str,
+    wait: bool,
+    timeout: &TimeoutArgs,
+) -> Result<()> {
+    for example in &round.bad_line_examples {
+        note(format!("bad line: {example}"));
+    }
+    if wait {
+        note(summary(&of.name, verb, round));
+        return super::wait(of, timeout.timeout, false).await;
+    }
+    match of.cluster.output {
+        Format::Json => say_json(round)?,
+        Format::Table => {
+            say(summary(&of.name, verb, round));
+            if round.shards > 0 {
+                note(format!("see how it goes: gleaner dataset watch {}", of.name));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Which of the calls that stream lists up.
+#[derive(Debug, Clone, Copy)]
+enum Call {
+    Create,
+    Refresh,
+}
+
+async fn open_round(of: &NameArgs, call: Call, start: &Start, sources: &[Source]) -> Result<CreateDatasetResponse> {
+    let cluster = Cluster::new(&of.cluster)?;
+    let round = if sources.iter().all(Source::repeats) {
+        // The request id makes repetition safe; a list that fails is our own failure and ends it.
+        let mut broken = None;
+        let result = insist(async || match upload(&cluster, call, start, sources).await {
+            Ok(result) => result,
+            Err(error) => {
+                broken = Some(error);
+                Err(Status::aborted("the list broke off"))
+            }
+        });
+        let result = result.await;
+        match broken {
+            Some(error) => return Err(error),
+            None => result,
+        }
+    } else {
+        upload(&cluster, call, start, sources).await?
+    };
+    round.with_context(|| format!("dataset {}", of.name))
+}
+
+fn summary(name: &str, verb: &str, round: &CreateDatasetResponse) -> String {
+    let CreateDatasetResponse { urls, shards, not_chosen, bad_lines, retried, known, .. } = round;
+    let retried: u64 = retried.values().sum();
+    let mut line = match shards {
+        0 => format!("{name}: nothing to fetch: no URL that may come back, and none that is new"),
+        _ => format!("{name}: {verb} with {urls} URLs in {shards} shards"),
+    };
+    for (count, what) in [
+        (retried, "of them are tried again"),
+        (*known, "lines are in the catalog already"),
+        (*not_chosen, "lines of other synsets left out"),
+        (*bad_lines, "bad lines"),
+    ] {
+        if count > 0 {
+            line += &format!("; {count} {what}");
+        }
+    }
+    line
+}
+
+impl ListArgs {
+    /// The request, but for what a new dataset is.
+    fn start(&self, name: &str) -> Start {
+        Start {
+            request_id: Uuid::new_v4().to_string(),
+            name: name.to_owned(),
+            format: ListFormat::from(self.format).into(),
+            synset_column: self.synset_column.clone().unwrap_or_default(),
+            url_column: self.url_column.clone().unwrap_or_default(),
+            store_keys: self.store_key.clone(),
+            ..Start::default()
+        }
+    }
+}
+
+/// The request and the lists, checked as far as they can be without the cluster.
+fn prepare(args: &CreateArgs) -> Result<(Start, Vec<Source>)> {
+    if !proto::keys::is_name(&args.name) {
+        let rule = "1 to 63 of a-z 0-9 - . , beginning and ending with a letter or digit";
+        return Err(Ended::usage(format!("{:?} is no name: {rule}", args.name)));
+    }
+    let classes = |flag: &str, path: &Option<PathBuf>| match path {
+        Some(path) => {
+            let text = std::fs::read_to_string(path);
+            lists::parse_synsets(flag, &text.map_err(|e| Ended::usage(format!("{flag} {}: {e}", path.display())))?)
+        }
+        None => Ok(Vec::new()),
+    };
+    let names = classes("--class-names", &args.class_names)?.into_iter().map(|class| (class.synset, class.name));
+    let class_names = names.filter(|(_, name)| !name.is_empty()).collect();
+    let classes = classes("--synsets", &args.synsets)?;
+    let mut sources = args.lists.urls.iter().map(|text| Source::parse(text)).collect::<Result<Vec<_>>>()?;
+    if let Some(template) = &args.url_template {
+        sources.push(Source::template(template, &classes)?);
+    }
+    let mut spec = spec(args)?;
+    if args.synsets.is_some() {
+        spec.classes = classes;
+    }
+    // Parsed again, because the classes are checked too.
+    let spec_json = DatasetSpec::from_json(&spec.to_json())?.to_json();
+    let start = Start { spec_json, class_names, ..args.lists.start(&args.name) };
+    Ok((start, sources))
+}
+
+/// The spec's file with `--set` and the flags over it.
+fn spec(args: &CreateArgs) -> Result<DatasetSpec> {
+    let mut table = match &args.spec {
+        Some(path) => settings::read(path)?,
+        None => toml::Table::new(),
+    };
+    let flags = [
+        ("resize.size", args.size.map(|v| v.to_string())),
+        ("resize.quality", args.quality.map(|v| v.to_string())),
+        // {:?} writes whole numbers with their point, as TOML wants floats.
+        ("splits.validation", args.validation.map(|v| format!("{v:?}"))),
+        ("splits.test", args.test.map(|v| format!("{v:?}"))),
+        ("seed", args.seed.map(|v| v.to_string())),
+        ("slice_urls", args.slice_urls.map(|v| v.to_string())),
+        ("per_class", args.per_class.map(|v| v.to_string())),
+        ("limits.min_bytes", args.min_bytes.map(|v| v.to_string())),
+    ];
+    for assignment in &args.set {
+        settings::set(&mut table, assignment)?;
+    }
+    for (key, value) in flags {
+        if let Some(value) = value {
+            settings::set(&mut table, &format!("{key}={value}"))?;
+        }
+    }
+    Ok(DatasetSpec::from_json(&serde_json::to_string(&table)?)?)
+}
+
+/// Streams the lists up. The outer error is a list that could not be read.
+async fn upload(
+    cluster: &Cluster,
+    call: Call,
+    start: &Start,
+    sources: &[Source],
+) -> Result<Result<CreateDatasetResponse, Status>> {
+    let (pieces, received) = mpsc::channel(4);
+    let feed = async {
+        let first = CreateDatasetRequest { part: Some(Part::Start(start.clone())) };
+        pieces.send(Some(first)).await.context("the upload was refused")?;
+        for source in sources {
+            source.send(&pieces).await?;
+        }
+        pieces.send(None).await.context("the upload was refused")?;
+        anyhow::Ok(())
+    };
+    let mut client = cluster.datasets.clone();
+    let call = async move {
+        match call {
+            Call::Create => client.create_dataset(lists::requests(received)).await,
+            Call::Refresh => client.refresh_dataset(lists::requests(received)).await,
+        }
+    };
+    tokio::pin!(feed, call);
+    tokio::select! {
+        // The answer first: when it is a refusal, the feed fails as well, but knows no reason.
+        biased;
+        answer = &mut call => Ok(answer.map(tonic::Response::into_inner)),
+        fed = &mut feed => match fed {
+            Ok(()) => {
+                let answer = tokio::time::timeout(CUTTING, call).await;
+                let late = |_| Status::deadline_exceeded("the list is there, but the coordinator does not say that it took it");
+                Ok(answer.map_err(late).flatten().map(tonic::Response::into_inner))
+            }
+            // A call that has ended closes the channel a moment before its answer is seen here.
+            Err(error) if error.is::<mpsc::error::SendError<lists::Piece>>() => {
+                let late = tokio::time::timeout(Duration::from_secs(10), call).await.map_err(|_| error)?;
+                Ok(late.map(tonic::Response::into_inner))
+            }
+            Err(error) => Err(error),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, clap::Parser)]
+    struct Cli {
+        #[command(flatten)]
+        create: CreateArgs,
+    }
+
+    #[test]
+    fn flags_are_put_over_the_spec_and_unknown_keys_are_refused() {
+        let parse = |more: &[&str]| {
+            let args = [&["create", "birds", "--urls", "-"], more].concat();
+            let cli: Cli = clap::Parser::try_parse_from(args).expect("arguments");
+            prepare(&cli.create)
+        };
+        let (start, sources) = parse(&["--size", "64", "--test", "0", "--set", "limits.min_side=16"]).expect("good");
+        let spec = DatasetSpec::from_json(&start.spec_json).expect("own output");
+        assert_eq!((spec.resize.size, spec.splits.test, spec.limits.min_side), (64, 0.0, 16));
+        assert_eq!(sources, [Source::Stdin]);
+        let refusal = parse(&["--set", "limits.tiemout=1"]).expect_err("unknown key").to_string();
+        assert!(refusal.contains("tiemout"), "{refusal}");
+        assert!(parse(&["--size", "0"]).is_err());
+    }
+}

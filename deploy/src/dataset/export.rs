@@ -1,0 +1,283 @@
+//! `gleaner dataset export`: the samples that count, for other tools.
+
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, ensure};
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt, stream};
+use object_store::buffered::BufWriter;
+use object_store::path::Path;
+use object_store::{ObjectStore, ObjectStoreExt};
+use proto::manifest::{ManifestShard, ManifestTar};
+use proto::outcomes::OutcomeRow;
+use proto::shard::{RawSample, split_block};
+use proto::{Manifest, Split};
+use serde_json::json;
+use tokio::io::AsyncWriteExt;
+
+use super::reader::{From, Reader};
+use crate::exit::Ended;
+use crate::output::{Format, Progress, say, say_json};
+use crate::store;
+
+/// Blocks that are read ahead.
+const AHEAD: usize = 4;
+
+/// Files of a tree that are written at the same time.
+const WRITES: usize = 16;
+
+/// Arguments of `gleaner dataset export`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    from: From,
+    /// Where to: a folder, or s3://, gs:// or az:// BUCKET/PREFIX; must be empty
+    #[arg(long, value_name = "FOLDER|STORE")]
+    to: String,
+    /// As what
+    #[arg(long = "as", value_enum)]
+    form: Form,
+    /// Only this split; may be repeated
+    #[arg(long, value_parser = |name: &str| name.parse::<Split>().map_err(|error| error.to_string()))]
+    split: Vec<Split>,
+    /// This version of the manifest; the latest if left out
+    #[arg(long, default_value_t = 0, hide_default_value = true)]
+    version: u32,
+}
+
+/// What is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Form {
+    /// SPLIT/SYNSET/KEY.jpg, as torchvision's ImageFolder reads it
+    Tree,
+    /// list.csv: one line per sample, with its URL and its place in the dataset's tars
+    List,
+    /// SPLIT/NUMBER.tar in WebDataset's layout, without the samples that the dataset's own tars hold but skip
+    Webdataset,
+}
+
+/// Writes everything; what was written last is the list of classes, so that a folder with it is complete.
+pub(super) async fn run(args: Args) -> Result<()> {
+    let reader = Reader::open(&args.from).await?;
+    let manifest = reader.manifest(args.version).await?;
+    let target = Target::open(&args.to).await?;
+    let splits = if args.split.is_empty() { Split::ALL.to_vec() } else { args.split.clone() };
+    let total = splits.iter().map(|&split| manifest.samples(split)).sum();
+    let mut progress = Progress::new("images");
+    let written = match args.form {
+        Form::List => list(&reader, &manifest, &splits, &target).await?,
+        form => {
+            let mut written = 0;
+            for shard in &manifest.shards {
+                for (split, tar) in shard.tars.iter().filter(|(split, _)| splits.contains(split)) {
+                    written += match form {
+                        Form::Tree => tree(&reader, &manifest, (shard, *split, tar), &target).await?,
+                        _ => webdataset(&reader, (shard, *split, tar), &target).await?,
+                    };
+                    progress.update(written, total, &args.from.name, "exported");
+                }
+            }
+            written
+        }
+    };
+    drop(progress);
+    ensure!(written == total, "{written} samples were written, but the manifest counts {total}");
+    let classes = (0..).zip(&manifest.classes).map(|(label, class)| {
+        let (label, name): (u32, _) = (label, csv(&class.name));
+        format!("{label},{},{name}\n", csv(&class.synset))
+    });
+    let classes: String = std::iter::once("label,synset,name\n".to_owned()).chain(classes).collect();
+    target.put("classes.csv", classes.into()).await?;
+    let version = manifest.version;
+    match args.from.cluster.output {
+        Format::Json => {
+            say_json(&json!({"dataset": manifest.dataset, "version": version, "samples": written, "to": args.to}))
+        }
+        Format::Table => {
+            say(format!("{}: {written} images of manifest version {version} are in {}", args.from.name, args.to));
+            Ok(())
+        }
+    }
+}
+
+/// Where it is written.
+struct Target {
+    store: Arc<dyn ObjectStore>,
+    location: String,
+}
+
+impl Target {
+    async fn open(location: &str) -> Result<Self> {
+        let store = store::open_scratch(location)?;
+        let first = store.list(None).next().await.transpose().with_context(|| format!("cannot list {location}"))?;
+        match first {
+            None => Ok(Self { store, location: location.to_owned() }),
+            Some(there) => Err(Ended::usage(format!(
+                "--to {location}: is not empty ({} is there); an export stands alone",
+                there.location
+            ))),
+        }
+    }
+
+    async fn put(&self, key: &str, bytes: Bytes) -> Result<()> {
+        let put = self.store.put(&Path::from(key), bytes.into()).await;
+        put.map(drop).with_context(|| format!("cannot write {key} to {}", self.location))
+    }
+
+    /// An object that is there once it is shut down.
+    fn writer(&self, key: &str) -> BufWriter {
+        BufWriter::new(Arc::clone(&self.store), Path::from(key))
+    }
+}
+
+/// The samples of a tar that count, block by block.
+async fn blocks<'a>(
+    reader: &'a Reader,
+    shard: &ManifestShard,
+    tar: &'a ManifestTar,
+) -> Result<impl stream::Stream<Item = Result<Vec<RawSample>>> + use<'a>> {
+    let skips = reader.skips(shard).await?;
+    let mut first = tar.first;
+    let placed = tar.blocks.iter().map(|block| {
+        first += block.samples;
+        (first - block.samples, *block)
+    });
+    let wanted: Vec<_> = placed.filter(|(_, block)| block.kept > 0).collect();
+    let read = stream::iter(wanted).map(async move |(place, block)| {
+        let bytes = reader.read(&tar.key, block.offset..block.offset + block.length).await?;
+        let samples = split_block(&bytes).with_context(|| tar.key.clone())?;
+        let whole = samples.len() == block.samples as usize;
+        ensure!(whole, "{}: a block has {} samples, not {}", tar.key, samples.len(), block.samples);
+        Ok((place, samples))
+    });
+    Ok(read.buffered(AHEAD).map_ok(move |(place, samples): (u32, Vec<RawSample>)| {
+        let counts = |(at, _): &(u32, RawSample)| !skips.contains(*at);
+        (place..).zip(samples).filter(counts).map(|(_, sample)| sample).collect()
+    }))
+}
+
+async fn tree(
+    reader: &Reader,
+    manifest: &Manifest,
+    (shard, split, tar): (&ManifestShard, Split, &ManifestTar),
+    target: &Target,
+) -> Result<u64> {
+    let mut written = 0;
+    let mut blocks = std::pin::pin!(blocks(reader, shard, tar).await?);
+    while let Some(samples) = blocks.try_next().await? {
+        written += samples.len() as u64;
+        let files = samples.into_iter().map(|sample| {
+            let class = manifest.classes.get(sample.label as usize);
+            let class = class.with_context(|| format!("{}: label {} is no class's", tar.key, sample.label));
+            anyhow::Ok((
+                format!("{split}/{}/{:012}.{}", folder(&class?.synset), sample.key, sample.ending),
+                sample.image,
+            ))
+        });
+        let puts = stream::iter(files)
+            .try_for_each_concurrent(WRITES, |(key, image)| async move { target.put(&key, image).await });
+        puts.await?;
+    }
+    Ok(written)
+}
+
+/// A synset as the name of a folder: some, like Open Images' `/m/011k07`, have slashes in them.
+fn folder(synset: &str) -> String {
+    synset.trim_matches('/').replace('/', "_")
+}
+
+async fn webdataset(
+    reader: &Reader,
+    (shard, split, tar): (&ManifestShard, Split, &ManifestTar),
+    target: &Target,
+) -> Result<u64> {
+    if tar.blocks.iter().all(|block| block.kept == 0) {
+        return Ok(0);
+    }
+    let key = format!("{split}/{:06}.tar", shard.shard);
+    let failed = || format!("cannot write {key} to {}", target.location);
+    let mut writer = target.writer(&key);
+    let mut written = 0;
+    let mut blocks = std::pin::pin!(blocks(reader, shard, tar).await?);
+    while let Some(samples) = blocks.try_next().await? {
+        for sample in samples {
+            writer.put(sample.members).await.with_context(failed)?;
+            written += 1;
+        }
+    }
+    // Two empty records end a tar (POSIX.1-1988).
+    writer.put(Bytes::from_static(&[0; 1024])).await.with_context(failed)?;
+    writer.shutdown().await.with_context(failed)?;
+    Ok(written)
+}
+
+async fn list(reader: &Reader, manifest: &Manifest, splits: &[Split], target: &Target) -> Result<u64> {
+    let labels: BTreeMap<&str, u32> =
+        manifest.classes.iter().zip(0..).map(|(class, label)| (class.synset.as_str(), label)).collect();
+    let mut writer = target.writer("list.csv");
+    let head = "key,split,synset,label,url,final_url,width,height,sha256,tar,offset,length\n";
+    writer.put(Bytes::from_static(head.as_bytes())).await?;
+    let mut written = 0;
+    let write = reader.each_url(manifest, async |row, finding| {
+        let skipped = finding.is_some_and(|finding| finding.skipped.is_some());
+        if row.split().is_some_and(|split| splits.contains(&split)) && !skipped {
+            let label = labels.get(row.synset.as_str()).copied();
+            writer.put(entry(&row, label).into()).await?;
+            written += 1;
+        }
+        Ok(ControlFlow::Continue(()))
+    });
+    write.await?;
+    writer.shutdown().await.with_context(|| format!("cannot write list.csv to {}", target.location))?;
+    Ok(written)
+}
+
+fn entry(row: &OutcomeRow, label: Option<u32>) -> String {
+    fn number<T: ToString>(value: Option<T>) -> String {
+        value.map_or_else(String::new, |value| value.to_string())
+    }
+    fn text(value: &Option<String>) -> String {
+        value.as_deref().map_or_else(String::new, csv)
+    }
+    let fields = [
+        row.key.to_string(),
+        text(&row.split),
+        csv(&row.synset),
+        number(label),
+        csv(&row.url),
+        text(&row.final_url),
+        number(row.width),
+        number(row.height),
+        text(&row.sha256),
+        text(&row.tar),
+        number(row.offset),
+        number(row.length),
+    ];
+    fields.join(",") + "\n"
+}
+
+/// A field of a CSV file (RFC 4180).
+fn csv(text: &str) -> String {
+    match text.contains(['"', ',', '\n', '\r']) {
+        true => format!("\"{}\"", text.replace('"', "\"\"")),
+        false => text.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_with_commas_and_quotes_are_quoted() {
+        let row = OutcomeRow { key: 3, synset: "n1".into(), url: "http://a/,\"x\"".into(), ..OutcomeRow::default() };
+        assert_eq!(entry(&row, Some(2)), "3,,n1,2,\"http://a/,\"\"x\"\"\",,,,,,,\n");
+    }
+
+    #[test]
+    fn a_synset_with_slashes_is_one_folder() {
+        assert_eq!((folder("/m/011k07"), folder("n02084071")), ("m_011k07".to_owned(), "n02084071".to_owned()));
+    }
+}
