@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test test-nccl soak-train bench-train images libtorch pytorch clean
+.PHONY: help setup build demo test test-nccl soak-train bench-train bench-fetch images libtorch pytorch clean
 
 tools := target/tools
 export PATH := $(CURDIR)/$(tools)/bin:$(PATH)
@@ -15,6 +15,7 @@ help:
 	@echo "make test-nccl            does the NCCL backend compile, link and start? (part of 'make test' when CI is set)"
 	@echo "make soak-train           a run whose ranks and agents are killed every 10 s for SECONDS=300; its ledger must be an undisturbed one's"
 	@echo "make bench-train          the trainer against PyTorch, torchvision and WebDataset on this machine [ARGS=--help]"
+	@echo "make bench-fetch          Gleaner and img2dataset on the same lists (PHOTOS=photos.tar: with these JPEGs; ROUNDS=2)"
 	@echo "make setup                libtorch and the build's tools, into target/; every other target does it first"
 	@echo "make images               both container images, as archives in target/images; needs buildah. PROFILE=dev: quicker, if"
 	@echo "                          tests were run; IMAGES=gleaner: the small one alone"
@@ -47,6 +48,11 @@ soak-train: setup
 bench-train: setup pytorch $(tools)/torchvision/ready
 	cargo build --locked -p gleaner-trainer --features bench --example bench
 	PYTHONPATH=$(tools)/torchvision $(tools)/pytorch/bin/python deploy/bench/train.py --bench target/debug/examples/bench $(ARGS)
+
+# Without libtorch, as fetch workers are deployed.
+bench-fetch: $(tools)/ready $(tools)/img2dataset/ready
+	PHOTOS="$(PHOTOS)" cargo bench --locked --profile dev -p gleaner --bench fetch --no-default-features --features demo -- \
+	    --rival $(CURDIR)/$(tools)/img2dataset/bin/python $(ARGS)
 
 # CUDA=1: with CUDA. LINK_ONLY=1 besides: without NVIDIA's libraries, for machines that have no GPU.
 libtorch: setup $(if $(CUDA),target/libtorch-cuda/$(if $(LINK_ONLY),link,full))
@@ -81,4 +87,10 @@ $(tools)/pytorch/ready: deploy/setup/python.txt target/libtorch/build-version
 $(tools)/torchvision/ready: deploy/bench/python.txt $(tools)/pytorch/ready
 	rm -rf $(@D)
 	$(tools)/pytorch/bin/python -m pip --disable-pip-version-check install --quiet --require-hashes --no-deps --target $(@D) -r $<
+	touch $@
+
+$(tools)/img2dataset/ready: deploy/setup/img2dataset.txt $(tools)/ready
+	rm -rf $(@D)
+	deploy/setup/venv.sh $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --require-hashes --no-deps --only-binary=:all: -r $<
 	touch $@

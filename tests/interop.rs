@@ -58,7 +58,7 @@ fn webdataset_reads_the_same_pixels_and_labels_as_we_do() {
         for block in &blocks.blocks {
             let range = block.offset as usize..(block.offset + block.length) as usize;
             for sample in shard::read_block(&bytes.slice(range)).expect("a block") {
-                let image = turbojpeg::decompress(&sample.jpeg, turbojpeg::PixelFormat::RGB).expect("a JPEG");
+                let image = turbojpeg::decompress(&sample.image, turbojpeg::PixelFormat::RGB).expect("a JPEG");
                 let pixels = shard::sha256_hex(&image.pixels);
                 ours.insert(sample.key, format!("{} {pixels} {} {}", sample.label, image.width, image.height));
             }

@@ -88,6 +88,7 @@ pub(crate) fn seal(handle: &Handle, store: &Store, sealing: &Sealing) -> Result<
         version: *version,
         rounds: rounds.len() as u32,
         resize: spec.resize,
+        smallest_side: spec.resize.smallest_side(&spec.limits),
         outcomes: totals.outcomes(),
         classes: classes(sealing, totals),
         skipped: BTreeMap::new(),

@@ -69,7 +69,7 @@ async fn a_list_becomes_a_manifest_that_counts_every_url_and_outlives_the_coordi
                 for sample in samples {
                     if skips.contains(ordinal) {
                         skipped += 1;
-                        let content = String::from_utf8(sample.jpeg.to_vec()).expect("text");
+                        let content = String::from_utf8(sample.image.to_vec()).expect("text");
                         assert!(["shared", "picture0"].contains(&content.as_str()), "{content}");
                     } else {
                         kept += 1;

@@ -127,7 +127,7 @@ async fn pictures_that_look_alike_are_told_and_never_stand_in_train_and_test_bot
     let folder = tempfile::tempdir().expect("a folder");
     let cluster = Cluster::start(folder.path(), 30.0).await;
     // 60 pictures, of which some test and some train, that all look nearly the same; 20 that look like nothing else.
-    let alike = (0..60u64).map(|i| format!("n0\thttp://h/a{i}~{:016x}\n", 0xabcd_0000_0000_0000 | i % 4));
+    let alike = (0..60u64).map(|i| format!("n0\thttp://h/a{i}~{:016x}\n", 0xabcd_0000_0000_0000 | (i % 4)));
     let alone = (0..20u64).map(|i| format!("n0\thttp://h/b{i}~{:016x}\n", (i + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)));
     let spec = DatasetSpec {
         splits: proto::Splits { validation: 0.2, test: 0.2, salt: String::new() },

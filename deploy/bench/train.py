@@ -84,8 +84,8 @@ def figures(command, env):
 class Bench:
     def __init__(self, args, folder):
         self.args, self.folder, self.specs = args, Path(folder), 0
-        # Threads are what both sides are told to use, and no more.
-        self.env = os.environ | {"OMP_NUM_THREADS": str(args.threads), "MASTER_PORT": "29511"}
+        # No more threads than both sides are told to use, and none that burns processor time while it waits for another.
+        self.env = os.environ | {"OMP_NUM_THREADS": str(args.threads), "OMP_WAIT_POLICY": "PASSIVE", "MASTER_PORT": "29511"}
         self.rival = [sys.executable, HERE / "rival.py"]
 
     def spec(self, **values):

@@ -65,11 +65,9 @@ stage fmt cargo fmt --all --check
 stage layers layers
 stage k8s target/tools/venv/bin/python deploy/k8s/check.py
 stage deny cargo deny --locked --log-level error check --hide-inclusion-graph licenses bans sources
-stage clippy cargo clippy --locked --workspace --all-targets -- -D warnings
+stage clippy cargo clippy --locked --workspace --all-targets --features gleaner-trainer/bench -- -D warnings
 stage slim cargo clippy --locked -p gleaner --no-default-features -- -D warnings
 stage build cargo nextest run --locked --workspace --no-run
 stage tests cargo nextest run --locked --workspace --profile "$profile"
 stage doctests doctests
 [[ -z ${CI:-} ]] || stage nccl deploy/setup/nccl.sh
-# In the tests' profile, whose dependencies are there already.
-[[ -z ${CI:-} ]] || stage image env PROFILE=dev deploy/images.sh gleaner

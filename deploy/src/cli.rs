@@ -101,10 +101,10 @@ mod tests {
     fn the_flags_are_these_and_no_more() {
         Cli::command().debug_assert();
         #[rustfmt::skip]
-        let expected: [(&[&str], &str); 24] = [
+        let expected: [(&[&str], &str); 26] = [
             (&["local"], "store listen workers ranks allow-net exit-with-stdin"),
             (&["dataset", "create"], "urls store-key format synset-column url-column synsets url-template class-names \
-                size quality validation test seed slice-urls per-class min-bytes spec set wait timeout"),
+                size resize no-upscale encode-format reencode quality validation test seed slice-urls per-class min-bytes spec set wait timeout"),
             (&["dataset", "refresh"], "urls store-key format synset-column url-column wait timeout"),
             (&["dataset", "outcomes"], "store outcome synset limit version"),
             (&["dataset", "diff"], "store"),
@@ -115,13 +115,15 @@ mod tests {
             (&["dataset", "wait"], "timeout"),
             (&["dataset", "manifest"], "version"),
             (&["dataset", "delete"], "yes"),
-            (&["run", "submit"], "file set dataset name dry-run wait follow timeout"),
+            (&["run", "submit"], "file set dataset name from dry-run wait follow timeout"),
             (&["run", "list"], ""),
             (&["run", "describe"], ""),
             (&["run", "watch"], ""),
             (&["run", "wait"], "timeout"),
             (&["run", "logs"], "follow"),
             (&["run", "metrics"], "kind csv"),
+            (&["run", "model"], "to file"),
+            (&["run", "compare"], ""),
             (&["run", "explain"], ""),
             (&["run", "cancel"], ""),
             (&["run", "resume"], "wait timeout"),

@@ -51,10 +51,59 @@ pub struct Class {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Resize {
-    /// Stored images are `size` x `size` pixels: the shorter side is scaled to it (up or down), the centre is cut out.
+    /// In pixels; what has it, `mode` says.
     pub size: u32,
+    /// How an image is brought to `size`.
+    pub mode: ResizeMode,
+    /// Whether images that are too small are enlarged; false is img2dataset's `resize_only_if_bigger`, save that `cover` cuts
+    /// out the centred square and `pad` pads all the same.
+    pub upscale: bool,
+    /// What stored images are.
+    pub format: ImageFormat,
     /// JPEG quality of stored images, 1 to 100.
     pub quality: u8,
+    /// Which images are encoded again.
+    pub reencode: Reencode,
+}
+
+/// How an image is brought to its stored size. The ratio of its sides is always kept.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ResizeMode {
+    /// The shorter side is scaled to `size` and the centre cut out: a square of `size`. img2dataset's `center_crop`.
+    #[default]
+    Cover,
+    /// The longer side is scaled to `size`. img2dataset's `keep_ratio_largest`.
+    Fit,
+    /// As `fit`, then centred on a white square of `size`. img2dataset's `border`.
+    Pad,
+    /// The shorter side is scaled to `size`. img2dataset's `keep_ratio`.
+    KeepRatio,
+    /// The size stays. img2dataset's `no`.
+    None,
+}
+
+/// How stored images are encoded.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ImageFormat {
+    /// JPEG of `quality`, with halved chroma.
+    #[default]
+    Jpg,
+    /// PNG: without loss, some five times as large.
+    Png,
+}
+
+/// Which images are encoded again.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Reencode {
+    /// All, so that all have the same quality and none carries metadata.
+    #[default]
+    Always,
+    /// Not those that already are as they would be stored (JPEGs in colour, upright, of the right size), which are stored byte
+    /// for byte, whatever their quality and metadata. They are checked like all others. img2dataset's `skip_reencode`.
+    Needed,
 }
 
 /// Shares of the splits; what is left over trains. An image's split is a pure function of its bytes (see [`Splits::split_of`]).
@@ -131,7 +180,14 @@ impl Default for DatasetSpec {
 
 impl Default for Resize {
     fn default() -> Self {
-        Self { size: 256, quality: 95 }
+        Self {
+            size: 256,
+            mode: ResizeMode::Cover,
+            upscale: true,
+            format: ImageFormat::Jpg,
+            quality: 95,
+            reencode: Reencode::Always,
+        }
     }
 }
 
@@ -216,6 +272,37 @@ pub(crate) fn check(key: &str, value: impl fmt::Display, ok: bool, allowed: &str
     if ok { Ok(()) } else { Err(SpecError(format!("{key} = {value}: must be {allowed}"))) }
 }
 
+impl Resize {
+    /// Neither side of a stored image has fewer pixels than this, given what `limits` let through.
+    pub fn smallest_side(&self, limits: &Limits) -> u32 {
+        let Self { size, mode, upscale, .. } = *self;
+        // The shorter side of an image whose longer one has `size` pixels.
+        let across = ((f64::from(size) / limits.max_aspect) as u32).max(1);
+        match (mode, upscale) {
+            (ResizeMode::Cover | ResizeMode::KeepRatio, true) | (ResizeMode::Pad, _) => size,
+            (ResizeMode::Cover | ResizeMode::KeepRatio, false) => size.min(limits.min_side.max(1)),
+            (ResizeMode::Fit, true) => across,
+            (ResizeMode::Fit, false) => across.min(limits.min_side.max(1)),
+            (ResizeMode::None, _) => limits.min_side.max(1),
+        }
+    }
+}
+
+impl ImageFormat {
+    /// The ending of a file's name.
+    pub fn ending(self) -> &'static str {
+        match self {
+            ImageFormat::Jpg => "jpg",
+            ImageFormat::Png => "png",
+        }
+    }
+
+    /// By a file's first bytes; whatever is no PNG is taken for a JPEG.
+    pub fn of(image: &[u8]) -> Self {
+        if image.starts_with(b"\x89PNG\r\n\x1a\n") { ImageFormat::Png } else { ImageFormat::Jpg }
+    }
+}
+
 impl Limits {
     /// For one URL in all.
     pub fn timeout(&self) -> Duration {
@@ -295,11 +382,28 @@ mod tests {
         for (json, said) in [
             (r#"{"resise": {}}"#, "resise"),
             (r#"{"resize": {"size": 0}}"#, "resize.size = 0"),
+            (r#"{"resize": {"mode": "border"}}"#, "`keep-ratio`"),
+            (r#"{"resize": {"format": "gif"}}"#, "`png`"),
             (r#"{"splits": {"validation": 0.9}}"#, "splits.validation = 0.9"),
             (r#"{"classes": [{"synset": "a"}, {"synset": "a"}]}"#, "named once only"),
         ] {
             let error = DatasetSpec::from_json(json).expect_err(json).to_string();
             assert!(error.contains(said), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_smallest_side_is_what_mode_and_limits_leave() {
+        let limits = Limits { min_side: 64, max_aspect: 8.0, ..Limits::default() };
+        for (mode, upscaled, as_it_is) in [
+            (ResizeMode::Cover, 256, 64),
+            (ResizeMode::Fit, 32, 32),
+            (ResizeMode::Pad, 256, 256),
+            (ResizeMode::KeepRatio, 256, 64),
+            (ResizeMode::None, 64, 64),
+        ] {
+            let of = |upscale| Resize { mode, upscale, ..Resize::default() }.smallest_side(&limits);
+            assert_eq!((of(true), of(false)), (upscaled, as_it_is), "{mode:?}");
         }
     }
 

@@ -20,7 +20,9 @@ pub mod run_ledger;
 pub mod run_spec;
 pub mod shard;
 
-pub use dataset_spec::{Class, DatasetSpec, Duplicates, Limits, Resize, SpecError, Split, Splits};
+pub use dataset_spec::{
+    Class, DatasetSpec, Duplicates, ImageFormat, Limits, Reencode, Resize, ResizeMode, SpecError, Split, Splits,
+};
 pub use keys::Attempt;
 pub use manifest::Manifest;
 pub use rejection::{Outcome, Rejection};

@@ -21,8 +21,10 @@ pub struct Manifest {
     pub version: u32,
     /// Rounds of the catalog that it covers, from the first.
     pub rounds: u32,
-    /// How stored images came about; `resize.size` is their width and height.
+    /// How stored images came about.
     pub resize: Resize,
+    /// Neither side of a stored image has fewer pixels.
+    pub smallest_side: u32,
     /// In the order of the labels.
     pub classes: Vec<ManifestClass>,
     /// URLs by outcome's name, each by that of the latest round in which it was fetched.

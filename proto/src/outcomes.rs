@@ -44,9 +44,9 @@ pub struct OutcomeRow {
     pub split: Option<String>,
     /// Object key of the tar that holds it.
     pub tar: Option<String>,
-    /// Of the stored JPEG in the tar.
+    /// Of the stored image in the tar.
     pub offset: Option<i64>,
-    /// Of the stored JPEG.
+    /// Of the stored image.
     pub length: Option<i64>,
     /// Pixels of the stored image.
     pub pixels: Option<i64>,

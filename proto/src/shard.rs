@@ -1,7 +1,7 @@
 //! The shard format: tar files in WebDataset's layout, and the index that commits them. Bytes in, bytes out.
 //!
-//! A sample is three members of a tar, one after the other: `KEY.jpg`, `KEY.cls` (its label in decimal), `KEY.json` (where it
-//! came from), KEY being 12 digits. A tar is cut into blocks of whole samples, a few MB each, which can be read by range and
+//! A sample is three members of a tar, one after the other: `KEY.jpg` or `KEY.png`, `KEY.cls` (its label in decimal), `KEY.json`
+//! (where it came from), KEY being 12 digits. A tar is cut into blocks of whole samples, a few MB each, which can be read by range and
 //! understood alone.
 
 use std::collections::BTreeMap;
@@ -10,7 +10,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::Split;
+use crate::{ImageFormat, Split};
 
 /// A tar's block is closed once it has this many bytes.
 pub const BLOCK_BYTES: u64 = 2 << 20;
@@ -22,8 +22,8 @@ pub struct Sample {
     pub key: u64,
     /// The place of its class in the dataset's spec.
     pub label: u32,
-    /// The encoded image.
-    pub jpeg: Bytes,
+    /// The encoded image, whose first bytes tell what it is ([`ImageFormat::of`]).
+    pub image: Bytes,
 }
 
 /// What stands beside a sample, for people and other tools.
@@ -146,14 +146,14 @@ impl TarWriter {
     pub fn append(&mut self, sample: &Sample, origin: &Origin) -> (u64, u64) {
         let key = format!("{:012}", sample.key);
         let json = serde_json::to_vec(origin).expect("strings and numbers only");
-        let offset = self.member(&format!("{key}.jpg"), &sample.jpeg);
+        let offset = self.member(&format!("{key}.{}", ImageFormat::of(&sample.image).ending()), &sample.image);
         self.member(&format!("{key}.cls"), sample.label.to_string().as_bytes());
         self.member(&format!("{key}.json"), &json);
         self.open.samples += 1;
         if self.position() - self.open.offset >= BLOCK_BYTES {
             self.close_block();
         }
-        (offset, sample.jpeg.len() as u64)
+        (offset, sample.image.len() as u64)
     }
 
     /// The bytes written since the last call.
@@ -236,14 +236,14 @@ pub fn read_block(block: &Bytes) -> Result<Vec<Sample>, FormatError> {
             _ => return Err(bad(&format!("member {name:?} is cut short"))),
         };
         match (ending, &mut open) {
-            ("jpg", None) => open = Some((key, data, None)),
+            ("jpg" | "png", None) => open = Some((key, data, None)),
             ("cls", Some((of, _, label @ None))) if *of == key => {
                 let text = std::str::from_utf8(&data).map_err(|_| bad(&format!("member {name:?} is not UTF-8")))?;
                 *label = Some(text.trim().parse().map_err(|_| bad(&format!("member {name:?} holds no label")))?);
             }
             ("json", Some((of, _, Some(_)))) if *of == key => {
-                if let Some((key, jpeg, Some(label))) = open.take() {
-                    samples.push(Sample { key, label, jpeg });
+                if let Some((key, image, Some(label))) = open.take() {
+                    samples.push(Sample { key, label, image });
                 }
             }
             _ => return Err(bad(&format!("member {name:?} is out of order"))),
@@ -389,7 +389,7 @@ mod tests {
         let mut writer = TarWriter::new();
         let (mut bytes, mut samples) = (Vec::new(), Vec::new());
         for (i, image) in images.iter().enumerate() {
-            let sample = Sample { key: i as u64 * 3, label: i as u32 % 7, jpeg: Bytes::from(image.clone()) };
+            let sample = Sample { key: i as u64 * 3, label: i as u32 % 7, image: Bytes::from(image.clone()) };
             let place = writer.append(&sample, &origin());
             bytes.extend_from_slice(&writer.take());
             samples.push((sample, place));
@@ -411,7 +411,7 @@ mod tests {
                 let bytes = tar.slice(block.offset as usize..(block.offset + block.length) as usize);
                 let found = read_block(&bytes).expect("a whole block");
                 let raw = split_block(&bytes).expect("a whole block");
-                let same = |(raw, sample): (&RawSample, &Sample)| (raw.key, raw.label, &raw.image) == (sample.key, sample.label, &sample.jpeg);
+                let same = |(raw, sample): (&RawSample, &Sample)| (raw.key, raw.label, &raw.image) == (sample.key, sample.label, &sample.image);
                 prop_assert!(raw.len() == found.len() && raw.iter().zip(&found).all(same));
                 prop_assert_eq!(raw.iter().map(|raw| raw.members.len()).sum::<usize>(), bytes.len());
                 prop_assert_eq!(found.len(), block.samples as usize);
@@ -419,7 +419,7 @@ mod tests {
             }
             prop_assert!(read.iter().eq(samples.iter().map(|(sample, _)| sample)));
             for (sample, (offset, length)) in samples {
-                prop_assert_eq!(&tar[offset as usize..(offset + length) as usize], &sample.jpeg[..]);
+                prop_assert_eq!(&tar[offset as usize..(offset + length) as usize], &sample.image[..]);
             }
         }
 
@@ -441,6 +441,15 @@ mod tests {
             }
         }
         assert_eq!(read_block(&tar.slice(..whole)).expect("whole"), samples);
+    }
+
+    #[test]
+    fn a_members_ending_tells_what_the_image_is() {
+        for (image, name) in [(&b"\xff\xd8\xff"[..], "000000000000.jpg"), (b"\x89PNG\r\n\x1a\n", "000000000000.png")] {
+            let (tar, ..) = write(&[image.to_vec()]);
+            assert!(tar.starts_with(name.as_bytes()), "{name}");
+            assert_eq!(read_block(&tar.slice(..tar.len() - 1024)).expect("whole")[0].image, image);
+        }
     }
 
     #[test]

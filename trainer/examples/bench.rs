@@ -8,6 +8,7 @@
 //! ```
 #![allow(clippy::print_stdout, reason = "its figures are what it is for")]
 
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -16,6 +17,12 @@ use proto::RunSpec;
 use trainer::bench;
 
 fn main() -> Result<()> {
+    let [(name, value), ..] = trainer::RANK_ENVIRONMENT;
+    if std::env::var(name).as_deref() != Ok(value) {
+        // As an agent starts its ranks.
+        let mut again = Command::new(std::env::current_exe()?);
+        return Err(again.args(std::env::args().skip(1)).envs(trainer::RANK_ENVIRONMENT).exec().into());
+    }
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     match args[..] {

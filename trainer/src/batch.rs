@@ -7,8 +7,8 @@ use std::sync::{Arc, OnceLock};
 use anyhow::{Context, Result, ensure};
 use fast_image_resize::images::{CroppedImage, Image as Target, ImageRef};
 use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
-use proto::Sample;
 use proto::run_spec::{Cut, Input};
+use proto::{ImageFormat, Sample};
 use tch::Tensor;
 
 use crate::jpeg::{self, Area};
@@ -198,10 +198,17 @@ impl Cutter {
 
     /// Decodes all of a sample.
     pub(crate) fn decode(&mut self, sample: &Sample) -> Result<Arc<Image>> {
-        let Sample { key, label, ref jpeg } = *sample;
-        let all = |width, height| Ok(Area { left: 0, top: 0, width, height });
-        let mut pixels = Vec::new();
-        let (size, _) = self.decoder.decode(jpeg, all, &mut pixels).with_context(|| format!("sample {key}"))?;
+        let Sample { key, label, ref image } = *sample;
+        let context = || format!("sample {key}");
+        let (size, pixels) = match ImageFormat::of(image) {
+            ImageFormat::Jpg => {
+                let all = |width, height| Ok(Area { left: 0, top: 0, width, height });
+                let mut pixels = Vec::new();
+                let (size, _) = self.decoder.decode(image, all, &mut pixels).with_context(context)?;
+                (size, pixels)
+            }
+            ImageFormat::Png => png(image).with_context(context)?,
+        };
         Ok(Arc::new(Image::new(key, label, size, pixels)))
     }
 
@@ -215,19 +222,24 @@ impl Cutter {
 
     /// Decodes no more of a sample than what is looked at, and writes that.
     pub(crate) fn decode_and_cut(&mut self, sample: &Sample, views: &Views, into: &mut [u8]) -> Result<Light> {
-        if views.whole() {
+        if views.whole() || ImageFormat::of(&sample.image) == ImageFormat::Png {
             let image = self.decode(sample)?;
             return self.cut(&image, views, into);
         }
-        let Sample { key, ref jpeg, .. } = *sample;
+        let Sample { key, ref image, .. } = *sample;
         let context = || format!("sample {key}");
         let mut view = None;
         let wanted = |width, height| Ok(view.insert(views.of(key, width, height)?).area);
-        let (_, part) = self.decoder.decode(jpeg, wanted, &mut self.pixels).with_context(context)?;
+        let (_, part) = self.decoder.decode(image, wanted, &mut self.pixels).with_context(context)?;
         let view = view.with_context(context)?;
         write(&mut self.resizer, (&self.pixels, part), &view, views.crop(), into)?;
         Ok(view.light(|| 0.0))
     }
+}
+
+fn png(bytes: &[u8]) -> Result<((usize, usize), Vec<u8>)> {
+    let image = image::load_from_memory_with_format(bytes, image::ImageFormat::Png)?.into_rgb8();
+    Ok(((image.width() as usize, image.height() as usize), image.into_raw()))
 }
 
 /// Writes a view as crop x crop pixels, from pixels that are a part of the image.
@@ -351,7 +363,7 @@ mod tests {
         let views = cuts.into_iter().map(|input| training(1, input)).chain([Views::Evaluation { crop: 32 }]);
         for views in views {
             for key in 0..30 {
-                let sample = Sample { key, label: 1, jpeg: jpeg.clone() };
+                let sample = Sample { key, label: 1, image: jpeg.clone() };
                 let (mut part, mut whole) = (vec![0; 3 * 32 * 32], vec![1; 3 * 32 * 32]);
                 let light = cutter.decode_and_cut(&sample, &views, &mut part).expect("a JPEG");
                 let image = cutter.decode(&sample).expect("a JPEG");

@@ -26,7 +26,7 @@ use crate::loader::{Batch, Loader};
 use crate::normalise::{Light, Normalise};
 use crate::plan::lanes_of;
 use crate::random;
-use crate::rank::{Wishes, serve};
+use crate::rank::{Pulse, Wishes, serve};
 use crate::step::{self, Sgd};
 use crate::stream::Blocks;
 
@@ -96,8 +96,8 @@ pub fn write_dataset(store: &Path, images: u64, size: u32) -> Result<()> {
                 width: size,
                 height: size,
             };
-            let jpeg = pictures[(key % PICTURES) as usize].clone();
-            tar.append(&Sample { key, label: (key % 10) as u32, jpeg }, &origin);
+            let image = pictures[(key % PICTURES) as usize].clone();
+            tar.append(&Sample { key, label: (key % 10) as u32, image }, &origin);
         }
         let mut bytes = tar.take().to_vec();
         let (rest, _, sha256, blocks) = tar.finish();
@@ -114,13 +114,15 @@ pub fn write_dataset(store: &Path, images: u64, size: u32) -> Result<()> {
             kept: b.samples,
         };
         let tar = ManifestTar { key: name, sha256, first: 0, blocks: blocks.iter().map(block).collect() };
-        shards.push(ManifestShard { shard, skips: None, tars: BTreeMap::from([(Split::Train, tar)]) });
+        let tars = BTreeMap::from([(Split::Train, tar)]);
+        shards.push(ManifestShard { shard, round: 1, outcomes: None, findings: None, skips: None, tars });
         key = end;
     }
     let class = |i: u64| ManifestClass {
         synset: format!("n{i}"),
         name: String::new(),
         urls: images / 10,
+        outcomes: BTreeMap::new(),
         samples: BTreeMap::from([(Split::Train, (images + 9 - i) / 10)]),
     };
     let manifest = Manifest {
@@ -129,10 +131,12 @@ pub fn write_dataset(store: &Path, images: u64, size: u32) -> Result<()> {
         dataset: "bench-1".to_owned(),
         version: 1,
         rounds: 1,
-        resize: Resize { size, quality: 90 },
+        resize: Resize { size, quality: 90, ..Resize::default() },
+        smallest_side: size,
         classes: (0..10).map(class).collect(),
         outcomes: BTreeMap::new(),
         skipped: BTreeMap::new(),
+        near_duplicates: 0,
         mean: MEAN,
         std: STD,
         shards,
@@ -178,7 +182,6 @@ pub fn meeting_place() -> Result<(impl Sized, u16)> {
 pub fn steps(spec: &RunSpec, count: u64, rank: u32, world: u32, port: u16) -> Result<Figures> {
     let (kind, device) = (step::kind(spec.ranks.precision), Device::Cpu);
     tch::set_num_threads(spec.ranks.threads.max(1) as i32);
-    let store = Store::connect("127.0.0.1", port, Duration::from_secs(60))?;
     let member = Member {
         rank: rank as usize,
         world: world as usize,
@@ -186,7 +189,7 @@ pub fn steps(spec: &RunSpec, count: u64, rank: u32, world: u32, port: u16) -> Re
         device,
         timeout: Duration::from_secs(300),
     };
-    let group = Group::new(&store, member)?;
+    let group = Group::meet("127.0.0.1", port, member, || false)?;
     let crop = i64::from(spec.input.crop);
     let model = AlexNet::new(&spec.model, 1000, crop, spec.seed, kind, device);
     let mut sgd = Sgd::new(&model, &spec.train);
@@ -283,14 +286,18 @@ pub fn run(store: &Path, spec: &RunSpec, cache_bytes: u64) -> Result<Figures> {
         spec_json: spec.to_json(),
         manifest_sha256: sha256_hex(&manifest),
         manifest_key,
-        checkpoint: None,
+        checkpoints: Vec::new(),
         elapsed_seconds: 0.0,
+        start: None,
     };
     let clock = Clock::start()?;
     let (orders, to_rank) = channel();
     let (reports, said) = channel();
-    std::thread::spawn(move || serve(&home, &to_rank, &reports));
-    let wishes = Arc::new(Wishes::new(&join, Arc::default()));
+    let pulse = Arc::new(Pulse::new());
+    // There is no coordinator that could be away.
+    pulse.hear_for(Duration::from_secs(24 * 3600));
+    let wishes = Arc::new(Wishes::new(&join, pulse.clone()));
+    std::thread::spawn(move || serve(&home, &to_rank, &reports, &pulse));
     orders.send((join, wishes))?;
     let mut images = 0;
     for message in said {

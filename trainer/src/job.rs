@@ -60,8 +60,11 @@ impl Job {
         let spec = RunSpec::from_json(&join.spec_json)?;
         let manifest = home.runtime.block_on(get_checked(&home.store, &join.manifest_key, &join.manifest_sha256))?;
         let manifest = Manifest::from_json(&manifest).with_context(|| join.manifest_key.clone())?;
-        let (crop, size) = (spec.input.crop, manifest.resize.size);
-        ensure!(crop <= size, "input.crop = {crop}: must be at most {size}, the size of the dataset's stored images");
+        let (crop, side) = (spec.input.crop, manifest.smallest_side);
+        ensure!(
+            crop <= side,
+            "input.crop = {crop}: must be at most {side}, which the dataset's images are sure to have"
+        );
         let blocks = Split::ALL.map(|split| Arc::new(Blocks::new(home.store.clone(), &manifest, split)));
         // Whether an epoch can be planned is the same for all epochs.
         EpochPlan::new(&blocks[0].kept(), spec.ranks.lanes, spec.train.batch, spec.seed, 0)?;

@@ -10,6 +10,7 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::Command;
 use tokio::sync::{mpsc, oneshot};
 
+use crate::RANK_ENVIRONMENT;
 use crate::c10d::NCCL_ENVIRONMENT;
 use crate::ipc::{self, Setup};
 
@@ -61,6 +62,7 @@ impl Process {
         let mut child = command
             .args(arguments)
             .envs(NCCL_ENVIRONMENT)
+            .envs(RANK_ENVIRONMENT)
             // NCCL writes to standard output by default, which is the rank's way to its agent.
             .env("NCCL_DEBUG_FILE", "/dev/stderr")
             // Ctrl-C in a terminal is for the agent, which lets its ranks leave in order.

@@ -175,7 +175,7 @@ impl Pulse {
     }
 
     /// The coordinator counts as there for so long from now on.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "bench"))]
     pub(crate) fn hear_for(&self, time: Duration) {
         self.heard.store(self.now() + time.as_millis() as u64, Ordering::Relaxed);
     }

@@ -7,9 +7,9 @@ use std::time::Duration;
 /// So many may wait at first, and at the least ...
 const LEAST: usize = 2;
 /// ... and at the most, if all of them together have ...
-const MOST: usize = 32;
+const MOST: usize = 16;
 /// ... at most so many bytes.
-const MOST_BYTES: usize = 256 << 20;
+const MOST_BYTES: usize = 64 << 20;
 /// After so many that were there when they were asked for, one less may wait.
 const EASY: u32 = 100;
 

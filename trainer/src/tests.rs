@@ -68,7 +68,7 @@ impl World {
                 let mut tar = TarWriter::new();
                 for i in 0..samples {
                     let label = (key % 3) as u32;
-                    tar.append(&Sample { key, label, jpeg: picture(key, label) }, &origin());
+                    tar.append(&Sample { key, label, image: picture(key, label) }, &origin());
                     let skip = split == Split::Train && i == 7;
                     if skip {
                         skips.insert(first + i);
@@ -108,7 +108,8 @@ impl World {
             dataset: "d-1".to_owned(),
             version: 1,
             rounds: 1,
-            resize: Resize { size: SIZE as u32, quality: 90 },
+            resize: Resize { size: SIZE as u32, quality: 90, ..Resize::default() },
+            smallest_side: SIZE as u32,
             classes: counted.iter().enumerate().map(class).collect(),
             outcomes: BTreeMap::new(),
             skipped: BTreeMap::new(),

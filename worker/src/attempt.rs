@@ -365,7 +365,7 @@ async fn keep(
         height: side(row.height),
     };
     let key = u64::try_from(row.key).context("keys count from 0")?;
-    let (offset, length) = tar.append(&Sample { key, label, jpeg: stored.jpeg }, &origin, &stored.moments).await?;
+    let (offset, length) = tar.append(&Sample { key, label, image: stored.image }, &origin, &stored.moments).await?;
     row.split = Some(split.name().to_owned());
     row.tar = Some(tar.key().to_owned());
     row.offset = Some(offset as i64);

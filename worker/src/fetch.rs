@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use proto::{Limits, Rejection};
 use reqwest::header::{ACCEPT, HeaderMap, HeaderValue, LOCATION};
-use reqwest::{Client, Response, StatusCode};
+use reqwest::{Certificate, Client, Response, StatusCode};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout_at};
 use url::{Host, Url};
@@ -30,6 +30,8 @@ pub(crate) struct FetchConfig {
     pub(crate) rules: AddressRules,
     pub(crate) user_agent: String,
     pub(crate) honour_opt_outs: bool,
+    /// Trusted beside the system's.
+    pub(crate) authorities: Vec<Certificate>,
     /// Bytes of all bodies together, beyond [`ALLOWANCE`] each.
     pub(crate) body_budget: usize,
 }
@@ -125,6 +127,7 @@ impl Fetcher {
             .referer(false)
             .dns_resolver(Arc::clone(&self.resolver))
             .connect_timeout(connect_timeout)
+            .tls_certs_merge(self.config.authorities.iter().cloned())
             // A shuffled list comes back to a host seldom; idle connections are mostly other people's memory.
             .pool_max_idle_per_host(8)
             .pool_idle_timeout(Duration::from_secs(10))

@@ -1,10 +1,11 @@
-//! JPEG by libjpeg-turbo: decoding, scaled down where that is enough, and encoding.
+//! JPEG by libjpeg-turbo: decoding, scaled down where that is enough and to the planes that the file holds where it can be,
+//! and encoding.
 
 use bytes::Bytes;
 use proto::Rejection;
-use turbojpeg::{Colorspace, Compressor, Decompressor, Image, PixelFormat, ScalingFactor, Subsamp};
+use turbojpeg::{Colorspace, Compressor, Decompressor, Image, PixelFormat, ScalingFactor, Subsamp, YuvImage};
 
-use crate::resize::Pixels;
+use crate::resize::{Layout, Picture, Pixels};
 
 /// A progressive JPEG may redraw itself so many times; a small file with more of them is made to burn time.
 const MAX_SCANS: u32 = 200;
@@ -26,6 +27,7 @@ pub(crate) struct Header {
     /// EXIF: 1 to 8.
     pub(crate) orientation: u8,
     colorspace: Colorspace,
+    subsamp: Subsamp,
     lossless: bool,
     /// Has Adobe's marker: its CMYK values are stored inverted.
     adobe: bool,
@@ -51,23 +53,23 @@ impl Codec {
             height: pixels(header.height)?,
             orientation,
             colorspace: header.colorspace,
+            subsamp: header.subsamp,
             lossless: header.is_lossless,
             adobe,
         })
     }
 
-    /// Decodes into `into` as RGB, at 1/2, 1/4 or 1/8 of the size as long as the shorter side keeps `target` pixels (other
-    /// eighths are slower than the whole). The image must be whole: libjpeg's warnings count, because what they report are
-    /// pixels that it made up.
+    /// Decodes into `into`, at 1/2, 1/4 or 1/8 of the size if `shrinks` says that it will shrink by as much (other eighths
+    /// are slower than the whole); as RGB if `rgb` or if the file's own planes are none that can be scaled. The image must be
+    /// whole: libjpeg's warnings count, because what they report are pixels that it made up.
     pub(crate) fn decode(
         &mut self,
         bytes: &[u8],
         header: &Header,
-        target: u32,
+        (shrinks, rgb): (u32, bool),
         into: &mut Pixels,
     ) -> Result<(), Rejection> {
-        let shorter = header.width.min(header.height);
-        let scale = match shorter / target.max(1) {
+        let scale = match shrinks {
             _ if header.lossless => ScalingFactor::ONE,
             8.. => ScalingFactor::ONE_EIGHTH,
             4.. => ScalingFactor::ONE_QUARTER,
@@ -76,22 +78,27 @@ impl Codec {
         };
         self.decompressor.set_scaling_factor(scale).map_err(|_| Rejection::Undecodable)?;
         let (width, height) = (scale.scale(header.width as usize), scale.scale(header.height as usize));
-        into.reset(width as u32, height as u32, header.orientation);
+        let size = (width as u32, height as u32);
+        let layout = if rgb { Layout::Rgb } else { header.layout() };
+        let pixels = into.reset(layout, size, header.orientation);
         let result = match header.colorspace {
             Colorspace::CMYK | Colorspace::YCCK => {
                 self.cmyk.resize(width * height * 4, 0);
                 let pitch = width * 4;
                 let image = Image { pixels: self.cmyk.as_mut_slice(), width, pitch, height, format: PixelFormat::CMYK };
                 let result = self.decompressor.decompress(bytes, image);
-                cmyk_to_rgb(&self.cmyk, header.adobe, into.rgb_mut());
+                cmyk_to_rgb(&self.cmyk, header.adobe, pixels);
                 self.cmyk.clear();
                 self.cmyk.shrink_to(crate::resize::KEPT_BUFFER);
                 result
             }
-            _ => {
-                let pitch = width * 3;
-                let image = Image { pixels: into.rgb_mut(), width, pitch, height, format: PixelFormat::RGB };
+            _ if layout == Layout::Rgb => {
+                let image = Image { pixels, width, pitch: width * 3, height, format: PixelFormat::RGB };
                 self.decompressor.decompress(bytes, image)
+            }
+            _ => {
+                let image = YuvImage { pixels, width, align: 1, height, subsamp: header.subsamp };
+                self.decompressor.decompress_to_yuv(bytes, image)
             }
         };
         match result {
@@ -100,17 +107,55 @@ impl Codec {
         }
     }
 
-    /// Encodes a square RGB image with 4:2:0 chroma, as nearly all photos have it.
-    pub(crate) fn encode(&mut self, rgb: &[u8], side: u32, quality: u8) -> turbojpeg::Result<Bytes> {
-        let side = side as usize;
+    /// Encodes a picture with chroma of half the size, as nearly all photos have it.
+    pub(crate) fn encode(&mut self, picture: &Picture<'_>, quality: u8) -> turbojpeg::Result<Bytes> {
+        let most = self.most(picture.width, picture.height)?;
         self.compressor.set_quality(i32::from(quality))?;
-        let most = self.compressor.buf_len(side, side)?;
         if self.encoded.len() < most {
             self.encoded.resize(most, 0);
         }
-        let image = Image { pixels: rgb, width: side, pitch: side * 3, height: side, format: PixelFormat::RGB };
-        let length = self.compressor.compress_to_slice(image, &mut self.encoded)?;
-        Ok(Bytes::copy_from_slice(&self.encoded[..length]))
+        let (width, height, pixels) = (picture.width as usize, picture.height as usize, picture.values);
+        let length = match picture.layout {
+            Layout::Rgb => {
+                let image = Image { pixels, width, pitch: width * 3, height, format: PixelFormat::RGB };
+                self.compressor.compress_to_slice(image, &mut self.encoded)?
+            }
+            _ => {
+                let image = YuvImage { pixels, width, align: 1, height, subsamp: Subsamp::Sub2x2 };
+                self.compressor.compress_yuv_to_slice(image, &mut self.encoded)?
+            }
+        };
+        let encoded = Bytes::copy_from_slice(&self.encoded[..length]);
+        if self.encoded.len() > crate::resize::KEPT_BUFFER {
+            self.encoded = Vec::new();
+        }
+        Ok(encoded)
+    }
+
+    /// No picture of this size is encoded to more bytes.
+    pub(crate) fn most(&self, width: u32, height: u32) -> turbojpeg::Result<usize> {
+        self.compressor.buf_len(width as usize, height as usize)
+    }
+}
+
+impl Header {
+    /// Whether an upright image in colour is meant, as [`Codec::encode`] makes it.
+    pub(crate) fn is_plain(&self) -> bool {
+        self.colorspace == Colorspace::YCbCr && self.orientation <= 1 && !self.lossless
+    }
+
+    /// Of the planes in the file.
+    fn layout(&self) -> Layout {
+        let chroma = |across, down| Layout::Ycc { across, down };
+        match (self.colorspace, self.subsamp) {
+            _ if self.lossless => Layout::Rgb,
+            (Colorspace::Gray, _) => Layout::Grey,
+            (Colorspace::YCbCr, Subsamp::None) => chroma(1, 1),
+            (Colorspace::YCbCr, Subsamp::Sub2x1) => chroma(2, 1),
+            (Colorspace::YCbCr, Subsamp::Sub2x2) => chroma(2, 2),
+            (Colorspace::YCbCr, Subsamp::Sub1x2) => chroma(1, 2),
+            _ => Layout::Rgb,
+        }
     }
 }
 

@@ -2,14 +2,16 @@
 //!
 //! A worker holds no state but its leases. It asks the coordinator for a shard (`lease`), reads the shard's slice from the
 //! store and works through it (`attempt`): each URL is fetched under limits (`fetch`, `net`), its bytes are judged on threads
-//! of their own (`validate`, with `jpeg` and `placeholder`), brought to the stored size (`resize`), and go into a tar that is
-//! uploaded while it grows (`upload`). The index, put last and only if there is none, commits the shard. Whatever a URL
+//! of their own (`validate`, with `jpeg` and `placeholder`), brought to the stored size (`frame`, `resize`) and measured
+//! (`measure`), and go into a tar that is uploaded while it grows (`upload`). The index, put last and only if there is none, commits the shard. Whatever a URL
 //! does is an outcome in the shard; only the store's failures and unreadable slices fail an attempt.
 
 mod attempt;
 mod fetch;
+mod frame;
 mod jpeg;
 mod lease;
+mod measure;
 pub mod metrics;
 mod net;
 mod placeholder;
@@ -19,11 +21,12 @@ mod validate;
 
 use std::collections::HashMap;
 use std::num::NonZero;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 pub use ipnet::IpNet;
 use object_store::ObjectStore;
 use proto::DatasetSpec;
@@ -80,6 +83,10 @@ pub struct Config {
     /// A page or mail address where site owners find out who fetches from them; part of the user agent.
     #[arg(long, env = "GLEANER_CONTACT", value_name = "URL", value_parser = parse_contact)]
     pub contact: Option<String>,
+
+    /// Also trust the certificate authorities in this file (PEM), beside those that the system trusts; may be repeated.
+    #[arg(long, env = "GLEANER_CA_FILE", value_delimiter = ',', value_name = "FILE")]
+    pub ca_file: Vec<PathBuf>,
 
     /// Fetch what its owner marked with `X-Robots-Tag: noai` and the like all the same.
     #[arg(long, env = "GLEANER_IGNORE_OPT_OUTS")]
@@ -162,6 +169,7 @@ fn tools(config: &Config, store: Arc<dyn ObjectStore>, worker: String) -> anyhow
         rules: AddressRules { allowed: config.allow_net.clone() },
         user_agent,
         honour_opt_outs: !config.ignore_opt_outs,
+        authorities: authorities(&config.ca_file)?,
         body_budget: config.body_memory.get() as usize * (1 << 20),
     })
     .context("failed to set up the HTTP client")?;
@@ -172,6 +180,17 @@ fn tools(config: &Config, store: Arc<dyn ObjectStore>, worker: String) -> anyhow
         connections: Arc::new(Semaphore::new(usize::from(config.connections.get()))),
         worker,
     })
+}
+
+fn authorities(files: &[PathBuf]) -> anyhow::Result<Vec<reqwest::Certificate>> {
+    let mut all = Vec::new();
+    for file in files {
+        let bad = || format!("--ca-file {}", file.display());
+        let found = reqwest::Certificate::from_pem_bundle(&std::fs::read(file).with_context(bad)?).with_context(bad)?;
+        ensure!(!found.is_empty(), "{} holds no certificate: PEM is wanted", bad());
+        all.extend(found);
+    }
+    Ok(all)
 }
 
 /// Waits for the next lease, however long that takes; longer after failures, so that a broken store does not use up the

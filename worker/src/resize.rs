@@ -1,44 +1,107 @@
-//! Pixels to the stored square: shorter side scaled to the target, centre cut out, turned upright; and what is measured on it.
+//! Pixels to their stored form: cut, scaled with Lanczos' filter over all source pixels, turned upright, padded.
+//!
+//! A JPEG holds luma and, mostly at half the size, two planes of chroma. To scale these planes as they are is exact (an image
+//! and its planes cover the same area) and saves what else is most of the work beside decoding: raising chroma to full size,
+//! the way to RGB, scaling twice as many values, and all the way back to be encoded.
 
 use fast_image_resize::images::{Image, ImageRef};
-use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
-use proto::shard::Moments;
+use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeError, ResizeOptions, Resizer};
+
+use crate::frame::Frame;
 
 /// Buffers above this many bytes are given back after use: one huge picture must not stay in memory for ever.
 pub(crate) const KEPT_BUFFER: usize = 16 << 20;
 
-/// A decoded image: RGB, 8 bits a channel, not yet turned upright.
+const WHITE: u8 = 255;
+/// Chroma without colour.
+pub(crate) const GREY: u8 = 128;
+
+/// How the 8-bit values of an image stand in memory, rows without gaps.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) enum Layout {
+    /// Red, green, blue, pixel by pixel.
+    #[default]
+    Rgb,
+    /// Luma alone.
+    Grey,
+    /// A plane of luma, one of blue and one of red chroma, as in a JPEG. Chroma has one value for `across` x `down` pixels; luma
+    /// has columns and rows beyond the image so that both are whole.
+    Ycc {
+        /// 1, 2 or 4.
+        across: u32,
+        /// Likewise.
+        down: u32,
+    },
+}
+
+/// One part of a layout.
+#[derive(Debug, Clone, Copy)]
+struct Plane {
+    start: usize,
+    width: u32,
+    height: u32,
+    channels: u32,
+    /// Pixels of the image for one of the plane's.
+    across: u32,
+    down: u32,
+}
+
+impl Layout {
+    /// Chroma of half the size in both directions, as nearly all photos have it.
+    pub(crate) const HALVED: Layout = Layout::Ycc { across: 2, down: 2 };
+
+    /// Its planes, for an image of this size, and the bytes of all together.
+    fn planes(self, (width, height): (u32, u32)) -> (Vec<Plane>, usize) {
+        let (across, down, parts) = match self {
+            Layout::Rgb => (1, 1, &[(3, 1, 1)][..]),
+            Layout::Grey => (1, 1, &[(1, 1, 1)][..]),
+            Layout::Ycc { across, down } => (across, down, &[(1, 1, 1), (1, across, down), (1, across, down)][..]),
+        };
+        let (width, height) = (width.next_multiple_of(across), height.next_multiple_of(down));
+        let mut length = 0;
+        let planes = parts.iter().map(|&(channels, across, down)| {
+            let plane = Plane { start: length, width: width / across, height: height / down, channels, across, down };
+            length += plane.length();
+            plane
+        });
+        (planes.collect(), length)
+    }
+}
+
+impl Plane {
+    fn length(&self) -> usize {
+        self.width as usize * self.height as usize * self.channels as usize
+    }
+
+    fn of<'a>(&self, values: &'a [u8]) -> &'a [u8] {
+        &values[self.start..self.start + self.length()]
+    }
+}
+
+/// A decoded image, not yet turned upright.
 #[derive(Debug, Default)]
 pub(crate) struct Pixels {
     buffer: Vec<u8>,
-    width: u32,
-    height: u32,
+    layout: Layout,
+    size: (u32, u32),
     orientation: u8,
 }
 
 impl Pixels {
-    /// Makes it an image of this size and EXIF orientation, its content unspecified.
-    pub(crate) fn reset(&mut self, width: u32, height: u32, orientation: u8) {
-        (self.width, self.height, self.orientation) = (width, height, orientation);
-        let length = self.length();
+    /// Makes it an image of this layout, size and EXIF orientation, its content unspecified, and returns its bytes.
+    pub(crate) fn reset(&mut self, layout: Layout, size: (u32, u32), orientation: u8) -> &mut [u8] {
+        (self.layout, self.size, self.orientation) = (layout, size, orientation);
+        let (_, length) = layout.planes(size);
         if self.buffer.len() < length {
             self.buffer.resize(length, 0);
         }
-    }
-
-    /// Takes the pixels of another decoder.
-    pub(crate) fn replace(&mut self, rgb: Vec<u8>, width: u32, height: u32, orientation: u8) {
-        self.buffer = rgb;
-        self.reset(width, height, orientation);
-    }
-
-    pub(crate) fn rgb(&self) -> &[u8] {
-        &self.buffer[..self.length()]
-    }
-
-    pub(crate) fn rgb_mut(&mut self) -> &mut [u8] {
-        let length = self.length();
         &mut self.buffer[..length]
+    }
+
+    /// Takes the RGB pixels of another decoder.
+    pub(crate) fn replace(&mut self, rgb: Vec<u8>, size: (u32, u32), orientation: u8) {
+        self.buffer = rgb;
+        self.reset(Layout::Rgb, size, orientation);
     }
 
     /// Gives a large buffer back.
@@ -47,9 +110,24 @@ impl Pixels {
             *self = Self::default();
         }
     }
+}
 
-    fn length(&self) -> usize {
-        self.width as usize * self.height as usize * 3
+/// An image as it is stored, upright, before it is encoded.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Picture<'a> {
+    pub(crate) width: u32,
+    pub(crate) height: u32,
+    /// [`Layout::Rgb`] or [`Layout::HALVED`].
+    pub(crate) layout: Layout,
+    pub(crate) values: &'a [u8],
+}
+
+impl<'a> Picture<'a> {
+    /// Luma and the two planes of chroma, with the width of each, if it is made of them.
+    pub(crate) fn planes(&self) -> Option<[(&'a [u8], usize); 3]> {
+        let (planes, _) = self.layout.planes((self.width, self.height));
+        let planes: [Plane; 3] = planes.try_into().ok()?;
+        Some(planes.map(|plane| (plane.of(self.values), plane.width as usize)))
     }
 }
 
@@ -57,153 +135,178 @@ impl Pixels {
 #[derive(Debug, Default)]
 pub(crate) struct Shrinker {
     resizer: Resizer,
-    square: Vec<u8>,
+    stored: Vec<u8>,
+    scaled: Vec<u8>,
     turned: Vec<u8>,
 }
 
 impl Shrinker {
-    /// The stored square: the largest centred square of `pixels`, scaled (up or down) to `size` x `size` with Lanczos' filter
-    /// over all source pixels, upright. RGB, valid until the next call.
-    pub(crate) fn cover(&mut self, pixels: &Pixels, size: u32) -> Result<&[u8], fast_image_resize::ResizeError> {
-        let length = size as usize * size as usize * 3;
-        self.square.resize(length, 0);
-        let options = ResizeOptions::new()
-            .resize_alg(ResizeAlg::Convolution(FilterType::Lanczos3))
-            .fit_into_destination(Some((0.5, 0.5)));
-        resize(&mut self.resizer, (pixels.rgb(), pixels.width, pixels.height), (&mut self.square, size), &options)?;
+    /// `pixels` as `frame` has them stored: RGB stays RGB, all else becomes [`Layout::HALVED`], for which the frame's sides must
+    /// be even. Valid until the next call.
+    pub(crate) fn shrink(&mut self, pixels: &Pixels, frame: &Frame) -> Result<Picture<'_>, ResizeError> {
+        let layout = if pixels.layout == Layout::Rgb { Layout::Rgb } else { Layout::HALVED };
+        let (width, height) = frame.stored();
+        let (from, _) = pixels.layout.planes(pixels.size);
+        let (to, length) = layout.planes((width, height));
+        self.stored.resize(length, 0);
+        let lies = pixels.orientation >= 5;
+        for (i, to) in to.iter().enumerate() {
+            match from.get(i) {
+                // Grey: there is no chroma to scale.
+                None => self.stored[to.start..to.start + to.length()].fill(GREY),
+                Some(from) => {
+                    // Pixels of this plane that the kept part is scaled to.
+                    let (wide, high) = (frame.width / to.across, frame.height / to.down);
+                    let upright = Frame { width: wide, height: high, ..*frame };
+                    let as_it_lies = if lies { upright.turned() } else { upright };
+                    let crop = crop(from, pixels.size, as_it_lies.kept);
+                    let source = from.of(&pixels.buffer);
+                    let direct = pixels.orientation <= 1 && (wide, high) == (to.width, to.height);
+                    let target = &mut self.stored[to.start..to.start + to.length()];
+                    let scaled_size = (as_it_lies.width, as_it_lies.height);
+                    if direct {
+                        scale(&mut self.resizer, source, from, crop, target, scaled_size)?;
+                        continue;
+                    }
+                    let channels = to.channels as usize;
+                    let length = wide as usize * high as usize * channels;
+                    self.scaled.resize(length, 0);
+                    scale(&mut self.resizer, source, from, crop, &mut self.scaled, scaled_size)?;
+                    let mut scaled = &self.scaled;
+                    if pixels.orientation > 1 {
+                        self.turned.resize(length, 0);
+                        turn(&self.scaled, (wide, high), channels, pixels.orientation, &mut self.turned);
+                        scaled = &self.turned;
+                    }
+                    let around = frame.canvas.map(|side| Around {
+                        // Whole pixels of chroma.
+                        left: (side - frame.width) / 2 / 2 * 2 / to.across,
+                        top: (side - frame.height) / 2 / 2 * 2 / to.down,
+                        value: if i == 0 { WHITE } else { GREY },
+                    });
+                    place(scaled, (wide, high), channels, target, to, around);
+                }
+            }
+        }
         if self.resizer.size_of_internal_buffers() > KEPT_BUFFER {
             self.resizer.reset_internal_buffers();
         }
-        if pixels.orientation <= 1 {
-            return Ok(&self.square);
+        for buffer in [&mut self.scaled, &mut self.turned] {
+            buffer.clear();
+            buffer.shrink_to(KEPT_BUFFER);
         }
-        self.turned.resize(length, 0);
-        turn(&self.square, size as usize, pixels.orientation, &mut self.turned);
-        Ok(&self.turned)
-    }
-}
-
-/// Hashes stored squares, for one thread.
-#[derive(Debug)]
-pub(crate) struct Hasher {
-    resizer: Resizer,
-    /// Cosines of the frequencies 1 to 8 over [`HASHED_SIDE`] points.
-    basis: [[f32; HASHED_SIDE]; 8],
-}
-
-const HASHED_SIDE: usize = 32;
-
-impl Hasher {
-    pub(crate) fn new() -> Self {
-        let wave = |frequency: usize, x: usize| {
-            ((2 * x + 1) as f32 * frequency as f32 * std::f32::consts::PI / (2 * HASHED_SIDE) as f32).cos()
-        };
-        Self { resizer: Resizer::default(), basis: std::array::from_fn(|u| std::array::from_fn(|x| wave(u + 1, x))) }
+        Ok(Picture { width, height, layout, values: &self.stored })
     }
 
-    /// A 64-bit perceptual hash after C. Zauner's pHash (2010): the 8 x 8 lowest frequencies, without the constant ones, of the
-    /// 32 x 32 luma image's cosine transform, a bit for each that is above their median. Pictures that look alike differ in few
-    /// bits.
-    pub(crate) fn phash(&mut self, square: &[u8], size: u32) -> Result<u64, fast_image_resize::ResizeError> {
-        const N: usize = HASHED_SIDE;
-        let mut small = [0; N * N * 3];
-        let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Box));
-        resize(&mut self.resizer, (square, size, size), (&mut small, N as u32), &options)?;
-        let mut luma = [[0f32; N]; N];
-        for (value, pixel) in luma.as_flattened_mut().iter_mut().zip(small.chunks_exact(3)) {
-            *value = 0.299 * f32::from(pixel[0]) + 0.587 * f32::from(pixel[1]) + 0.114 * f32::from(pixel[2]);
+    /// Gives a large buffer back.
+    pub(crate) fn release(&mut self) {
+        if self.stored.capacity() > KEPT_BUFFER {
+            self.stored = Vec::new();
         }
-        let rows: [[f32; 8]; N] = std::array::from_fn(|y| {
-            std::array::from_fn(|u| luma[y].iter().zip(&self.basis[u]).map(|(value, wave)| value * wave).sum())
-        });
-        let coefficients: [f32; 64] =
-            std::array::from_fn(|i| (0..N).map(|y| rows[y][i % 8] * self.basis[i / 8][y]).sum());
-        let mut sorted = coefficients;
-        sorted.sort_by(f32::total_cmp);
-        let median = (sorted[31] + sorted[32]) / 2.0;
-        Ok(coefficients.iter().fold(0, |hash, &c| hash << 1 | u64::from(c > median)))
     }
 }
 
-fn resize(
+/// The part of a plane that shows the `kept` share of an image of `size`, around its centre: left, top, width, height.
+fn crop(plane: &Plane, size: (u32, u32), kept: (f64, f64)) -> (f64, f64, f64, f64) {
+    let part = |side: u32, of: u32, kept: f64| {
+        // The plane's own last pixel may lie half outside of the image.
+        let whole = f64::from(side) / f64::from(of);
+        (whole * (1.0 - kept) / 2.0, whole * kept)
+    };
+    let (left, width) = part(size.0, plane.across, kept.0);
+    let (top, height) = part(size.1, plane.down, kept.1);
+    (left, top, width, height)
+}
+
+fn scale(
     resizer: &mut Resizer,
-    (source, width, height): (&[u8], u32, u32),
-    (target, size): (&mut [u8], u32),
-    options: &ResizeOptions,
-) -> Result<(), fast_image_resize::ResizeError> {
+    source: &[u8],
+    plane: &Plane,
+    (left, top, width, height): (f64, f64, f64, f64),
+    target: &mut [u8],
+    (to_width, to_height): (u32, u32),
+) -> Result<(), ResizeError> {
     let fits = "buffers are made to fit";
-    let source = ImageRef::new(width, height, source, PixelType::U8x3).expect(fits);
-    let mut target = Image::from_slice_u8(size, size, target, PixelType::U8x3).expect(fits);
-    resizer.resize(&source, &mut target, options)
+    let kind = if plane.channels == 3 { PixelType::U8x3 } else { PixelType::U8 };
+    let source = ImageRef::new(plane.width, plane.height, source, kind).expect(fits);
+    let mut target = Image::from_slice_u8(to_width, to_height, target, kind).expect(fits);
+    let options =
+        ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Lanczos3)).crop(left, top, width, height);
+    resizer.resize(&source, &mut target, &options)
 }
 
-/// Turns a square so that EXIF's orientation (2 to 8) becomes upright.
-fn turn(from: &[u8], side: usize, orientation: u8, to: &mut [u8]) {
-    let last = side - 1;
-    for y in 0..side {
-        for x in 0..side {
-            let (from_x, from_y) = match orientation {
-                2 => (last - x, y),
-                3 => (last - x, last - y),
-                4 => (x, last - y),
-                5 => (y, x),
-                6 => (y, last - x),
-                7 => (last - y, last - x),
-                8 => (last - y, x),
-                _ => (x, y),
-            };
-            let (source, target) = ((from_y * side + from_x) * 3, (y * side + x) * 3);
-            to[target..target + 3].copy_from_slice(&from[source..source + 3]);
-        }
-    }
+/// What is around an image on a larger one.
+#[derive(Debug, Clone, Copy)]
+struct Around {
+    left: u32,
+    top: u32,
+    value: u8,
 }
 
-/// Sums over RGB pixels, in eight lanes a channel so that the compiler can use vectors.
-pub(crate) fn moments(rgb: &[u8]) -> Moments {
-    const LANES: usize = 24;
-    // 255 squared times this is the last that fits 32 bits.
-    const ROUNDS: usize = 65_536;
-    let mut moments = Moments { pixels: rgb.len() as u64 / 3, ..Moments::default() };
-    for part in rgb.chunks(LANES * ROUNDS) {
-        let (mut sum, mut squares) = ([0u32; LANES], [0u32; LANES]);
-        let whole = part.chunks_exact(LANES);
-        let rest = whole.remainder();
-        for lanes in whole {
-            for lane in 0..LANES {
-                let value = u32::from(lanes[lane]);
-                sum[lane] += value;
-                squares[lane] += value * value;
+/// Puts an image onto a larger one: with `around` it, or else at its start and with its last column and row repeated.
+fn place(from: &[u8], size: (u32, u32), channels: usize, to: &mut [u8], plane: &Plane, around: Option<Around>) {
+    let (row, height) = (size.0 as usize * channels, size.1 as usize);
+    let (left, top) = around.map_or((0, 0), |around| (around.left as usize * channels, around.top as usize));
+    for (y, target) in to.chunks_exact_mut(plane.width as usize * channels).enumerate() {
+        if let Some(Around { value, .. }) = around {
+            target.fill(value);
+            if !(top..top + height).contains(&y) {
+                continue;
             }
         }
-        for lane in 0..LANES {
-            moments.sum[lane % 3] += u64::from(sum[lane]);
-            moments.sum_of_squares[lane % 3] += u64::from(squares[lane]);
-        }
-        for (i, &value) in rest.iter().enumerate() {
-            moments.sum[i % 3] += u64::from(value);
-            moments.sum_of_squares[i % 3] += u64::from(value) * u64::from(value);
+        let source = &from[(y - top).min(height - 1) * row..][..row];
+        target[left..left + row].copy_from_slice(source);
+        if around.is_none() {
+            let last = &source[row - channels..];
+            target[row..].chunks_exact_mut(channels).for_each(|pixel| pixel.copy_from_slice(last));
         }
     }
-    moments
+}
+
+/// Turns an image so that EXIF's orientation (2 to 8) becomes upright; `width` and `height` are those of the upright one.
+fn turn(from: &[u8], (width, height): (u32, u32), channels: usize, orientation: u8, to: &mut [u8]) {
+    let (width, height) = (width as usize, height as usize);
+    let row = if orientation >= 5 { height } else { width };
+    for y in 0..height {
+        for x in 0..width {
+            let (from_x, from_y) = match orientation {
+                2 => (width - 1 - x, y),
+                3 => (width - 1 - x, height - 1 - y),
+                4 => (x, height - 1 - y),
+                5 => (y, x),
+                6 => (y, width - 1 - x),
+                7 => (height - 1 - y, width - 1 - x),
+                8 => (height - 1 - y, x),
+                _ => (x, y),
+            };
+            let (source, target) = ((from_y * row + from_x) * channels, (y * width + x) * channels);
+            to[target..target + channels].copy_from_slice(&from[source..source + channels]);
+        }
+    }
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use image::imageops::{FilterType::Lanczos3, crop_imm, resize};
     use image::{Rgb, RgbImage};
+    use proto::{Resize, ResizeMode};
 
-    fn photo(width: u32, height: u32) -> RgbImage {
+    pub(crate) fn photo(width: u32, height: u32) -> RgbImage {
         RgbImage::from_fn(width, height, |x, y| {
             let wave = |a: f32, b: f32| ((x as f32 * a).sin() * (y as f32 * b).cos() * 100.0 + 128.0) as u8;
             Rgb([wave(0.05, 0.03), wave(0.02, 0.11), (x * 255 / width) as u8])
         })
     }
 
-    fn pixels(image: &RgbImage) -> Pixels {
+    pub(crate) fn pixels(image: &RgbImage) -> Pixels {
         let mut pixels = Pixels::default();
-        pixels.replace(image.as_raw().clone(), image.width(), image.height(), 1);
+        pixels.replace(image.as_raw().clone(), image.dimensions(), 1);
         pixels
+    }
+
+    fn frame(size: u32, mode: ResizeMode, of: (u32, u32)) -> Frame {
+        Frame::new(&Resize { size, mode, ..Resize::default() }, of, u64::MAX).expect("small")
     }
 
     #[test]
@@ -214,7 +317,8 @@ mod tests {
             let centre = crop_imm(&image, (width - side) / 2, (height - side) / 2, side, side).to_image();
             let wanted = resize(&centre, size, size, Lanczos3);
             let mut shrinker = Shrinker::default();
-            let got = shrinker.cover(&pixels(&image), size).expect("fits");
+            let frame = frame(size, ResizeMode::Cover, (width, height));
+            let got = shrinker.shrink(&pixels(&image), &frame).expect("fits").values;
             let worst = got.iter().zip(wanted.as_raw()).map(|(a, b)| a.abs_diff(*b)).max();
             // Beyond the crop's edge one filter sees pixels and the other none.
             let inner = |i: usize| {
@@ -227,32 +331,59 @@ mod tests {
         }
     }
 
-    #[test]
-    fn moments_are_the_sums_that_a_plain_loop_finds() {
-        let image = photo(201, 97);
-        let mut wanted = Moments { pixels: 201 * 97, ..Moments::default() };
-        for pixel in image.pixels() {
-            for channel in 0..3 {
-                wanted.sum[channel] += u64::from(pixel[channel]);
-                wanted.sum_of_squares[channel] += u64::from(pixel[channel]).pow(2);
+    /// Luma and chroma rise from left to right, from the value 40, by 1 in each pixel of the image.
+    fn slope(layout: Layout, size: (u32, u32)) -> Pixels {
+        let mut pixels = Pixels::default();
+        let (planes, _) = layout.planes(size);
+        let buffer = pixels.reset(layout, size, 1);
+        for plane in planes {
+            let start = plane.start;
+            for i in 0..plane.length() {
+                let x = i % plane.width as usize * plane.across as usize;
+                // The middle of the pixels that the value stands for.
+                buffer[start + i] = (40.0 + x as f64 + (f64::from(plane.across) - 1.0) / 2.0).round() as u8;
             }
         }
-        assert_eq!(moments(image.as_raw()), wanted);
-        let white = vec![255; 24 * 65_536 + 3];
-        assert_eq!(moments(&white).sum_of_squares, [255 * 255 * white.len() as u64 / 3; 3]);
+        pixels
     }
 
     #[test]
-    fn the_hash_of_a_picture_survives_a_change_of_size_and_light_but_not_of_content() {
-        let (mut shrinker, mut hasher) = (Shrinker::default(), Hasher::new());
-        let mut hash =
-            |image: &RgbImage| hasher.phash(shrinker.cover(&pixels(image), 128).expect("fits"), 128).expect("fits");
-        let image = photo(400, 400);
-        let first = hash(&image);
-        let mut lighter = resize(&image, 250, 250, Lanczos3);
-        lighter.pixels_mut().for_each(|p| p.0 = p.0.map(|v| v.saturating_add(10)));
-        let mirrored = image::imageops::flip_vertical(&photo(400, 300));
-        assert!((first ^ hash(&lighter)).count_ones() <= 6);
-        assert!((first ^ hash(&mirrored)).count_ones() >= 16);
+    fn luma_and_chroma_of_every_layout_show_the_same_place() {
+        for (across, down) in [(1, 1), (2, 1), (1, 2), (2, 2)] {
+            for (mode, size) in
+                [(ResizeMode::Cover, (150, 101)), (ResizeMode::Fit, (121, 80)), (ResizeMode::None, (76, 52))]
+            {
+                let frame = frame(60, mode, size);
+                let mut shrinker = Shrinker::default();
+                let source = slope(Layout::Ycc { across, down }, size);
+                let picture = shrinker.shrink(&source, &frame).expect("fits");
+                let [(luma, wide), (blue, narrow), _] = picture.planes().expect("planes");
+                // Away from the edges, where the filter has less to see.
+                for x in 8..narrow - 8 {
+                    let middle = f64::from(luma[5 * wide + 2 * x]) / 2.0 + f64::from(luma[5 * wide + 2 * x + 1]) / 2.0;
+                    let found = f64::from(blue[3 * narrow + x]);
+                    assert!((middle - found).abs() <= 1.5, "{across}x{down} {mode:?} at {x}: {middle} {found}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_padded_picture_stands_in_the_middle_of_white() {
+        let image = RgbImage::from_pixel(40, 21, Rgb([10, 20, 30]));
+        let mut shrinker = Shrinker::default();
+        let picture = shrinker.shrink(&pixels(&image), &frame(40, ResizeMode::Pad, (40, 21))).expect("fits");
+        let stored = RgbImage::from_raw(40, 40, picture.values.to_vec()).expect("whole");
+        for (x, y, pixel) in stored.enumerate_pixels() {
+            let inside = (8..29).contains(&y);
+            assert_eq!(pixel.0, if inside { [10, 20, 30] } else { [255; 3] }, "{x} {y}");
+        }
+        // The same by planes: pure colour inside, white around.
+        let mut source = Pixels::default();
+        source.reset(Layout::HALVED, (40, 22), 1).fill(77);
+        let picture = shrinker.shrink(&source, &frame(40, ResizeMode::Pad, (40, 22))).expect("fits");
+        let [(luma, _), (blue, _), _] = picture.planes().expect("planes");
+        assert_eq!([luma[7 * 40], luma[8 * 40], luma[29 * 40], luma[30 * 40]], [255, 77, 77, 255]);
+        assert_eq!([blue[3 * 20], blue[4 * 20], blue[14 * 20], blue[15 * 20]], [128, 77, 77, 128]);
     }
 }

@@ -1,5 +1,5 @@
 //! Bytes to a stored sample, or the reason why not: known placeholders, limits on bytes, the header's limits on pixels, a full
-//! decode, flat pictures, resize, encode. Colour profiles (ICC) are left aside, alpha is laid over white, of an animation the
+//! decode, resize, flat pictures, encode. Colour profiles (ICC) are left aside, alpha is laid over white, of an animation the
 //! first frame counts.
 
 use std::io::{Cursor, ErrorKind};
@@ -9,19 +9,18 @@ use std::time::Instant;
 
 use anyhow::Context;
 use bytes::Bytes;
-use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader};
+use image::{DynamicImage, ExtendedColorType, ImageDecoder, ImageEncoder, ImageError, ImageReader};
 use proto::shard::Moments;
-use proto::{Limits, Rejection, Resize};
+use proto::{ImageFormat, Limits, Reencode, Rejection, Resize};
 use sha2::{Digest, Sha256};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::fetch::Body;
+use crate::frame::Frame;
 use crate::jpeg;
+use crate::measure::{Hasher, is_flat, moments};
 use crate::placeholder::Placeholders;
-use crate::resize::{Hasher, Pixels, Shrinker, moments};
-
-/// A picture is flat if no channel's standard deviation reaches this (of 255).
-const FLAT_DEVIATION: f64 = 1.0;
+use crate::resize::{Picture, Pixels, Shrinker};
 
 /// Pictures of more decoded pixels than this are decoded one at a time, so that a few of them together cannot fill the memory.
 const HUGE_PIXELS: u64 = 16 << 20;
@@ -48,7 +47,7 @@ pub(crate) struct Verdict {
 /// A picture as it will be stored.
 #[derive(Debug)]
 pub(crate) struct Stored {
-    pub(crate) jpeg: Bytes,
+    pub(crate) image: Bytes,
     /// Of the pixels that were encoded: what a decoder gives back differs by JPEG's own rounding.
     pub(crate) moments: Moments,
 }
@@ -133,39 +132,53 @@ impl Validator {
             }
         }
         self.pixels.release();
+        self.shrinker.release();
         verdict
     }
 
     fn store(&mut self, bytes: &[u8], rules: &Rules, verdict: &mut Verdict) -> Result<Stored, Rejection> {
-        let (limits, size) = (&rules.limits, rules.resize.size);
+        let (limits, resize) = (&rules.limits, &rules.resize);
         if (bytes.len() as u64) < limits.min_bytes {
             return Err(Rejection::TooSmall);
         }
         if bytes.len() as u64 > limits.max_bytes {
             return Err(Rejection::TooLarge);
         }
-        if bytes.starts_with(&[0xff, 0xd8, 0xff]) {
+        let mut as_it_came = false;
+        let frame = if bytes.starts_with(&[0xff, 0xd8, 0xff]) {
             let header = self.codec.header(bytes)?;
-            verdict.size = Some(upright(header.width, header.height, header.orientation));
-            check_size(header.width, header.height, limits)?;
-            let _one_at_a_time = one_at_a_time(header.width, header.height);
-            self.codec.decode(bytes, &header, size, &mut self.pixels)?;
+            let size = upright(header.width, header.height, header.orientation);
+            let frame = frame(size, rules, verdict)?;
+            let _one_at_a_time = one_at_a_time(size);
+            // Halved chroma of an odd side would lie half a pixel off.
+            let rgb = resize.format != ImageFormat::Jpg || frame.width % 2 + frame.height % 2 > 0;
+            self.codec.decode(bytes, &header, (frame.shrinks, rgb), &mut self.pixels)?;
+            as_it_came = resize.reencode == Reencode::Needed
+                && resize.format == ImageFormat::Jpg
+                && header.is_plain()
+                && frame.keeps(size)
+                && self.codec.most(size.0, size.1).is_ok_and(|most| bytes.len() <= most);
+            frame
         } else {
-            self.decode_other(bytes, limits, verdict)?;
-        }
-        let square = self.shrinker.cover(&self.pixels, size).map_err(|_| Rejection::Undecodable)?;
-        let moments = moments(square);
-        if is_flat(&moments) {
+            self.decode_other(bytes, rules, verdict)?
+        };
+        let picture = self.shrinker.shrink(&self.pixels, &frame).map_err(|_| Rejection::Undecodable)?;
+        let moments = moments(&picture);
+        if is_flat(&without_margins(moments, &frame)) {
             return Err(Rejection::Flat);
         }
-        let jpeg = self.codec.encode(square, size, rules.resize.quality).map_err(|_| Rejection::Undecodable)?;
-        verdict.phash = self.hasher.phash(square, size).ok();
-        Ok(Stored { jpeg, moments })
+        let image = match resize.format {
+            _ if as_it_came => Bytes::copy_from_slice(bytes),
+            ImageFormat::Jpg => self.codec.encode(&picture, resize.quality).map_err(|_| Rejection::Undecodable)?,
+            ImageFormat::Png => png(&picture).map_err(|_| Rejection::Undecodable)?,
+        };
+        verdict.phash = self.hasher.phash(&picture).ok();
+        Ok(Stored { image, moments })
     }
 
     /// Every format but JPEG, by the `image` crate.
-    fn decode_other(&mut self, bytes: &[u8], limits: &Limits, verdict: &mut Verdict) -> Result<(), Rejection> {
-        use ImageFormat::{Bmp, Gif, Png, Tiff, WebP};
+    fn decode_other(&mut self, bytes: &[u8], rules: &Rules, verdict: &mut Verdict) -> Result<Frame, Rejection> {
+        use image::ImageFormat::{Bmp, Gif, Png, Tiff, WebP};
         let format = match image::guess_format(bytes) {
             Ok(format @ (Png | Gif | Bmp | Tiff | WebP)) => format,
             _ => return Err(Rejection::NotAnImage),
@@ -176,18 +189,17 @@ impl Validator {
         let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
         let mut memory = image::Limits::no_limits();
         // 16-bit RGBA, and as much again for a decoder's own needs.
-        memory.max_alloc = Some(limits.max_pixels.saturating_mul(16).saturating_add(1 << 20));
+        memory.max_alloc = Some(rules.limits.max_pixels.saturating_mul(16).saturating_add(1 << 20));
         reader.limits(memory);
         let mut decoder = reader.into_decoder().map_err(|e| rejection_of(&e))?;
         let (width, height) = decoder.dimensions();
         let orientation = decoder.orientation().map_or(1, |o| o.to_exif());
-        verdict.size = Some(upright(width, height, orientation));
-        check_size(width, height, limits)?;
-        let _one_at_a_time = one_at_a_time(width, height);
+        let frame = frame(upright(width, height, orientation), rules, verdict)?;
+        let _one_at_a_time = one_at_a_time((width, height));
         let image = DynamicImage::from_decoder(decoder).map_err(|e| rejection_of(&e))?;
         let rgb = if image.color().has_alpha() { over_white(image) } else { image.into_rgb8().into_raw() };
-        self.pixels.replace(rgb, width, height, orientation);
-        Ok(())
+        self.pixels.replace(rgb, (width, height), orientation);
+        Ok(frame)
     }
 }
 
@@ -214,7 +226,30 @@ fn check_size(width: u32, height: u32, limits: &Limits) -> Result<(), Rejection>
     }
 }
 
-fn one_at_a_time(width: u32, height: u32) -> Option<std::sync::MutexGuard<'static, ()>> {
+/// Takes note of a picture's size, upright, and finds what is stored of it.
+fn frame(size: (u32, u32), rules: &Rules, verdict: &mut Verdict) -> Result<Frame, Rejection> {
+    verdict.size = Some(size);
+    check_size(size.0, size.1, &rules.limits)?;
+    Frame::new(&rules.resize, size, rules.limits.max_pixels)
+}
+
+/// Without the white around a padded picture, which would hide that it is flat.
+fn without_margins(mut moments: Moments, frame: &Frame) -> Moments {
+    let (width, height) = frame.stored();
+    let margins = u64::from(width) * u64::from(height) - u64::from(frame.width) * u64::from(frame.height);
+    let white = Moments { pixels: margins, sum: [margins * 255; 3], sum_of_squares: [margins * 255 * 255; 3] };
+    moments.subtract(&white);
+    moments
+}
+
+fn png(picture: &Picture<'_>) -> image::ImageResult<Bytes> {
+    let mut bytes = Vec::new();
+    let encoder = image::codecs::png::PngEncoder::new(&mut bytes);
+    encoder.write_image(picture.values, picture.width, picture.height, ExtendedColorType::Rgb8)?;
+    Ok(bytes.into())
+}
+
+fn one_at_a_time((width, height): (u32, u32)) -> Option<std::sync::MutexGuard<'static, ()>> {
     let huge = u64::from(width) * u64::from(height) > HUGE_PIXELS;
     huge.then(|| HUGE.lock().unwrap_or_else(PoisonError::into_inner))
 }
@@ -229,14 +264,6 @@ fn over_white(image: DynamicImage) -> Vec<u8> {
         );
     }
     rgb
-}
-
-fn is_flat(moments: &Moments) -> bool {
-    let n = moments.pixels as f64;
-    (0..3).all(|channel| {
-        let mean = moments.sum[channel] as f64 / n;
-        moments.sum_of_squares[channel] as f64 / n - mean * mean < FLAT_DEVIATION * FLAT_DEVIATION
-    })
 }
 
 fn rejection_of(error: &ImageError) -> Rejection {

@@ -127,6 +127,7 @@ mod tests {
             version: 1,
             rounds: 1,
             resize: Default::default(),
+            smallest_side: 0,
             classes: vec![class(98), class(100)],
             outcomes: BTreeMap::new(),
             skipped: BTreeMap::new(),

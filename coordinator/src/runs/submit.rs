@@ -184,11 +184,11 @@ fn check(spec: &RunSpec, manifest: &Manifest) -> Result<u64, Error> {
              each lane needs 2 in each step, and an epoch at least one step"
         )));
     }
-    if spec.input.crop > manifest.resize.size {
-        let size = manifest.resize.size;
+    if spec.input.crop > manifest.smallest_side {
         return Err(Error::Invalid(format!(
-            "input.crop = {}: stored images have {size} pixels a side",
-            spec.input.crop
+            "input.crop = {}: the dataset's images are only sure to have {} pixels a side; with resize.mode = \"cover\" and \
+             resize.upscale they all have resize.size, and limits.min_side refuses small ones",
+            spec.input.crop, manifest.smallest_side
         )));
     }
     Ok(steps)

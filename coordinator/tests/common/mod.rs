@@ -247,7 +247,7 @@ pub async fn put_shard(store: &dyn ObjectStore, lease: &pb::Lease) {
             let sha: [u8; 32] = Sha256::digest(content).into();
             let split = spec.splits.split_of(&sha);
             let (writer, per_class, moments) = tars.entry(split).or_default();
-            let sample = Sample { key, label, jpeg: Bytes::copy_from_slice(content.as_bytes()) };
+            let sample = Sample { key, label, image: Bytes::copy_from_slice(content.as_bytes()) };
             let origin =
                 Origin { synset: synset.to_owned(), url: url.to_owned(), sha256: hex(&sha), width: 1, height: 1 };
             let (offset, length) = writer.append(&sample, &origin);

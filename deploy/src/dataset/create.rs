@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use clap::ValueEnum;
 use proto::DatasetSpec;
 use proto::pb::create_dataset_request::{Part, Start};
 use proto::pb::{CreateDatasetRequest, CreateDatasetResponse, ListFormat};
@@ -38,9 +39,21 @@ pub(crate) struct CreateArgs {
     /// Names of classes: a file like that of --synsets, or Open Images' class descriptions; chooses nothing
     #[arg(long, value_name = "FILE")]
     class_names: Option<PathBuf>,
-    /// Stored images have SIZE x SIZE pixels [default: 256]
+    /// In pixels; which side has it, --resize says [default: 256]
     #[arg(long)]
     size: Option<u32>,
+    /// How images are brought to SIZE [default: cover]
+    #[arg(long, value_enum)]
+    resize: Option<ResizeForm>,
+    /// Leave images that are smaller as they are
+    #[arg(long)]
+    no_upscale: bool,
+    /// What stored images are: jpg or png [default: jpg]
+    #[arg(long, value_name = "FORMAT")]
+    encode_format: Option<String>,
+    /// Which images are encoded again: always, or only as needed, when they are not as they would be stored [default: always]
+    #[arg(long, value_name = "WHEN")]
+    reencode: Option<String>,
     /// JPEG quality of stored images, 1 to 100 [default: 95]
     #[arg(long)]
     quality: Option<u8>,
@@ -130,6 +143,21 @@ pub(crate) enum ListForm {
     Jsonl,
     /// Parquet
     Parquet,
+}
+
+/// How images are brought to their size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum ResizeForm {
+    /// The shorter side to SIZE, the centre cut out: a square (img2dataset: center_crop)
+    Cover,
+    /// The longer side to SIZE (img2dataset: keep_ratio_largest)
+    Fit,
+    /// As fit, on a white square (img2dataset: border)
+    Pad,
+    /// The shorter side to SIZE (img2dataset: keep_ratio)
+    KeepRatio,
+    /// Not at all (img2dataset: no)
+    None,
 }
 
 impl From<ListForm> for ListFormat {
@@ -293,6 +321,10 @@ fn spec(args: &CreateArgs) -> Result<DatasetSpec> {
     };
     let flags = [
         ("resize.size", args.size.map(|v| v.to_string())),
+        ("resize.mode", args.resize.and_then(|form| Some(form.to_possible_value()?.get_name().to_owned()))),
+        ("resize.upscale", args.no_upscale.then(|| false.to_string())),
+        ("resize.format", args.encode_format.clone()),
+        ("resize.reencode", args.reencode.clone()),
         ("resize.quality", args.quality.map(|v| v.to_string())),
         // {:?} writes whole numbers with their point, as TOML wants floats.
         ("splits.validation", args.validation.map(|v| format!("{v:?}"))),
@@ -360,6 +392,8 @@ async fn upload(
 
 #[cfg(test)]
 mod tests {
+    use proto::{ImageFormat, Reencode, Resize, ResizeMode};
+
     use super::*;
 
     #[derive(Debug, clap::Parser)]
@@ -382,5 +416,12 @@ mod tests {
         let refusal = parse(&["--set", "limits.tiemout=1"]).expect_err("unknown key").to_string();
         assert!(refusal.contains("tiemout"), "{refusal}");
         assert!(parse(&["--size", "0"]).is_err());
+        let flags = ["--resize", "keep-ratio", "--no-upscale", "--encode-format", "png", "--reencode", "needed"];
+        let (start, _) = parse(&flags).expect("good");
+        let spec = DatasetSpec::from_json(&start.spec_json).expect("own output");
+        let (mode, format, reencode) = (ResizeMode::KeepRatio, ImageFormat::Png, Reencode::Needed);
+        assert_eq!(spec.resize, Resize { mode, upscale: false, format, reencode, ..Resize::default() });
+        let refusal = parse(&["--encode-format", "webp"]).expect_err("an unknown format").to_string();
+        assert!(refusal.contains("`jpg` or `png`"), "{refusal}");
     }
 }

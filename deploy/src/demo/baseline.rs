@@ -60,7 +60,7 @@ async fn pictures(store: &dyn ObjectStore, manifest: &Manifest, split: Split) ->
 
 /// The mean of each cell of a 16 x 16 grid over the picture, for each channel.
 fn shrink(sample: &Sample) -> Result<Vec<f64>> {
-    let image = turbojpeg::decompress(&sample.jpeg, turbojpeg::PixelFormat::RGB)?;
+    let image = turbojpeg::decompress(&sample.image, turbojpeg::PixelFormat::RGB)?;
     let mut sums = vec![0.0; VALUES];
     let mut counts = vec![0.0; VALUES];
     for y in 0..image.height {

@@ -84,7 +84,7 @@ fn on_its_side(picture: &Picture) -> Vec<u8> {
 }
 
 /// `jpeg` with one more segment directly after its start.
-fn with_segment(jpeg: &[u8], marker: u8, data: &[u8]) -> Vec<u8> {
+pub(super) fn with_segment(jpeg: &[u8], marker: u8, data: &[u8]) -> Vec<u8> {
     let length = (data.len() as u16 + 2).to_be_bytes();
     [&jpeg[..2], &[0xff, marker], &length, data, &jpeg[2..]].concat()
 }

@@ -12,13 +12,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use rustls::ServerConfig;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
 
 use crate::bodies;
+use crate::pictures::CLASSES;
 use crate::rot::Rot;
 
 /// A peer that neither reads nor writes for so long is let go.
@@ -49,6 +52,11 @@ pub struct Options {
     pub files: Option<PathBuf>,
     /// Goes by before each answer.
     pub delay: Duration,
+    /// JPEGs that are shown instead of drawings, each under many numbers, made a different file by a comment that holds the
+    /// number. Formats other than plain JPEG are drawn all the same.
+    pub photos: Vec<Bytes>,
+    /// Speaks HTTPS instead of HTTP.
+    pub tls: Option<Arc<ServerConfig>>,
 }
 
 /// What one host of the origin, `address:port`, was asked.
@@ -78,7 +86,7 @@ struct Counts {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { seed: 0, hosts: 4, files: None, delay: Duration::ZERO }
+        Self { seed: 0, hosts: 4, files: None, delay: Duration::ZERO, photos: Vec::new(), tls: None }
     }
 }
 
@@ -126,6 +134,11 @@ impl Origin {
         &self.shared.hosts
     }
 
+    /// `http` or `https`.
+    pub fn scheme(&self) -> &'static str {
+        self.shared.scheme()
+    }
+
     /// An `address:port` that refuses connections as long as the origin lives.
     pub fn refused(&self) -> SocketAddr {
         self.refused
@@ -148,6 +161,20 @@ impl Origin {
 }
 
 impl Shared {
+    /// One of the photos, if there are any and `rot` shows plain ones.
+    fn shown(&self, rot: Rot, class: usize, number: u64) -> Option<Bytes> {
+        let photos = self.options.photos.len() as u64;
+        if photos == 0 || rot.is_converted() {
+            return None;
+        }
+        let photo = &self.options.photos[((number * CLASSES.len() as u64 + class as u64) % photos) as usize];
+        Some(bodies::with_segment(photo, 0xfe, format!("{class}/{number}").as_bytes()).into())
+    }
+
+    fn scheme(&self) -> &'static str {
+        if self.options.tls.is_some() { "https" } else { "http" }
+    }
+
     fn counts(&self) -> std::sync::MutexGuard<'_, Counts> {
         self.counts.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -187,7 +214,7 @@ async fn accept(shared: Arc<Shared>, host: String, listener: TcpListener) {
                 Ok((socket, _)) => {
                     let (shared, host) = (Arc::clone(&shared), host.clone());
                     // A peer that goes away is no matter of the origin.
-                    connections.spawn(async move { connection(&shared, &host, socket).await.ok() });
+                    connections.spawn(async move { serve(&shared, &host, socket).await.ok() });
                 }
                 // Out of descriptors, most likely: connections that end give some back.
                 Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
@@ -197,27 +224,48 @@ async fn accept(shared: Arc<Shared>, host: String, listener: TcpListener) {
     }
 }
 
-/// Answers requests until one asks for, or is given, an end.
-async fn connection(shared: &Shared, host: &str, mut socket: TcpStream) -> io::Result<()> {
+async fn serve(shared: &Shared, host: &str, mut socket: TcpStream) -> io::Result<()> {
     socket.set_nodelay(true)?;
+    let Some(tls) = &shared.options.tls else {
+        if connection(shared, host, &mut socket).await? == End::Reset {
+            socket.set_zero_linger()?;
+        }
+        return Ok(());
+    };
+    let mut session = timeout(IDLE, TlsAcceptor::from(Arc::clone(tls)).accept(socket)).await??;
+    if connection(shared, host, &mut session).await? == End::Reset {
+        session.get_ref().0.set_zero_linger()?;
+    }
+    Ok(())
+}
+
+/// How a connection is left.
+#[derive(PartialEq, Eq)]
+enum End {
+    Closed,
+    Reset,
+}
+
+/// Answers requests until one asks for, or is given, an end.
+async fn connection<S: AsyncRead + AsyncWrite + Unpin>(shared: &Shared, host: &str, socket: &mut S) -> io::Result<End> {
     let mut unread = Vec::new();
-    while let Some(request) = request(&mut socket, &mut unread).await? {
+    while let Some(request) = request(socket, &mut unread).await? {
         let counted = Counted::new(shared, host, &request.path);
         tokio::time::sleep(shared.options.delay).await;
         let answer = answer(shared, host, &request).await;
-        send(&mut socket, &answer.head).await?;
+        send(socket, &answer.head).await?;
         if !request.head_only {
-            send(&mut socket, &answer.body).await?;
+            send(socket, &answer.body).await?;
         }
         match answer.then {
             Then::Next => {}
             Then::Close => break,
             // Unread data is discarded on both sides, as when a server's process dies.
-            Then::Reset => return socket.set_zero_linger(),
+            Then::Reset => return Ok(End::Reset),
             Then::Drip => {
                 let end = Instant::now() + STALL;
                 while Instant::now() < end {
-                    send(&mut socket, &[0xff]).await?;
+                    send(socket, &[0xff]).await?;
                     tokio::time::sleep(DRIP).await;
                 }
                 break;
@@ -225,9 +273,9 @@ async fn connection(shared: &Shared, host: &str, mut socket: TcpStream) -> io::R
             Then::Stream => {
                 let chunk = [b"10000\r\n", &[0x55; 0x10000][..], b"\r\n"].concat();
                 for _ in 0..ENDLESS_BYTES / 0x10000 {
-                    send(&mut socket, &chunk).await?;
+                    send(socket, &chunk).await?;
                 }
-                send(&mut socket, b"0\r\n\r\n").await?;
+                send(socket, b"0\r\n\r\n").await?;
             }
             Then::Silence => {
                 // Until the peer goes away or says more.
@@ -240,11 +288,16 @@ async fn connection(shared: &Shared, host: &str, mut socket: TcpStream) -> io::R
             break;
         }
     }
-    timeout(IDLE, socket.shutdown()).await?
+    timeout(IDLE, socket.shutdown()).await??;
+    Ok(End::Closed)
 }
 
-async fn send(socket: &mut TcpStream, bytes: &[u8]) -> io::Result<()> {
-    timeout(IDLE, socket.write_all(bytes)).await?
+async fn send<S: AsyncWrite + Unpin>(socket: &mut S, bytes: &[u8]) -> io::Result<()> {
+    timeout(IDLE, async {
+        socket.write_all(bytes).await?;
+        socket.flush().await
+    })
+    .await?
 }
 
 struct Request {
@@ -255,7 +308,7 @@ struct Request {
 }
 
 /// The next request, or `None` when the peer has no more, says nothing for long, or does not speak HTTP.
-async fn request(socket: &mut TcpStream, unread: &mut Vec<u8>) -> io::Result<Option<Request>> {
+async fn request<S: AsyncRead + Unpin>(socket: &mut S, unread: &mut Vec<u8>) -> io::Result<Option<Request>> {
     let end = loop {
         if let Some(at) = unread.windows(4).position(|window| window == b"\r\n\r\n") {
             break at + 4;
@@ -345,14 +398,17 @@ async fn answer(shared: &Shared, host: &str, request: &Request) -> Answer {
 fn parse(path: &str) -> Option<(Rot, usize, u64, u64)> {
     let mut parts = path.strip_suffix(".jpg")?.split('/');
     let rot = Rot::from_name(parts.next()?)?;
-    let class = parts.next()?.parse().ok().filter(|&class| class < crate::pictures::CLASSES.len())?;
+    let class = parts.next()?.parse().ok().filter(|&class| class < CLASSES.len())?;
     let parsed = (rot, class, parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
     parts.next().is_none().then_some(parsed)
 }
 
 async fn rotten(shared: &Shared, host: &str, rot: Rot, (class, number): (usize, u64), n: u64) -> Answer {
     let seed = shared.options.seed;
-    let photo = || drawn(shared, move || bodies::photo(rot, seed, class, number).into());
+    let photo = async || match shared.shown(rot, class, number) {
+        Some(photo) => photo,
+        None => drawn(shared, move || bodies::photo(rot, seed, class, number).into()).await,
+    };
     match rot {
         Rot::Good
         | Rot::Copy
@@ -370,7 +426,8 @@ async fn rotten(shared: &Shared, host: &str, rot: Rot, (class, number): (usize, 
         Rot::OptedOut => Answer::whole("200 OK", &format!("{JPEG}X-Robots-Tag: noai\r\n"), photo().await),
         Rot::Moved => {
             let next = shared.hosts.iter().position(|h| h == host).map_or(0, |at| (at + 1) % shared.hosts.len());
-            let to = format!("http://{}/{}/{class}/{number}/{n}.jpg", shared.hosts[next], Rot::Good.name());
+            let (scheme, kind) = (shared.scheme(), Rot::Good.name());
+            let to = format!("{scheme}://{}/{kind}/{class}/{number}/{n}.jpg", shared.hosts[next]);
             Answer::redirect("301 Moved Permanently", &to)
         }
         Rot::Placeholder => Answer::redirect("302 Found", "/gone-small.jpg"),

@@ -139,6 +139,17 @@ impl Rot {
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.iter().copied().find(|rot| rot.name() == name)
     }
+
+    /// Whether it shows its picture in another form than that of [`Rot::Good`].
+    pub(crate) fn is_converted(self) -> bool {
+        use Rot::{AlphaPng, Bmp, Cmyk, Exif, Gif, Grey, Png, Progressive, Thumbnail, Tiff, Webp};
+        matches!(self, Png | Webp | Gif | Bmp | Tiff | AlphaPng | Exif | Cmyk | Grey | Progressive | Thumbnail)
+    }
+
+    /// Whether the picture that is kept of it, if one is, is not the one that its class promises.
+    pub fn is_poison(self) -> bool {
+        self == Rot::LargePlaceholder || self.expected().is_err() && self != Rot::OptedOut
+    }
 }
 
 /// One line of the list.
@@ -228,7 +239,7 @@ pub fn url(rot: Rot, (class, number): (usize, u64), n: u64, origin: &Origin) -> 
         },
         Rot::OtherScheme if n.is_multiple_of(2) => format!("file:///{path}"),
         Rot::OtherScheme => format!("ftp://photos.example/{path}"),
-        _ => format!("http://{}/{path}", origin.hosts()[(n % origin.hosts().len() as u64) as usize]),
+        _ => format!("{}://{}/{path}", origin.scheme(), origin.hosts()[(n % origin.hosts().len() as u64) as usize]),
     }
 }
 

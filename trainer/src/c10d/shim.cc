@@ -141,7 +141,7 @@ class Compress : public c10d::CppCommHookInterface<intrusive_ptr<c10d::ProcessGr
   at::ScalarType kind;
 };
 
-at::ScalarType half(int kind) {
+at::ScalarType half_type(int kind) {
   return kind == 1 ? at::kHalf : at::kBFloat16;
 }
 
@@ -272,7 +272,7 @@ char* c10d_reducer_new(c10d_group* group, const c10d_tensor* t, size_t count, in
         parameters, buckets, group->it, sparse, bucket_bytes, /*find_unused_parameters=*/false, /*gradient_as_bucket_view=*/true,
         std::unordered_map<size_t, std::string>(), first_bucket_bytes, /*skip_all_reduce_unused_params=*/false,
         /*use_python_reducer=*/false, std::vector<int64_t>());
-    if (compress) owner->it->register_comm_hook(std::make_unique<Compress>(group->it, half(compress)));
+    if (compress) owner->it->register_comm_hook(std::make_unique<Compress>(group->it, half_type(compress)));
     *out = owner.release();
   });
 }
@@ -330,7 +330,7 @@ char* c10d_autocast(int cuda, int kind) {
     auto device = cuda ? at::kCUDA : at::kCPU;
     if (kind) {
       at::autocast::increment_nesting();
-      at::autocast::set_autocast_dtype(device, half(kind));
+      at::autocast::set_autocast_dtype(device, half_type(kind));
     } else if (at::autocast::decrement_nesting() == 0) {
       at::autocast::clear_cache();
     }

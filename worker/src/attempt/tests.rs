@@ -110,7 +110,7 @@ pub(crate) fn spec() -> DatasetSpec {
     let class = |synset: &str| Class { synset: synset.into(), name: synset.into() };
     DatasetSpec {
         classes: vec![class("n1"), class("n2")],
-        resize: Resize { size: 64, quality: 90 },
+        resize: Resize { size: 64, quality: 90, ..Resize::default() },
         limits: Limits { max_bytes: 2 << 20, timeout_seconds: 1.5, connect_timeout_seconds: 1.0, ..Limits::default() },
         ..DatasetSpec::default()
     }
@@ -130,6 +130,7 @@ fn tools(store: Arc<dyn ObjectStore>) -> Arc<Tools> {
             rules: AddressRules { allowed: vec!["127.0.0.0/8".parse().expect("a net")] },
             user_agent: "Gleaner/test".into(),
             honour_opt_outs: true,
+            authorities: Vec::new(),
             body_budget: 4 << 20,
         })
         .expect("a client"),
@@ -232,9 +233,9 @@ async fn every_url_gets_its_one_outcome_and_index_outcomes_and_tars_agree() {
                 let row = &rows[sample.key as usize / 3];
                 assert_eq!((row.split(), row.tar.as_ref()), (Some(*split), Some(&tar.key)));
                 let (from, length) = (row.offset.expect("kept") as usize, row.length.expect("kept") as usize);
-                assert_eq!(bytes[from..from + length], sample.jpeg);
+                assert_eq!(bytes[from..from + length], sample.image);
                 assert_eq!(u32::from(row.synset == "n2"), sample.label);
-                let header = turbojpeg::read_header(&sample.jpeg).expect("a JPEG");
+                let header = turbojpeg::read_header(&sample.image).expect("a JPEG");
                 assert_eq!((header.width, header.height), (64, 64));
                 moments.add(&row.moments());
                 per_class[sample.label as usize] += 1;

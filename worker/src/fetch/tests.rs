@@ -32,6 +32,7 @@ fn fetcher() -> Fetcher {
         rules: AddressRules::default(),
         user_agent: "Gleaner/test".into(),
         honour_opt_outs: true,
+        authorities: Vec::new(),
         body_budget: 1 << 20,
     })
     .expect("a client")

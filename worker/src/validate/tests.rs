@@ -1,14 +1,17 @@
+use image::ImageFormat;
 use image::metadata::Orientation;
 use image::{GrayImage, Rgb, RgbImage, Rgba, RgbaImage};
 use turbojpeg::{Compressor, Image, PixelFormat, Subsamp};
 
-use super::*;
+use proto::ResizeMode;
+
+use super::{ImageFormat as StoredFormat, *};
 
 const SIZE: u32 = 64;
 
 fn rules() -> Rules {
     let limits = Limits { min_bytes: 100, min_side: 16, max_pixels: 1_000_000, max_aspect: 4.0, ..Limits::default() };
-    Rules { resize: Resize { size: SIZE, quality: 95 }, limits, placeholders: Placeholders::default() }
+    Rules { resize: Resize { size: SIZE, ..Resize::default() }, limits, placeholders: Placeholders::default() }
 }
 
 fn judge(bytes: &[u8]) -> Verdict {
@@ -22,7 +25,7 @@ fn rejection(bytes: &[u8]) -> Rejection {
 /// The stored picture's pixels.
 fn stored(bytes: &[u8]) -> RgbImage {
     let stored = judge(bytes).outcome.expect("kept");
-    let image = turbojpeg::decompress(&stored.jpeg, PixelFormat::RGB).expect("own output");
+    let image = turbojpeg::decompress(&stored.image, PixelFormat::RGB).expect("own output");
     RgbImage::from_raw(image.width as u32, image.height as u32, image.pixels).expect("whole")
 }
 
@@ -142,6 +145,78 @@ fn every_exif_orientation_is_turned_upright() {
 }
 
 #[test]
+fn each_mode_stores_its_size_in_either_format() {
+    for (mode, size) in [
+        (ResizeMode::Cover, (64, 64)),
+        (ResizeMode::Fit, (64, 48)),
+        (ResizeMode::Pad, (64, 64)),
+        (ResizeMode::KeepRatio, (85, 64)),
+        (ResizeMode::None, (161, 121)),
+    ] {
+        // Odd sides, whose last pixel of chroma covers one pixel; lying on its side as well.
+        let upright = photo(161, 121);
+        let on_its_side = with_orientation(&jpeg(&image::imageops::rotate270(&upright)), 6, true);
+        let bytes = [jpeg(&upright), on_its_side, encoded(upright, ImageFormat::Png)];
+        let pictures = [StoredFormat::Png, StoredFormat::Jpg].map(|format| {
+            let resize = Resize { size: SIZE, mode, format, ..Resize::default() };
+            let rules = Rules { resize, ..rules() };
+            let mut validator = Validator::new().expect("libjpeg-turbo");
+            bytes.each_ref().map(|bytes| {
+                let stored = validator.judge(bytes, &rules).outcome.expect("kept");
+                assert_eq!(StoredFormat::of(&stored.image), format);
+                assert_eq!(stored.moments.pixels, u64::from(size.0) * u64::from(size.1), "{mode:?}");
+                match format {
+                    StoredFormat::Png => image::load_from_memory(&stored.image).expect("own output").into_rgb8(),
+                    StoredFormat::Jpg => {
+                        let image = turbojpeg::decompress(&stored.image, PixelFormat::RGB).expect("own output");
+                        RgbImage::from_raw(image.width as u32, image.height as u32, image.pixels).expect("whole")
+                    }
+                }
+            })
+        });
+        for picture in pictures.as_flattened() {
+            assert_eq!(picture.dimensions(), size, "{mode:?}");
+            assert!(distance(picture, &pictures[0][2]) < 2.5, "{mode:?}: {}", distance(picture, &pictures[0][2]));
+        }
+    }
+}
+
+#[test]
+fn what_is_already_as_it_would_be_stored_is_stored_as_it_came_if_that_is_wanted() {
+    let fits = jpeg(&photo(SIZE, SIZE));
+    let progressive = jpeg_of(photo(SIZE, SIZE).as_raw(), SIZE, SIZE, PixelFormat::RGB, true);
+    let grey: GrayImage = DynamicImage::from(photo(SIZE, SIZE)).into_luma8();
+    let mut validator = Validator::new().expect("libjpeg-turbo");
+    for (bytes, kept) in [
+        (fits.clone(), true),
+        (progressive, true),
+        (jpeg(&photo(SIZE + 1, SIZE)), false),
+        (with_orientation(&fits, 3, true), false),
+        (jpeg_of(grey.as_raw(), SIZE, SIZE, PixelFormat::GRAY, false), false),
+        (encoded(photo(SIZE, SIZE), ImageFormat::Png), false),
+        // Metadata of more bytes than any picture of this size.
+        ([&fits[..2], &[0xff, 0xe5, 0xff, 0xff], &[7; 65_533], &fits[2..]].concat(), false),
+    ] {
+        for reencode in [Reencode::Always, Reencode::Needed] {
+            let rules = Rules { resize: Resize { size: SIZE, reencode, ..Resize::default() }, ..rules() };
+            let stored = validator.judge(&bytes, &rules).outcome.expect("kept");
+            assert_eq!(stored.image == bytes, kept && reencode == Reencode::Needed);
+        }
+    }
+    let rules = Rules { resize: Resize { size: SIZE, reencode: Reencode::Needed, ..Resize::default() }, ..rules() };
+    let cut = validator.judge(&fits[..fits.len() * 2 / 3], &rules).outcome.expect_err("it is cut");
+    assert_eq!(cut, Rejection::Truncated);
+}
+
+#[test]
+fn white_around_a_flat_picture_does_not_hide_it() {
+    let resize = Resize { size: SIZE, mode: ResizeMode::Pad, ..Resize::default() };
+    let flat = jpeg(&RgbImage::from_pixel(300, 200, Rgb([90, 100, 110])));
+    let verdict = Validator::new().expect("libjpeg-turbo").judge(&flat, &Rules { resize, ..rules() });
+    assert_eq!(verdict.outcome.expect_err("flat"), Rejection::Flat);
+}
+
+#[test]
 fn a_picture_that_is_cut_is_truncated_wherever_that_is() {
     let image = photo(200, 150);
     for bytes in [
@@ -253,7 +328,7 @@ fn cpu_time_of_decode_resize_and_encode() {
             photos.push(bytes);
         }
     }
-    let rules = Rules { resize: Resize { size: 256, quality: 95 }, limits: Limits::default(), ..rules() };
+    let rules = Rules { resize: Resize::default(), limits: Limits::default(), ..rules() };
     let mut validator = Validator::new().expect("libjpeg-turbo");
     let mut times: Vec<(&str, f64)> = Vec::new();
     const ROUNDS: usize = 5;
@@ -270,24 +345,29 @@ fn cpu_time_of_decode_resize_and_encode() {
         std::hint::black_box(Sha256::digest(photo));
     });
     let Validator { codec, shrinker, hasher, pixels } = &mut validator;
+    let decode = |codec: &mut jpeg::Codec, pixels: &mut Pixels, photo: &[u8]| {
+        let header = codec.header(photo).expect("a photo");
+        let frame = Frame::new(&rules.resize, (header.width, header.height), u64::MAX).expect("a photo");
+        let _ = codec.decode(photo, &header, (frame.shrinks, false), pixels);
+        frame
+    };
     measure("decode", &mut |photo| {
-        let header = codec.header(photo).expect("a photo");
-        let _ = codec.decode(photo, &header, 256, pixels);
+        decode(codec, pixels, photo);
     });
+    let mut frame = None;
     measure("decode + resize", &mut |photo| {
-        let header = codec.header(photo).expect("a photo");
-        let _ = codec.decode(photo, &header, 256, pixels);
-        let _ = shrinker.cover(pixels, 256);
+        let found = frame.insert(decode(codec, pixels, photo));
+        let _ = shrinker.shrink(pixels, found);
     });
-    let square = shrinker.cover(pixels, 256).expect("fits").to_vec();
+    let picture = shrinker.shrink(pixels, &frame.expect("a photo")).expect("fits");
     measure("encode", &mut |_| {
-        let _ = codec.encode(&square, 256, 95);
+        let _ = codec.encode(&picture, 95);
     });
     measure("moments", &mut |_| {
-        std::hint::black_box(moments(&square));
+        std::hint::black_box(moments(&picture));
     });
     measure("phash", &mut |_| {
-        let _ = hasher.phash(&square, 256);
+        let _ = hasher.phash(&picture);
     });
     let lines: String = times.iter().map(|(name, ms)| format!("{name}: {ms:.3} ms\n")).collect();
     eprintln!("{} photos, rejected: {rejected:?}; one core, a photo:\n{lines}", photos.len());
