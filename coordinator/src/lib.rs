@@ -6,6 +6,7 @@
 //!
 //! - `catalog`, `list`, `spool`: lists of URLs become shuffled slices, in bounded memory;
 //! - `ledger` (pure): who may make which shard until when;
+//! - `hosts` (pure): how much of which host each worker may use;
 //! - `datasets`, `manifest`, `history`: the state of all datasets, their sealing, and what became of each URL;
 //! - `duplicates`, `near` (pure): which samples do not count;
 //! - `roster` (pure), `runs`: which rank runs where, and each run's history;
@@ -18,6 +19,7 @@ mod datasets;
 mod duplicates;
 mod error;
 mod history;
+mod hosts;
 mod ledger;
 mod list;
 mod manifest;
@@ -49,6 +51,7 @@ use tonic::transport::Server;
 use tracing::info;
 
 use crate::datasets::Datasets;
+pub use crate::hosts::{Budget, HostBudgets};
 use crate::runs::Runs;
 use crate::service::dataset::DatasetApi;
 use crate::service::fetch::FetchApi;
@@ -67,6 +70,9 @@ pub struct Config {
     /// Folder for the temporary files of large lists and datasets [default: the system's]
     #[arg(long, env = "GLEANER_SPOOL_FOLDER")]
     pub spool_folder: Option<PathBuf>,
+    /// What may be asked of one host
+    #[command(flatten)]
+    pub hosts: HostBudgets,
 }
 
 fn lease_seconds(text: &str) -> Result<f64, String> {
@@ -130,7 +136,8 @@ pub async fn run(
             DatasetServiceServer::new(DatasetApi(Arc::clone(&datasets))).max_decoding_message_size(LARGEST_MESSAGE),
         )
         .add_service(
-            FetchServiceServer::new(FetchApi(Arc::clone(&datasets))).max_decoding_message_size(LARGEST_MESSAGE),
+            FetchServiceServer::new(FetchApi::new(Arc::clone(&datasets), config.hosts))
+                .max_decoding_message_size(LARGEST_MESSAGE),
         )
         .add_service(RunServiceServer::new(RunApi(Arc::clone(&runs))).max_decoding_message_size(LARGEST_MESSAGE))
         .add_service(ExternalScalerServer::new(ScalerApi(Arc::clone(&runs))))

@@ -150,6 +150,9 @@ impl Cluster {
         let local = Command::new(std::env::current_exe()?)
             .args(["local", "--exit-with-stdin", "--store", &store, "--listen", &address])
             .args(["--workers", &args.workers.to_string(), "--ranks", &args.ranks.to_string()])
+            // Its origin is our own: nobody has to be spared.
+            .env("GLEANER_HOST_SLOTS", "128")
+            .env("GLEANER_HOST_RATE", "0")
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(log)

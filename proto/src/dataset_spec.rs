@@ -132,10 +132,14 @@ pub struct Limits {
     pub max_pixels: u64,
     /// The longer side may be at most this many times the shorter one.
     pub max_aspect: f64,
-    /// For one URL in all: names, connections, redirects and body together.
+    /// For one URL in all: names, connections, redirects, bodies and further tries together, without the pauses between tries.
     pub timeout_seconds: f64,
     /// For one connection.
     pub connect_timeout_seconds: f64,
+    /// From the beginning of a request, its connection included, to the head of its answer.
+    pub first_byte_timeout_seconds: f64,
+    /// Further tries after a failure that may pass: no connection, no answer in time, 429 and 5xx.
+    pub retries: u32,
     /// Redirects that are followed.
     pub redirects: u32,
 }
@@ -213,6 +217,8 @@ impl Default for Limits {
             max_aspect: 8.0,
             timeout_seconds: 30.0,
             connect_timeout_seconds: 10.0,
+            first_byte_timeout_seconds: 20.0,
+            retries: 2,
             redirects: 5,
         }
     }
@@ -254,9 +260,11 @@ impl DatasetSpec {
         for (key, seconds) in [
             ("limits.timeout_seconds", limits.timeout_seconds),
             ("limits.connect_timeout_seconds", limits.connect_timeout_seconds),
+            ("limits.first_byte_timeout_seconds", limits.first_byte_timeout_seconds),
         ] {
             check(key, seconds, seconds > 0.0 && seconds <= 3600.0, "more than 0, at most 3600")?;
         }
+        check("limits.retries", limits.retries, limits.retries <= 10, "at most 10")?;
         let mut seen = HashSet::new();
         for class in classes {
             let ok = !class.synset.is_empty() && !class.synset.contains(char::is_whitespace);
@@ -312,6 +320,11 @@ impl Limits {
     /// For one connection.
     pub fn connect_timeout(&self) -> Duration {
         Duration::from_secs_f64(self.connect_timeout_seconds)
+    }
+
+    /// For one connection and the head of an answer.
+    pub fn first_byte_timeout(&self) -> Duration {
+        Duration::from_secs_f64(self.first_byte_timeout_seconds)
     }
 }
 

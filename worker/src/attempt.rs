@@ -14,13 +14,12 @@ use proto::outcomes::{self, OutcomeRow};
 use proto::rejection::{KEPT, outcome_name};
 use proto::shard::{Origin, Sample, ShardIndex, hex};
 use proto::{Attempt, DatasetSpec, Rejection, Split, keys};
-use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::fetch::{Fetcher, Trace};
-use crate::metrics::{self, InFlight};
+use crate::dispatch::{Dispatcher, Landed, Listed};
+use crate::metrics;
 use crate::placeholder::Placeholders;
 use crate::upload::{self, TarUpload};
 use crate::validate::{DecodePool, Rules, Stored};
@@ -32,10 +31,8 @@ const CLEANUP_TIMEOUT: Duration = Duration::from_secs(3);
 #[derive(Debug)]
 pub(crate) struct Tools {
     pub(crate) store: Arc<dyn ObjectStore>,
-    pub(crate) fetcher: Fetcher,
+    pub(crate) dispatcher: Arc<Dispatcher>,
     pub(crate) pool: DecodePool,
-    /// One permit per URL in flight.
-    pub(crate) connections: Arc<Semaphore>,
     /// This worker's name.
     pub(crate) worker: String,
 }
@@ -61,6 +58,8 @@ struct Made {
     kept: HashMap<u32, u64>,
     /// The same at which a class is full; classes that are not named have no limit.
     most: HashMap<u32, u64>,
+    /// Whether a class may have become full.
+    news: bool,
 }
 
 impl Progress {
@@ -74,7 +73,9 @@ impl Progress {
     }
 
     fn keep(&self, label: u32) {
-        *self.made().kept.entry(label).or_default() += 1;
+        let mut made = self.made();
+        *made.kept.entry(label).or_default() += 1;
+        made.news |= made.most.contains_key(&label);
     }
 
     fn is_full(&self, label: u32) -> bool {
@@ -82,10 +83,17 @@ impl Progress {
         made.most.get(&label).is_some_and(|most| made.kept.get(&label).copied().unwrap_or(0) >= *most)
     }
 
+    /// Whether a class may have become full since this was last asked.
+    fn news(&self) -> bool {
+        std::mem::take(&mut self.made().news)
+    }
+
     /// Takes note of what classes still want beyond what was `reported` as kept.
     pub(crate) fn limit(&self, wanted: HashMap<u32, u64>, reported: &HashMap<u32, u64>) {
         let most = |(label, wanted)| (label, wanted + reported.get(&label).copied().unwrap_or(0));
-        self.made().most = wanted.into_iter().map(most).collect();
+        let mut made = self.made();
+        made.most = wanted.into_iter().map(most).collect();
+        made.news = true;
     }
 
     /// URLs by outcome.
@@ -111,7 +119,8 @@ pub(crate) enum End {
     Cancelled,
 }
 
-/// Makes a shard. `tail` is dropped when the last URL has been begun: what then follows leaves connections idle.
+/// Makes a shard. `tail` is dropped when the last URL has been begun, or what is left has to wait for its hosts: what then
+/// follows leaves connections idle.
 /// Once the files are uploaded, `cancel` is too late and the attempt commits.
 ///
 /// # Errors
@@ -201,34 +210,35 @@ async fn fill<T: Send>(
     let labels: HashMap<&str, u32> =
         (0..).zip(&spec.classes).map(|(label, class)| (class.synset.as_str(), label)).collect();
     let listed = read_slice(&*tools.store, assignment).await?;
-    let mut rows = Vec::with_capacity(listed.len());
-    let mut waiting = listed.into_iter().peekable();
-    let mut in_flight = JoinSet::new();
+    let urls = listed.len();
+    let mut rows = Vec::with_capacity(urls);
+    let is_full = |at: &Listed| labels.get(at.synset.as_str()).is_some_and(|&label| progress.is_full(label));
+    let leave = |left: Listed| {
+        let outcome = Rejection::ClassFull.name();
+        progress.count(outcome);
+        metrics::outcome(outcome);
+        OutcomeRow { outcome: outcome.to_owned(), fetched_at: now(), ..left.row() }
+    };
+    let (full, listed): (Vec<_>, _) = listed.into_iter().partition(&is_full);
+    rows.extend(full.into_iter().map(leave));
+    let mut batch = tools.dispatcher.batch(listed, &spec.limits);
+    let mut taken_up = std::pin::pin!(batch.taken_up());
     let mut tail = Some(tail);
-    loop {
-        let is_full =
-            |listed: &Listed| labels.get(listed.synset.as_str()).is_some_and(|&label| progress.is_full(label));
-        while let Some(left) = waiting.next_if(is_full) {
-            let outcome = Rejection::ClassFull.name();
-            progress.count(outcome);
-            metrics::outcome(outcome);
-            rows.push(OutcomeRow { outcome: outcome.to_owned(), fetched_at: now(), ..left.row() });
-        }
-        if waiting.peek().is_none() {
-            tail.take();
+    let mut judging = JoinSet::new();
+    while rows.len() < urls {
+        if progress.news() {
+            rows.extend(batch.take_out(is_full).into_iter().map(leave));
+            continue;
         }
         tokio::select! {
-            permit = Arc::clone(&tools.connections).acquire_owned(), if waiting.peek().is_some() => {
-                let permit = permit.context("the worker is ending")?;
-                let Some(listed) = waiting.next() else { continue };
+            () = &mut taken_up, if tail.is_some() => drop(tail.take()),
+            landed = batch.next(), if rows.len() + judging.len() < urls => {
+                let landed = landed.context("a fetch was lost")?;
                 let (tools, rules) = (Arc::clone(tools), Arc::clone(&rules));
-                in_flight.spawn(async move {
-                    let _permit = permit;
-                    fetch_one(&tools, rules, listed).await
-                });
+                judging.spawn(async move { judge(&tools, rules, landed).await });
             }
-            Some(done) = in_flight.join_next() => {
-                let Fetched { mut row, outcome, kept } = done.context("a fetch failed")??;
+            Some(done) = judging.join_next() => {
+                let Fetched { mut row, outcome, kept } = done.context("a verdict failed")??;
                 if let Some((stored, sha256)) = kept {
                     let label = *labels.get(row.synset.as_str()).with_context(|| {
                         format!("the slice names synset {:?}, which is no class of the dataset", row.synset)
@@ -239,7 +249,6 @@ async fn fill<T: Send>(
                 progress.count(outcome);
                 rows.push(row);
             }
-            else => break,
         }
     }
     rows.sort_by_key(|row| row.key);
@@ -259,20 +268,6 @@ async fn fill<T: Send>(
         tars,
         outcomes_file: Some(outcomes_file),
     })
-}
-
-/// One line of a slice.
-#[derive(Debug)]
-struct Listed {
-    key: i64,
-    synset: String,
-    url: String,
-}
-
-impl Listed {
-    fn row(self) -> OutcomeRow {
-        OutcomeRow { key: self.key, synset: self.synset, url: self.url, ..OutcomeRow::default() }
-    }
 }
 
 /// Milliseconds since 1970.
@@ -312,24 +307,20 @@ struct Fetched {
     kept: Option<(Stored, [u8; 32])>,
 }
 
-/// Fetches and judges one URL.
-async fn fetch_one(tools: &Tools, rules: Arc<Rules>, listed: Listed) -> anyhow::Result<Fetched> {
-    let _in_flight = InFlight::begin();
-    let start = Instant::now();
-    let mut trace = Trace::default();
-    let fetched = tools.fetcher.fetch(&listed.url, &rules.limits, &mut trace).await;
-    metrics::fetched(start.elapsed().as_secs_f64(), fetched.as_ref().map_or(0, |body| body.bytes.len()));
-    let millis = start.elapsed().as_millis() as i64;
+/// Judges what was fetched.
+async fn judge(tools: &Tools, rules: Arc<Rules>, landed: Landed) -> anyhow::Result<Fetched> {
+    let Landed { listed, trace, spent, fetched } = landed;
+    metrics::fetched(spent.as_secs_f64(), fetched.as_ref().map_or(0, |(body, _)| body.bytes.len()));
     let mut row = OutcomeRow {
         final_url: trace.final_url,
         http_status: trace.status.map(i32::from),
         fetched_at: now(),
-        millis,
+        millis: spent.as_millis() as i64,
         ..listed.row()
     };
     let outcome = match fetched {
         Err(rejection) => Err(rejection),
-        Ok(body) => {
+        Ok((body, _connection)) => {
             row.bytes = Some(body.bytes.len() as i64);
             let verdict = tools.pool.judge(body, rules).await?;
             row.sha256 = Some(hex(&verdict.sha256));

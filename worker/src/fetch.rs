@@ -1,5 +1,6 @@
 //! One URL to the bytes behind it, or the reason why not: under a total deadline, with every hop's address checked, and with
-//! the bytes of all bodies together under a budget.
+//! the bytes of all bodies together under a budget. It stops where a redirect leads to another host: that host has a budget
+//! of its own (see `hosts`).
 
 use std::collections::HashMap;
 use std::error::Error;
@@ -7,13 +8,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use proto::{Limits, Rejection};
-use reqwest::header::{ACCEPT, HeaderMap, HeaderValue, LOCATION};
+use reqwest::header::{ACCEPT, DATE, HeaderMap, HeaderValue, LOCATION, RETRY_AFTER};
 use reqwest::{Certificate, Client, Response, StatusCode};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout_at};
 use url::{Host, Url};
 
-use crate::net::{AddressRules, Blocked, GuardedResolver};
+use crate::dns::{Blocked, GuardedResolver, NameServer, NoSuchName};
+use crate::hosts::Ending;
+use crate::net::AddressRules;
 
 /// What each body may hold before it draws on the budget: most photos of the web are smaller, and wait for nothing.
 const ALLOWANCE: usize = 256 << 10;
@@ -22,12 +25,19 @@ const UNIT: usize = 1 << 10;
 /// A redirect to a longer URL is not followed: it would be kept as the final one, and in its row.
 const MAX_URL: usize = 8 << 10;
 
+/// Before the second try; each pause after it is twice as long.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+/// The longest time for which one 429 silences its whole host.
+const LONGEST_HUSH: Duration = Duration::from_secs(60);
+
 const ACCEPT_IMAGES: &str = "image/jpeg,image/png,image/webp,image/gif,image/bmp,image/tiff,image/*;q=0.8,*/*;q=0.1";
 
 /// How a worker's requests look and what they may reach.
 #[derive(Debug, Clone)]
 pub(crate) struct FetchConfig {
     pub(crate) rules: AddressRules,
+    /// Instead of the system's, if there are any.
+    pub(crate) name_servers: Vec<NameServer>,
     pub(crate) user_agent: String,
     pub(crate) honour_opt_outs: bool,
     /// Trusted beside the system's.
@@ -40,7 +50,7 @@ pub(crate) struct FetchConfig {
 #[derive(Debug)]
 pub(crate) struct Fetcher {
     config: FetchConfig,
-    resolver: Arc<GuardedResolver>,
+    resolver: GuardedResolver,
     /// By connect timeout, which a client fixes when it is made; datasets rarely differ in it.
     clients: Mutex<HashMap<Duration, Client>>,
     budget: Arc<Semaphore>,
@@ -56,6 +66,130 @@ pub(crate) struct Trace {
     pub(crate) final_url: Option<String>,
     /// Of the last answer.
     pub(crate) status: Option<u16>,
+}
+
+/// A URL on its way to its body: over several hops and tries, with pauses between them.
+#[derive(Debug)]
+pub(crate) struct Journey {
+    /// The next hop.
+    url: Url,
+    visited: Vec<Url>,
+    pub(crate) trace: Trace,
+    /// The time that its requests have taken; waiting for a host or for another try does not count.
+    pub(crate) spent: Duration,
+    /// Tries that have failed.
+    failures: u32,
+}
+
+impl Journey {
+    pub(crate) fn new(url: &str) -> Result<Self, Rejection> {
+        let url = Url::parse(url).map_err(|_| Rejection::BadUrl)?;
+        if !matches!(url.scheme(), "http" | "https") || url.host().is_none() {
+            return Err(Rejection::BadUrl);
+        }
+        Ok(Self { url, visited: Vec::new(), trace: Trace::default(), spent: Duration::ZERO, failures: 0 })
+    }
+
+    /// The host of the next hop, as budgets name it.
+    pub(crate) fn host(&self) -> String {
+        host_of(&self.url)
+    }
+
+    /// Begins anew after a failure, if that is worth while: after which pause. A pause that is longer than a URL's whole time
+    /// is for another round. `random` is in 0..1.
+    pub(crate) fn try_again(&mut self, failure: &Failure, limits: &Limits, random: f64) -> Option<Duration> {
+        let Again::After(wish) = failure.again else { return None };
+        let backoff = FIRST_PAUSE * 2u32.saturating_pow(self.failures.min(16));
+        let pause = backoff.mul_f64(0.5 + random / 2.0).max(wish);
+        // With less than half of its time it would hardly come further than it did.
+        if self.failures >= limits.retries || self.spent > limits.timeout() / 2 || pause > limits.timeout() {
+            return None;
+        }
+        self.failures += 1;
+        if !self.visited.is_empty() {
+            self.url = self.visited.swap_remove(0);
+            self.visited.clear();
+        }
+        self.trace = Trace::default();
+        Some(pause)
+    }
+}
+
+fn host_of(url: &Url) -> String {
+    let host = url.host_str().unwrap_or_default();
+    let host = host.strip_suffix('.').unwrap_or(host);
+    match url.port() {
+        Some(port) if port != 80 && port != 443 => format!("{host}:{port}"),
+        _ => host.to_owned(),
+    }
+}
+
+/// How far a request came.
+#[derive(Debug)]
+pub(crate) enum Step {
+    Body(Body),
+    /// A redirect to another host.
+    Elsewhere,
+}
+
+/// A request that failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Failure {
+    pub(crate) rejection: Rejection,
+    pub(crate) again: Again,
+    /// What it says about the host.
+    pub(crate) ending: Ending,
+}
+
+/// Whether another try may come further.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Again {
+    Never,
+    /// If the server has so much time (`Retry-After`).
+    After(Duration),
+}
+
+impl From<Rejection> for Failure {
+    /// One that stays, whatever the host.
+    fn from(rejection: Rejection) -> Self {
+        Self { rejection, again: Again::Never, ending: Ending::Unknown }
+    }
+}
+
+impl Failure {
+    /// Of the way to the host, or of the host itself.
+    fn of_host(rejection: Rejection) -> Self {
+        Self { rejection, again: Again::After(Duration::ZERO), ending: Ending::Failed }
+    }
+
+    /// Of the one URL: its host answers.
+    fn of_url(rejection: Rejection) -> Self {
+        Self { rejection, again: Again::Never, ending: Ending::Answered }
+    }
+
+    fn of_status(status: StatusCode, headers: &HeaderMap) -> Self {
+        let wish = retry_after(headers).unwrap_or_default();
+        match status {
+            StatusCode::NOT_FOUND | StatusCode::GONE => Self::of_url(Rejection::NotFound),
+            StatusCode::TOO_MANY_REQUESTS => {
+                let pause = wish.clamp(FIRST_PAUSE, LONGEST_HUSH);
+                Self { rejection: Rejection::HttpStatus, again: Again::After(wish), ending: Ending::Limited(pause) }
+            }
+            _ if status.is_server_error() => Self { again: Again::After(wish), ..Self::of_host(Rejection::HttpStatus) },
+            _ => Self::of_url(Rejection::HttpStatus),
+        }
+    }
+}
+
+/// `Retry-After`: seconds, or a date, which is compared with the server's own clock (`Date`).
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let text = |name| headers.get(name).and_then(|value: &HeaderValue| value.to_str().ok()).map(str::trim);
+    let wish = text(RETRY_AFTER)?;
+    if let Ok(seconds) = wish.parse() {
+        return Some(Duration::from_secs(seconds));
+    }
+    let date = |text| httpdate::parse_http_date(text).ok();
+    date(wish)?.duration_since(date(text(DATE)?)?).ok()
 }
 
 /// A body. Its share of the budget is given back when it is dropped.
@@ -76,9 +210,9 @@ impl Body {
 
 impl Fetcher {
     /// # Errors
-    /// If no client can be made: the machine has no TLS roots, say.
-    pub(crate) fn new(config: FetchConfig) -> reqwest::Result<Self> {
-        let resolver = Arc::new(GuardedResolver::new(config.rules.clone()));
+    /// If no client can be made: the machine has no TLS roots or no name servers, say.
+    pub(crate) fn new(config: FetchConfig) -> anyhow::Result<Self> {
+        let resolver = GuardedResolver::new(config.rules.clone(), &config.name_servers)?;
         let budget_units = (config.body_budget / UNIT).clamp(1, Semaphore::MAX_PERMITS);
         let budget = Arc::new(Semaphore::new(budget_units));
         let overflow = Arc::new(Semaphore::new(1));
@@ -88,29 +222,40 @@ impl Fetcher {
         Ok(fetcher)
     }
 
-    /// The body behind `url`; `trace` is filled in on the way, also when there is none.
-    pub(crate) async fn fetch(&self, url: &str, limits: &Limits, trace: &mut Trace) -> Result<Body, Rejection> {
-        let deadline = Instant::now() + limits.timeout();
-        let client = self.client(limits.connect_timeout()).map_err(|_| Rejection::Connect)?;
-        let mut url = Url::parse(url).map_err(|_| Rejection::BadUrl)?;
-        let mut visited = Vec::new();
+    /// The body at the end of the journey, as far as it goes on one host; what is learned on the way is noted in the journey.
+    pub(crate) async fn fetch(&self, journey: &mut Journey, limits: &Limits) -> Result<Step, Failure> {
+        let start = Instant::now();
+        let step = self.hops(journey, limits, start + limits.timeout().saturating_sub(journey.spent)).await;
+        journey.spent += start.elapsed();
+        step
+    }
+
+    async fn hops(&self, journey: &mut Journey, limits: &Limits, deadline: Instant) -> Result<Step, Failure> {
+        let client = self.client(limits.connect_timeout()).map_err(|_| Failure::from(Rejection::Connect))?;
         loop {
-            self.check(&url)?;
-            let response = match timeout_at(deadline, client.get(url.clone()).send()).await {
-                Err(_) => return Err(Rejection::Timeout),
-                Ok(Err(error)) => return Err(rejection_of(&error, url.scheme() == "https")),
+            let url = &journey.url;
+            self.check(url)?;
+            journey.trace.status = None;
+            let head = deadline.min(Instant::now() + limits.first_byte_timeout());
+            let response = match timeout_at(head, client.get(url.clone()).send()).await {
+                Err(_) => return Err(Failure::of_host(Rejection::Timeout)),
+                Ok(Err(error)) => return Err(failure_of(&error, url.scheme() == "https")),
                 Ok(Ok(response)) => response,
             };
-            trace.status = Some(response.status().as_u16());
-            let Some(next) = redirect(&url, &response)? else {
-                return self.read(response, limits, deadline).await;
+            journey.trace.status = Some(response.status().as_u16());
+            let Some(next) = redirect(url, &response).map_err(Failure::of_url)? else {
+                return self.read(response, limits, deadline).await.map(Step::Body);
             };
-            visited.push(url);
-            if visited.len() > limits.redirects as usize || visited.contains(&next) {
-                return Err(Rejection::RedirectLimit);
+            let elsewhere = host_of(&next) != host_of(url);
+            journey.visited.push(std::mem::replace(&mut journey.url, next));
+            if journey.visited.len() > limits.redirects as usize || journey.visited.contains(&journey.url) {
+                return Err(Failure::of_url(Rejection::RedirectLimit));
             }
-            trace.final_url = Some(next.to_string());
-            url = next;
+            journey.trace.final_url = Some(journey.url.to_string());
+            if elsewhere {
+                // What cannot be asked has no host to wait for.
+                return self.check(&journey.url).map(|()| Step::Elsewhere).map_err(Failure::of_url);
+            }
         }
     }
 
@@ -125,7 +270,7 @@ impl Fetcher {
             .no_proxy()
             .redirect(reqwest::redirect::Policy::none())
             .referer(false)
-            .dns_resolver(Arc::clone(&self.resolver))
+            .dns_resolver(Arc::new(self.resolver.clone()))
             .connect_timeout(connect_timeout)
             .tls_certs_merge(self.config.authorities.iter().cloned())
             // A shuffled list comes back to a host seldom; idle connections are mostly other people's memory.
@@ -151,19 +296,17 @@ impl Fetcher {
         if permitted { Ok(()) } else { Err(Rejection::BlockedAddress) }
     }
 
-    async fn read(&self, mut response: Response, limits: &Limits, deadline: Instant) -> Result<Body, Rejection> {
-        match response.status() {
-            StatusCode::OK => {}
-            StatusCode::NOT_FOUND | StatusCode::GONE => return Err(Rejection::NotFound),
-            _ => return Err(Rejection::HttpStatus),
+    async fn read(&self, mut response: Response, limits: &Limits, deadline: Instant) -> Result<Body, Failure> {
+        if response.status() != StatusCode::OK {
+            return Err(Failure::of_status(response.status(), response.headers()));
         }
         if self.config.honour_opt_outs && opted_out(response.headers()) {
-            return Err(Rejection::OptedOut);
+            return Err(Failure::of_url(Rejection::OptedOut));
         }
         // Absent when the body is compressed; then only the stream tells.
         let announced = response.content_length();
         if announced.is_some_and(|length| length > limits.max_bytes) {
-            return Err(Rejection::TooLarge);
+            return Err(Failure::of_url(Rejection::TooLarge));
         }
         let max = usize::try_from(limits.max_bytes).unwrap_or(usize::MAX);
         let announced = announced.and_then(|length| usize::try_from(length).ok());
@@ -175,14 +318,15 @@ impl Fetcher {
         }
         loop {
             let chunk = match timeout_at(deadline, response.chunk()).await {
-                Err(_) => return Err(Rejection::Timeout),
-                Ok(Err(error)) => return Err(rejection_of(&error, false)),
+                // Its head came in time: it is this answer that does not.
+                Err(_) => return Err(Failure::of_url(Rejection::Timeout)),
+                Ok(Err(_)) => return Err(Failure::of_url(Rejection::Protocol)),
                 Ok(Ok(None)) => return Ok(body),
                 Ok(Ok(Some(chunk))) => chunk,
             };
             let length = body.bytes.len() + chunk.len();
             if length > max {
-                return Err(Rejection::TooLarge);
+                return Err(Failure::of_url(Rejection::TooLarge));
             }
             while length > body.room {
                 self.grow(&mut body, max, &mut deadline).await;
@@ -269,14 +413,17 @@ fn opted_out(headers: &HeaderMap) -> bool {
     })
 }
 
-/// Why a request or its body failed, from the causes that reqwest's error carries.
-fn rejection_of(error: &reqwest::Error, https: bool) -> Rejection {
+/// Why a request failed, from the causes that reqwest's error carries.
+fn failure_of(error: &reqwest::Error, https: bool) -> Failure {
     let mut kind = None;
     let mut tls = false;
     let mut cause: Option<&(dyn Error + 'static)> = Some(error);
     while let Some(error) = cause {
         if error.is::<Blocked>() {
-            return Rejection::BlockedAddress;
+            return Rejection::BlockedAddress.into();
+        }
+        if error.is::<NoSuchName>() {
+            return Rejection::Dns.into();
         }
         tls |= error.is::<rustls::Error>();
         cause = match error.downcast_ref::<std::io::Error>() {
@@ -289,22 +436,22 @@ fn rejection_of(error: &reqwest::Error, https: bool) -> Rejection {
         };
     }
     if error.is_dns() {
-        Rejection::Dns
+        Failure::of_host(Rejection::Dns)
     } else if tls {
-        Rejection::Tls
+        Rejection::Tls.into()
     } else if error.is_builder() {
-        Rejection::BadUrl
+        Rejection::BadUrl.into()
     } else if error.is_connect() {
         // A TCP connection that is not made is refused, unreachable or late; one that ends again at once died in its handshake.
         use std::io::ErrorKind::{ConnectionAborted, ConnectionReset, InvalidData, UnexpectedEof};
         match kind {
-            Some(UnexpectedEof | InvalidData | ConnectionReset | ConnectionAborted) if https => Rejection::Tls,
-            _ => Rejection::Connect,
+            Some(UnexpectedEof | InvalidData | ConnectionReset | ConnectionAborted) if https => Rejection::Tls.into(),
+            _ => Failure::of_host(Rejection::Connect),
         }
     } else if error.is_timeout() {
-        Rejection::Timeout
+        Failure::of_host(Rejection::Timeout)
     } else {
-        Rejection::Protocol
+        Rejection::Protocol.into()
     }
 }
 

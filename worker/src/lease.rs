@@ -5,13 +5,17 @@ use std::time::Duration;
 
 use anyhow::Context;
 use proto::pb::fetch_service_client::FetchServiceClient;
-use proto::pb::{CompleteShardRequest, Lease, LeaseShardRequest, ReleaseLeaseRequest, RenewLeaseRequest};
+use proto::pb::{
+    CompleteShardRequest, HostDemand, HostShare, Lease, LeaseShardRequest, ReleaseLeaseRequest, RenewLeaseRequest,
+    ShareHostsRequest,
+};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status};
 
 use crate::attempt::Progress;
+use crate::hosts::{Demand, Shares};
 
 /// For one call, beside the time that the coordinator may let it wait.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -159,6 +163,36 @@ impl Coordinator {
                 }
             }
         }
+    }
+
+    /// Asks once for shares of hosts.
+    pub(crate) async fn share_hosts(
+        &self,
+        sequence: u64,
+        demands: Vec<Demand>,
+        timeout: Duration,
+    ) -> Result<Shares, Status> {
+        let demand = |Demand { host, wanted, holds, in_flight }: Demand| HostDemand {
+            host: host.to_string(),
+            wanted,
+            holds,
+            in_flight,
+        };
+        let request = ShareHostsRequest {
+            term_seen: self.term.load(Ordering::Relaxed),
+            worker: self.worker.clone(),
+            sequence,
+            hosts: demands.into_iter().map(demand).collect(),
+        };
+        let mut client = self.client.clone();
+        let answer = within(timeout, client.share_hosts(Request::new(request))).await?;
+        self.hear(answer.term)?;
+        let share = |HostShare { host, slots, requests_per_second }| (host, slots, requests_per_second);
+        Ok(Shares {
+            shares: answer.hosts.into_iter().map(share).collect(),
+            duration: Duration::from_millis(answer.duration_millis),
+            ask_again: Duration::from_millis(answer.ask_again_millis),
+        })
     }
 
     /// Tells that a shard's index stands, until there is an answer or `shutdown`.

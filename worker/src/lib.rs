@@ -1,14 +1,18 @@
 //! Fetch workers: leased slices of URLs become validated, resized, committed shards.
 //!
 //! A worker holds no state but its leases. It asks the coordinator for a shard (`lease`), reads the shard's slice from the
-//! store and works through it (`attempt`): each URL is fetched under limits (`fetch`, `net`), its bytes are judged on threads
-//! of their own (`validate`, with `jpeg` and `placeholder`), brought to the stored size (`frame`, `resize`) and measured
-//! (`measure`), and go into a tar that is uploaded while it grows (`upload`). The index, put last and only if there is none, commits the shard. Whatever a URL
+//! store and works through it (`attempt`): each URL waits until its host has room (`hosts`, `dispatch`) and is fetched under
+//! limits (`fetch`, `net`, `dns`); its bytes are judged on threads of their own (`validate`, with `jpeg` and `placeholder`),
+//! brought to the stored size (`frame`, `resize`) and measured (`measure`), and go into a tar that is uploaded while it grows
+//! (`upload`). The index, put last and only if there is none, commits the shard. Whatever a URL
 //! does is an outcome in the shard; only the store's failures and unreadable slices fail an attempt.
 
 mod attempt;
+mod dispatch;
+mod dns;
 mod fetch;
 mod frame;
+mod hosts;
 mod jpeg;
 mod lease;
 mod measure;
@@ -32,11 +36,14 @@ use object_store::ObjectStore;
 use proto::DatasetSpec;
 use proto::pb::Lease;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 
 use attempt::{Assignment, End, Progress, Tools, make_shard};
+use dispatch::Dispatcher;
+pub use dns::NameServer;
 use fetch::{FetchConfig, Fetcher};
 use lease::{Backoff, Coordinator, LeaseId};
 use net::AddressRules;
@@ -80,6 +87,10 @@ pub struct Config {
     #[arg(long, env = "GLEANER_ALLOW_NET", value_delimiter = ',', value_name = "CIDR")]
     pub allow_net: Vec<IpNet>,
 
+    /// Ask this name server (IP or IP:PORT) instead of those in the system's resolv.conf; may be repeated.
+    #[arg(long, env = "GLEANER_DNS", value_delimiter = ',', value_name = "ADDRESS")]
+    pub dns: Vec<NameServer>,
+
     /// A page or mail address where site owners find out who fetches from them; part of the user agent.
     #[arg(long, env = "GLEANER_CONTACT", value_name = "URL", value_parser = parse_contact)]
     pub contact: Option<String>,
@@ -112,6 +123,10 @@ pub async fn run(config: Config, store: Arc<dyn ObjectStore>, shutdown: Cancella
     let tools = Arc::new(tools(&config, store, worker.clone())?);
     let cores = decode_threads(&config);
     tracing::info!(worker, connections = config.connections, decode_threads = cores, "worker started");
+
+    let mut loops = JoinSet::new();
+    loops.spawn(Arc::clone(&tools.dispatcher).dispatch());
+    loops.spawn(Arc::clone(&tools.dispatcher).keep_shares(Arc::clone(&coordinator)));
 
     // A shard holds both permits while it takes up URLs, and the second one until it is committed.
     let shards = usize::from(config.shards.get());
@@ -167,6 +182,7 @@ fn tools(config: &Config, store: Arc<dyn ObjectStore>, worker: String) -> anyhow
     };
     let fetcher = Fetcher::new(FetchConfig {
         rules: AddressRules { allowed: config.allow_net.clone() },
+        name_servers: config.dns.clone(),
         user_agent,
         honour_opt_outs: !config.ignore_opt_outs,
         authorities: authorities(&config.ca_file)?,
@@ -175,9 +191,8 @@ fn tools(config: &Config, store: Arc<dyn ObjectStore>, worker: String) -> anyhow
     .context("failed to set up the HTTP client")?;
     Ok(Tools {
         store,
-        fetcher,
+        dispatcher: Arc::new(Dispatcher::new(fetcher, config.connections.get())),
         pool: DecodePool::start(decode_threads(config))?,
-        connections: Arc::new(Semaphore::new(usize::from(config.connections.get()))),
         worker,
     })
 }

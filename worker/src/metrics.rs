@@ -27,7 +27,11 @@ pub fn register(registry: &mut Registry) {
     registry.register("worker_attempts", "Attempts at shards by how they ended", ATTEMPTS.clone());
     registry.register("worker_fetched_bytes", "Bytes of bodies that were fetched whole", BYTES.clone());
     registry.register("worker_urls_in_flight", "URLs that are being fetched or judged", IN_FLIGHT.clone());
-    registry.register("worker_fetch_seconds", "From a URL's turn to its body or its rejection", FETCH_SECONDS.clone());
+    registry.register(
+        "worker_fetch_seconds",
+        "Time of a URL's requests, to its body or its rejection",
+        FETCH_SECONDS.clone(),
+    );
     registry.register(
         "worker_decode_seconds",
         "Time of one thread to judge, resize and encode a body",
@@ -68,6 +72,7 @@ pub(crate) fn judged(seconds: f64) {
 }
 
 /// Counts a URL as in flight until it is dropped.
+#[derive(Debug)]
 pub(crate) struct InFlight(());
 
 impl InFlight {

@@ -1,34 +1,17 @@
-//! Which addresses a worker may reach, and the resolver that lets no other through.
+//! Which addresses a worker may reach.
 //!
 //! A URL list is somebody else's text: it must not be able to make a worker speak to what only the worker can reach. Names
-//! are checked here, when a connection is about to be made, so a name that changes its address between two look-ups gains
-//! nothing; IP literals never see a resolver and are checked by [`AddressRules::permits`] before the request.
+//! are checked when a connection is about to be made (`dns`), so a name that changes its address between two look-ups gains
+//! nothing; IP literals never see a resolver and are checked before the request.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
-use std::sync::Arc;
-use std::time::Duration;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
-use reqwest::dns::{Addrs, Name, Resolve, Resolving};
-use tokio::sync::Semaphore;
-
-/// A look-up that takes longer has failed: it must not use up a URL's whole time.
-const LOOKUP_TIMEOUT: Duration = Duration::from_secs(8);
-/// Look-ups at once. One that nobody waits for any more cannot be stopped and keeps its thread; some threads must be left for
-/// files and packing.
-const MAX_LOOKUPS: usize = 128;
 
 /// The addresses that a worker may reach: global unicast ones, and the nets that its operator named.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct AddressRules {
     pub(crate) allowed: Vec<IpNet>,
-}
-
-/// No address of this host may be reached.
-#[derive(Debug, thiserror::Error)]
-#[error("{host} has no address that a worker may reach (--allow-net allows more)")]
-pub(crate) struct Blocked {
-    host: String,
 }
 
 impl AddressRules {
@@ -80,44 +63,6 @@ fn is_global_v6(address: Ipv6Addr) -> bool {
         [0x3fff, second, ..] if second < 0x1000 => false,    // documentation
         // 2000::/3 is all that is given out as global unicast: what lies outside is local, multicast, embedded or unassigned.
         [first, ..] => first & 0xe000 == 0x2000,
-    }
-}
-
-/// Resolves through the operating system and hands on only what the rules permit.
-#[derive(Debug)]
-pub(crate) struct GuardedResolver {
-    rules: Arc<AddressRules>,
-    lookups: Arc<Semaphore>,
-}
-
-impl GuardedResolver {
-    pub(crate) fn new(rules: AddressRules) -> Self {
-        Self { rules: Arc::new(rules), lookups: Arc::new(Semaphore::new(MAX_LOOKUPS)) }
-    }
-}
-
-impl Resolve for GuardedResolver {
-    fn resolve(&self, name: Name) -> Resolving {
-        let (rules, lookups) = (Arc::clone(&self.rules), Arc::clone(&self.lookups));
-        Box::pin(async move {
-            let host = name.as_str();
-            // reqwest puts the URL's port in the place of 0.
-            let asked = (host.to_owned(), 0);
-            let lookup = async {
-                let permit = lookups.acquire_owned().await.map_err(std::io::Error::other)?;
-                let look = move || {
-                    let _permit = permit;
-                    asked.to_socket_addrs().map(Vec::from_iter)
-                };
-                tokio::task::spawn_blocking(look).await?
-            };
-            let found: Vec<SocketAddr> = tokio::time::timeout(LOOKUP_TIMEOUT, lookup).await??;
-            let permitted: Vec<SocketAddr> = found.iter().copied().filter(|to| rules.permits(to.ip())).collect();
-            if permitted.is_empty() && !found.is_empty() {
-                return Err(Blocked { host: host.to_owned() }.into());
-            }
-            Ok(Box::new(permitted.into_iter()) as Addrs)
-        })
     }
 }
 
@@ -202,16 +147,5 @@ mod tests {
         let rules = AddressRules { allowed: vec!["127.0.0.0/8".parse().expect("a net")] };
         assert!(rules.permits(ip("127.0.0.1")) && rules.permits(ip("::ffff:127.0.0.1")));
         assert!(!rules.permits(ip("10.0.0.1")) && !rules.permits(ip("::1")));
-    }
-
-    #[tokio::test]
-    async fn a_name_with_only_forbidden_addresses_does_not_resolve() {
-        let resolver = GuardedResolver::new(AddressRules::default());
-        let error = resolver.resolve("localhost".parse().expect("a name")).await.err().expect("loopback is forbidden");
-        assert!(error.is::<Blocked>(), "{error}");
-        let allowed = AddressRules { allowed: vec!["127.0.0.0/8".parse().expect("a net")] };
-        let resolver = GuardedResolver::new(allowed);
-        let found = resolver.resolve("localhost".parse().expect("a name")).await.expect("allowed");
-        assert!(found.map(|to| to.ip()).all(|ip| ip == Ipv4Addr::LOCALHOST));
     }
 }

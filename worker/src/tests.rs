@@ -7,8 +7,9 @@ use object_store::memory::InMemory;
 use proto::keys;
 use proto::pb::fetch_service_server::{FetchService, FetchServiceServer};
 use proto::pb::{
-    CompleteShardRequest, CompleteShardResponse, LeaseShardRequest, LeaseShardResponse, ReleaseLeaseRequest,
-    ReleaseLeaseResponse, RenewLeaseRequest, RenewLeaseResponse,
+    CompleteShardRequest, CompleteShardResponse, HostDemand, HostShare, LeaseShardRequest, LeaseShardResponse,
+    ReleaseLeaseRequest, ReleaseLeaseResponse, RenewLeaseRequest, RenewLeaseResponse, ShareHostsRequest,
+    ShareHostsResponse,
 };
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
@@ -19,10 +20,10 @@ use crate::attempt::tests::{origin, put_slice, spec};
 
 /// A double of the coordinator: grants what it was given, and writes down what it hears.
 #[derive(Debug, Clone, Default)]
-struct CoordinatorDouble(Arc<Mutex<Heard>>);
+pub(crate) struct CoordinatorDouble(Arc<Mutex<Heard>>);
 
 #[derive(Debug, Default)]
-struct Heard {
+pub(crate) struct Heard {
     leases: VecDeque<Lease>,
     /// What renewals are answered with.
     duration_millis: u64,
@@ -36,6 +37,15 @@ const TERM: u64 = 9;
 impl CoordinatorDouble {
     fn heard<T>(&self, look: impl FnOnce(&mut Heard) -> T) -> T {
         look(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Serves, and returns the address.
+    pub(crate) async fn serve(&self) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
+        let address = format!("http://{}", listener.local_addr().expect("bound"));
+        let router = tonic::transport::Server::builder().add_service(FetchServiceServer::new(self.clone()));
+        tokio::spawn(router.serve_with_incoming(TcpListenerStream::new(listener)));
+        address
     }
 
     async fn until(&self, what: impl Fn(&Heard) -> bool) {
@@ -81,6 +91,16 @@ impl FetchService for CoordinatorDouble {
         self.heard(|heard| heard.released.push(request.into_inner()));
         Ok(Response::new(ReleaseLeaseResponse { term: TERM }))
     }
+
+    async fn share_hosts(&self, request: Request<ShareHostsRequest>) -> Result<Response<ShareHostsResponse>, Status> {
+        let share = |HostDemand { host, wanted, .. }| HostShare { host, slots: wanted, requests_per_second: 0.0 };
+        Ok(Response::new(ShareHostsResponse {
+            term: TERM,
+            hosts: request.into_inner().hosts.into_iter().map(share).collect(),
+            duration_millis: 60_000,
+            ask_again_millis: 50,
+        }))
+    }
 }
 
 fn lease(shard: u32, duration_millis: u64) -> Lease {
@@ -119,12 +139,7 @@ async fn start(leases: Vec<Lease>, hanging: bool, renewed_for: u64) -> Cluster {
     }
     let heard = Heard { leases: leases.into(), duration_millis: renewed_for, ..Heard::default() };
     let coordinator = CoordinatorDouble(Arc::new(Mutex::new(heard)));
-    let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
-    let address = format!("http://{}", listener.local_addr().expect("bound"));
-    let service = FetchServiceServer::new(coordinator.clone());
-    tokio::spawn(
-        tonic::transport::Server::builder().add_service(service).serve_with_incoming(TcpListenerStream::new(listener)),
-    );
+    let address = coordinator.serve().await;
     let arguments = ["worker", "--coordinator", &address, "--connections", "8", "--allow-net", "127.0.0.0/8"];
     let config = Arguments::try_parse_from(arguments).expect("good flags").worker;
     let shutdown = CancellationToken::new();

@@ -1,7 +1,7 @@
 //! `FetchService`: for workers.
 
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use proto::Attempt;
 use proto::pb::fetch_service_server::FetchService;
@@ -10,16 +10,26 @@ use tonic::{Request, Response, Status};
 
 use crate::datasets::Datasets;
 use crate::error::Error;
+use crate::hosts::{self, Broker, Demand, HostBudgets};
 
 /// The longest poll.
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
 
 /// See `fetch.proto`.
-pub(crate) struct FetchApi(pub(crate) Arc<Datasets>);
+pub(crate) struct FetchApi {
+    datasets: Arc<Datasets>,
+    started: Instant,
+    hosts: Mutex<Broker>,
+}
 
 impl FetchApi {
+    pub(crate) fn new(datasets: Arc<Datasets>, hosts: HostBudgets) -> Self {
+        let first = datasets.term.number == 1;
+        Self { datasets, started: Instant::now(), hosts: Mutex::new(Broker::new(Duration::ZERO, hosts, first)) }
+    }
+
     fn term(&self) -> u64 {
-        self.0.term.number
+        self.datasets.term.number
     }
 }
 
@@ -38,8 +48,8 @@ impl FetchService for FetchApi {
         request: Request<pb::LeaseShardRequest>,
     ) -> Result<Response<pb::LeaseShardResponse>, Status> {
         let pb::LeaseShardRequest { term_seen, worker, wait_millis } = request.into_inner();
-        self.0.term.hear(term_seen)?;
-        let grant = self.0.lease(&worker, Duration::from_millis(wait_millis).min(LONGEST_WAIT)).await;
+        self.datasets.term.hear(term_seen)?;
+        let grant = self.datasets.lease(&worker, Duration::from_millis(wait_millis).min(LONGEST_WAIT)).await;
         let lease = grant.map(|grant| pb::Lease {
             dataset: grant.id.dataset.to_string(),
             shard: grant.id.shard,
@@ -57,9 +67,9 @@ impl FetchService for FetchApi {
     ) -> Result<Response<pb::RenewLeaseResponse>, Status> {
         let pb::RenewLeaseRequest { term_seen, worker, dataset, shard, attempt: text, outcomes, kept } =
             request.into_inner();
-        self.0.term.hear(term_seen)?;
+        self.datasets.term.hear(term_seen)?;
         let outcomes = outcomes.into_iter().collect();
-        let renewed = self.0.renew(&worker, (&dataset, shard), attempt(&text)?, outcomes, &kept);
+        let renewed = self.datasets.renew(&worker, (&dataset, shard), attempt(&text)?, outcomes, &kept);
         let (duration_millis, wanted) =
             renewed.map_or_else(Default::default, |renewed| (millis(renewed.duration), renewed.wanted));
         Ok(Response::new(pb::RenewLeaseResponse { term: self.term(), duration_millis, wanted }))
@@ -70,8 +80,8 @@ impl FetchService for FetchApi {
         request: Request<pb::CompleteShardRequest>,
     ) -> Result<Response<pb::CompleteShardResponse>, Status> {
         let pb::CompleteShardRequest { term_seen, worker, dataset, shard, attempt: _ } = request.into_inner();
-        self.0.term.hear(term_seen)?;
-        let committed = self.0.complete(&worker, (&dataset, shard)).await?;
+        self.datasets.term.hear(term_seen)?;
+        let committed = self.datasets.complete(&worker, (&dataset, shard)).await?;
         Ok(Response::new(pb::CompleteShardResponse { term: self.term(), committed }))
     }
 
@@ -81,8 +91,36 @@ impl FetchService for FetchApi {
     ) -> Result<Response<pb::ReleaseLeaseResponse>, Status> {
         let pb::ReleaseLeaseRequest { term_seen, worker, dataset, shard, attempt: text, failure } =
             request.into_inner();
-        self.0.term.hear(term_seen)?;
-        self.0.release(&worker, (&dataset, shard), attempt(&text)?, &failure);
+        self.datasets.term.hear(term_seen)?;
+        self.datasets.release(&worker, (&dataset, shard), attempt(&text)?, &failure);
         Ok(Response::new(pb::ReleaseLeaseResponse { term: self.term() }))
+    }
+    async fn share_hosts(
+        &self,
+        request: Request<pb::ShareHostsRequest>,
+    ) -> Result<Response<pb::ShareHostsResponse>, Status> {
+        let pb::ShareHostsRequest { term_seen, worker, sequence, hosts } = request.into_inner();
+        self.datasets.term.hear(term_seen)?;
+        let demand = |demand: pb::HostDemand| {
+            let pb::HostDemand { host, wanted, holds, in_flight } = demand;
+            Demand { host, wanted, holds, in_flight }
+        };
+        let demands = hosts.into_iter().map(demand).collect();
+        let shares = {
+            let mut broker = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+            broker.ask(self.started.elapsed(), &worker, sequence, demands)
+        };
+        let shares = shares.ok_or_else(|| Status::aborted("a later request of this worker came before"))?;
+        let share = |share: hosts::Share| pb::HostShare {
+            host: share.host,
+            slots: share.slots,
+            requests_per_second: share.rate,
+        };
+        Ok(Response::new(pb::ShareHostsResponse {
+            term: self.term(),
+            hosts: shares.shares.into_iter().map(share).collect(),
+            duration_millis: millis(shares.duration),
+            ask_again_millis: millis(shares.ask_again),
+        }))
     }
 }

@@ -42,7 +42,8 @@ impl Cluster {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("bound");
         let shutdown = CancellationToken::new();
-        let config = coordinator::Config { lease_seconds, spool_folder: None };
+        let config =
+            coordinator::Config { lease_seconds, spool_folder: None, hosts: coordinator::HostBudgets::default() };
         let running = tokio::spawn(coordinator::run(config, Arc::clone(&store), listener, shutdown.clone()));
         let endpoint = Endpoint::from_shared(format!("http://{address}")).expect("a URL");
         let channel = endpoint.connect().await.expect("the port is bound");

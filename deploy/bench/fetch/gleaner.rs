@@ -25,7 +25,17 @@ pub(crate) async fn fetch(job: &Job, folder: &Path) -> Result<Measured> {
     let listen = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string();
     let cluster = Cluster { address: format!("http://{listen}"), log: folder.path().join("log") };
 
-    let coordinator = cluster.role(&["coordinator", "--store", &store, "--listen", &listen])?;
+    let coordinator = cluster.role(&[
+        "coordinator",
+        "--store",
+        &store,
+        "--listen",
+        &listen,
+        "--host-slots",
+        "256",
+        "--host-rate",
+        "0",
+    ])?;
     let begun = Instant::now();
     while cluster.command(&["status"]).await.is_err() {
         ensure!(begun.elapsed() < START, "the coordinator does not come up; see {}", cluster.log.display());

@@ -8,8 +8,10 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
 use super::*;
-use crate::fetch::FetchConfig;
+use crate::fetch::{FetchConfig, Fetcher};
+use crate::lease::Coordinator;
 use crate::net::AddressRules;
+use crate::tests::CoordinatorDouble;
 
 /// A web server with every kind of answer, by path.
 pub(crate) async fn origin() -> SocketAddr {
@@ -122,22 +124,26 @@ pub(crate) async fn put_slice(store: &dyn ObjectStore, shard: u32, urls: &[Strin
     store.put(&keys::slice("birds-1", shard).into(), packed.into()).await.expect("a writable store");
 }
 
-fn tools(store: Arc<dyn ObjectStore>) -> Arc<Tools> {
+async fn tools(store: Arc<dyn ObjectStore>) -> Arc<Tools> {
     let _ = rustls::crypto::ring::default_provider().install_default();
-    Arc::new(Tools {
-        store,
-        fetcher: Fetcher::new(FetchConfig {
-            rules: AddressRules { allowed: vec!["127.0.0.0/8".parse().expect("a net")] },
-            user_agent: "Gleaner/test".into(),
-            honour_opt_outs: true,
-            authorities: Vec::new(),
-            body_budget: 4 << 20,
-        })
-        .expect("a client"),
-        pool: DecodePool::start(2).expect("threads"),
-        connections: Arc::new(Semaphore::new(16)),
-        worker: "worker-test".into(),
-    })
+    let fetcher = Fetcher::new(FetchConfig {
+        rules: AddressRules { allowed: vec!["127.0.0.0/8".parse().expect("a net")] },
+        name_servers: Vec::new(),
+        user_agent: "Gleaner/test".into(),
+        honour_opt_outs: true,
+        authorities: Vec::new(),
+        body_budget: 4 << 20,
+    });
+    let dispatcher = Arc::new(Dispatcher::new(fetcher.expect("a client"), 16));
+    tokio::spawn(Arc::clone(&dispatcher).dispatch());
+    tokio::spawn(Arc::clone(&dispatcher).keep_shares(coordinator().await));
+    Arc::new(Tools { store, dispatcher, pool: DecodePool::start(2).expect("threads"), worker: "worker-test".into() })
+}
+
+/// A double of the coordinator that grants every wish for hosts.
+async fn coordinator() -> Arc<Coordinator> {
+    let address = CoordinatorDouble::default().serve().await;
+    Arc::new(Coordinator::new(&address, "worker-test".into()).expect("a good address"))
 }
 
 fn assignment(n: u64) -> Assignment {
@@ -198,7 +204,7 @@ async fn every_url_gets_its_one_outcome_and_index_outcomes_and_tars_agree() {
     let urls: Vec<String> = wanted.iter().map(|(url, _)| url.clone()).collect();
     put_slice(&*store, 7, &urls).await;
 
-    let (tools, progress) = (tools(Arc::clone(&store)), Progress::default());
+    let (tools, progress) = (tools(Arc::clone(&store)).await, Progress::default());
     let never = CancellationToken::new();
     let end = make_shard(&tools, &assignment(1), &progress, (), &never).await.expect("a good store");
     assert_eq!(end, End::Won);
@@ -254,7 +260,7 @@ async fn the_second_of_two_attempts_loses_and_leaves_nothing() {
     let at = origin().await;
     let urls: Vec<String> = (0..20).map(|seed| format!("http://{at}/good/{seed}")).collect();
     put_slice(&*store, 7, &urls).await;
-    let tools = tools(Arc::clone(&store));
+    let tools = tools(Arc::clone(&store)).await;
     let never = CancellationToken::new();
     let first = make_shard(&tools, &assignment(1), &Progress::default(), (), &never).await;
     assert_eq!(first.expect("a good store"), End::Won);
@@ -273,7 +279,7 @@ async fn a_cancelled_attempt_and_one_whose_slice_is_no_slice_leave_nothing() {
     urls.push(format!("http://{at}/silent"));
     put_slice(&*store, 7, &urls).await;
     let before = keys_in(&*store, "datasets").await;
-    let tools = tools(Arc::clone(&store));
+    let tools = tools(Arc::clone(&store)).await;
     let cancel = CancellationToken::new();
     let progress = Progress::default();
     let assignment = assignment(1);
@@ -302,7 +308,7 @@ async fn urls_of_a_class_that_is_full_are_left_unfetched_and_are_told_of() {
     let at = origin().await;
     let urls: Vec<String> = (0..40).map(|seed| format!("http://{at}/good/{seed}")).collect();
     put_slice(&*store, 7, &urls).await;
-    let (tools, progress) = (tools(Arc::clone(&store)), Progress::default());
+    let (tools, progress) = (tools(Arc::clone(&store)).await, Progress::default());
     progress.limit(HashMap::from([(0, 0)]), &HashMap::new());
     assert!(progress.is_full(0) && !progress.is_full(1));
     make_shard(&tools, &assignment(1), &progress, (), &CancellationToken::new()).await.expect("a good store");
