@@ -120,8 +120,7 @@ pub(crate) enum End {
 }
 
 /// Makes a shard. `tail` is dropped when the last URL has been begun, or what is left has to wait for its hosts: what then
-/// follows leaves connections idle.
-/// Once the files are uploaded, `cancel` is too late and the attempt commits.
+/// follows leaves connections idle. Once the files are uploaded, `cancel` is too late and the attempt commits.
 ///
 /// # Errors
 /// If the slice cannot be understood or the store fails. What the attempt wrote is gone then, unless the index itself is in
@@ -310,7 +309,9 @@ struct Fetched {
 /// Judges what was fetched.
 async fn judge(tools: &Tools, rules: Arc<Rules>, landed: Landed) -> anyhow::Result<Fetched> {
     let Landed { listed, trace, spent, fetched } = landed;
-    metrics::fetched(spent.as_secs_f64(), fetched.as_ref().map_or(0, |(body, _)| body.bytes.len()));
+    if !spent.is_zero() {
+        metrics::fetched(spent.as_secs_f64(), fetched.as_ref().map_or(0, |(body, _)| body.bytes.len()));
+    }
     let mut row = OutcomeRow {
         final_url: trace.final_url,
         http_status: trace.status.map(i32::from),

@@ -85,14 +85,17 @@ enum Failed {
 }
 
 impl GuardedResolver {
-    /// `servers`: instead of those of the system's `resolv.conf`. The system's hosts file counts in any case.
+    /// `servers`: instead of those of the system's `resolv.conf`. The system's hosts file counts in any case; on a machine
+    /// without name servers (a laptop without a network, say) nothing else does.
     ///
     /// # Errors
-    /// If there are no name servers: the system's configuration cannot be read.
+    /// If the resolver cannot be set up.
     pub(crate) fn new(rules: AddressRules, servers: &[NameServer]) -> anyhow::Result<Self> {
         let (config, options) = if servers.is_empty() {
-            hickory_resolver::system_conf::read_system_conf()
-                .context("failed to read the system's name servers; --dns names others")?
+            hickory_resolver::system_conf::read_system_conf().unwrap_or_else(|error| {
+                tracing::warn!(%error, "no name servers in the system's configuration; --dns names others");
+                (ResolverConfig::from_name_servers(Vec::new()), ResolverOpts::default())
+            })
         } else {
             let servers = servers.iter().map(|NameServer(address)| {
                 let mut connections = vec![ConnectionConfig::udp(), ConnectionConfig::tcp()];

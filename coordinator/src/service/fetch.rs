@@ -95,6 +95,7 @@ impl FetchService for FetchApi {
         self.datasets.release(&worker, (&dataset, shard), attempt(&text)?, &failure);
         Ok(Response::new(pb::ReleaseLeaseResponse { term: self.term() }))
     }
+
     async fn share_hosts(
         &self,
         request: Request<pb::ShareHostsRequest>,

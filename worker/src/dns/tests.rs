@@ -165,6 +165,17 @@ async fn the_hosts_file_and_localhost_count_and_no_search_list_multiplies_questi
     assert_eq!(server.asked(), 2);
 }
 
+#[tokio::test]
+async fn without_name_servers_the_hosts_file_counts_and_other_names_fail_at_once() {
+    let loopback = AddressRules { allowed: vec!["127.0.0.0/8".parse().expect("a net")] };
+    let none = ResolverConfig::from_name_servers(Vec::new());
+    let resolver = GuardedResolver::with(loopback, none, ResolverOpts::default()).expect("good options");
+    assert!(resolve(&resolver, "localhost").await.is_ok());
+    let begun = Instant::now();
+    resolve(&resolver, "good-1.example").await.expect_err("nobody can be asked");
+    assert!(begun.elapsed() < ASK_TIMEOUT);
+}
+
 #[test]
 fn name_servers_are_addresses_with_or_without_a_port() {
     for (text, address) in [("9.9.9.9", "9.9.9.9:53"), ("::1", "[::1]:53"), ("[::1]:5353", "[::1]:5353")] {
