@@ -34,6 +34,9 @@ pub(crate) struct Round {
     pub(crate) nonce: String,
     /// The caller's: a repeated request finds it here.
     pub(crate) request_id: String,
+    /// The span of the request that opened it, if that was exported; see [`proto::trace`].
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub(crate) traceparent: String,
     /// Counts the dataset's rounds from 1.
     pub(crate) round: u32,
     /// Number of the first slice.
@@ -75,12 +78,14 @@ pub(crate) struct Begin {
     pub(crate) first_slice: u32,
     pub(crate) first_key: u64,
     pub(crate) request_id: String,
+    pub(crate) traceparent: String,
 }
 
 impl Begin {
     /// A dataset's first round.
     pub(crate) fn first(request_id: &str) -> Self {
-        Self { round: 1, first_slice: 0, first_key: 0, request_id: request_id.to_owned() }
+        let traceparent = proto::trace::current();
+        Self { round: 1, first_slice: 0, first_key: 0, request_id: request_id.to_owned(), traceparent }
     }
 }
 
@@ -95,7 +100,7 @@ impl Round {
     }
 
     /// Numbers of its slices.
-    pub(crate) fn shards(&self) -> impl Iterator<Item = u32> + use<> {
+    pub(crate) fn shards(&self) -> std::ops::Range<u32> {
         self.first_slice..self.first_slice + self.slices.len() as u32
     }
 }
@@ -277,6 +282,7 @@ impl Catalog {
             format: 1,
             nonce: crate::store::nonce(),
             request_id: begin.request_id,
+            traceparent: begin.traceparent,
             round: begin.round,
             first_slice: begin.first_slice,
             slices: cutter.done,
@@ -417,7 +423,8 @@ mod tests {
     fn a_later_round_holds_what_is_tried_again_under_its_key_and_new_lines_under_the_next_ones() {
         let classes = vec![Class { synset: "n1".into(), name: "dog".into() }];
         let mut spec = DatasetSpec { classes, ..DatasetSpec::default() };
-        let begin = Begin { round: 2, first_slice: 7, first_key: 100, request_id: "r2".into() };
+        let begin =
+            Begin { round: 2, first_slice: 7, first_key: 100, request_id: "r2".into(), traceparent: String::new() };
         let mut catalog = Catalog::new(&spec, begin.clone(), None);
         for url in ["http://a", "http://b"] {
             catalog.earlier("n1", url).expect("in memory");

@@ -44,10 +44,12 @@ use proto::pb::dataset_service_server::DatasetServiceServer;
 use proto::pb::fetch_service_server::FetchServiceServer;
 use proto::pb::run_service_server::RunServiceServer;
 use proto::pb::trainer_service_server::TrainerServiceServer;
+use proto::trace;
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
+use tower::util::MapResponseLayer;
 use tracing::info;
 
 use crate::datasets::Datasets;
@@ -130,6 +132,8 @@ pub async fn run(
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(5)))
         .tcp_nodelay(true)
+        .trace_fn(trace::served)
+        .layer(MapResponseLayer::new(trace::answered))
         .add_service(health_service)
         .add_service(reflection)
         .add_service(

@@ -247,6 +247,7 @@ impl Roster {
                 checkpoints: run.checkpoints.iter().rev().cloned().collect(),
                 elapsed_seconds: elapsed,
                 start: run.sources.start.clone(),
+                traceparent: run.sources.traceparent.clone(),
             }),
         };
         (0u32..).zip(&generation.seats).map(join).collect()

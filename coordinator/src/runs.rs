@@ -50,6 +50,9 @@ struct StoredRun {
     /// Whose weights it begins with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     start: Option<submit::Start>,
+    /// The span of the request that submitted it, if that was exported; see [`proto::trace`].
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    traceparent: String,
     spec: RunSpec,
 }
 
@@ -58,6 +61,7 @@ impl StoredRun {
         Sources {
             manifest: (self.manifest_key.clone(), self.manifest_sha256.clone()),
             start: self.start.as_ref().map(submit::Start::checkpoint),
+            traceparent: self.traceparent.clone(),
         }
     }
 }

@@ -4,7 +4,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 use crate::client::ClusterArgs;
-use crate::telemetry::LogFormat;
+use crate::telemetry::{Spans, TelemetryArgs};
 use crate::{dataset, doctor, local, roles, run, status};
 
 /// A distributed data-and-training cluster for image classification
@@ -13,9 +13,8 @@ use crate::{dataset, doctor, local, roles, run, status};
 #[derive(Debug, Parser)]
 #[command(name = "gleaner", version, disable_help_subcommand = true)]
 pub(crate) struct Cli {
-    /// How log lines on standard error look; GLEANER_LOG or RUST_LOG chooses which there are
-    #[arg(long, global = true, env = "GLEANER_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
-    pub(crate) log_format: LogFormat,
+    #[command(flatten)]
+    pub(crate) telemetry: TelemetryArgs,
     #[command(subcommand)]
     pub(crate) command: Command,
 }
@@ -52,20 +51,26 @@ pub(crate) enum Command {
 }
 
 impl Command {
-    /// What is logged when nobody chose: the roles tell of their work, the other commands only of trouble.
-    pub(crate) fn default_log(&self) -> &'static str {
+    /// Whether it serves until it is told to end, and does not do one thing for somebody.
+    pub(crate) fn is_role(&self) -> bool {
         match self {
-            Command::Local(_) | Command::Coordinator(_) | Command::Worker(_) => "info",
+            Command::Local(_) | Command::Coordinator(_) | Command::Worker(_) => true,
             #[cfg(feature = "trainer")]
-            Command::Trainer(_) | Command::Rank(_) => "info",
-            _ => "warn",
+            Command::Trainer(_) | Command::Rank(_) => true,
+            _ => false,
         }
     }
 
-    /// Does it.
-    pub(crate) async fn run(self, log_format: LogFormat) -> Result<()> {
+    /// What is logged when nobody chose: the roles tell of their work, the other commands only of trouble.
+    pub(crate) fn default_log(&self) -> &'static str {
+        if self.is_role() { "info" } else { "warn" }
+    }
+
+    /// Does it. `telemetry` is the process's, for those that start others; `spans` exports what it measures.
+    #[cfg_attr(not(feature = "trainer"), expect(unused_variables, reason = "only a rank may be killed before its end"))]
+    pub(crate) async fn run(self, telemetry: TelemetryArgs, spans: Spans) -> Result<()> {
         match self {
-            Command::Local(args) => local::run(args, log_format).await,
+            Command::Local(args) => local::run(args, telemetry).await,
             #[cfg(feature = "demo")]
             Command::Demo(args) => crate::demo::run(args).await,
             Command::Dataset(command) => dataset::run(command).await,
@@ -75,9 +80,9 @@ impl Command {
             Command::Coordinator(args) => roles::coordinator(args).await,
             Command::Worker(args) => roles::worker(args).await,
             #[cfg(feature = "trainer")]
-            Command::Trainer(args) => roles::trainer(args).await,
+            Command::Trainer(args) => roles::trainer(args, &telemetry).await,
             #[cfg(feature = "trainer")]
-            Command::Rank(args) => roles::rank(args).await,
+            Command::Rank(args) => roles::rank(args, spans).await,
         }
     }
 }
@@ -92,7 +97,7 @@ mod tests {
         let mut command = Cli::command();
         command.build();
         let found = path.iter().fold(&command, |command, name| command.find_subcommand(name).expect("a command"));
-        let every = ["help", "log-format", "coordinator", "output"];
+        let every = ["help", "log-format", "otlp-endpoint", "coordinator", "output"];
         let longs = found.get_arguments().filter_map(|arg| arg.get_long());
         longs.filter(|long| !every.contains(long)).map(str::to_owned).collect()
     }

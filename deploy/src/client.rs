@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use proto::pb::dataset_service_client::DatasetServiceClient;
 use proto::pb::run_service_client::RunServiceClient;
+use proto::trace::{Carried, Carry};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Response, Status, Streaming};
 
@@ -46,9 +47,9 @@ pub(crate) fn address(text: &str) -> Result<String, String> {
 #[derive(Debug, Clone)]
 pub(crate) struct Cluster {
     /// For datasets.
-    pub(crate) datasets: DatasetServiceClient<Channel>,
+    pub(crate) datasets: DatasetServiceClient<Carried<Channel>>,
     /// For runs and the cluster's status.
-    pub(crate) runs: RunServiceClient<Channel>,
+    pub(crate) runs: RunServiceClient<Carried<Channel>>,
 }
 
 impl Cluster {
@@ -62,8 +63,9 @@ impl Cluster {
             .keep_alive_while_idle(true);
         let channel = endpoint.connect_lazy();
         Ok(Self {
-            datasets: DatasetServiceClient::new(channel.clone()).max_decoding_message_size(MESSAGE_BYTES),
-            runs: RunServiceClient::new(channel).max_decoding_message_size(MESSAGE_BYTES),
+            datasets: DatasetServiceClient::with_interceptor(channel.clone(), Carry)
+                .max_decoding_message_size(MESSAGE_BYTES),
+            runs: RunServiceClient::with_interceptor(channel, Carry).max_decoding_message_size(MESSAGE_BYTES),
         })
     }
 }

@@ -21,7 +21,7 @@ use crate::exit::{Ended, Exit};
 use crate::output::{Format, note};
 use crate::roles::{self, DEFAULT_LISTEN};
 use crate::store;
-use crate::telemetry::LogFormat;
+use crate::telemetry::{LogFormat, TelemetryArgs};
 
 /// For the coordinator to answer after the start.
 const START: Duration = Duration::from_secs(60);
@@ -57,7 +57,7 @@ pub(crate) struct Args {
 }
 
 /// Runs the cluster until it is told to end.
-pub(crate) async fn run(args: Args, log_format: LogFormat) -> Result<()> {
+pub(crate) async fn run(args: Args, telemetry: TelemetryArgs) -> Result<()> {
     let shutdown = roles::told_to_end(args.end.exit_with_stdin)?;
     // A store that cannot be opened is one clear error here, and not a child that dies again and again; so is a port in use.
     drop(store::open(&args.store)?);
@@ -73,7 +73,7 @@ pub(crate) async fn run(args: Args, log_format: LogFormat) -> Result<()> {
     let keep = |name: &str, arguments: &[&str]| Kept {
         name: name.to_owned(),
         arguments: arguments.iter().map(|&argument| argument.to_owned()).collect(),
-        log_format,
+        telemetry: telemetry.clone(),
     };
     let store = ["--store", &args.store, "--exit-with-stdin"];
     let to = ["--coordinator", &address];
@@ -158,7 +158,7 @@ async fn ready(address: &str) -> Result<()> {
 struct Kept {
     name: String,
     arguments: Vec<String>,
-    log_format: LogFormat,
+    telemetry: TelemetryArgs,
 }
 
 impl Kept {
@@ -187,7 +187,7 @@ impl Kept {
         let stdin = child.stdin.take();
         info!(name = self.name, pid = child.id(), "child started");
         if let Some(stderr) = child.stderr.take() {
-            tokio::spawn(forward(stderr, (self.log_format == LogFormat::Text).then(|| self.name.clone())));
+            tokio::spawn(forward(stderr, (self.telemetry.log_format == LogFormat::Text).then(|| self.name.clone())));
         }
         tokio::select! {
             status = child.wait() => Ok(Some(status?)),
@@ -201,7 +201,8 @@ impl Kept {
     fn command(&self) -> Result<Command> {
         let mut command = Command::new(std::env::current_exe()?);
         command.args(&self.arguments);
-        if self.log_format == LogFormat::Json {
+        command.args(self.telemetry.for_child());
+        if self.telemetry.log_format == LogFormat::Json {
             command.args(["--log-format", "json"]);
         }
         // Its own group: Ctrl-C in the terminal is for the supervisor, which ends its children in order.

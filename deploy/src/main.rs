@@ -31,21 +31,54 @@ mod telemetry;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{ArgMatches, CommandFactory, FromArgMatches};
+use tracing::{Instrument, Span};
 
 fn main() -> ExitCode {
-    let cli = cli::Cli::parse();
-    telemetry::start(cli.log_format, cli.command.default_log());
+    let matches = cli::Cli::command().get_matches();
+    let cli = cli::Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    let name = name(&matches);
     rustls::crypto::ring::default_provider().install_default().expect("nobody has installed one before");
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return exit::report(&anyhow::Error::from(error).context("cannot start threads")),
     };
-    let result = runtime.block_on(cli.command.run(cli.log_format));
+    let (role, default_log) = (cli.command.is_role(), cli.command.default_log());
+    let service = if role { format!("gleaner-{name}") } else { "gleaner".to_owned() };
+    let started = {
+        let _within = runtime.enter();
+        telemetry::start(&cli.telemetry, &service, default_log)
+    };
+    let spans = match started {
+        Ok(spans) => spans,
+        Err(error) => return exit::report(&error),
+    };
+    let span = match role {
+        true => Span::none(),
+        false => proto::trace::command(&name, &std::env::var("TRACEPARENT").unwrap_or_default()),
+    };
+    let work = cli.command.run(cli.telemetry, spans.clone()).instrument(span.clone());
+    let result = runtime.block_on(work);
+    if let Err(error) = &result {
+        proto::trace::failed(&span, &format!("{error:#}"));
+    }
+    drop(span);
+    spans.end();
     // A thread that still reads standard input must not hold the process.
     runtime.shutdown_timeout(Duration::from_secs(1));
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => exit::report(&error),
     }
+}
+
+/// The command's words: `dataset create`.
+fn name(matches: &ArgMatches) -> String {
+    let mut words = Vec::new();
+    let mut at = matches;
+    while let Some((word, inner)) = at.subcommand() {
+        words.push(word);
+        at = inner;
+    }
+    words.join(" ")
 }

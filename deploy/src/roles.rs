@@ -13,6 +13,8 @@ use crate::client;
 use crate::exit::Ended;
 use crate::metrics::{self, MetricsArgs, Told};
 use crate::store::{self, StoreArgs};
+#[cfg(feature = "trainer")]
+use crate::telemetry::{Spans, TelemetryArgs};
 
 /// A role that does not end within this time after it was told to is left behind.
 const GRACE: Duration = Duration::from_secs(25);
@@ -101,21 +103,22 @@ pub(crate) async fn worker(mut args: WorkerArgs) -> Result<()> {
 
 /// Runs a trainer agent until it is told to end.
 #[cfg(feature = "trainer")]
-pub(crate) async fn trainer(mut args: TrainerArgs) -> Result<()> {
+pub(crate) async fn trainer(mut args: TrainerArgs, telemetry: &TelemetryArgs) -> Result<()> {
     args.config.coordinator = client::address(&args.config.coordinator).map_err(Ended::usage)?;
     let store = store::open_metered(&args.store.store)?;
     let told = Told { role: "trainer", register: trainer::metrics::register, ready: trainer::metrics::ready };
     metrics::serve(&args.metrics, told).await?;
     let mut rank_command = vec![std::env::current_exe()?.into_os_string()];
     rank_command.extend(["rank", "--store", &args.store.store].map(Into::into));
+    rank_command.extend(telemetry.for_child().into_iter().map(Into::into));
     until_told(args.end, |shutdown| trainer::run(args.config, store, rank_command, shutdown)).await
 }
 
 /// Runs one rank until its agent ends it.
 #[cfg(feature = "trainer")]
-pub(crate) async fn rank(args: RankArgs) -> Result<()> {
+pub(crate) async fn rank(args: RankArgs, spans: Spans) -> Result<()> {
     let store = store::open(&args.store.store)?;
-    trainer::run_rank(store).await
+    trainer::run_rank(store, move || spans.flush()).await
 }
 
 /// Binds the socket that `flag` names, or says who may be in the way.

@@ -6,7 +6,8 @@
 //! - [`rejection`], [`outcomes`]: what became of each URL;
 //! - [`shard`]: tars, blocks and the index that commits them;
 //! - [`manifest`], [`findings`]: an immutable version of a dataset, and what was found out when it was made;
-//! - [`run_event`], [`run_ledger`], [`metric`]: a run's history, what it was trained on, and its learning curve.
+//! - [`run_event`], [`run_ledger`], [`metric`]: a run's history, what it was trained on, and its learning curve;
+//! - [`trace`]: which span of another process a piece of work belongs to.
 
 pub mod dataset_spec;
 pub mod findings;
@@ -19,6 +20,7 @@ pub mod run_event;
 pub mod run_ledger;
 pub mod run_spec;
 pub mod shard;
+pub mod trace;
 
 pub use dataset_spec::{
     Class, DatasetSpec, Duplicates, ImageFormat, Limits, Reencode, Resize, ResizeMode, SpecError, Split, Splits,

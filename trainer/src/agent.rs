@@ -11,10 +11,11 @@ use anyhow::Result;
 use object_store::ObjectStore;
 use proto::metric::MetricKind;
 use proto::pb::{self, agent_message, coordinator_message, left::Why, rank_message};
+use proto::trace;
 use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{Span, info, warn};
 
 use crate::ipc::Setup;
 use crate::link::{self, Link};
@@ -61,9 +62,22 @@ struct Seat {
     generation: u64,
     rank: u32,
     joined: bool,
+    /// Of its generation, until it has left that.
+    span: Span,
     /// Its last word of what it is at.
     alive: pb::Alive,
     heard: Instant,
+}
+
+impl Seat {
+    /// Ends the span of the generation, if it goes on.
+    fn left(&mut self, why: Why, detail: &str) {
+        let span = std::mem::replace(&mut self.span, Span::none());
+        span.record("step", trace::integer(self.alive.step)).record("left", why.as_str_name());
+        if matches!(why, Why::Collective | Why::Error | Why::Exited) {
+            trace::failed(&span, detail);
+        }
+    }
 }
 
 /// Runs the agent until `shutdown`.
@@ -218,7 +232,7 @@ impl Agent {
         }
     }
 
-    fn join(&mut self, join: pb::Join) {
+    fn join(&mut self, mut join: pb::Join) {
         if self.leaving {
             // It crossed the word that this agent leaves.
             let left = pb::Left { why: Why::Exited.into(), step: 0, detail: "its agent is shutting down".to_owned() };
@@ -238,8 +252,13 @@ impl Agent {
             return;
         };
         let (run, generation, rank) = (join.run.clone(), join.generation, join.rank);
+        let span = trace::generation("agent", &join);
+        let own = trace::traceparent(&span);
+        if !own.is_empty() {
+            join.traceparent = own;
+        }
         if let Some(seat) = &mut slot.seat {
-            (seat.generation, seat.rank, seat.joined) = (generation, rank, true);
+            (seat.generation, seat.rank, seat.joined, seat.span) = (generation, rank, true, span);
             seat.process.order(coordinator_message::Message::Join(join));
             return;
         }
@@ -260,12 +279,14 @@ impl Agent {
                 info!(run, generation, rank, device, "rank started");
                 process.order(coordinator_message::Message::Join(join));
                 let heard = Instant::now();
+                let alive = pb::Alive::default();
                 self.slots[device].seat =
-                    Some(Seat { id, process, run, generation, rank, joined: true, alive: pb::Alive::default(), heard });
+                    Some(Seat { id, process, run, generation, rank, joined: true, span, alive, heard });
             }
             Err(error) => {
                 let detail = format!("{error:#}");
                 warn!(run, generation, rank, error = detail, "rank not started");
+                trace::failed(&span, &detail);
                 let left = pb::Left { why: Why::Error.into(), step: 0, detail };
                 let message = Some(rank_message::Message::Left(left));
                 self.report(pb::RankMessage { run, generation, rank, device: device as u32, message });
@@ -336,6 +357,7 @@ impl Agent {
                     Some(rank_message::Message::Alive(alive)) => seat.alive = *alive,
                     Some(rank_message::Message::Left(left)) if message.generation == seat.generation => {
                         (seat.joined, seat.alive.step) = (false, left.step);
+                        seat.left(left.why(), &left.detail);
                     }
                     _ => {}
                 }
@@ -358,6 +380,7 @@ impl Agent {
             What::Exited(status) => {
                 metrics::rank_lost();
                 warn!(run, generation, rank, status, "rank process is gone");
+                seat.left(Why::Exited, &status);
                 let left = pb::Left { why: Why::Exited.into(), step: seat.alive.step, detail: status };
                 self.slots[device as usize].seat = None;
                 self.gone(&run, generation);

@@ -289,6 +289,7 @@ pub fn run(store: &Path, spec: &RunSpec, cache_bytes: u64) -> Result<Figures> {
         checkpoints: Vec::new(),
         elapsed_seconds: 0.0,
         start: None,
+        traceparent: String::new(),
     };
     let clock = Clock::start()?;
     let (orders, to_rank) = channel();
@@ -297,7 +298,7 @@ pub fn run(store: &Path, spec: &RunSpec, cache_bytes: u64) -> Result<Figures> {
     // There is no coordinator that could be away.
     pulse.hear_for(Duration::from_secs(24 * 3600));
     let wishes = Arc::new(Wishes::new(&join, pulse.clone()));
-    std::thread::spawn(move || serve(&home, &to_rank, &reports, &pulse));
+    std::thread::spawn(move || serve(&home, &to_rank, &reports, &pulse, &|| {}));
     orders.send((join, wishes))?;
     let mut images = 0;
     for message in said {

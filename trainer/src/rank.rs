@@ -14,6 +14,7 @@ use object_store::ObjectStore;
 use prost::Message;
 use proto::metric::MetricPoint;
 use proto::pb::{self, alive::Doing, coordinator_message, left::Why, rank_message};
+use proto::trace;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{error, info, warn};
 
@@ -26,10 +27,12 @@ use crate::train::{Ending, Failure, generation};
 const SIGN_OF_LIFE: Duration = Duration::from_millis(250);
 
 /// Runs one rank until its agent closes its stdin. On SIGTERM it leaves its generation after the step, with a checkpoint, and ends.
+/// `flush` is called when it has left a generation in order and may be killed soon, to export the generation's span; nobody waits for the
+/// rank then, as long as it takes no more than a moment.
 ///
 /// # Errors
 /// If the agent says nothing, or something that is no order.
-pub async fn run_rank(store: Arc<dyn ObjectStore>) -> Result<()> {
+pub async fn run_rank(store: Arc<dyn ObjectStore>, flush: impl Fn() + Send + 'static) -> Result<()> {
     // A rank of which any thread is gone would keep the others waiting; a rank that is gone is replaced.
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
@@ -70,7 +73,7 @@ pub async fn run_rank(store: Arc<dyn ObjectStore>) -> Result<()> {
         let _ = done.send(());
     })?;
     // Its end ends the reports, when all are written.
-    spawn("train", move || serve(&home, &to_train, &reports, &pulse))?;
+    spawn("train", move || serve(&home, &to_train, &reports, &pulse, &flush))?;
     ended.await.context("the reporting thread panicked")
 }
 
@@ -187,9 +190,11 @@ pub(crate) fn serve(
     orders: &Receiver<(pb::Join, Arc<Wishes>)>,
     reports: &Sender<pb::RankMessage>,
     pulse: &Pulse,
+    flush: &dyn Fn(),
 ) {
     let mut job: Option<Job> = None;
     for (join, wishes) in orders {
+        let span = trace::generation("rank", &join).entered();
         let reports =
             Reports { run: join.run.clone(), generation: join.generation, rank: join.rank, to: reports.clone() };
         let result = take_part(home, &mut job, &join, &wishes, &reports);
@@ -212,6 +217,17 @@ pub(crate) fn serve(
             }
             Err(failure) => {
                 error!(generation = join.generation, rank = join.rank, step, %failure, "left the generation")
+            }
+        }
+        span.record("step", trace::integer(step)).record("left", why.as_str_name());
+        match &result {
+            Ok(_) => {
+                drop(span);
+                flush();
+            }
+            Err(failure) => {
+                trace::failed(&span, &failure.to_string());
+                drop(span);
             }
         }
         reports.left(why, step, detail);

@@ -146,7 +146,7 @@ impl World {
         let fake = fake.map(|fake| fake(pulse.clone()));
         std::thread::spawn(move || {
             c10d::FAKE.set(fake);
-            serve(&home, &to_rank, &reports, &beating);
+            serve(&home, &to_rank, &reports, &beating, &|| {});
         });
         Rank { orders, said, heard: Mutex::default(), pulse }
     }
@@ -175,6 +175,7 @@ impl World {
                 checkpoints: checkpoints.to_vec(),
                 elapsed_seconds: 1.0,
                 start: None,
+                traceparent: String::new(),
             };
             let wishes = Arc::new(Wishes::new(&join, to.pulse.clone()));
             to.orders.send((join, wishes.clone())).expect("the rank lives");

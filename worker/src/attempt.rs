@@ -13,10 +13,11 @@ use object_store::{ObjectStore, ObjectStoreExt};
 use proto::outcomes::{self, OutcomeRow};
 use proto::rejection::{KEPT, outcome_name};
 use proto::shard::{Origin, Sample, ShardIndex, hex};
-use proto::{Attempt, DatasetSpec, Rejection, Split, keys};
+use proto::{Attempt, DatasetSpec, Rejection, Split, keys, trace};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tracing::Span;
 
 use crate::dispatch::{Dispatcher, Landed, Listed};
 use crate::metrics;
@@ -158,6 +159,7 @@ pub(crate) async fn make_shard<T: Send>(
     let kept = index.outcomes.get(KEPT).copied().unwrap_or(0);
     let seconds = start.elapsed().as_secs_f32();
     tracing::info!(urls, kept, rejected = urls - kept, seconds, outcomes = ?index.outcomes, "shard committed");
+    Span::current().record("urls", trace::integer(urls)).record("kept", trace::integer(kept));
     Ok(End::Won)
 }
 

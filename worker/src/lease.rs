@@ -9,6 +9,7 @@ use proto::pb::{
     CompleteShardRequest, HostDemand, HostShare, Lease, LeaseShardRequest, ReleaseLeaseRequest, RenewLeaseRequest,
     ShareHostsRequest,
 };
+use proto::trace::{Carried, Carry};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint};
@@ -49,7 +50,7 @@ impl Backoff {
 /// A client of the coordinator. It may be away for minutes: whoever calls tries again.
 #[derive(Debug)]
 pub(crate) struct Coordinator {
-    client: FetchServiceClient<Channel>,
+    client: FetchServiceClient<Carried<Channel>>,
     worker: String,
     /// The highest that was heard of.
     term: AtomicU64,
@@ -84,7 +85,7 @@ impl Coordinator {
             .keep_alive_while_idle(true)
             .tcp_nodelay(true)
             .connect_lazy();
-        let client = FetchServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
+        let client = FetchServiceClient::with_interceptor(channel, Carry).max_decoding_message_size(MAX_MESSAGE);
         Ok(Self { client, worker, term: AtomicU64::new(0), reached: AtomicBool::new(false) })
     }
 

@@ -33,13 +33,14 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 pub use ipnet::IpNet;
 use object_store::ObjectStore;
-use proto::DatasetSpec;
 use proto::pb::Lease;
+use proto::{DatasetSpec, trace};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::Instrument;
+use tracing::field::Empty;
+use tracing::{Instrument, Span};
 
 use attempt::{Assignment, End, Progress, Tools, make_shard};
 use dispatch::Dispatcher;
@@ -147,7 +148,7 @@ pub async fn run(config: Config, store: Arc<dyn ObjectStore>, shutdown: Cancella
             }
             break;
         };
-        let span = tracing::info_span!("shard", dataset = lease.dataset, shard = lease.shard, attempt = lease.attempt);
+        let span = span(&lease);
         let (tools, coordinator) = (Arc::clone(&tools), Arc::clone(&coordinator));
         let (failures, shutdown) = (Arc::clone(&failures), shutdown.clone());
         let work = async move {
@@ -208,6 +209,22 @@ fn authorities(files: &[PathBuf]) -> anyhow::Result<Vec<reqwest::Certificate>> {
     Ok(all)
 }
 
+/// Of the work on a leased shard, within the one that opened the shard's round.
+fn span(lease: &Lease) -> Span {
+    let span = tracing::info_span!(
+        "shard",
+        dataset = lease.dataset,
+        shard = trace::integer(lease.shard),
+        attempt = lease.attempt,
+        urls = Empty,
+        kept = Empty,
+        end = Empty,
+        otel.status_description = Empty,
+        trace_id = Empty
+    );
+    trace::continued(span, &lease.traceparent)
+}
+
 /// Waits for the next lease, however long that takes; longer after failures, so that a broken store does not use up the
 /// tries of slice after slice.
 async fn next_lease(coordinator: &Coordinator, failures: &AtomicU32) -> Lease {
@@ -260,26 +277,33 @@ async fn work_on(
         // When the lease is over the attempt still has its files to take back.
         made = async { kept.await; std::future::pending().await } => made,
     };
+    let span = Span::current();
+    let ended = |how| {
+        metrics::attempt(how);
+        span.record("end", how);
+    };
     match made {
         Ok(End::Won) => {
-            metrics::attempt("won");
+            ended("won");
             coordinator.complete(&id, shutdown).await;
         }
         Ok(End::LostTo(attempt)) => {
-            metrics::attempt("lost");
+            ended("lost");
             tracing::info!(committed = attempt, "another attempt committed first");
             coordinator.complete(&id, shutdown).await;
         }
         Ok(End::Cancelled) => {
-            metrics::attempt("cancelled");
+            ended("cancelled");
             if shutdown.is_cancelled() {
                 coordinator.release(&id, String::new()).await;
             }
         }
         Err(error) => {
-            metrics::attempt("failed");
-            tracing::error!(error = format!("{error:#}"), "the attempt failed");
-            coordinator.release(&id, format!("{error:#}")).await;
+            let error = format!("{error:#}");
+            tracing::error!(error, "the attempt failed");
+            ended("failed");
+            trace::failed(&span, &error);
+            coordinator.release(&id, error).await;
             return false;
         }
     }

@@ -105,6 +105,7 @@ impl FetchService for CoordinatorDouble {
 
 fn lease(shard: u32, duration_millis: u64) -> Lease {
     Lease {
+        traceparent: String::new(),
         dataset: "birds-1".into(),
         shard,
         attempt: format!("{TERM}.{shard}"),

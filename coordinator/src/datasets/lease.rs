@@ -25,6 +25,8 @@ pub(crate) struct Grant {
     pub(crate) attempt: Attempt,
     pub(crate) duration: Duration,
     pub(crate) spec_json: String,
+    /// Of the shard's round.
+    pub(crate) traceparent: String,
     /// Samples that classes still want, by label; see `wanted`.
     pub(crate) wanted: HashMap<u32, u64>,
 }
@@ -66,7 +68,10 @@ impl Datasets {
         metrics::lease_granted();
         info!(dataset = &*id.dataset, shard = id.shard, %attempt, worker, "lease granted");
         let wanted = dataset.wanted.as_ref().map(Wanted::by_label).unwrap_or_default();
-        Some(Grant { id, attempt, duration: state.ledger.lease(), spec_json: dataset.spec_json.clone(), wanted })
+        let round = dataset.rounds.iter().find(|round| round.shards().contains(&id.shard));
+        let traceparent = round.map(|round| round.traceparent.clone()).unwrap_or_default();
+        let (duration, spec_json) = (state.ledger.lease(), dataset.spec_json.clone());
+        Some(Grant { id, attempt, duration, spec_json, traceparent, wanted })
     }
 
     /// Prolongs a lease; None: it is over.

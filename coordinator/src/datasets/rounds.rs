@@ -108,7 +108,10 @@ impl Datasets {
         let there = self.store.list(&keys::slices(&dataset.id)).await?;
         let highest = there.iter().filter_map(|key| keys::number(key).ok()).max().unwrap_or(0);
         let highest = u32::try_from(highest).unwrap_or(u32::MAX).max(last.first_slice + last.slices.len() as u32 - 1);
+        // One that nobody asked for belongs to the request that opened the last one.
+        let traceparent = Some(proto::trace::current()).filter(|current| !current.is_empty());
         Ok(Begin {
+            traceparent: traceparent.unwrap_or_else(|| last.traceparent.clone()),
             round: last.round + 1,
             first_slice: highest.saturating_add(1),
             first_key: last.first_key + last.new_urls,

@@ -21,13 +21,15 @@ pub(crate) enum Phase {
     Ended(End),
 }
 
-/// What a run's ranks read.
+/// What a run's ranks read, and to what they belong.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Sources {
     /// Key and SHA-256.
     pub(crate) manifest: (String, String),
     /// Another run's weights, which this one begins with.
     pub(crate) start: Option<pb::Checkpointed>,
+    /// The span of the request that submitted it.
+    pub(crate) traceparent: String,
 }
 
 /// How the last generation ended, if this coordinator saw it end: then its survivors are all known.

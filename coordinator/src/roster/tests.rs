@@ -147,7 +147,7 @@ impl Scene {
 fn run(min: u32, max: u32, now: Now, events: &[EventRecord]) -> Run {
     let mut spec = RunSpec::from_toml("dataset = \"d\"").expect("one line is enough");
     (spec.ranks.min, spec.ranks.max, spec.ranks.failure_detection_seconds) = (min, max, 4.0);
-    let sources = Sources { manifest: ("key".into(), "sha".into()), start: None };
+    let sources = Sources { manifest: ("key".into(), "sha".into()), start: None, traceparent: String::new() };
     Run::recovered(now, spec, sources, 10, events)
 }
 

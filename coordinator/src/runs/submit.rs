@@ -92,9 +92,17 @@ impl Runs {
         }
         let manifest_sha256 = proto::shard::sha256_hex(&json);
         let dataset = dataset.id.to_string();
-        let nonce = nonce();
-        let stored =
-            StoredRun { nonce, request_id, dataset, manifest_key, manifest_sha256, steps_per_epoch, start, spec };
+        let stored = StoredRun {
+            nonce: nonce(),
+            request_id,
+            dataset,
+            manifest_key,
+            manifest_sha256,
+            steps_per_epoch,
+            start,
+            traceparent: proto::trace::current(),
+            spec,
+        };
         let this = Arc::clone(self);
         // A caller that goes away must not cut this in the middle.
         let tail = tokio::spawn(async move {

@@ -56,6 +56,7 @@ impl FetchService for FetchApi {
             attempt: grant.attempt.to_string(),
             duration_millis: millis(grant.duration),
             spec_json: grant.spec_json,
+            traceparent: grant.traceparent,
             wanted: grant.wanted,
         });
         Ok(Response::new(pb::LeaseShardResponse { term: self.term(), lease }))

@@ -13,7 +13,7 @@ use proto::pb::{self, CreateDatasetRequest};
 use proto::{DatasetSpec, keys};
 use tokio::sync::mpsc;
 use tonic::Streaming;
-use tracing::warn;
+use tracing::{Instrument, warn};
 
 use crate::catalog::{Begin, Catalog, Round};
 use crate::datasets::{Again, Datasets, Stage, gather, put_slices};
@@ -45,11 +45,12 @@ pub(super) async fn create(
     }
     let id = format!("{}-{}", start.name, &crate::store::nonce()[..8]);
     let (pieces, received) = mpsc::channel(32);
+    let begin = Begin::first(&start.request_id);
     let made = put_slices(&datasets.store, &id, {
         let (folder, start) = (datasets.folder.clone(), start.clone());
         move |slices| {
             let mut spec = spec;
-            let mut catalog = Catalog::new(&spec, Begin::first(&start.request_id), folder.clone());
+            let mut catalog = Catalog::new(&spec, begin, folder.clone());
             read_lists(&mut catalog, &start, Pieces::new(received), folder)?;
             let round = catalog.cut(&mut spec, slices)?;
             name_classes(&mut spec, &start.class_names);
@@ -59,7 +60,7 @@ pub(super) async fn create(
     let made = with_lists(datasets, &start, stream, pieces, made).await;
     let datasets = Arc::clone(datasets);
     // A caller that goes away must not cut this in the middle.
-    let tail = tokio::spawn(async move {
+    let tail = async move {
         let _name = name;
         let committed = match made {
             Ok((spec, round)) => datasets.commit(&id, spec, round.clone()).await.map(|()| round),
@@ -72,8 +73,8 @@ pub(super) async fn create(
                 }
             });
         })
-    });
-    tail.await.map_err(|error| Error::Local(error.to_string()))?
+    };
+    tokio::spawn(tail.in_current_span()).await.map_err(|error| Error::Local(error.to_string()))?
 }
 
 /// See `RefreshDataset` in `dataset.proto`.
@@ -118,11 +119,11 @@ pub(super) async fn refresh(
         return Ok(pb::CreateDatasetResponse { round: 0, ..response(&dataset.id, &round) });
     }
     let datasets = Arc::clone(datasets);
-    let tail = tokio::spawn(async move {
+    let tail = async move {
         let _name = name;
         datasets.add_round(&dataset.id, round.clone()).await.map(|()| response(&dataset.id, &round))
-    });
-    tail.await.map_err(|error| Error::Local(error.to_string()))?
+    };
+    tokio::spawn(tail.in_current_span()).await.map_err(|error| Error::Local(error.to_string()))?
 }
 
 /// What the lists are made into, while they are pumped.
