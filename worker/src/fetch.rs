@@ -264,6 +264,7 @@ impl Fetcher {
         if let Some(client) = clients.get(&connect_timeout) {
             return Ok(client.clone());
         }
+        // An answer's head has hyper's limits: 100 headers and 417,792 bytes; 16 KiB over HTTP/2.
         let client = Client::builder()
             .user_agent(&self.config.user_agent)
             .default_headers(HeaderMap::from_iter([(ACCEPT, HeaderValue::from_static(ACCEPT_IMAGES))]))

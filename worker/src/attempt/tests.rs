@@ -69,6 +69,16 @@ async fn serve(mut stream: TcpStream) -> std::io::Result<()> {
             while stream.write_all(&[7; 65536]).await.is_ok() {}
             return Ok(());
         }
+        ("heads", _) => {
+            stream.write_all(b"HTTP/1.1 200 OK\r\nX-More: ").await?;
+            while stream.write_all(&[b'x'; 65536]).await.is_ok() {}
+            return Ok(());
+        }
+        ("many", _) => {
+            stream.write_all(b"HTTP/1.1 200 OK\r\n").await?;
+            while stream.write_all(b"X-More: x\r\n").await.is_ok() {}
+            return Ok(());
+        }
         ("bomb", _) => {
             let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
             std::io::Write::write_all(&mut gzip, &vec![0; 50 << 20])?;
@@ -199,6 +209,8 @@ async fn every_url_gets_its_one_outcome_and_index_outcomes_and_tars_agree() {
         ("file:///etc/passwd".into(), Err(Rejection::BadUrl)),
         ("no url at all".into(), Err(Rejection::BadUrl)),
         ("http://".into(), Err(Rejection::BadUrl)),
+        (format!("{base}/heads"), Err(Rejection::Protocol)),
+        (format!("{base}/many"), Err(Rejection::Protocol)),
     ];
     wanted.extend((0..60).map(|seed| (format!("{base}/good/{}", seed + 10), Ok(()))));
     let urls: Vec<String> = wanted.iter().map(|(url, _)| url.clone()).collect();
