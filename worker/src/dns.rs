@@ -27,6 +27,8 @@ const ASK_TIMEOUT: Duration = Duration::from_millis(2500);
 const ASKS: usize = 2;
 /// Look-ups at once.
 const MAX_LOOKUPS: usize = 64;
+/// Names of more words are not looked for in the system's search list.
+const MOST_SHORT_LABELS: u8 = 3;
 /// Answers that are remembered.
 const CACHE: u64 = 16_384;
 /// Names that failed and are remembered.
@@ -130,14 +132,23 @@ impl Inner {
     async fn lookup(&self, host: &str) -> Result<Vec<IpAddr>, Failed> {
         let Ok(mut name) = hickory_resolver::proto::rr::Name::from_utf8(host) else { return Err(Failed::NoSuchName) };
         // A name of one word may be one of the local network, for which the system's search list is. All others are whole: to
-        // try each with every suffix of a cluster's search list would make several questions of one.
-        name.set_fqdn(name.num_labels() > 1);
+        // try each with every suffix of a cluster's search list would make several questions of one. Only where private nets
+        // are allowed a short name that nobody knows as a whole may be one of theirs: `web.pictures`, of a cluster's service.
+        let labels = name.num_labels();
+        name.set_fqdn(labels > 1);
+        let short = (2..=MOST_SHORT_LABELS).contains(&labels) && !self.rules.allowed.is_empty();
         if let Some(failed) = self.remembered(host) {
             return Err(failed);
         }
         let asked = async {
             let _turn = self.lookups.acquire().await;
-            self.resolver.lookup_ip(name).await
+            match self.resolver.lookup_ip(name.clone()).await {
+                Err(error) if short && is_their_word(&error) => {
+                    name.set_fqdn(false);
+                    self.resolver.lookup_ip(name).await
+                }
+                found => found,
+            }
         };
         let failed = match timeout(LOOKUP_TIMEOUT, asked).await {
             Ok(Ok(found)) => {

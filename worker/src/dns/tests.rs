@@ -42,12 +42,14 @@ impl NameServerDouble {
 fn answer(question: &[u8], before: usize) -> Option<Vec<u8>> {
     let end = 12 + question.get(12..)?.iter().position(|&byte| byte == 0)? + 5;
     let word = question.get(13..13 + usize::from(question[12]))?.to_ascii_lowercase();
+    let in_cluster = question.windows(7).any(|part| part == b"cluster");
     let is_a = question.get(end - 4..end - 2)? == [0, 1];
     let (code, address): (u8, Option<[u8; 4]>) = match word.split(|byte| *byte == b'-').next()? {
         b"good" => (0, Some([93, 184, 216, 34])),
         // A public address at first, a private one later; neither is to be remembered.
         b"rebinding" => (0, Some(if before < 2 { [93, 184, 216, 34] } else { [10, 0, 0, 1] })),
         b"private" => (0, Some([192, 168, 1, 1])),
+        b"inside" if in_cluster => (0, Some([10, 0, 0, 7])),
         b"broken" => (2, None),
         b"silent" => return None,
         _ => (3, None),
@@ -140,7 +142,7 @@ async fn answers_are_remembered_and_each_is_checked_however_often_it_was_right_b
 }
 
 #[tokio::test]
-async fn the_hosts_file_and_localhost_count_and_no_search_list_multiplies_questions() {
+async fn the_hosts_file_and_localhost_count_and_a_search_list_does_where_private_nets_are_allowed() {
     let server = NameServerDouble::start().await;
     let loopback = AddressRules { allowed: vec!["127.0.0.0/8".parse().expect("a net")] };
     let resolver = GuardedResolver::new(loopback, &[NameServer(server.address)]).expect("named");
@@ -160,9 +162,13 @@ async fn the_hosts_file_and_localhost_count_and_no_search_list_multiplies_questi
     config.add_name_server(NameServerConfig::new(server.address.ip(), true, vec![connection]));
     let mut options = ResolverOpts::default();
     options.ndots = 5;
-    let resolver = GuardedResolver::with(AddressRules::default(), config, options);
-    resolve(&resolver.expect("good options"), "dead-1.example").await.expect_err("dead");
-    assert_eq!(server.asked(), 2);
+    let public = GuardedResolver::with(AddressRules::default(), config.clone(), options.clone()).expect("good options");
+    resolve(&public, "dead-1.example").await.expect_err("dead");
+    assert_eq!(server.asked(), 2, "no question is multiplied");
+    resolve(&public, "inside.pictures").await.expect_err("no public name");
+    let private = AddressRules { allowed: vec!["10.0.0.0/8".parse().expect("a net")] };
+    let private = GuardedResolver::with(private, config, options).expect("good options");
+    assert_eq!(resolve(&private, "inside.pictures").await.expect("a service"), [Ipv4Addr::new(10, 0, 0, 7)]);
 }
 
 #[tokio::test]
