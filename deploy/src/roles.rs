@@ -16,7 +16,7 @@ use crate::store::{self, StoreArgs};
 #[cfg(feature = "trainer")]
 use crate::telemetry::{Spans, TelemetryArgs};
 
-/// A role that does not end within this time after it was told to is left behind.
+/// A role that does not end within this time after it was told to is left behind; a trainer, after its ranks had theirs.
 const GRACE: Duration = Duration::from_secs(25);
 
 /// Where the coordinator listens unless told otherwise.
@@ -89,7 +89,7 @@ pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
     metrics::serve(&args.metrics, told).await?;
     let listener = bind(args.listen, "--listen").await?;
     info!(address = %listener.local_addr()?, store = args.store.store, "coordinator listens");
-    until_told(args.end, |shutdown| coordinator::run(args.config, store, listener, shutdown)).await
+    until_told(args.end, GRACE, |shutdown| coordinator::run(args.config, store, listener, shutdown)).await
 }
 
 /// Runs a fetch worker until it is told to end.
@@ -98,7 +98,7 @@ pub(crate) async fn worker(mut args: WorkerArgs) -> Result<()> {
     let store = store::open_metered(&args.store.store)?;
     let told = Told { role: "worker", register: worker::metrics::register, ready: worker::metrics::ready };
     metrics::serve(&args.metrics, told).await?;
-    until_told(args.end, |shutdown| worker::run(args.config, store, shutdown)).await
+    until_told(args.end, GRACE, |shutdown| worker::run(args.config, store, shutdown)).await
 }
 
 /// Runs a trainer agent until it is told to end.
@@ -111,7 +111,8 @@ pub(crate) async fn trainer(mut args: TrainerArgs, telemetry: &TelemetryArgs) ->
     let mut rank_command = vec![std::env::current_exe()?.into_os_string()];
     rank_command.extend(["rank", "--store", &args.store.store].map(Into::into));
     rank_command.extend(telemetry.for_child().into_iter().map(Into::into));
-    until_told(args.end, |shutdown| trainer::run(args.config, store, rank_command, shutdown)).await
+    let grace = GRACE + Duration::from_secs(args.config.leave_seconds.into());
+    until_told(args.end, grace, |shutdown| trainer::run(args.config, store, rank_command, shutdown)).await
 }
 
 /// Runs one rank until its agent ends it.
@@ -131,16 +132,17 @@ pub(crate) async fn bind(address: SocketAddr, flag: &str) -> Result<TcpListener>
 /// Runs a role and tells it to end on SIGTERM, Ctrl-C, or the end of standard input.
 async fn until_told<F: Future<Output = Result<()>>>(
     end: EndArgs,
+    grace: Duration,
     role: impl FnOnce(CancellationToken) -> F,
 ) -> Result<()> {
     let shutdown = told_to_end(end.exit_with_stdin)?;
     let late = async {
         shutdown.cancelled().await;
-        tokio::time::sleep(GRACE).await;
+        tokio::time::sleep(grace).await;
     };
     tokio::select! {
         result = role(shutdown.clone()) => result,
-        () = late => bail!("did not end within {} s", GRACE.as_secs()),
+        () = late => bail!("did not end within {} s", grace.as_secs()),
     }
 }
 

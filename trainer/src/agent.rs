@@ -26,8 +26,8 @@ use crate::{CacheConfig, Config, c10d, devices, metrics};
 const HEARTBEAT: Duration = Duration::from_millis(250);
 /// Log lines are in the store after so long.
 const FLUSH: Duration = Duration::from_secs(2);
-/// When told to end, ranks have so long to finish their step and to leave.
-const GRACE: Duration = Duration::from_secs(10);
+/// At the end the last lines of logs may take so long.
+const LAST_LOGS: Duration = Duration::from_secs(10);
 
 struct Agent {
     name: String,
@@ -92,6 +92,7 @@ pub(crate) async fn run(
         Some(text) => devices::chosen(text)?,
         None => devices::devices(),
     };
+    let grace = Duration::from_secs(config.leave_seconds.into());
     let (address, interface) = link::own_place(&endpoint, config.advertise_address, config.interface)?;
     let (heard, mut from_ranks) = mpsc::channel(1024);
     let (serving, mut served) = mpsc::channel(16);
@@ -131,7 +132,7 @@ pub(crate) async fn run(
                 agent.leave_all();
             }
         }
-        if end.is_some_and(|end| end.elapsed() > GRACE || !agent.busy()) {
+        if end.is_some_and(|end| end.elapsed() > grace || !agent.busy()) {
             break;
         }
     }
@@ -139,7 +140,7 @@ pub(crate) async fn run(
     tokio::time::sleep(Duration::from_millis(100)).await;
     drop(link);
     agent.slots.clear();
-    if timeout(GRACE, agent.logs.finish()).await.is_err() {
+    if timeout(LAST_LOGS, agent.logs.finish()).await.is_err() {
         warn!("logs not written in time");
     }
     info!("agent ended");

@@ -78,6 +78,9 @@ pub struct Config {
     /// [default: all GPUs, or else one cpu]
     #[arg(long, env = "GLEANER_DEVICES")]
     pub devices: Option<String>,
+    /// When told to end, ranks have so many seconds to finish their step, to hand over or to write a checkpoint
+    #[arg(long, env = "GLEANER_LEAVE_SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=3600), value_name = "N")]
+    pub leave_seconds: u32,
     /// Where decoded images are kept
     #[command(flatten)]
     pub cache: CacheConfig,

@@ -16,7 +16,7 @@ use crate::c10d;
 /// For the connection, and for the answer to `Connect`.
 const DEADLINE: Duration = Duration::from_secs(10);
 /// Between attempts, at most.
-const MOST_PAUSE: Duration = Duration::from_secs(5);
+const MOST_PAUSE: Duration = Duration::from_secs(2);
 /// Messages that wait for the network.
 const WAITING: usize = 256;
 

@@ -14,8 +14,9 @@ const ASKED: Duration = Duration::from_secs(120);
 const JOINING: Duration = Duration::from_secs(120);
 /// An agent whose stream broke has so long to come back, if the ranks around it have felt a loss.
 const RECONNECT: Duration = Duration::from_secs(1);
-/// A new coordinator gives agents so long, beside the failure detection, to come back.
-const RECOVERY_MARGIN: Duration = Duration::from_secs(3);
+/// A new coordinator gives agents so long, beside the failure detection, to come back: on Kubernetes they find it only some seconds
+/// after it is ready.
+const RECOVERY_MARGIN: Duration = Duration::from_secs(10);
 
 /// One fixed membership of ranks.
 #[derive(Debug, Clone, PartialEq)]
