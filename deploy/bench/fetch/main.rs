@@ -25,7 +25,7 @@ use clap::Parser;
 use demo_origin::origin::{Options, Origin};
 use demo_origin::pictures::{self, CLASSES};
 use demo_origin::rot::{self, Entry, Rot};
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use rustls::ServerConfig;
 use rustls::pki_types::PrivateKeyDer;
 
@@ -229,6 +229,8 @@ fn good(n: usize, origin: &Origin) -> Entry {
 fn certificates(folder: &Path, hosts: usize) -> Result<(Arc<ServerConfig>, PathBuf)> {
     let mut params = CertificateParams::default();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    // Two certificates of one name look like one that has signed itself.
+    params.distinguished_name.push(DnType::CommonName, "Gleaner's bench");
     let key = KeyPair::generate()?;
     let authority = params.self_signed(&key)?;
     let issuer = Issuer::new(params, key);

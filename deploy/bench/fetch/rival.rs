@@ -1,4 +1,4 @@
-//! img2dataset's side, run by `img2dataset.py` in a Python of its own.
+//! img2dataset's side, run by `runner.py` in a Python of its own.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -11,7 +11,7 @@ use tokio::process::Command;
 
 use crate::{DEADLINE, Job, Measured, TIMEOUT_SECONDS, process, seconds};
 
-const RUNNER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/bench/fetch/img2dataset.py");
+const RUNNER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/bench/fetch/runner.py");
 /// How often the processes are looked at.
 const LOOK: Duration = Duration::from_millis(100);
 

@@ -1,7 +1,8 @@
 """Runs img2dataset on one list, then prints a line of JSON: its CPU seconds and the URLs that it kept.
 
-img2dataset.py LIST OUTPUT PROCESSES THREADS SHARD_URLS TIMEOUT [AUTHORITY]
+runner.py LIST OUTPUT PROCESSES THREADS SHARD_URLS TIMEOUT [AUTHORITY]
 """
+import collections
 import glob
 import json
 import os
@@ -42,10 +43,12 @@ def main(urls, output, processes, threads, shard_urls, timeout, authority=None):
 
     from pyarrow import parquet
 
-    kept = []
+    kept, errors = [], collections.Counter()
     for name in glob.glob(os.path.join(output, "*.parquet")):
-        table = parquet.read_table(name, columns=["url", "status"]).to_pydict()
+        table = parquet.read_table(name, columns=["url", "status", "error_message"]).to_pydict()
         kept += [url for url, status in zip(table["url"], table["status"]) if status == "success"]
+        errors.update(table["error_message"])
+    print(errors.most_common(9), file=sys.stderr)
     print(json.dumps({"cpu_seconds": cpu_seconds, "kept": kept}))
 
 
