@@ -393,7 +393,7 @@ fn a_new_coordinator_goes_on_with_the_generation_whose_agents_all_come_back() {
             assert_eq!((scene.roster.runs["r"].generation, scene.history.len()), (1, 1));
             assert_eq!(scene.roster.runs["r"].step, 7);
         } else {
-            scene.wait(6.0, &["a"]);
+            scene.wait(13.0, &["a"]);
             scene.leave("a", 1, 0, 0, Why::Collective, 7);
             assert_eq!(failed(&scene.history[1].event), (1, Some(1), 7));
             assert_eq!(scene.start(7), [place("a", 0)]);
