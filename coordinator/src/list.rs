@@ -22,6 +22,10 @@ const SYNSETS: &[&str] =
 /// Columns that hold the URL. `OriginalURL` is Open Images'; `Thumbnail300KURL` beside it is not wanted.
 const URLS: &[&str] = &["url", "imageurl", "imgurl", "originalurl", "photoimageurl", "imagelink", "link", "uri", "src"];
 
+/// A class or a URL of more bytes than this is bad: all classes are held in memory, and workers hold all URLs of a slice.
+const LONGEST_SYNSET: usize = 128;
+const LONGEST_URL: usize = 8 << 10;
+
 /// A line of more bytes than this is bad.
 const LONGEST_LINE: usize = 64 << 10;
 
@@ -244,6 +248,10 @@ fn entry<'a>(synset: &'a str, url: &'a str) -> Line<'a> {
         Err("no synset".to_owned())
     } else if synset.contains(char::is_whitespace) {
         Err(format!("synset {synset:?} has white space in it"))
+    } else if synset.len() > LONGEST_SYNSET {
+        Err(format!("a synset of {} bytes; {LONGEST_SYNSET} are allowed", synset.len()))
+    } else if url.len() > LONGEST_URL {
+        Err(format!("a URL of {} bytes; {LONGEST_URL} are allowed", url.len()))
     } else if url.is_empty() {
         Err("no URL".to_owned())
     } else if url.contains(['\n', '\r']) {
@@ -366,8 +374,9 @@ mod tests {
     #[test]
     fn lines_without_synset_or_url_are_bad_and_say_why() {
         let long = "x".repeat(LONGEST_LINE * 3);
-        let list = [b"n1\thttp://a\nnothing\n\tu\nn1\t \na b\tu\n\xff\tu\n".as_slice(), long.as_bytes(), b"\nn2\t::\n"]
-            .concat();
+        let more = format!("\n{0}\tu\nn1\t{1}\nn2\t::\n", &long[..LONGEST_SYNSET + 1], &long[..LONGEST_URL + 1]);
+        let some = b"n1\thttp://a\nnothing\n\tu\nn1\t \na b\tu\n\xff\tu\n".as_slice();
+        let list = [some, long.as_bytes(), more.as_bytes()].concat();
         let found = all("l", &list, &auto()).expect("reads");
         let starts = [
             "n1 http://a",
@@ -377,6 +386,8 @@ mod tests {
             "5: synset \"a b\"",
             "6: not UTF-8",
             "7: longer",
+            "8: a synset of 129 bytes",
+            "9: a URL of 8193 bytes",
             "n2 ::",
         ];
         assert_eq!(found.len(), starts.len(), "{found:?}");

@@ -75,8 +75,10 @@ impl Progress {
 
     fn keep(&self, label: u32) {
         let mut made = self.made();
-        *made.kept.entry(label).or_default() += 1;
-        made.news |= made.most.contains_key(&label);
+        let kept = made.kept.entry(label).or_default();
+        *kept += 1;
+        let kept = *kept;
+        made.news |= made.most.get(&label).is_some_and(|most| kept >= *most);
     }
 
     fn is_full(&self, label: u32) -> bool {

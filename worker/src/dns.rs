@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use hickory_resolver::TokioResolver;
-use hickory_resolver::config::{ConnectionConfig, NameServerConfig, ResolverConfig, ResolverOpts};
+use hickory_resolver::config::{ConnectionConfig, LookupIpStrategy, NameServerConfig, ResolverConfig, ResolverOpts};
 use hickory_resolver::net::NetError;
 use hickory_resolver::net::runtime::TokioRuntimeProvider;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
@@ -115,6 +115,8 @@ impl GuardedResolver {
         // One server after the other, the best first.
         options.num_concurrent_reqs = 1;
         options.max_active_requests = MAX_LOOKUPS * 4;
+        // If both fail it is the first one's failure that is told: most hosts have no IPv6 address anyway.
+        options.ip_strategy = LookupIpStrategy::Ipv4AndIpv6;
         options.cache_size = CACHE;
         options.positive_min_ttl = Some(SHORTEST);
         options.positive_max_ttl = Some(LONGEST);

@@ -4,14 +4,18 @@
 
 use std::collections::HashMap;
 use std::error::Error;
+use std::io::Read;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use bytes::Bytes;
+use flate2::read::MultiGzDecoder;
 use proto::{Limits, Rejection};
-use reqwest::header::{ACCEPT, DATE, HeaderMap, HeaderValue, LOCATION, RETRY_AFTER};
+use reqwest::header::{ACCEPT, ACCEPT_ENCODING, CONTENT_ENCODING, DATE, HeaderMap, HeaderValue, LOCATION, RETRY_AFTER};
 use reqwest::{Certificate, Client, Response, StatusCode};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::{Instant, timeout_at};
+use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, timeout, timeout_at};
 use url::{Host, Url};
 
 use crate::dns::{Blocked, GuardedResolver, NameServer, NoSuchName};
@@ -24,6 +28,13 @@ const ALLOWANCE: usize = 256 << 10;
 const UNIT: usize = 1 << 10;
 /// A redirect to a longer URL is not followed: it would be kept as the final one, and in its row.
 const MAX_URL: usize = 8 << 10;
+
+/// While others wait for the budget, a body that holds a part of it must come at this pace: bytes in so long.
+const PACE: (usize, Duration) = (64 << 10, Duration::from_secs(1));
+/// Bodies of one HTTP/2 connection that may wait unread, each with [`ALLOWANCE`], before the others have to wait, too.
+const STREAMS: u32 = 256;
+/// An HTTP/2 connection on which nothing has come for so long is asked for a sign of life, and has as long to give it.
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
 /// Before the second try; each pause after it is twice as long.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -57,6 +68,8 @@ pub(crate) struct Fetcher {
     budget_units: usize,
     /// Its one permit lets one body grow past a budget that is used up.
     overflow: Arc<Semaphore>,
+    /// Bodies that wait for either.
+    waiting: AtomicUsize,
 }
 
 /// What was learned of a URL on the way to its body.
@@ -83,6 +96,9 @@ pub(crate) struct Journey {
 
 impl Journey {
     pub(crate) fn new(url: &str) -> Result<Self, Rejection> {
+        if url.len() > MAX_URL {
+            return Err(Rejection::BadUrl);
+        }
         let url = Url::parse(url).map_err(|_| Rejection::BadUrl)?;
         if !matches!(url.scheme(), "http" | "https") || url.host().is_none() {
             return Err(Rejection::BadUrl);
@@ -162,6 +178,11 @@ impl Failure {
         Self { rejection, again: Again::After(Duration::ZERO), ending: Ending::Failed }
     }
 
+    /// Of the time that a URL has in all, which others have used up.
+    fn of_haste() -> Self {
+        Self { rejection: Rejection::Timeout, again: Again::Never, ending: Ending::Unknown }
+    }
+
     /// Of the one URL: its host answers.
     fn of_url(rejection: Rejection) -> Self {
         Self { rejection, again: Again::Never, ending: Ending::Answered }
@@ -200,11 +221,40 @@ pub(crate) struct Body {
     room: usize,
     share: Option<OwnedSemaphorePermit>,
     overflow: Option<OwnedSemaphorePermit>,
+    /// When its pace was last looked at, and how many bytes had come by then.
+    paced: (Instant, usize),
 }
 
 impl Body {
     fn new() -> Self {
-        Self { bytes: Vec::new(), room: ALLOWANCE, share: None, overflow: None }
+        Self { bytes: Vec::new(), room: ALLOWANCE, share: None, overflow: None, paced: (Instant::now(), 0) }
+    }
+
+    /// Whether it came below [`PACE`] since that was last looked at, if that is long enough ago.
+    fn dawdles(&mut self) -> bool {
+        let (since, before) = self.paced;
+        if since.elapsed() < PACE.1 {
+            return false;
+        }
+        self.paced = (Instant::now(), self.bytes.len());
+        let holds = self.share.is_some() || self.overflow.is_some();
+        holds && self.bytes.len() - before < PACE.0
+    }
+}
+
+/// One of those that wait.
+struct Waits<'a>(&'a AtomicUsize);
+
+impl<'a> Waits<'a> {
+    fn begin(waiting: &'a AtomicUsize) -> Self {
+        waiting.fetch_add(1, Ordering::Relaxed);
+        Self(waiting)
+    }
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -216,7 +266,15 @@ impl Fetcher {
         let budget_units = (config.body_budget / UNIT).clamp(1, Semaphore::MAX_PERMITS);
         let budget = Arc::new(Semaphore::new(budget_units));
         let overflow = Arc::new(Semaphore::new(1));
-        let fetcher = Self { config, resolver, clients: Mutex::default(), budget, budget_units, overflow };
+        let fetcher = Self {
+            config,
+            resolver,
+            clients: Mutex::default(),
+            budget,
+            budget_units,
+            overflow,
+            waiting: AtomicUsize::new(0),
+        };
         // What cannot work must be seen at the start, not as a rejection of every URL.
         fetcher.client(Limits::default().connect_timeout())?;
         Ok(fetcher)
@@ -236,8 +294,12 @@ impl Fetcher {
             let url = &journey.url;
             self.check(url)?;
             journey.trace.status = None;
-            let head = deadline.min(Instant::now() + limits.first_byte_timeout());
+            let now = Instant::now();
+            let head = deadline.min(now + limits.first_byte_timeout());
+            // What earlier hops left of the URL's time says nothing about this one's host.
+            let remainder = head == deadline && deadline - now < limits.timeout() / 2;
             let response = match timeout_at(head, client.get(url.clone()).send()).await {
+                Err(_) if remainder => return Err(Failure::of_haste()),
                 Err(_) => return Err(Failure::of_host(Rejection::Timeout)),
                 Ok(Err(error)) => return Err(failure_of(&error, url.scheme() == "https")),
                 Ok(Ok(response)) => response,
@@ -267,7 +329,11 @@ impl Fetcher {
         // An answer's head has hyper's limits: 100 headers and 417,792 bytes; 16 KiB over HTTP/2.
         let client = Client::builder()
             .user_agent(&self.config.user_agent)
-            .default_headers(HeaderMap::from_iter([(ACCEPT, HeaderValue::from_static(ACCEPT_IMAGES))]))
+            .default_headers(HeaderMap::from_iter([
+                (ACCEPT, HeaderValue::from_static(ACCEPT_IMAGES)),
+                // Images are compressed by themselves.
+                (ACCEPT_ENCODING, HeaderValue::from_static("identity")),
+            ]))
             .no_proxy()
             .redirect(reqwest::redirect::Policy::none())
             .referer(false)
@@ -277,7 +343,10 @@ impl Fetcher {
             // A shuffled list comes back to a host seldom; idle connections are mostly other people's memory.
             .pool_max_idle_per_host(8)
             .pool_idle_timeout(Duration::from_secs(10))
-            .gzip(true)
+            .http2_initial_stream_window_size(ALLOWANCE as u32)
+            .http2_initial_connection_window_size(STREAMS * ALLOWANCE as u32)
+            .http2_keep_alive_interval(KEEP_ALIVE)
+            .http2_keep_alive_timeout(KEEP_ALIVE)
             .build()?;
         clients.insert(connect_timeout, client.clone());
         Ok(client)
@@ -304,7 +373,7 @@ impl Fetcher {
         if self.config.honour_opt_outs && opted_out(response.headers()) {
             return Err(Failure::of_url(Rejection::OptedOut));
         }
-        // Absent when the body is compressed; then only the stream tells.
+        let packed = response.headers().get(CONTENT_ENCODING).is_some_and(|coding| is_gzip(coding.as_bytes()));
         let announced = response.content_length();
         if announced.is_some_and(|length| length > limits.max_bytes) {
             return Err(Failure::of_url(Rejection::TooLarge));
@@ -314,14 +383,16 @@ impl Fetcher {
         let mut body = Body::new();
         let mut deadline = deadline;
         if let Some(length) = announced {
-            self.reserve(&mut body, length, &mut deadline).await;
+            self.reserve(&mut body, length, limits, &mut deadline).await?;
             body.bytes.reserve_exact(length);
         }
         loop {
-            let chunk = match timeout_at(deadline, response.chunk()).await {
-                // Its head came in time: it is this answer that does not.
-                Err(_) => return Err(Failure::of_url(Rejection::Timeout)),
+            let chunk = match timeout_at(deadline.min(body.paced.0 + PACE.1), response.chunk()).await {
+                Err(_) if Instant::now() < deadline => Bytes::new(),
+                // A host that drips is no better than one that says nothing.
+                Err(_) => return Err(Failure { again: Again::Never, ..Failure::of_host(Rejection::Timeout) }),
                 Ok(Err(_)) => return Err(Failure::of_url(Rejection::Protocol)),
+                Ok(Ok(None)) if packed => return self.unpack(body, limits, max).await,
                 Ok(Ok(None)) => return Ok(body),
                 Ok(Ok(Some(chunk))) => chunk,
             };
@@ -330,28 +401,72 @@ impl Fetcher {
                 return Err(Failure::of_url(Rejection::TooLarge));
             }
             while length > body.room {
-                self.grow(&mut body, max, &mut deadline).await;
+                self.grow(&mut body, max, limits, &mut deadline).await?;
             }
             body.bytes.extend_from_slice(&chunk);
+            if body.dawdles() && self.waiting.load(Ordering::Relaxed) > 0 {
+                return Err(Failure { again: Again::Never, ..Failure::of_host(Rejection::Timeout) });
+            }
         }
     }
 
-    /// Makes room for a body of known length, which waits for its whole share before it holds any: so bodies cannot block
-    /// each other for good. The wait is ours, so the server is given that much longer.
-    async fn reserve(&self, body: &mut Body, length: usize, deadline: &mut Instant) {
-        if length <= body.room {
-            return;
-        }
-        let start = Instant::now();
-        let units = units(length - body.room).min(u32::try_from(self.budget_units).unwrap_or(u32::MAX));
-        body.share = Arc::clone(&self.budget).acquire_many_owned(units).await.ok();
+    /// Waits for a part of the budget. The wait is ours, so the server is given that much longer; but it ends, too.
+    async fn wait_for(
+        &self,
+        permit: impl Future<Output = Result<OwnedSemaphorePermit, AcquireError>>,
+        limits: &Limits,
+        deadline: &mut Instant,
+    ) -> Result<OwnedSemaphorePermit, Failure> {
+        let (start, _waits) = (Instant::now(), Waits::begin(&self.waiting));
+        let got = timeout(limits.timeout(), permit).await;
         *deadline += start.elapsed();
-        body.room = length;
+        got.ok().and_then(Result::ok).ok_or(Failure { again: Again::After(Duration::ZERO), ..Failure::of_haste() })
+    }
+
+    /// What a body says that was packed although nobody asked for it.
+    async fn unpack(&self, mut packed: Body, limits: &Limits, max: usize) -> Result<Body, Failure> {
+        let bytes = Bytes::from(std::mem::take(&mut packed.bytes));
+        let mut room = ALLOWANCE;
+        let unpacked = loop {
+            let (bytes, limit) = (bytes.clone(), room);
+            let unpacked = tokio::task::spawn_blocking(move || gunzip(&bytes, limit)).await;
+            match unpacked.unwrap_or(Err(Rejection::Protocol)) {
+                // Larger ones one at a time.
+                Err(Rejection::TooLarge) if room < max => {
+                    room = max;
+                    if packed.overflow.is_none() {
+                        let permit = Arc::clone(&self.overflow).acquire_owned();
+                        packed.overflow = Some(self.wait_for(permit, limits, &mut Instant::now()).await?);
+                    }
+                }
+                unpacked => break unpacked.map_err(Failure::of_url)?,
+            }
+        };
+        Ok(Body { bytes: unpacked, ..packed })
+    }
+
+    /// Makes room for a body of known length, which waits for its whole share before it holds any: so bodies cannot block
+    /// each other for good.
+    async fn reserve(
+        &self,
+        body: &mut Body,
+        length: usize,
+        limits: &Limits,
+        deadline: &mut Instant,
+    ) -> Result<(), Failure> {
+        if length > body.room {
+            let units = units(length - body.room).min(u32::try_from(self.budget_units).unwrap_or(u32::MAX));
+            let permits = Arc::clone(&self.budget).acquire_many_owned(units);
+            body.share = Some(self.wait_for(permits, limits, deadline).await?);
+            body.room = length;
+            body.paced = (Instant::now(), body.bytes.len());
+        }
+        Ok(())
     }
 
     /// Doubles the room of a body of unknown length, up to `max`. It holds a share already, so it does not wait for more of
     /// the budget: if there is no more, it waits for its turn as the one body that goes over it, and waits no more then.
-    async fn grow(&self, body: &mut Body, max: usize, deadline: &mut Instant) {
+    async fn grow(&self, body: &mut Body, max: usize, limits: &Limits, deadline: &mut Instant) -> Result<(), Failure> {
         let room = (body.room * 2).min(max);
         match Arc::clone(&self.budget).try_acquire_many_owned(units(room - body.room)) {
             Ok(more) => {
@@ -362,17 +477,31 @@ impl Fetcher {
                 body.room = room;
             }
             Err(_) => {
-                let start = Instant::now();
-                body.overflow = Arc::clone(&self.overflow).acquire_owned().await.ok();
-                *deadline += start.elapsed();
+                let permit = Arc::clone(&self.overflow).acquire_owned();
+                body.overflow = Some(self.wait_for(permit, limits, deadline).await?);
                 body.room = max;
+                body.paced = (Instant::now(), body.bytes.len());
             }
         }
+        Ok(())
     }
 }
 
 fn units(bytes: usize) -> u32 {
     u32::try_from(bytes.div_ceil(UNIT)).unwrap_or(u32::MAX)
+}
+
+fn is_gzip(coding: &[u8]) -> bool {
+    let coding = coding.trim_ascii();
+    coding.eq_ignore_ascii_case(b"gzip") || coding.eq_ignore_ascii_case(b"x-gzip")
+}
+
+/// Unpacks to at most `max` bytes.
+fn gunzip(packed: &[u8], max: usize) -> Result<Vec<u8>, Rejection> {
+    let mut bytes = Vec::new();
+    let more = max as u64 + 1;
+    MultiGzDecoder::new(packed).take(more).read_to_end(&mut bytes).map_err(|_| Rejection::Protocol)?;
+    if bytes.len() > max { Err(Rejection::TooLarge) } else { Ok(bytes) }
 }
 
 /// Where an answer points, if it is a redirect.

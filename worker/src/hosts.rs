@@ -123,7 +123,7 @@ struct Host<T> {
     /// Whether it was among the latest demands.
     asked: bool,
     /// For how long the coordinator has had no slot of it.
-    unserved: Duration,
+    unserved: Option<Instant>,
     /// By its rate, the next request can begin then.
     next: Instant,
     /// Nothing is asked of it before.
@@ -160,7 +160,7 @@ impl<T> Host<T> {
             brokered: false,
             share: None,
             asked: false,
-            unserved: Duration::ZERO,
+            unserved: None,
             next: now,
             quiet_until: now,
             failures: 0,
@@ -367,12 +367,12 @@ impl<T> Hosts<T> {
             let (host, waiting) = (Arc::clone(host), !at.queue.is_empty());
             let Some(at) = self.hosts.get_mut(&host) else { continue };
             at.share = Some(Share { slots, rate, until: asked + answer.duration, duration: answer.duration });
-            at.unserved = if slots == 0 && waiting { at.unserved + answer.ask_again } else { Duration::ZERO };
+            at.unserved = if slots == 0 && waiting { at.unserved.or(Some(now)) } else { None };
             if rate > 0.0 {
                 at.next = at.next.min(now + Duration::from_secs_f64((1.0 / rate).min(3600.0)));
             }
-            if at.unserved >= PATIENCE {
-                at.unserved = Duration::ZERO;
+            if at.unserved.is_some_and(|since| now - since >= PATIENCE) {
+                at.unserved = None;
                 self.given_up.extend(std::mem::take(&mut at.queue).into_values());
             }
             self.settle(now, &host);

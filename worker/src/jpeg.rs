@@ -7,8 +7,10 @@ use turbojpeg::{Colorspace, Compressor, Decompressor, Image, PixelFormat, Scalin
 
 use crate::resize::{Layout, Picture, Pixels};
 
-/// A progressive JPEG may redraw itself so many times; a small file with more of them is made to burn time.
-const MAX_SCANS: u32 = 200;
+/// A progressive JPEG may redraw so many pixels in all of its scans, within these numbers of scans: files of more are made to burn
+/// time, and those that are not have ten or so.
+const SCANNED_PIXELS: u64 = 2_000_000_000;
+const MAX_SCANS: (u64, u64) = (20, 200);
 
 /// A decoder and an encoder with their buffers, for one thread.
 #[derive(Debug)]
@@ -31,6 +33,8 @@ pub(crate) struct Header {
     lossless: bool,
     /// Has Adobe's marker: its CMYK values are stored inverted.
     adobe: bool,
+    /// All of it has to be read before any of its pixels is known.
+    scans: bool,
 }
 
 impl Codec {
@@ -46,7 +50,7 @@ impl Codec {
     pub(crate) fn header(&mut self, bytes: &[u8]) -> Result<Header, Rejection> {
         self.decompressor = decompressor().map_err(|_| Rejection::Undecodable)?;
         let header = self.decompressor.read_header(bytes).map_err(|e| rejection_of(&e, bytes))?;
-        let (orientation, adobe) = scan_markers(bytes);
+        let Markers { orientation, adobe, scans } = scan_markers(bytes);
         let pixels = |side: usize| u32::try_from(side).map_err(|_| Rejection::TooManyPixels);
         Ok(Header {
             width: pixels(header.width)?,
@@ -56,6 +60,7 @@ impl Codec {
             subsamp: header.subsamp,
             lossless: header.is_lossless,
             adobe,
+            scans,
         })
     }
 
@@ -69,13 +74,10 @@ impl Codec {
         (shrinks, rgb): (u32, bool),
         into: &mut Pixels,
     ) -> Result<(), Rejection> {
-        let scale = match shrinks {
-            _ if header.lossless => ScalingFactor::ONE,
-            8.. => ScalingFactor::ONE_EIGHTH,
-            4.. => ScalingFactor::ONE_QUARTER,
-            2.. => ScalingFactor::ONE_HALF,
-            _ => ScalingFactor::ONE,
-        };
+        let scale = header.scale(shrinks);
+        let pixels = u64::from(header.width) * u64::from(header.height);
+        let scans = (SCANNED_PIXELS / pixels.max(1)).clamp(MAX_SCANS.0, MAX_SCANS.1);
+        self.decompressor.set_scan_limit(scans as u32).map_err(|_| Rejection::Undecodable)?;
         self.decompressor.set_scaling_factor(scale).map_err(|_| Rejection::Undecodable)?;
         let (width, height) = (scale.scale(header.width as usize), scale.scale(header.height as usize));
         let size = (width as u32, height as u32);
@@ -139,6 +141,23 @@ impl Codec {
 }
 
 impl Header {
+    /// What it is decoded at if it will shrink by so much.
+    fn scale(&self, shrinks: u32) -> ScalingFactor {
+        match shrinks {
+            _ if self.lossless => ScalingFactor::ONE,
+            8.. => ScalingFactor::ONE_EIGHTH,
+            4.. => ScalingFactor::ONE_QUARTER,
+            2.. => ScalingFactor::ONE_HALF,
+            _ => ScalingFactor::ONE,
+        }
+    }
+
+    /// How many pixels are in memory at once while it is decoded.
+    pub(crate) fn held_pixels(&self, shrinks: u32) -> u64 {
+        let scale = if self.scans { ScalingFactor::ONE } else { self.scale(shrinks) };
+        scale.scale(self.width as usize) as u64 * scale.scale(self.height as usize) as u64
+    }
+
     /// Whether an upright image in colour is meant, as [`Codec::encode`] makes it.
     pub(crate) fn is_plain(&self) -> bool {
         self.colorspace == Colorspace::YCbCr && self.orientation <= 1 && !self.lossless
@@ -160,9 +179,7 @@ impl Header {
 }
 
 fn decompressor() -> turbojpeg::Result<Decompressor> {
-    let mut decompressor = Decompressor::new()?;
-    decompressor.set_scan_limit(MAX_SCANS)?;
-    Ok(decompressor)
+    Decompressor::new()
 }
 
 /// Warnings about a header's form, which cost no pixel. Only the first warning of an image has a text, so the end is looked at
@@ -196,15 +213,28 @@ fn cmyk_to_rgb(cmyk: &[u8], inverted: bool, rgb: &mut [u8]) {
     }
 }
 
-/// The EXIF orientation (1 if there is none) and whether Adobe's marker is there, from the segments before the pixels.
-fn scan_markers(bytes: &[u8]) -> (u8, bool) {
+/// What the segments before the pixels say.
+struct Markers {
+    /// EXIF's; 1 if there is none.
+    orientation: u8,
+    adobe: bool,
+    /// More than one scan is to come.
+    scans: bool,
+}
+
+fn scan_markers(bytes: &[u8]) -> Markers {
     let (mut orientation, mut adobe) = (1, false);
+    let (mut progressive, mut components, mut in_first_scan) = (false, None, None);
     let mut at = 2;
     while let Some(&[0xff, marker]) = bytes.get(at..at + 2).and_then(|two| <&[u8; 2]>::try_from(two).ok()) {
         match marker {
             0xff => at += 1,               // fill
             0x01 | 0xd0..=0xd8 => at += 2, // markers without a segment
-            0xd9 | 0xda => break,
+            0xd9 => break,
+            0xda => {
+                in_first_scan = bytes.get(at + 4);
+                break;
+            }
             _ => {
                 let Some(&[high, low]) = bytes.get(at + 2..at + 4).and_then(|two| <&[u8; 2]>::try_from(two).ok())
                 else {
@@ -215,13 +245,18 @@ fn scan_markers(bytes: &[u8]) -> (u8, bool) {
                 match marker {
                     0xe1 => orientation = exif_orientation(segment).unwrap_or(orientation),
                     0xee => adobe |= segment.starts_with(b"Adobe"),
+                    // Frames (T.81, table B.1): all but the tables that stand among them.
+                    0xc0..=0xcf if !matches!(marker, 0xc4 | 0xc8 | 0xcc) => {
+                        progressive = matches!(marker & 3, 2);
+                        components = segment.get(5);
+                    }
                     _ => {}
                 }
                 at += 2 + length.max(2);
             }
         }
     }
-    (orientation, adobe)
+    Markers { orientation, adobe, scans: progressive || in_first_scan != components }
 }
 
 /// Tag 0x0112 of the first directory of an EXIF segment (Exif 2.3, 4.6.4).

@@ -22,8 +22,11 @@ use crate::measure::{Hasher, is_flat, moments};
 use crate::placeholder::Placeholders;
 use crate::resize::{Picture, Pixels, Shrinker};
 
-/// Pictures of more decoded pixels than this are decoded one at a time, so that a few of them together cannot fill the memory.
+/// Pictures of which more pixels than this are held at once are decoded one at a time, so that a few of them together cannot
+/// fill the memory.
 const HUGE_PIXELS: u64 = 16 << 20;
+/// What decoders may hold beside a picture's pixels.
+const DECODERS_OWN: u64 = 16 << 20;
 static HUGE: Mutex<()> = Mutex::new(());
 
 /// What a dataset asks of its pictures.
@@ -149,7 +152,7 @@ impl Validator {
             let header = self.codec.header(bytes)?;
             let size = upright(header.width, header.height, header.orientation);
             let frame = frame(size, rules, verdict)?;
-            let _one_at_a_time = one_at_a_time(size);
+            let _one_at_a_time = one_at_a_time(header.held_pixels(frame.shrinks));
             // Halved chroma of an odd side would lie half a pixel off.
             let rgb = resize.format != ImageFormat::Jpg || frame.width % 2 + frame.height % 2 > 0;
             self.codec.decode(bytes, &header, (frame.shrinks, rgb), &mut self.pixels)?;
@@ -186,16 +189,25 @@ impl Validator {
         if format == WebP && is_cut_riff(bytes) {
             return Err(Rejection::Truncated);
         }
+        let memory = |most: u64| {
+            let mut limits = image::Limits::no_limits();
+            limits.max_alloc = Some(most);
+            limits
+        };
         let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
-        let mut memory = image::Limits::no_limits();
-        // 16-bit RGBA, and as much again for a decoder's own needs.
-        memory.max_alloc = Some(rules.limits.max_pixels.saturating_mul(16).saturating_add(1 << 20));
-        reader.limits(memory);
+        // Before the size is known: for a profile or a table, which may be packed.
+        reader.limits(memory(bytes.len() as u64 * 2 + DECODERS_OWN));
         let mut decoder = reader.into_decoder().map_err(|e| rejection_of(&e))?;
         let (width, height) = decoder.dimensions();
         let orientation = decoder.orientation().map_or(1, |o| o.to_exif());
         let frame = frame(upright(width, height, orientation), rules, verdict)?;
-        let _one_at_a_time = one_at_a_time((width, height));
+        if format == WebP && !webp_fits(bytes, (width, height)) {
+            return Err(Rejection::Undecodable);
+        }
+        let pixels = u64::from(width) * u64::from(height);
+        let _one_at_a_time = one_at_a_time(pixels);
+        // As 32-bit RGBA, and as much again for a decoder's own needs. A frame may be said to be larger than the picture.
+        decoder.set_limits(memory(pixels * 32 + DECODERS_OWN)).map_err(|e| rejection_of(&e))?;
         let image = DynamicImage::from_decoder(decoder).map_err(|e| rejection_of(&e))?;
         let rgb = if image.color().has_alpha() { over_white(image) } else { image.into_rgb8().into_raw() };
         self.pixels.replace(rgb, (width, height), orientation);
@@ -207,6 +219,37 @@ impl Validator {
 fn is_cut_riff(bytes: &[u8]) -> bool {
     let length = bytes.get(4..8).and_then(|four| <[u8; 4]>::try_from(four).ok()).map_or(0, u32::from_le_bytes);
     (bytes.len() as u64) < (u64::from(length) + 8).saturating_sub(1)
+}
+
+/// Whether no frame of a WebP is larger than the picture: the decoder finds out only when it has decoded it.
+fn webp_fits(bytes: &[u8], (width, height): (u32, u32)) -> bool {
+    let fits = |frame: (u32, u32)| frame.0 <= width && frame.1 <= height;
+    let mut at = 12;
+    while let Some(&[a, b, c, d, length @ ..]) = bytes.get(at..at + 8).and_then(|head| <&[u8; 8]>::try_from(head).ok())
+    {
+        let length = u32::from_le_bytes(length) as usize;
+        let body = bytes.get(at + 8..).unwrap_or_default();
+        let word = |at: usize| body.get(at..at + 2).map_or(0, |two| u32::from(u16::from_le_bytes([two[0], two[1]])));
+        match &[a, b, c, d] {
+            // RFC 6386, 9.1: 14 bits each behind a tag and a start code.
+            b"VP8 " if !fits((word(6) & 0x3fff, word(8) & 0x3fff)) => return false,
+            // The lossless format's specification: 14 bits each, less one, behind a signature of one byte.
+            b"VP8L" => {
+                let bits = word(1) | word(3) << 16;
+                if !fits(((bits & 0x3fff) + 1, (bits >> 14 & 0x3fff) + 1)) {
+                    return false;
+                }
+            }
+            // A frame of an animation: chunks of its own behind 16 bytes.
+            b"ANMF" => {
+                at += 24;
+                continue;
+            }
+            _ => {}
+        }
+        at = at.saturating_add(8 + length + length % 2);
+    }
+    true
 }
 
 fn upright(width: u32, height: u32, orientation: u8) -> (u32, u32) {
@@ -249,9 +292,8 @@ fn png(picture: &Picture<'_>) -> image::ImageResult<Bytes> {
     Ok(bytes.into())
 }
 
-fn one_at_a_time((width, height): (u32, u32)) -> Option<std::sync::MutexGuard<'static, ()>> {
-    let huge = u64::from(width) * u64::from(height) > HUGE_PIXELS;
-    huge.then(|| HUGE.lock().unwrap_or_else(PoisonError::into_inner))
+fn one_at_a_time(held_pixels: u64) -> Option<std::sync::MutexGuard<'static, ()>> {
+    (held_pixels > HUGE_PIXELS).then(|| HUGE.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
 fn over_white(image: DynamicImage) -> Vec<u8> {

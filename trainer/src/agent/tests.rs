@@ -11,6 +11,8 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::*;
 
+const DEADLINE: Duration = Duration::from_secs(10);
+
 type ToAgent = mpsc::Sender<Result<pb::CoordinatorMessage, Status>>;
 
 /// Hands each new stream to the test.
@@ -55,6 +57,7 @@ impl Stage {
             interface: None,
             devices: Some("cpu:2".to_owned()),
             cache: Default::default(),
+            leave_seconds: 10,
         };
         let shutdown = CancellationToken::new();
         let command = ["sh", "-c", script].map(OsString::from).to_vec();
@@ -63,7 +66,7 @@ impl Stage {
     }
 
     async fn next_stream(&mut self) -> (Streaming<pb::AgentMessage>, ToAgent) {
-        timeout(GRACE, self.streams.recv()).await.expect("in time").expect("the server lives")
+        timeout(DEADLINE, self.streams.recv()).await.expect("in time").expect("the server lives")
     }
 }
 
@@ -81,7 +84,7 @@ async fn hear<T>(from: &mut Streaming<pb::AgentMessage>, of: impl Fn(agent_messa
             }
         }
     };
-    timeout(GRACE, heard).await.expect("in time")
+    timeout(DEADLINE, heard).await.expect("in time")
 }
 
 fn join(device: u32) -> coordinator_message::Message {
@@ -119,7 +122,7 @@ async fn a_rank_that_dies_is_reported_with_its_status_and_its_words_are_in_the_s
     let serving = hear(&mut said, serving).await;
     assert_eq!((serving.generation, serving.error.as_str()), (4, ""));
     let port = u16::try_from(serving.port).expect("a port");
-    tokio::task::spawn_blocking(move || c10d::Store::connect("127.0.0.1", port, GRACE))
+    tokio::task::spawn_blocking(move || c10d::Store::connect("127.0.0.1", port, DEADLINE))
         .await
         .expect("no panic")
         .expect("it serves");

@@ -69,6 +69,10 @@ async fn serve(mut stream: TcpStream) -> std::io::Result<()> {
             while stream.write_all(&[7; 65536]).await.is_ok() {}
             return Ok(());
         }
+        ("late", _) => {
+            tokio::time::sleep(Duration::from_millis(700)).await;
+            with("302 Found\r\nLocation: /silent", b"")
+        }
         ("heads", _) => {
             stream.write_all(b"HTTP/1.1 200 OK\r\nX-More: ").await?;
             while stream.write_all(&[b'x'; 65536]).await.is_ok() {}

@@ -51,6 +51,8 @@ fn answer(question: &[u8], before: usize) -> Option<Vec<u8>> {
         b"private" => (0, Some([192, 168, 1, 1])),
         b"inside" if in_cluster => (0, Some([10, 0, 0, 7])),
         b"broken" => (2, None),
+        // Whatever its IPv4 address is, it has none of IPv6.
+        b"half" => (if is_a { 2 } else { 0 }, None),
         b"silent" => return None,
         _ => (3, None),
     };
@@ -116,6 +118,13 @@ async fn names_that_nobody_answers_for_fail_in_time_while_others_are_resolved() 
     let asked = server.asked();
     resolve(&resolver, "silent-1.example").await.expect_err("remembered");
     assert_eq!(server.asked(), asked);
+}
+
+#[tokio::test]
+async fn a_name_without_an_ipv6_address_whose_other_answer_fails_is_not_taken_for_dead() {
+    let server = NameServerDouble::start().await;
+    let error = resolve(&server.resolver(&[]), "half-1.example").await.expect_err("nobody could tell");
+    assert!(error.contains("could tell"), "{error}");
 }
 
 #[tokio::test]

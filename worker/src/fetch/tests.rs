@@ -41,55 +41,135 @@ fn fetcher() -> Fetcher {
 
 #[tokio::test]
 async fn large_bodies_wait_for_their_share_of_the_budget_and_gain_the_time() {
-    let fetcher = fetcher();
+    let (fetcher, limits) = (fetcher(), Limits::default());
     let start = Instant::now();
     let mut deadline = start;
     let mut small = Body::new();
-    fetcher.reserve(&mut small, ALLOWANCE, &mut deadline).await;
+    fetcher.reserve(&mut small, ALLOWANCE, &limits, &mut deadline).await.expect("no wait");
     assert!(small.share.is_none() && deadline == start);
 
     // More than there is: it gets all of it, rather than nothing for ever.
     let mut large = Body::new();
-    fetcher.reserve(&mut large, 8 << 20, &mut deadline).await;
+    fetcher.reserve(&mut large, 8 << 20, &limits, &mut deadline).await.expect("all of it");
     assert_eq!(fetcher.budget.available_permits(), 0);
 
     let mut other = Body::new();
     let mut deadline = start;
-    let waits = fetcher.reserve(&mut other, 1 << 20, &mut deadline);
+    let waits = fetcher.reserve(&mut other, 1 << 20, &limits, &mut deadline);
     let ends = async {
         tokio::time::sleep(Duration::from_millis(50)).await;
         drop(large);
     };
-    tokio::join!(waits, ends);
+    tokio::join!(waits, ends).0.expect("its turn");
     assert!(deadline >= start + Duration::from_millis(50) && other.room == 1 << 20);
 }
 
 #[tokio::test]
 async fn bodies_of_unknown_length_grow_together_and_one_at_a_time_past_the_budget() {
     const MAX: usize = 8 << 20;
-    let fetcher = fetcher();
+    let (fetcher, limits) = (fetcher(), Limits::default());
     let start = Instant::now();
     let mut deadline = start;
     let (mut one, mut two) = (Body::new(), Body::new());
     for body in [&mut one, &mut two] {
-        fetcher.grow(body, MAX, &mut deadline).await;
+        fetcher.grow(body, MAX, &limits, &mut deadline).await.expect("room");
     }
     assert_eq!((one.room, two.room, fetcher.budget.available_permits()), (512 << 10, 512 << 10, 512));
-    fetcher.grow(&mut one, MAX, &mut deadline).await;
+    fetcher.grow(&mut one, MAX, &limits, &mut deadline).await.expect("room");
     assert_eq!((one.room, fetcher.budget.available_permits()), (1 << 20, 0));
-    fetcher.grow(&mut one, MAX, &mut deadline).await;
+    fetcher.grow(&mut one, MAX, &limits, &mut deadline).await.expect("room");
     assert!(one.room == MAX && deadline - start < Duration::from_millis(50));
 
     let mut deadline = start;
-    let waits = fetcher.grow(&mut two, MAX, &mut deadline);
+    let waits = fetcher.grow(&mut two, MAX, &limits, &mut deadline);
     let ends = async {
         tokio::time::sleep(Duration::from_millis(50)).await;
         drop(one);
     };
-    tokio::join!(waits, ends);
+    tokio::join!(waits, ends).0.expect("its turn");
     assert!(two.room == MAX && deadline >= start + Duration::from_millis(50));
     drop(two);
     assert_eq!(fetcher.budget.available_permits(), 1024);
+}
+
+#[tokio::test]
+async fn who_waits_for_the_budget_waits_no_longer_than_a_url_may_take() {
+    let (fetcher, limits) = (fetcher(), Limits { timeout_seconds: 0.2, ..Limits::default() });
+    let mut deadline = Instant::now();
+    let mut bodies = [Body::new(), Body::new()];
+    fetcher.reserve(&mut bodies[0], 8 << 20, &limits, &mut deadline).await.expect("all of it");
+    let failure = fetcher.reserve(&mut bodies[1], 1 << 20, &limits, &mut deadline).await.expect_err("nothing is left");
+    assert_eq!((failure.rejection, failure.ending), (Rejection::Timeout, Ending::Unknown));
+    assert_eq!(fetcher.waiting.load(Ordering::Relaxed), 0);
+}
+
+/// A server that announces a large body to each that asks and sends a little of it in every tenth of a second; `good` has all of it at
+/// once.
+async fn dripping() -> std::net::SocketAddr {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("loopback");
+    let address = listener.local_addr().expect("bound");
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let mut request = vec![0; 4096];
+                let length = stream.read(&mut request).await.unwrap_or(0);
+                let good = request[..length].starts_with(b"GET /good");
+                let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", 900 << 10);
+                stream.write_all(head.as_bytes()).await.ok();
+                if good {
+                    stream.write_all(&vec![1; 900 << 10]).await.ok();
+                }
+                while stream.write_all(b"drip").await.is_ok() {
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            });
+        }
+    });
+    address
+}
+
+#[tokio::test]
+async fn bodies_that_drip_lose_their_part_of_the_budget_when_others_wait_for_it() {
+    let (mut fetcher, limits) = (fetcher(), Limits::default());
+    fetcher.config.rules.allowed = vec!["127.0.0.0/8".parse().expect("a net")];
+    let at = dripping().await;
+    let journey = |path: &str| Journey::new(&format!("http://{at}/{path}")).expect("a URL");
+    let (mut liar, mut good) = (journey("liar"), journey("good"));
+    let start = Instant::now();
+    let lies = fetcher.fetch(&mut liar, &limits);
+    let fetched = async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        fetcher.fetch(&mut good, &limits).await
+    };
+    let (lied, fetched) = tokio::join!(lies, fetched);
+    assert!(matches!(fetched, Ok(Step::Body(body)) if body.bytes.len() == 900 << 10));
+    let lied = lied.expect_err("it does not come");
+    assert_eq!((lied.rejection, lied.again, lied.ending), (Rejection::Timeout, Again::Never, Ending::Failed));
+    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+}
+
+#[tokio::test]
+async fn a_host_is_not_blamed_for_the_time_that_others_took() {
+    let (mut fetcher, limits) = (fetcher(), Limits { timeout_seconds: 1.0, ..Limits::default() });
+    fetcher.config.rules.allowed = vec!["127.0.0.0/8".parse().expect("a net")];
+    let at = crate::attempt::tests::origin().await;
+    for (path, ending) in [("silent", Ending::Failed), ("late", Ending::Unknown)] {
+        let mut journey = Journey::new(&format!("http://{at}/{path}")).expect("a URL");
+        let failure = fetcher.fetch(&mut journey, &limits).await.expect_err("it says nothing");
+        assert_eq!((failure.rejection, failure.ending), (Rejection::Timeout, ending), "{path}");
+    }
+}
+
+#[test]
+fn what_was_packed_unasked_is_unpacked_to_its_limit() {
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+    std::io::Write::write_all(&mut gzip, &[7; 1000]).expect("memory");
+    let packed = gzip.finish().expect("memory");
+    assert_eq!(gunzip(&packed, 1000), Ok(vec![7; 1000]));
+    assert_eq!(gunzip(&packed, 999), Err(Rejection::TooLarge));
+    assert_eq!(gunzip(&packed[..packed.len() - 9], 1000), Err(Rejection::Protocol));
+    assert_eq!(gunzip(b"plain", 1000), Err(Rejection::Protocol));
 }
 
 #[test]

@@ -128,6 +128,22 @@ fn shares_are_lowered_to_what_is_wanted_before_they_are_told_and_late_answers_ar
 }
 
 #[test]
+fn a_host_without_a_slot_for_its_urls_is_given_up_after_so_much_time_however_often_it_is_asked_for() {
+    let mut table = Table::new();
+    table.push("crowded", 0..20);
+    for _ in 0..2000 {
+        table.hosts.demands(table.now());
+        table.share("crowded", 0, 0.0);
+        assert!(matches!(table.hosts.next(table.now()), Next::Wait(_)));
+        table.millis += 20;
+    }
+    table.millis += 600_000;
+    table.hosts.demands(table.now());
+    table.share("crowded", 0, 0.0);
+    assert!(matches!(table.hosts.next(table.now()), Next::GivenUp(_)));
+}
+
+#[test]
 fn a_rate_spreads_requests_evenly() {
     let mut table = Table::new();
     table.push("big", 0..40);

@@ -372,3 +372,32 @@ fn cpu_time_of_decode_resize_and_encode() {
     let lines: String = times.iter().map(|(name, ms)| format!("{name}: {ms:.3} ms\n")).collect();
     eprintln!("{} photos, rejected: {rejected:?}; one core, a photo:\n{lines}", photos.len());
 }
+
+#[test]
+fn a_gif_whose_frame_is_larger_than_the_picture_says_gets_no_memory_for_it() {
+    let mut gif = encoded(RgbImage::from_pixel(2600, 2600, Rgb([9, 99, 200])), ImageFormat::Gif);
+    gif[6..10].copy_from_slice(&[100, 0, 100, 0]);
+    assert_eq!(rejection(&gif), Rejection::TooManyPixels);
+}
+
+#[test]
+fn a_webp_whose_frame_is_larger_than_the_picture_is_not_decoded() {
+    let plain = encoded(photo(300, 200), ImageFormat::WebP);
+    assert!(webp_fits(&plain, (300, 200)) && !webp_fits(&plain, (299, 200)) && !webp_fits(&plain, (300, 199)));
+    // The same behind a header that says 100 x 100 (WebP's container: sizes less one, 24 bits each).
+    let extended = [b"VP8X", &10_u32.to_le_bytes()[..], &[0; 4], &[99, 0, 0, 99, 0, 0], &plain[12..]].concat();
+    let whole = [b"RIFF", &(extended.len() as u32 + 4).to_le_bytes()[..], b"WEBP", &extended].concat();
+    assert!(!webp_fits(&whole, (100, 100)) && webp_fits(&whole, (300, 200)));
+    assert_eq!(rejection(&whole), Rejection::Undecodable);
+}
+
+#[test]
+fn only_a_jpeg_of_several_scans_is_held_whole_while_it_is_scaled_down() {
+    let image = photo(800, 640);
+    let header = |progressive| {
+        let bytes = jpeg_of(image.as_raw(), 800, 640, PixelFormat::RGB, progressive);
+        jpeg::Codec::new().expect("libjpeg-turbo").header(&bytes).expect("own output")
+    };
+    assert_eq!([1, 2, 8].map(|shrinks| header(false).held_pixels(shrinks)), [800 * 640, 400 * 320, 100 * 80]);
+    assert_eq!(header(true).held_pixels(8), 800 * 640);
+}
