@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test test-nccl soak-train bench-train bench-fetch bench-scale images libtorch pytorch clean
+.PHONY: help setup build demo test test-nccl soak-train bench-train bench-fetch bench-scale fuzz images libtorch pytorch clean
 
 tools := target/tools
 export PATH := $(CURDIR)/$(tools)/bin:$(PATH)
@@ -17,6 +17,7 @@ help:
 	@echo "make bench-train          the trainer against PyTorch, torchvision and WebDataset on this machine [ARGS=--help]"
 	@echo "make bench-fetch          Gleaner and img2dataset on the same lists (PHOTOS=photos.tar: with these JPEGs; ROUNDS=2)"
 	@echo "make bench-scale          1, 2 and 4 workers against a slow web, and a host's budget that they keep together"
+	@echo "make fuzz                 feeds garbage to what reads lists, images and shards, each for SECONDS=60"
 	@echo "make setup                libtorch and the build's tools, into target/; every other target does it first"
 	@echo "make images               both container images, as archives in target/images; needs buildah. PROFILE=dev: quicker, if"
 	@echo "                          tests were run; IMAGES=gleaner: the small one alone"
@@ -58,6 +59,9 @@ bench-fetch: $(tools)/ready $(tools)/img2dataset/ready
 # Without libtorch, as fetch workers are deployed.
 bench-scale: $(tools)/ready
 	cargo bench --locked --profile dev -p gleaner --bench scale --no-default-features --features demo
+
+fuzz: $(tools)/ready
+	deploy/setup/fuzz.sh $(or $(SECONDS),60)
 
 # CUDA=1: with CUDA. LINK_ONLY=1 besides: without NVIDIA's libraries, for machines that have no GPU.
 libtorch: setup $(if $(CUDA),target/libtorch-cuda/$(if $(LINK_ONLY),link,full))

@@ -181,3 +181,20 @@ async fn until_over(term: &Term, store: &Store) -> String {
         }
     }
 }
+
+/// Reads a list as an upload is read, and checks what lists promise. `format` is a number of `ListFormat`.
+#[cfg(fuzzing)]
+pub fn fuzz_list(format: u8, list: &[u8]) {
+    let format = pb::ListFormat::try_from(i32::from(format)).unwrap_or_default();
+    let options = list::ListOptions { format, ..list::ListOptions::default() };
+    // A few bytes can stand for gigabytes; memory, not time, is what the reader bounds.
+    let mut lines = 0;
+    let _ = list::read("list", list, &options, &mut |_, line| {
+        if let Ok((synset, url)) = line {
+            assert!(!synset.is_empty() && !synset.contains(char::is_whitespace), "{synset:?}");
+            assert!(!url.is_empty() && !url.contains(['\n', '\r']), "{url:?}");
+        }
+        lines += 1;
+        if lines > 10_000 { Err(error::Error::Aborted("enough".to_owned())) } else { Ok(()) }
+    });
+}

@@ -319,5 +319,35 @@ fn assignment(lease: &Lease) -> anyhow::Result<Assignment> {
     })
 }
 
+/// Judges a body as any other, under limits that let small ones through; `choice` chooses how it is stored.
+#[cfg(fuzzing)]
+pub fn fuzz_image(choice: u8, bytes: &[u8]) {
+    thread_local! {
+        static VALIDATOR: std::cell::RefCell<Option<validate::Validator>> = const { std::cell::RefCell::new(None) };
+    }
+    use proto::{ImageFormat, Limits, Resize, ResizeMode};
+    let limits = Limits { min_bytes: 0, min_side: 1, max_pixels: 1 << 20, ..Limits::default() };
+    let mode = [ResizeMode::Cover, ResizeMode::Fit, ResizeMode::Pad, ResizeMode::KeepRatio, ResizeMode::None];
+    let format = [ImageFormat::Jpg, ImageFormat::Png];
+    let resize = Resize {
+        size: 64,
+        mode: mode[usize::from(choice) % mode.len()],
+        format: format[usize::from(choice) / mode.len() % format.len()],
+        ..Resize::default()
+    };
+    let rules = validate::Rules { resize, limits, placeholders: placeholder::Placeholders::default() };
+    VALIDATOR.with_borrow_mut(|validator| {
+        if validator.is_none() {
+            *validator = validate::Validator::new().ok();
+        }
+        if let Some(validator) = validator {
+            let verdict = validator.judge(bytes, &rules);
+            if let Ok(stored) = verdict.outcome {
+                assert!(!stored.image.is_empty() && verdict.size.is_some());
+            }
+        }
+    });
+}
+
 #[cfg(test)]
 mod tests;
