@@ -11,8 +11,8 @@ use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload, WriteMultip
 use proto::keys;
 use proto::shard::{Moments, Origin, Sample, ShardIndex, StoredFile, Tar, TarWriter, sha256_hex};
 
-/// Tars go up in parts of this size; S3 wants 5 MiB at least.
-const PART_BYTES: usize = 8 << 20;
+/// Tars go up in parts of this size, which is the least that S3 wants: all open tars of all open shards hold as much in memory.
+const PART_BYTES: usize = 5 << 20;
 /// Parts of one tar on their way at once; then the writer waits, and with it the fetching.
 const PARTS_IN_FLIGHT: usize = 2;
 /// The index is put again so often when the store does not say whether it stands.
