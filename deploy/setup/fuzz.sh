@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs each fuzz target for so many seconds (default 60): deploy/setup/fuzz.sh [SECONDS] [TARGET...]
-# Rust code is compiled with AddressSanitizer and the counters of libFuzzer, C code without them. What is found lies in
-# target/fuzz/found/TARGET; the corpus grows in target/fuzz/corpus/TARGET.
+# Rust code is compiled with AddressSanitizer and the counters of libFuzzer, libjpeg-turbo with AddressSanitizer alone. What is
+# found lies in target/fuzz/found/TARGET; the corpus grows in target/fuzz/corpus/TARGET.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 seconds=${1:-60}
