@@ -266,3 +266,31 @@ fn copy((name, tensor): &(String, Tensor)) -> Result<(String, Copied)> {
 fn nonce() -> String {
     uuid::Uuid::new_v4().simple().to_string()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::{Device, Kind};
+
+    #[test]
+    fn for_other_classes_only_the_output_layer_begins_anew_and_another_network_is_refused() {
+        let network = |classes: i64, units: i64, value: f64| -> Named {
+            let tensor = |shape: &[i64]| Tensor::full(shape, value, (Kind::Float, Device::Cpu));
+            let named = [
+                ("features.0.weight", tensor(&[units, 3])),
+                ("classifier.6.weight", tensor(&[classes, units])),
+                ("classifier.6.bias", tensor(&[classes])),
+            ];
+            named.map(|(name, tensor)| (name.to_owned(), tensor)).into()
+        };
+        let first = |named: &Named| named.iter().map(|(_, tensor)| tensor.flatten(0, -1).double_value(&[0])).collect();
+        let into = network(5, 4, 1.0);
+        let new = take_weights(&into, &network(3, 4, 2.0), 5).expect("it fits");
+        assert_eq!(new, ["classifier.6.weight", "classifier.6.bias"]);
+        let values: Vec<f64> = first(&into);
+        assert_eq!(values, [2.0, 1.0, 1.0]);
+        assert!(take_weights(&into, &network(5, 4, 3.0), 5).expect("it fits").is_empty());
+        let error = take_weights(&into, &network(5, 6, 2.0), 5).expect_err("it is wider").to_string();
+        assert!(error.contains("features.0.weight") && error.contains("[6, 3]"), "{error}");
+    }
+}

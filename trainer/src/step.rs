@@ -247,6 +247,7 @@ pub(crate) fn compression(compress: Compress, world: usize) -> Option<Half> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proto::run_spec::{Arch, Model};
 
     #[test]
     fn the_learning_rate_rises_and_falls_as_the_spec_says() {
@@ -341,5 +342,33 @@ mod tests {
         assert!(error(vec![("a".to_owned(), tensor(3))]).contains("[3] where [2]"));
         load(&into, &vec![("a".to_owned(), tensor(2) + 1.0)]).expect("it fits");
         assert_eq!(into[0].1.double_value(&[1]), 1.0);
+    }
+
+    #[test]
+    fn a_step_in_bf16_has_nearly_the_gradients_of_one_in_f32() {
+        let samples = 8;
+        let value = |i: u64| random::uniform(random::key(&[5]), i) - 0.5;
+        let images: Vec<f32> = (0..samples * 3 * 64 * 64).map(value).collect();
+        let images = Tensor::from_slice(&images).view([samples as i64, 3, 64, 64]);
+        let labels = Tensor::arange(samples as i64, (Kind::Int64, Device::Cpu));
+        let keys: Vec<u64> = (0..samples).collect();
+        let gradients = |half: Option<Half>| -> Vec<Tensor> {
+            let spec = Model { arch: Arch::Alexnet, width: 0.125, dropout: 0.5 };
+            let model = AlexNet::new(&spec, 10, 64, 1, Kind::Float, Device::Cpu);
+            let train = || model.train(&images, &[8], &keys).logits;
+            let logits = match half {
+                None => train(),
+                Some(half) => c10d::autocast(Device::Cpu, half, train).expect("libtorch has it"),
+            };
+            assert_eq!(logits.kind(), if half.is_some() { Kind::BFloat16 } else { Kind::Float });
+            loss(&logits.to_kind(Kind::Float), &labels, 0.0).backward();
+            model.parameters().into_iter().map(|(_, parameter)| parameter.grad()).collect()
+        };
+        for (whole, half) in gradients(None).iter().zip(gradients(Some(Half::Bf16))) {
+            assert_eq!(half.kind(), Kind::Float, "what is summed and applied keeps its precision");
+            let cosine = whole.flatten(0, -1).dot(&half.flatten(0, -1)) / (whole.norm() * half.norm());
+            let cosine = cosine.double_value(&[]);
+            assert!(cosine > 0.95 && cosine < 1.0 - 1e-9, "{:?}: {cosine}", whole.size());
+        }
     }
 }

@@ -258,21 +258,24 @@ void c10d_work_free(c10d_work* work) {
 
 char* c10d_reducer_new(c10d_group* group, const c10d_tensor* t, size_t count, int64_t first_bucket_bytes, int64_t bucket_bytes, int compress, c10d_reducer** out) {
   return guard([&] {
-    auto parameters = list(t, count);
-    c10d::verify_params_across_processes(group->it, parameters, std::nullopt);
-    std::vector<bool> sparse(count, false);
-    // One bucket for the first step, as DistributedDataParallel does: it shows in which order gradients become ready, and the
-    // reducer then cuts its buckets in that order.
-    auto buckets = std::get<0>(c10d::compute_bucket_assignment_by_size(parameters, {static_cast<size_t>(INT64_MAX)}, sparse));
     auto owner = std::make_unique<c10d_reducer>();
-    owner->parameters = parameters;
+    owner->parameters = list(t, count);
     // Before the reducer's own hooks, the last of which starts the last bucket.
     owner->watch();
-    owner->it = std::make_shared<c10d::Reducer>(
-        parameters, buckets, group->it, sparse, bucket_bytes, /*find_unused_parameters=*/false, /*gradient_as_bucket_view=*/true,
-        std::unordered_map<size_t, std::string>(), first_bucket_bytes, /*skip_all_reduce_unused_params=*/false,
-        /*use_python_reducer=*/false, std::vector<int64_t>());
-    if (compress) owner->it->register_comm_hook(std::make_unique<Compress>(group->it, half_type(compress)));
+    // A rank alone has nothing to average: its gradients stay where backward makes them, without a pass through buckets.
+    if (group->it->getSize() > 1) {
+      auto& parameters = owner->parameters;
+      c10d::verify_params_across_processes(group->it, parameters, std::nullopt);
+      std::vector<bool> sparse(count, false);
+      // One bucket for the first step, as DistributedDataParallel does: it shows in which order gradients become ready, and the
+      // reducer then cuts its buckets in that order.
+      auto buckets = std::get<0>(c10d::compute_bucket_assignment_by_size(parameters, {static_cast<size_t>(INT64_MAX)}, sparse));
+      owner->it = std::make_shared<c10d::Reducer>(
+          parameters, buckets, group->it, sparse, bucket_bytes, /*find_unused_parameters=*/false, /*gradient_as_bucket_view=*/true,
+          std::unordered_map<size_t, std::string>(), first_bucket_bytes, /*skip_all_reduce_unused_params=*/false,
+          /*use_python_reducer=*/false, std::vector<int64_t>());
+      if (compress) owner->it->register_comm_hook(std::make_unique<Compress>(group->it, half_type(compress)));
+    }
     *out = owner.release();
   });
 }
@@ -285,6 +288,7 @@ char* c10d_reducer_begin(c10d_reducer* reducer) {
 
 char* c10d_reducer_prepare(c10d_reducer* reducer) {
   return guard([&] {
+    if (!reducer->it) return;
     reducer->it->prepare_for_forward();
     reducer->it->rebuild_buckets();
     reducer->it->prepare_for_backward({});
@@ -301,7 +305,7 @@ char* c10d_reducer_ready(c10d_reducer* reducer, int* reached, int64_t* ago_ns) {
 }
 
 char* c10d_reducer_buckets(c10d_reducer* reducer, size_t* out) {
-  return guard([&] { *out = reducer->it->get_grad_buckets().size(); });
+  return guard([&] { *out = reducer->it ? reducer->it->get_grad_buckets().size() : 0; });
 }
 
 void c10d_reducer_free(c10d_reducer* reducer) {

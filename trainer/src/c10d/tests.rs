@@ -178,6 +178,25 @@ fn the_reducer_gives_the_mean_of_the_ranks_gradients_step_after_step() {
 }
 
 #[test]
+fn a_rank_alone_has_its_own_gradients_without_a_bucket() {
+    generation(1, LONG, |group| {
+        let (parameters, alone) = (small_network(), small_network());
+        let reducer = Reducer::new(&group, &parameters, 1000, None).expect("nobody is missing");
+        for step in 0..2 {
+            reducer.begin().expect("alive");
+            reducer.accumulate(&sample_loss(&parameters, step, 0)).expect("no communication");
+            reducer.backward(&sample_loss(&parameters, step, 1)).expect("nobody is missing");
+        }
+        (sample_loss(&alone, 1, 0) + sample_loss(&alone, 1, 1)).backward();
+        for (own, alone) in parameters.iter().zip(&alone) {
+            let difference = (own.grad() - alone.grad()).abs().max().double_value(&[]);
+            assert!(difference < 1e-14, "{difference}");
+        }
+        assert_eq!(reducer.buckets().expect("alive"), 0);
+    });
+}
+
+#[test]
 fn gradients_of_parts_are_added_up_and_reduced_with_the_last_and_may_travel_in_half_the_bytes() {
     generation(2, LONG, |group| {
         for (compress, tolerance) in [(None, 1e-14), (Some(Half::Fp16), 2e-3), (Some(Half::Bf16), 2e-2)] {
