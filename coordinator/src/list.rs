@@ -11,6 +11,7 @@ use std::io::{self, BufRead, BufReader, Cursor, Read};
 use std::path::PathBuf;
 use std::rc::Rc;
 
+use proto::outcomes::LONGEST_URL;
 use proto::pb::ListFormat;
 
 use crate::error::Error;
@@ -22,9 +23,8 @@ const SYNSETS: &[&str] =
 /// Columns that hold the URL. `OriginalURL` is Open Images'; `Thumbnail300KURL` beside it is not wanted.
 const URLS: &[&str] = &["url", "imageurl", "imgurl", "originalurl", "photoimageurl", "imagelink", "link", "uri", "src"];
 
-/// A class or a URL of more bytes than this is bad: all classes are held in memory, and workers hold all URLs of a slice.
+/// A class of more bytes than this is bad: all of them are held in memory.
 const LONGEST_SYNSET: usize = 128;
-const LONGEST_URL: usize = 8 << 10;
 
 /// A line of more bytes than this is bad.
 const LONGEST_LINE: usize = 64 << 10;

@@ -15,6 +15,9 @@ use parquet_derive::ParquetRecordWriter;
 use crate::shard::{FormatError, Moments};
 use crate::{Outcome, Rejection, Split, rejection};
 
+/// A URL of more bytes than this is bad in a list, and not followed in a redirect: workers hold all those of a slice, with their rows.
+pub const LONGEST_URL: usize = 8 << 10;
+
 /// What became of one URL. The fields are the file's columns, in this order; what was never learned is null.
 #[derive(Debug, Clone, Default, PartialEq, ParquetRecordWriter)]
 pub struct OutcomeRow {

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use flate2::read::MultiGzDecoder;
+use proto::outcomes::LONGEST_URL;
 use proto::{Limits, Rejection};
 use reqwest::header::{ACCEPT, ACCEPT_ENCODING, CONTENT_ENCODING, DATE, HeaderMap, HeaderValue, LOCATION, RETRY_AFTER};
 use reqwest::{Certificate, Client, Response, StatusCode};
@@ -26,8 +27,6 @@ use crate::net::AddressRules;
 const ALLOWANCE: usize = 256 << 10;
 /// The budget is counted in these, because a semaphore hands out 32-bit numbers.
 const UNIT: usize = 1 << 10;
-/// A redirect to a longer URL is not followed: it would be kept as the final one, and in its row.
-const MAX_URL: usize = 8 << 10;
 
 /// While others wait for the budget, a body that holds a part of it must come at this pace: bytes in so long.
 const PACE: (usize, Duration) = (64 << 10, Duration::from_secs(1));
@@ -96,7 +95,7 @@ pub(crate) struct Journey {
 
 impl Journey {
     pub(crate) fn new(url: &str) -> Result<Self, Rejection> {
-        if url.len() > MAX_URL {
+        if url.len() > LONGEST_URL {
             return Err(Rejection::BadUrl);
         }
         let url = Url::parse(url).map_err(|_| Rejection::BadUrl)?;
@@ -515,7 +514,7 @@ fn redirect(from: &Url, response: &Response) -> Result<Option<Url>, Rejection> {
     let location = std::str::from_utf8(location.as_bytes()).map_err(|_| Rejection::Protocol)?;
     let mut next = from.join(location).map_err(|_| Rejection::Protocol)?;
     next.set_fragment(None);
-    if next.as_str().len() > MAX_URL {
+    if next.as_str().len() > LONGEST_URL {
         return Err(Rejection::Protocol);
     }
     Ok(Some(next))
