@@ -51,14 +51,13 @@ bench-train: setup pytorch $(tools)/torchvision/ready
 	cargo build --locked -p gleaner-trainer --features bench --example bench
 	PYTHONPATH=$(tools)/torchvision $(tools)/pytorch/bin/python deploy/bench/train.py --bench target/debug/examples/bench $(ARGS)
 
-# Without libtorch, as fetch workers are deployed.
+# The build of `make images`, as fetch workers are deployed.
 bench-fetch: $(tools)/ready $(tools)/img2dataset/ready
-	PHOTOS="$(PHOTOS)" cargo bench --locked --profile dev -p gleaner --bench fetch --no-default-features --features demo -- \
+	PHOTOS="$(PHOTOS)" cargo bench --locked -p gleaner --bench fetch --no-default-features --features demo -- \
 	    --rival $(CURDIR)/$(tools)/img2dataset/bin/python $(ARGS)
 
-# Without libtorch, as fetch workers are deployed.
 bench-scale: $(tools)/ready
-	cargo bench --locked --profile dev -p gleaner --bench scale --no-default-features --features demo
+	cargo bench --locked -p gleaner --bench scale --no-default-features --features demo
 
 fuzz: $(tools)/ready
 	deploy/setup/fuzz.sh $(or $(SECONDS),60)

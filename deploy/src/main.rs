@@ -5,8 +5,9 @@
 //! - [`roles`]: `coordinator`, `worker`, `trainer`, `rank`; [`local`]: all of them as one process tree; [`store`]: opens the store,
 //!   [`metered`] counts its requests, [`metrics`] tells of them over HTTP;
 //! - [`client`]: the way to the coordinator; [`dataset`], [`lists`], [`run`], [`model`], [`settings`], [`status`], [`doctor`]: for people;
-//! - `demo`: the whole job, shown on one machine.
+//! - `demo`: the whole job, shown on one machine; [`allocator`]: how a worker's process uses memory.
 
+mod allocator;
 mod cli;
 mod client;
 mod dataset;
@@ -38,6 +39,9 @@ fn main() -> ExitCode {
     let matches = cli::Cli::command().get_matches();
     let cli = cli::Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     let name = name(&matches);
+    if matches.subcommand_name() == Some("worker") {
+        allocator::give_buffers_back();
+    }
     rustls::crypto::ring::default_provider().install_default().expect("nobody has installed one before");
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,

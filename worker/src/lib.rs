@@ -51,8 +51,8 @@ use net::AddressRules;
 pub use placeholder::PLACEHOLDERS_KEY;
 use validate::DecodePool;
 
-/// Shards whose last URLs are still on their way while the next ones are fetched.
-const TAILS: usize = 8;
+/// Shards whose last URLs are still on their way while the next ones are fetched; each holds parts of its tars in memory.
+const TAILS: usize = 4;
 /// At the end of the process a lease may have been granted whose answer is still on its way.
 const LAST_ANSWER_TIMEOUT: Duration = Duration::from_millis(250);
 /// For attempts to take back their files and leases at the end of the process.
@@ -80,7 +80,7 @@ pub struct Config {
     pub decode_threads: Option<NonZero<u16>>,
 
     /// Memory for large bodies that are being fetched, in MiB; 256 KiB of each body are free.
-    #[arg(long, env = "GLEANER_BODY_MEMORY", default_value = "64", value_name = "MIB")]
+    #[arg(long, env = "GLEANER_BODY_MEMORY", default_value = "24", value_name = "MIB")]
     pub body_memory: NonZero<u32>,
 
     /// Also reach the addresses of this net (CIDR), such as 127.0.0.0/8; may be repeated. Private, loopback, link-local and
