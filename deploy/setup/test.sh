@@ -71,3 +71,4 @@ stage build cargo nextest run --locked --workspace --no-run
 stage tests cargo nextest run --locked --workspace --profile "$profile"
 stage doctests doctests
 [[ -z ${CI:-} ]] || stage nccl deploy/setup/nccl.sh
+[[ -z ${CI:-} ]] || stage image env PROFILE=dev deploy/images.sh gleaner
