@@ -338,16 +338,22 @@ impl Flight {
                 self.end(Ending::Answered, |hosts, now| hosts.push(now, &host, ticket, job));
             }
             Some(Err(failure)) => {
+                // A URL that fails once more says nothing new of its host: what is tried again are the few that fail, when all others
+                // are through.
+                let ending = match failure.ending {
+                    Ending::Failed if job.failed.is_some() => Ending::Unknown,
+                    ending => ending,
+                };
                 let trace = std::mem::take(&mut job.journey.trace);
                 match job.journey.try_again(&failure, &batch.limits, random()) {
                     Some(pause) => {
                         job.failed = Some((failure.rejection, trace));
                         let (host, ticket) = (job.journey.host(), job.ticket);
-                        self.end(failure.ending, |hosts, now| hosts.push_later(now, pause, &host, ticket, job));
+                        self.end(ending, |hosts, now| hosts.push_later(now, pause, &host, ticket, job));
                     }
                     None => {
                         job.journey.trace = trace;
-                        self.end(failure.ending, |_, _| {});
+                        self.end(ending, |_, _| {});
                         job.land(Err(failure.rejection));
                     }
                 }
