@@ -69,25 +69,57 @@ fn of_rgb(rgb: &[u8]) -> Moments {
     moments
 }
 
+/// What chroma adds to one colour along a row: as bytes to add and to subtract, which saturate as colours do, and of which a vector holds
+/// twice as many as of signed numbers.
+#[derive(Debug, Clone, Default)]
+struct Shift {
+    more: Vec<u8>,
+    less: Vec<u8>,
+}
+
+impl Shift {
+    /// Of a row of chroma, by what each pair of its values adds.
+    fn set(&mut self, blue: &[u8], red: &[u8], added: impl Fn(i16, i16) -> i16) {
+        let chroma = |value: u8| i16::from(value) - i16::from(GREY);
+        for (((&blue, &red), more), less) in blue.iter().zip(red).zip(&mut self.more).zip(&mut self.less) {
+            let added = added(chroma(blue), chroma(red));
+            (*more, *less) = (added.max(0) as u8, (-added).max(0) as u8);
+        }
+    }
+
+    /// Twice as long, each value twice.
+    fn widen_to(&self, wide: &mut Self) {
+        for (narrow, wide) in [(&self.more, &mut wide.more), (&self.less, &mut wide.less)] {
+            for (&value, two) in narrow.iter().zip(wide.as_chunks_mut::<2>().0) {
+                *two = [value; 2];
+            }
+        }
+    }
+}
+
+/// `chroma` times `factor` 65,536ths, rounded: what a vector has an instruction for.
+fn times(chroma: i16, factor: i16) -> i16 {
+    (((i32::from(2 * chroma) * i32::from(factor)) >> 16) as i16 + 1) >> 1
+}
+
 /// Each value of chroma stands for the 2 x 2 pixels that it covers.
 fn of_planes(picture: &Picture<'_>, [luma, blue, red]: [(&[u8], usize); 3]) -> Moments {
     let (width, height) = (picture.width as usize, picture.height as usize);
     let mut moments = Moments { pixels: width as u64 * height as u64, ..Moments::default() };
-    // What the chroma of two rows adds to the red, green and blue of each pixel.
-    let mut shifts = [0; 3].map(|_| vec![0i16; luma.1]);
+    let shifts = |width: usize| [0; 3].map(|_| Shift { more: vec![0; width], less: vec![0; width] });
+    let (mut narrow, mut wide) = (shifts(blue.1), shifts(luma.1));
     for (y, luma) in luma.0.chunks_exact(luma.1).take(height).enumerate() {
         if y % 2 == 0 {
             let at = y / 2 * blue.1..(y / 2 + 1) * blue.1;
-            for (x, (&blue, &red)) in blue.0[at.clone()].iter().zip(&red.0[at]).enumerate() {
-                let (blue, red) = (usize::from(blue), usize::from(red));
-                let added = [CHROMA[3][red], CHROMA[1][blue] + CHROMA[2][red], CHROMA[0][blue]];
-                for (shift, colour) in shifts.iter_mut().zip(added) {
-                    shift[2 * x..2 * x + 2].fill(colour);
-                }
-            }
+            let (blue, red) = (&blue.0[at.clone()], &red.0[at]);
+            // JFIF 1.02: 1.402 of red chroma; -0.344136 of blue and -0.714136 of red; 1.772 of blue.
+            narrow[0].set(blue, red, |_, red| red + times(red, 26_345));
+            narrow[1].set(blue, red, |blue, red| times(blue, -22_554) + times(red, 18_734) - red);
+            narrow[2].set(blue, red, |blue, _| 2 * blue + times(blue, -14_942));
+            narrow.iter().zip(&mut wide).for_each(|(narrow, wide)| narrow.widen_to(wide));
         }
-        for (channel, shift) in shifts.iter().enumerate() {
-            let (sum, squares) = of_row(&luma[..width], &shift[..width]);
+        for (channel, shift) in wide.iter().enumerate() {
+            let (sum, squares) = of_row(&luma[..width], &shift.more[..width], &shift.less[..width]);
             moments.sum[channel] += sum;
             moments.sum_of_squares[channel] += squares;
         }
@@ -96,42 +128,28 @@ fn of_planes(picture: &Picture<'_>, [luma, blue, red]: [(&[u8], usize); 3]) -> M
 }
 
 /// Of luma with what chroma adds to it, which is within a byte's limits.
-fn of_row(luma: &[u8], shift: &[i16]) -> (u64, u64) {
+fn of_row(luma: &[u8], more: &[u8], less: &[u8]) -> (u64, u64) {
     const LANES: usize = 16;
+    const PART: usize = LANES * ROUNDS;
     let (mut sum, mut squares) = (0, 0);
-    let value = |luma: u8, shift: i16| i16::from(luma).wrapping_add(shift).clamp(0, 255) as u16;
-    for (luma, shift) in luma.chunks(LANES * ROUNDS).zip(shift.chunks(LANES * ROUNDS)) {
+    let value = |luma: u8, more: u8, less: u8| u16::from(luma.saturating_add(more).saturating_sub(less));
+    for ((luma, more), less) in luma.chunks(PART).zip(more.chunks(PART)).zip(less.chunks(PART)) {
         let mut lanes = Lanes::<LANES>::NONE;
-        let ((luma, last), (shift, last_shift)) = (luma.as_chunks::<LANES>(), shift.as_chunks::<LANES>());
-        for (luma, shift) in luma.iter().zip(shift) {
-            lanes.add(|lane| value(luma[lane], shift[lane]));
+        let (luma, last_luma) = luma.as_chunks::<LANES>();
+        let (more, last_more) = more.as_chunks::<LANES>();
+        let (less, last_less) = less.as_chunks::<LANES>();
+        for ((luma, more), less) in luma.iter().zip(more).zip(less) {
+            lanes.add(|lane| value(luma[lane], more[lane], less[lane]));
         }
         sum += lanes.sum.iter().map(|&sum| u64::from(sum)).sum::<u64>();
         squares += lanes.squares.iter().map(|&squares| u64::from(squares)).sum::<u64>();
-        for (&luma, &shift) in last.iter().zip(last_shift) {
-            let value = u64::from(value(luma, shift));
+        for ((&luma, &more), &less) in last_luma.iter().zip(last_more).zip(last_less) {
+            let value = u64::from(value(luma, more, less));
             (sum, squares) = (sum + value, squares + value * value);
         }
     }
     (sum, squares)
 }
-
-/// By a byte of chroma: what blue chroma adds to blue and to green, and red chroma to green and to red (JFIF 1.02, rounded).
-static CHROMA: [[i16; 256]; 4] = {
-    // 1.772, 0.344136, 0.714136 and 1.402 in 65,536ths.
-    let factors = [116_130, -22_554, -46_802, 91_881];
-    let mut table = [[0; 256]; 4];
-    let mut row = 0;
-    while row < 4 {
-        let mut chroma = 0;
-        while chroma < 256 {
-            table[row][chroma] = ((factors[row] * (chroma as i32 - GREY as i32) + 32_768) >> 16) as i16;
-            chroma += 1;
-        }
-        row += 1;
-    }
-    table
-};
 
 /// Hashes pictures, for one thread.
 #[derive(Debug)]
@@ -232,6 +250,16 @@ mod tests {
         assert_eq!(moments(&rgb(&image)), wanted);
         let white = RgbImage::from_pixel(257, 193, image::Rgb([255; 3]));
         assert_eq!(moments(&rgb(&white)).sum_of_squares, [255 * 255 * 257 * 193; 3]);
+    }
+
+    #[test]
+    fn chroma_is_multiplied_as_with_all_digits() {
+        for chroma in -128..128 {
+            for factor in [26_345, -22_554, 18_734, -14_942] {
+                let wanted = (f64::from(chroma) * f64::from(factor) / 65_536.0 + 0.5).floor();
+                assert_eq!(f64::from(times(chroma, factor)), wanted, "{chroma} x {factor}");
+            }
+        }
     }
 
     #[test]
