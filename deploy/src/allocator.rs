@@ -11,7 +11,7 @@ pub(crate) fn give_buffers_back() {
     const OPTIONS: [(libc::c_int, libc::c_int); 3] = [
         (libc::M_MMAP_THRESHOLD, 128 << 10),
         // Of what lies free at the end of the heap; small buffers come and go there all the time.
-        (libc::M_TRIM_THRESHOLD, 16 << 20),
+        (libc::M_TRIM_THRESHOLD, 4 << 20),
         (libc::M_ARENA_MAX, 2),
     ];
     for (option, value) in OPTIONS {
