@@ -26,17 +26,20 @@ fn opt_outs_count_if_they_are_said_to_all_or_to_us() {
 }
 
 /// With a budget of 1 MiB.
-fn fetcher() -> Fetcher {
-    let _ = rustls::crypto::ring::default_provider().install_default();
-    Fetcher::new(FetchConfig {
+fn config() -> FetchConfig {
+    FetchConfig {
         rules: AddressRules::default(),
         name_servers: Vec::new(),
         user_agent: "Gleaner/test".into(),
         honour_opt_outs: true,
         authorities: Vec::new(),
         body_budget: 1 << 20,
-    })
-    .expect("a client")
+    }
+}
+
+fn fetcher() -> Fetcher {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    Fetcher::new(config()).expect("a client")
 }
 
 #[tokio::test]
@@ -231,4 +234,69 @@ fn http_and_https_share_a_host_and_so_does_the_rooted_name() {
         assert_eq!(Journey::new(same).expect("a URL").host(), "a.example", "{same}");
     }
     assert_eq!(Journey::new("http://[::1]:8080/").expect("a URL").host(), "[::1]:8080");
+}
+
+/// A server that speaks HTTP/2 alone and answers each request with as many bytes as its path says, its certificate, and the connections
+/// that it has taken.
+async fn http2() -> (std::net::SocketAddr, Certificate, Arc<AtomicUsize>) {
+    let own = rcgen::generate_simple_self_signed(vec!["127.0.0.1".to_owned()]).expect("a certificate");
+    let authority = Certificate::from_pem(own.cert.pem().as_bytes()).expect("PEM");
+    let key = rustls::pki_types::PrivateKeyDer::try_from(own.signing_key.serialize_der()).expect("a key");
+    let mut tls = rustls::ServerConfig::builder()
+        .with_no_client_auth()
+        .with_single_cert(vec![own.cert.der().clone()], key)
+        .expect("they fit");
+    tls.alpn_protocols = vec![b"h2".to_vec()];
+    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(tls));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("loopback");
+    let address = listener.local_addr().expect("it is bound");
+    let connections = Arc::new(AtomicUsize::new(0));
+    let taken = Arc::clone(&connections);
+    tokio::spawn(async move {
+        while let Ok((socket, _)) = listener.accept().await {
+            taken.fetch_add(1, Ordering::Relaxed);
+            let acceptor = acceptor.clone();
+            tokio::spawn(async move {
+                let session = acceptor.accept(socket).await.expect("a handshake");
+                let mut connection = h2::server::handshake(session).await.expect("HTTP/2");
+                while let Some(Ok((request, mut answer))) = connection.accept().await {
+                    let length: usize = request.uri().path()[1..].parse().expect("a length");
+                    let head = http::Response::builder().header("content-length", length).body(()).expect("a head");
+                    let mut body = answer.send_response(head, false).expect("the stream is open");
+                    // It goes out as the other side's windows allow.
+                    body.send_data(vec![7; length].into(), true).expect("the stream is open");
+                }
+            });
+        }
+    });
+    (address, authority, connections)
+}
+
+#[tokio::test]
+async fn bodies_that_wait_for_memory_hold_up_no_others_of_their_http2_connection() {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let (address, authority, connections) = http2().await;
+    let rules = AddressRules { allowed: vec!["127.0.0.0/8".parse().expect("a net")] };
+    let config = FetchConfig { rules, authorities: vec![authority], ..config() };
+    let fetcher = Fetcher::new(config).expect("a client");
+    let limits = Limits { timeout_seconds: 30.0, ..Limits::default() };
+    let fetch = async |length: usize| {
+        let mut journey = Journey::new(&format!("https://{address}/{length}")).expect("a URL");
+        match fetcher.fetch(&mut journey, &limits).await.expect("it answers") {
+            Step::Body(body) if body.bytes.len() == length => body,
+            step => panic!("{length} bytes were asked for: {step:?}"),
+        }
+    };
+    let whole_budget = fetch(8 << 20).await;
+    // Each gives its share back as soon as it is whole.
+    let waiting = futures::future::join_all((0..40).map(async |_| drop(fetch(1 << 20).await)));
+    let others = async {
+        // By now those wait, with all that the connection lets them send unread.
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let small = futures::future::join_all((0..40).map(|_| fetch(100_000)));
+        timeout(Duration::from_secs(10), small).await.expect("they do not wait for those that wait");
+        drop(whole_budget);
+    };
+    tokio::join!(waiting, others);
+    assert_eq!(connections.load(Ordering::Relaxed), 1);
 }
