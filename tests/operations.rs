@@ -177,6 +177,9 @@ fn every_role_tells_what_it_does_and_whether_it_is_ready() {
     cluster.eventually("an ended run's labels are gone", |_| !read(coordinator).contains("run=\"short\""));
     let text = read(trainer);
     assert_eq!((of(&text, "gleaner_trainer_devices"), of(&text, "gleaner_trainer_ranks_started_total")), (1.0, 1.0));
+    let parts = text.lines().filter(|line| line.starts_with("gleaner_store_bytes_total{direction=\"read\"}"));
+    let read_by_ranks: f64 = parts.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum();
+    assert!(read_by_ranks > 60.0 * 500.0, "an agent counts what its ranks read: {read_by_ranks}");
 
     cluster.kill("coordinator");
     for address in [worker, trainer] {

@@ -1,8 +1,8 @@
-//! The store, with its requests counted.
+//! The store, with its requests counted; a trainer's with those of its ranks, which tell it of them.
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -17,6 +17,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
+use proto::pb::{StoreUse, store_use};
 
 type Requests = Family<[(&'static str, &'static str); 2], Counter>;
 type Bytecounts = Family<[(&'static str, &'static str); 1], Counter>;
@@ -27,6 +28,31 @@ static BYTES: LazyLock<Bytecounts> = LazyLock::new(Family::default);
 // 1 ms to 16 s
 static SECONDS: LazyLock<Seconds> =
     LazyLock::new(|| Family::new_with_constructor(|| Histogram::new(exponential_buckets(0.001, 2.0, 15))));
+
+/// What was not yet told to another process.
+static UNTOLD: Mutex<StoreUse> = Mutex::new(StoreUse { requests: Vec::new(), bytes_read: 0, bytes_written: 0 });
+
+const READ: &str = "read";
+const WRITTEN: &str = "written";
+/// Of operations and results, as labels.
+#[cfg(feature = "trainer")]
+const NAMES: [&str; 15] = [
+    "put",
+    "create_upload",
+    "put_part",
+    "complete_upload",
+    "abort_upload",
+    "get",
+    "head",
+    "delete",
+    "list",
+    "copy",
+    "rename",
+    "ok",
+    "not_found",
+    "exists",
+    "error",
+];
 
 /// Adds the store's metrics to those of the process.
 pub(crate) fn register(registry: &mut Registry) {
@@ -43,13 +69,48 @@ fn count<T>(operation: &'static str, since: Instant, result: Result<T>) -> Resul
         Err(Error::AlreadyExists { .. } | Error::Precondition { .. }) => "exists",
         Err(_) => "error",
     };
-    REQUESTS.get_or_create(&[("operation", operation), ("result", how)]).inc();
+    asked(operation, how, 1);
     SECONDS.get_or_create(&[("operation", operation)]).observe(since.elapsed().as_secs_f64());
     result
 }
 
+fn asked(operation: &'static str, result: &'static str, count: u64) {
+    REQUESTS.get_or_create(&[("operation", operation), ("result", result)]).inc_by(count);
+    let mut untold = UNTOLD.lock().unwrap_or_else(PoisonError::into_inner);
+    match untold.requests.iter_mut().find(|known| (&*known.operation, &*known.result) == (operation, result)) {
+        Some(known) => known.count += count,
+        None => {
+            let (operation, result) = (operation.to_owned(), result.to_owned());
+            untold.requests.push(store_use::Requests { operation, result, count });
+        }
+    }
+}
+
 fn moved(direction: &'static str, bytes: u64) {
     BYTES.get_or_create(&[("direction", direction)]).inc_by(bytes);
+    let mut untold = UNTOLD.lock().unwrap_or_else(PoisonError::into_inner);
+    match direction {
+        READ => untold.bytes_read += bytes,
+        _ => untold.bytes_written += bytes,
+    }
+}
+
+/// What was asked of the store since this was last called; None if nothing was.
+#[cfg(feature = "trainer")]
+pub(crate) fn take() -> Option<StoreUse> {
+    let untold = std::mem::take(&mut *UNTOLD.lock().unwrap_or_else(PoisonError::into_inner));
+    (!untold.requests.is_empty()).then_some(untold)
+}
+
+/// Adds what another process has asked of the store to what this one has.
+#[cfg(feature = "trainer")]
+pub(crate) fn add(used: &StoreUse) {
+    let known = |name: &str| NAMES.into_iter().find(|known| *known == name).unwrap_or("other");
+    for store_use::Requests { operation, result, count } in &used.requests {
+        asked(known(operation), known(result), *count);
+    }
+    moved(READ, used.bytes_read);
+    moved(WRITTEN, used.bytes_written);
 }
 
 /// A store whose requests are counted. Listings and removals count once each, however many pages they take.
@@ -67,7 +128,7 @@ impl ObjectStore for Metered {
     async fn put_opts(&self, location: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
         let (since, bytes) = (Instant::now(), payload.content_length() as u64);
         let result = count("put", since, self.0.put_opts(location, payload, options).await);
-        moved("written", if result.is_ok() { bytes } else { 0 });
+        moved(WRITTEN, if result.is_ok() { bytes } else { 0 });
         result
     }
 
@@ -85,13 +146,13 @@ impl ObjectStore for Metered {
         let (since, head) = (Instant::now(), options.head);
         let operation = if head { "head" } else { "get" };
         let result = count(operation, since, self.0.get_opts(location, options).await)?;
-        moved("read", if head { 0 } else { result.range.end - result.range.start });
+        moved(READ, if head { 0 } else { result.range.end - result.range.start });
         Ok(result)
     }
 
     async fn get_ranges(&self, location: &Path, ranges: &[Range<u64>]) -> Result<Vec<Bytes>> {
         let result = count("get", Instant::now(), self.0.get_ranges(location, ranges).await)?;
-        moved("read", result.iter().map(|bytes| bytes.len() as u64).sum());
+        moved(READ, result.iter().map(|bytes| bytes.len() as u64).sum());
         Ok(result)
     }
 
@@ -128,14 +189,11 @@ fn tallied<T: 'static>(
     operation: &'static str,
     results: BoxStream<'static, Result<T>>,
 ) -> BoxStream<'static, Result<T>> {
-    let tally = move |how| {
-        REQUESTS.get_or_create(&[("operation", operation), ("result", how)]).inc();
-    };
-    tally("ok");
+    asked(operation, "ok", 1);
     results
         .inspect(move |result| {
             if result.is_err() {
-                tally("error")
+                asked(operation, "error", 1);
             }
         })
         .boxed()
@@ -152,7 +210,7 @@ impl MultipartUpload for MeteredUpload {
         let part = self.0.put_part(data);
         Box::pin(async move {
             let result = count("put_part", since, part.await);
-            moved("written", if result.is_ok() { bytes } else { 0 });
+            moved(WRITTEN, if result.is_ok() { bytes } else { 0 });
             result
         })
     }

@@ -11,6 +11,8 @@ use tracing::info;
 
 use crate::client;
 use crate::exit::Ended;
+#[cfg(feature = "trainer")]
+use crate::metered;
 use crate::metrics::{self, MetricsArgs, Told};
 use crate::store::{self, StoreArgs};
 #[cfg(feature = "trainer")]
@@ -112,14 +114,14 @@ pub(crate) async fn trainer(mut args: TrainerArgs, telemetry: &TelemetryArgs) ->
     rank_command.extend(["rank", "--store", &args.store.store].map(Into::into));
     rank_command.extend(telemetry.for_child().into_iter().map(Into::into));
     let grace = GRACE + Duration::from_secs(args.config.leave_seconds.into());
-    until_told(args.end, grace, |shutdown| trainer::run(args.config, store, rank_command, shutdown)).await
+    until_told(args.end, grace, |shutdown| trainer::run(args.config, store, rank_command, metered::add, shutdown)).await
 }
 
 /// Runs one rank until its agent ends it.
 #[cfg(feature = "trainer")]
 pub(crate) async fn rank(args: RankArgs, spans: Spans) -> Result<()> {
-    let store = store::open(&args.store.store)?;
-    trainer::run_rank(store, move || spans.flush()).await
+    let store = store::open_metered(&args.store.store)?;
+    trainer::run_rank(store, metered::take, move || spans.flush()).await
 }
 
 /// Binds the socket that `flag` names, or says who may be in the way.

@@ -35,6 +35,8 @@ struct Agent {
     interface: Option<String>,
     cache: CacheConfig,
     rank_command: Vec<OsString>,
+    /// Hears what ranks have asked of the object store.
+    used: fn(&pb::StoreUse),
     slots: Vec<Slot>,
     heard: mpsc::Sender<Heard>,
     processes: u64,
@@ -85,6 +87,7 @@ pub(crate) async fn run(
     config: Config,
     store: Arc<dyn ObjectStore>,
     rank_command: Vec<OsString>,
+    used: fn(&pb::StoreUse),
     shutdown: CancellationToken,
 ) -> Result<()> {
     let endpoint = link::endpoint(&config.coordinator)?;
@@ -103,6 +106,7 @@ pub(crate) async fn run(
         interface,
         cache: config.cache,
         rank_command,
+        used,
         slots: devices.into_iter().map(|device| Slot { device, seat: None }).collect(),
         heard,
         processes: 0,
@@ -351,11 +355,12 @@ impl Agent {
         match what {
             What::Message(message) => {
                 seat.heard = Instant::now();
-                let sign_of_life = message.run.is_empty();
+                let for_the_agent = message.run.is_empty();
                 match &message.message {
                     Some(rank_message::Message::Joined(joined)) => seat.alive.step = joined.step,
                     Some(rank_message::Message::Stepped(stepped)) => seat.alive.step = stepped.step,
                     Some(rank_message::Message::Alive(alive)) => seat.alive = *alive,
+                    Some(rank_message::Message::StoreUse(used)) => (self.used)(used),
                     Some(rank_message::Message::Left(left)) if message.generation == seat.generation => {
                         (seat.joined, seat.alive.step) = (false, left.step);
                         seat.left(left.why(), &left.detail);
@@ -368,7 +373,7 @@ impl Agent {
                     self.slots[device as usize].seat = None;
                     self.gone(&run, generation);
                 }
-                if !sign_of_life {
+                if !for_the_agent {
                     self.report(pb::RankMessage { device, ..message });
                 }
             }

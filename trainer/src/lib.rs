@@ -102,7 +102,7 @@ pub struct CacheConfig {
 }
 
 /// Runs a trainer agent until `shutdown`. `rank_command` starts a rank process: a program that calls [`run_rank`] on the same store, with
-/// stdin and stdout left to it.
+/// stdin and stdout left to it. `used` hears what the ranks have asked of the store.
 ///
 /// # Errors
 /// If the settings cannot be meant so. Whatever fails later is tried again, or told to the coordinator.
@@ -110,7 +110,8 @@ pub async fn run(
     config: Config,
     store: Arc<dyn ObjectStore>,
     rank_command: Vec<OsString>,
+    used: fn(&proto::pb::StoreUse),
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
-    agent::run(config, store, rank_command, shutdown).await
+    agent::run(config, store, rank_command, used, shutdown).await
 }

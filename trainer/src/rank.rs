@@ -27,12 +27,16 @@ use crate::train::{Ending, Failure, generation};
 const SIGN_OF_LIFE: Duration = Duration::from_millis(250);
 
 /// Runs one rank until its agent closes its stdin. On SIGTERM it leaves its generation after the step, with a checkpoint, and ends.
-/// `flush` is called when it has left a generation in order and may be killed soon, to export the generation's span; nobody waits for the
-/// rank then, as long as it takes no more than a moment.
+/// `used` gives what was asked of the store since it was last called, for the agent. `flush` is called when the rank has left a generation
+/// in order and may be killed soon, to export the generation's span; nobody waits for it then, as long as it takes no more than a moment.
 ///
 /// # Errors
 /// If the agent says nothing, or something that is no order.
-pub async fn run_rank(store: Arc<dyn ObjectStore>, flush: impl Fn() + Send + 'static) -> Result<()> {
+pub async fn run_rank(
+    store: Arc<dyn ObjectStore>,
+    used: fn() -> Option<pb::StoreUse>,
+    flush: impl Fn() + Send + 'static,
+) -> Result<()> {
     // A rank of which any thread is gone would keep the others waiting; a rank that is gone is replaced.
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
@@ -69,7 +73,7 @@ pub async fn run_rank(store: Arc<dyn ObjectStore>, flush: impl Fn() + Send + 'st
     let (done, ended) = tokio::sync::oneshot::channel();
     let beating = pulse.clone();
     spawn("reports", move || {
-        write_reports(&to_write, &beating);
+        write_reports(&to_write, &beating, used);
         let _ = done.send(());
     })?;
     // Its end ends the reports, when all are written.
@@ -114,20 +118,25 @@ fn read_orders(
     Ok(())
 }
 
-/// Writes reports as they come, and signs of life between them, until there are no more.
-fn write_reports(reports: &Receiver<pb::RankMessage>, pulse: &Pulse) {
+/// Writes reports as they come, and between them signs of life and what was asked of the store, until there are no more.
+fn write_reports(reports: &Receiver<pb::RankMessage>, pulse: &Pulse, used: fn() -> Option<pb::StoreUse>) {
     let mut stdout = std::io::stdout().lock();
+    let mut write = |message: pb::RankMessage| ipc::write(&mut stdout, &message.encode_to_vec());
+    let to_agent = |message| pb::RankMessage { message: Some(message), ..Default::default() };
     let mut due = Instant::now();
     loop {
-        let message = match reports.recv_timeout(due.saturating_duration_since(Instant::now())) {
-            Ok(message) => message,
-            Err(RecvTimeoutError::Timeout) => {
+        let report = reports.recv_timeout(due.saturating_duration_since(Instant::now()));
+        let over = matches!(report, Err(RecvTimeoutError::Disconnected));
+        let written = match report {
+            Ok(message) => write(message),
+            Err(_) => {
                 due = Instant::now() + SIGN_OF_LIFE;
-                pb::RankMessage { message: Some(rank_message::Message::Alive(pulse.alive())), ..Default::default() }
+                let used = used().map(rank_message::Message::StoreUse);
+                let alive = rank_message::Message::Alive(pulse.alive());
+                used.into_iter().chain([alive]).try_for_each(|message| write(to_agent(message)))
             }
-            Err(RecvTimeoutError::Disconnected) => return,
         };
-        if ipc::write(&mut stdout, &message.encode_to_vec()).is_err() {
+        if written.is_err() || over {
             return;
         }
     }
