@@ -123,7 +123,7 @@ impl Drop for Store {
 pub(crate) struct Member {
     /// This rank's number, from 0.
     pub rank: usize,
-    /// How many ranks there are. One alone goes the same way as many.
+    /// How many ranks there are. One alone goes the same way as many, but that its gradients need no averaging.
     pub world: usize,
     /// The address of this machine at which its peers reach it.
     pub address: String,
@@ -339,7 +339,7 @@ impl Reducer {
     /// For these parameters, which must be the same ones in the same order on all ranks; `bucket_bytes` of gradients travel together
     /// (PyTorch: 25 MiB), as smaller numbers if `compress` says so.
     ///
-    /// The buckets take their final form, in the order in which gradients become ready, before the second backward.
+    /// The buckets take their final form, in the order in which gradients become ready, before the second backward. A rank alone has none.
     pub(crate) fn new(
         group: &Group,
         parameters: &[Tensor],
