@@ -14,6 +14,7 @@ mod fetch;
 mod frame;
 mod hosts;
 mod jpeg;
+mod lanczos;
 mod lease;
 mod measure;
 pub mod metrics;

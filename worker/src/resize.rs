@@ -4,10 +4,8 @@
 //! and its planes cover the same area) and saves what else is most of the work beside decoding: raising chroma to full size,
 //! the way to RGB, scaling twice as many values, and all the way back to be encoded.
 
-use fast_image_resize::images::{Image, ImageRef};
-use fast_image_resize::{Filter, FilterType, PixelType, ResizeAlg, ResizeError, ResizeOptions, Resizer};
-
 use crate::frame::Frame;
+use crate::lanczos::{Grid, Scaler, Span};
 
 /// Buffers above this many bytes are given back after use: one huge picture must not stay in memory for ever.
 pub(crate) const KEPT_BUFFER: usize = 16 << 20;
@@ -76,6 +74,11 @@ impl Plane {
     fn of<'a>(&self, values: &'a [u8]) -> &'a [u8] {
         &values[self.start..self.start + self.length()]
     }
+
+    fn grid<'a>(&self, values: &'a [u8]) -> Grid<'a> {
+        let (width, height, channels) = (self.width as usize, self.height as usize, self.channels as usize);
+        Grid { values: self.of(values), width, height, channels }
+    }
 }
 
 /// A decoded image, not yet turned upright.
@@ -134,7 +137,7 @@ impl<'a> Picture<'a> {
 /// Resizes for one thread, with its buffers.
 #[derive(Debug, Default)]
 pub(crate) struct Shrinker {
-    resizer: Resizer,
+    scaler: Scaler,
     stored: Vec<u8>,
     scaled: Vec<u8>,
     turned: Vec<u8>,
@@ -143,7 +146,7 @@ pub(crate) struct Shrinker {
 impl Shrinker {
     /// `pixels` as `frame` has them stored: RGB stays RGB, all else becomes [`Layout::HALVED`], for which the frame's sides must
     /// be even. Valid until the next call.
-    pub(crate) fn shrink(&mut self, pixels: &Pixels, frame: &Frame) -> Result<Picture<'_>, ResizeError> {
+    pub(crate) fn shrink(&mut self, pixels: &Pixels, frame: &Frame) -> Picture<'_> {
         let layout = if pixels.layout == Layout::Rgb { Layout::Rgb } else { Layout::HALVED };
         let (width, height) = frame.stored();
         let (from, _) = pixels.layout.planes(pixels.size);
@@ -159,19 +162,18 @@ impl Shrinker {
                     let (wide, high) = (frame.width / to.across, frame.height / to.down);
                     let upright = Frame { width: wide, height: high, ..*frame };
                     let as_it_lies = if lies { upright.turned() } else { upright };
-                    let crop = crop(from, pixels.size, as_it_lies.kept);
-                    let source = from.of(&pixels.buffer);
+                    let (across, down) = spans(from, pixels.size, &as_it_lies);
+                    let source = from.grid(&pixels.buffer);
                     let direct = pixels.orientation <= 1 && (wide, high) == (to.width, to.height);
                     let target = &mut self.stored[to.start..to.start + to.length()];
-                    let scaled_size = (as_it_lies.width, as_it_lies.height);
                     if direct {
-                        scale(&mut self.resizer, source, from, crop, target, scaled_size)?;
+                        self.scaler.scale(source, across, down, target);
                         continue;
                     }
                     let channels = to.channels as usize;
                     let length = wide as usize * high as usize * channels;
                     self.scaled.resize(length, 0);
-                    scale(&mut self.resizer, source, from, crop, &mut self.scaled, scaled_size)?;
+                    self.scaler.scale(source, across, down, &mut self.scaled);
                     let mut scaled = &self.scaled;
                     if pixels.orientation > 1 {
                         self.turned.resize(length, 0);
@@ -188,14 +190,11 @@ impl Shrinker {
                 }
             }
         }
-        if self.resizer.size_of_internal_buffers() > KEPT_BUFFER {
-            self.resizer.reset_internal_buffers();
-        }
         for buffer in [&mut self.scaled, &mut self.turned] {
             buffer.clear();
             buffer.shrink_to(KEPT_BUFFER);
         }
-        Ok(Picture { width, height, layout, values: &self.stored })
+        Picture { width, height, layout, values: &self.stored }
     }
 
     /// Gives a large buffer back.
@@ -206,61 +205,15 @@ impl Shrinker {
     }
 }
 
-/// The part of a plane that shows the `kept` share of an image of `size`, around its centre: left, top, width, height.
-fn crop(plane: &Plane, size: (u32, u32), kept: (f64, f64)) -> (f64, f64, f64, f64) {
-    let part = |side: u32, of: u32, kept: f64| {
+/// What of a plane shows the part of an image of `size` that `frame` keeps, around its centre.
+fn spans(plane: &Plane, size: (u32, u32), frame: &Frame) -> (Span, Span) {
+    let span = |side: u32, of: u32, kept: f64, to: u32| {
         // The plane's own last pixel may lie half outside of the image.
         let whole = f64::from(side) / f64::from(of);
-        (whole * (1.0 - kept) / 2.0, whole * kept)
+        Span { start: whole * (1.0 - kept) / 2.0, length: whole * kept, to: to as usize }
     };
-    let (left, width) = part(size.0, plane.across, kept.0);
-    let (top, height) = part(size.1, plane.down, kept.1);
-    (left, top, width, height)
-}
-
-fn scale(
-    resizer: &mut Resizer,
-    source: &[u8],
-    plane: &Plane,
-    (left, top, width, height): (f64, f64, f64, f64),
-    target: &mut [u8],
-    (to_width, to_height): (u32, u32),
-) -> Result<(), ResizeError> {
-    let fits = "buffers are made to fit";
-    let kind = if plane.channels == 3 { PixelType::U8x3 } else { PixelType::U8 };
-    let source = ImageRef::new(plane.width, plane.height, source, kind).expect(fits);
-    let mut target = Image::from_slice_u8(to_width, to_height, target, kind).expect(fits);
-    let lanczos = FilterType::Custom(Filter::new("Lanczos3", lanczos3, 3.0).expect("its support is positive"));
-    let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(lanczos)).crop(left, top, width, height);
-    resizer.resize(&source, &mut target, &options)
-}
-
-/// Lanczos' kernel of three lobes, sinc(x) sinc(x / 3). Weights are worked out for each plane of each picture, thousands at a time, and
-/// two sines of libm for each would be a tenth of all work; here both come from one polynomial, within 1e-10.
-fn lanczos3(x: f64) -> f64 {
-    use std::f64::consts::PI;
-    /// sin(a) / a by powers of a squared, up to the 14th of a: (-1)^k / (2k + 1)!
-    const SINE: [f64; 8] = {
-        let (mut terms, mut k) = ([1.0; 8], 1);
-        while k < 8 {
-            terms[k] = -terms[k - 1] / ((2 * k) * (2 * k + 1)) as f64;
-            k += 1;
-        }
-        terms
-    };
-    let angle = x.abs() * (PI / 3.0);
-    if angle >= PI {
-        return 0.0;
-    }
-    if angle == 0.0 {
-        return 1.0;
-    }
-    let folded = angle.min(PI - angle);
-    let square = folded * folded;
-    let sine = folded * SINE.iter().rev().fold(0.0, |sum, term| sum * square + term);
-    // sin(3a) = 3 sin(a) - 4 sin(a)^3
-    let sinc = sine / angle;
-    sinc * sinc * (1.0 - 4.0 / 3.0 * sine * sine)
+    let across = span(size.0, plane.across, frame.kept.0, frame.width);
+    (across, span(size.1, plane.down, frame.kept.1, frame.height))
 }
 
 /// What is around an image on a larger one.
@@ -338,16 +291,6 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn the_kernel_is_lanczos_of_three_lobes() {
-        use std::f64::consts::PI;
-        let sinc = |x: f64| if x == 0.0 { 1.0 } else { (PI * x).sin() / (PI * x) };
-        for x in (-3500..=3500).map(|i| f64::from(i) / 1000.0).chain([1e-12, -1e-7, 2.999_999_999]) {
-            let wanted = if x.abs() < 3.0 { sinc(x) * sinc(x / 3.0) } else { 0.0 };
-            assert!((lanczos3(x) - wanted).abs() < 1e-10, "{x}: {} is not {wanted}", lanczos3(x));
-        }
-    }
-
-    #[test]
     fn the_centre_is_scaled_as_the_image_crate_scales_it() {
         for (width, height, size) in [(300, 200, 100), (200, 320, 96), (60, 40, 64), (128, 128, 128)] {
             let image = photo(width, height);
@@ -356,7 +299,7 @@ pub(crate) mod tests {
             let wanted = resize(&centre, size, size, Lanczos3);
             let mut shrinker = Shrinker::default();
             let frame = frame(size, ResizeMode::Cover, (width, height));
-            let got = shrinker.shrink(&pixels(&image), &frame).expect("fits").values;
+            let got = shrinker.shrink(&pixels(&image), &frame).values;
             let worst = got.iter().zip(wanted.as_raw()).map(|(a, b)| a.abs_diff(*b)).max();
             // Beyond the crop's edge one filter sees pixels and the other none.
             let inner = |i: usize| {
@@ -394,7 +337,7 @@ pub(crate) mod tests {
                 let frame = frame(60, mode, size);
                 let mut shrinker = Shrinker::default();
                 let source = slope(Layout::Ycc { across, down }, size);
-                let picture = shrinker.shrink(&source, &frame).expect("fits");
+                let picture = shrinker.shrink(&source, &frame);
                 let [(luma, wide), (blue, narrow), _] = picture.planes().expect("planes");
                 // Away from the edges, where the filter has less to see.
                 for x in 8..narrow - 8 {
@@ -410,7 +353,7 @@ pub(crate) mod tests {
     fn a_padded_picture_stands_in_the_middle_of_white() {
         let image = RgbImage::from_pixel(40, 21, Rgb([10, 20, 30]));
         let mut shrinker = Shrinker::default();
-        let picture = shrinker.shrink(&pixels(&image), &frame(40, ResizeMode::Pad, (40, 21))).expect("fits");
+        let picture = shrinker.shrink(&pixels(&image), &frame(40, ResizeMode::Pad, (40, 21)));
         let stored = RgbImage::from_raw(40, 40, picture.values.to_vec()).expect("whole");
         for (x, y, pixel) in stored.enumerate_pixels() {
             let inside = (8..29).contains(&y);
@@ -419,7 +362,7 @@ pub(crate) mod tests {
         // The same by planes: pure colour inside, white around.
         let mut source = Pixels::default();
         source.reset(Layout::HALVED, (40, 22), 1).fill(77);
-        let picture = shrinker.shrink(&source, &frame(40, ResizeMode::Pad, (40, 22))).expect("fits");
+        let picture = shrinker.shrink(&source, &frame(40, ResizeMode::Pad, (40, 22)));
         let [(luma, _), (blue, _), _] = picture.planes().expect("planes");
         assert_eq!([luma[7 * 40], luma[8 * 40], luma[29 * 40], luma[30 * 40]], [255, 77, 77, 255]);
         assert_eq!([blue[3 * 20], blue[4 * 20], blue[14 * 20], blue[15 * 20]], [128, 77, 77, 128]);

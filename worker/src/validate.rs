@@ -165,7 +165,7 @@ impl Validator {
         } else {
             self.decode_other(bytes, rules, verdict)?
         };
-        let picture = self.shrinker.shrink(&self.pixels, &frame).map_err(|_| Rejection::Undecodable)?;
+        let picture = self.shrinker.shrink(&self.pixels, &frame);
         let moments = moments(&picture);
         if is_flat(&without_margins(moments, &frame)) {
             return Err(Rejection::Flat);
