@@ -22,6 +22,7 @@ use url::{Host, Url};
 use crate::dns::{Blocked, GuardedResolver, NameServer, NoSuchName};
 use crate::hosts::Ending;
 use crate::net::AddressRules;
+use crate::validate::{TELLING_BYTES, format_of};
 
 /// What each body may hold before it draws on the budget: most photos of the web are smaller, and wait for nothing.
 const ALLOWANCE: usize = 256 << 10;
@@ -218,6 +219,8 @@ pub(crate) struct Body {
     pub(crate) bytes: Vec<u8>,
     /// How many bytes it may hold.
     room: usize,
+    /// Whether its first bytes were looked at.
+    known: bool,
     share: Option<OwnedSemaphorePermit>,
     overflow: Option<OwnedSemaphorePermit>,
     /// When its pace was last looked at, and how many bytes had come by then.
@@ -226,7 +229,15 @@ pub(crate) struct Body {
 
 impl Body {
     fn new() -> Self {
-        Self { bytes: Vec::new(), room: ALLOWANCE, share: None, overflow: None, paced: (Instant::now(), 0) }
+        let paced = (Instant::now(), 0);
+        Self { bytes: Vec::new(), room: ALLOWANCE, known: false, share: None, overflow: None, paced }
+    }
+
+    /// Whether it is large and no picture: films and archives need not be read to their end.
+    fn is_in_vain(&mut self) -> bool {
+        let look = !self.known && self.room > ALLOWANCE && self.bytes.len() >= TELLING_BYTES;
+        self.known |= look;
+        look && format_of(&self.bytes).is_none()
     }
 
     /// Whether it came below [`PACE`] since that was last looked at, if that is long enough ago.
@@ -404,6 +415,9 @@ impl Fetcher {
                 self.grow(&mut body, max, limits, &mut deadline).await?;
             }
             body.bytes.extend_from_slice(&chunk);
+            if !packed && body.is_in_vain() {
+                return Err(Failure::of_url(Rejection::NotAnImage));
+            }
             if body.dawdles() && self.waiting.load(Ordering::Relaxed) > 0 {
                 return Err(Failure { again: Again::Never, ..Failure::of_host(Rejection::Timeout) });
             }
@@ -428,11 +442,13 @@ impl Fetcher {
         let bytes = Bytes::from(std::mem::take(&mut packed.bytes));
         let mut room = ALLOWANCE;
         let unpacked = loop {
-            let (bytes, limit) = (bytes.clone(), room);
-            let unpacked = tokio::task::spawn_blocking(move || gunzip(&bytes, limit)).await;
+            let (packed_bytes, limit) = (bytes.clone(), room);
+            let unpacked = tokio::task::spawn_blocking(move || gunzip(&packed_bytes, limit)).await;
             match unpacked.unwrap_or(Err(Rejection::Protocol)) {
                 // Larger ones one at a time.
                 Err(Rejection::TooLarge) if room < max => {
+                    let start = gunzip_start(&bytes).map_err(Failure::of_url)?;
+                    format_of(&start).ok_or(Failure::of_url(Rejection::NotAnImage))?;
                     room = max;
                     if packed.overflow.is_none() {
                         let permit = Arc::clone(&self.overflow).acquire_owned();
@@ -494,6 +510,13 @@ fn units(bytes: usize) -> u32 {
 fn is_gzip(coding: &[u8]) -> bool {
     let coding = coding.trim_ascii();
     coding.eq_ignore_ascii_case(b"gzip") || coding.eq_ignore_ascii_case(b"x-gzip")
+}
+
+/// The first bytes of what is packed, by which its format is known.
+fn gunzip_start(packed: &[u8]) -> Result<[u8; TELLING_BYTES], Rejection> {
+    let mut start = [0; TELLING_BYTES];
+    MultiGzDecoder::new(packed).read_exact(&mut start).map_err(|_| Rejection::Protocol)?;
+    Ok(start)
 }
 
 /// Unpacks to at most `max` bytes.

@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use anyhow::Context;
 use bytes::Bytes;
+use image::ImageFormat as Format;
 use image::{DynamicImage, ExtendedColorType, ImageDecoder, ImageEncoder, ImageError, ImageReader};
 use proto::shard::Moments;
 use proto::{ImageFormat, Limits, Reencode, Rejection, Resize};
@@ -148,7 +149,8 @@ impl Validator {
             return Err(Rejection::TooLarge);
         }
         let mut as_it_came = false;
-        let frame = if bytes.starts_with(&[0xff, 0xd8, 0xff]) {
+        let format = format_of(bytes).ok_or(Rejection::NotAnImage)?;
+        let frame = if format == Format::Jpeg {
             let header = self.codec.header(bytes)?;
             let size = upright(header.width, header.height, header.orientation);
             let frame = frame(size, rules, verdict)?;
@@ -163,7 +165,7 @@ impl Validator {
                 && self.codec.most(size.0, size.1).is_ok_and(|most| bytes.len() <= most);
             frame
         } else {
-            self.decode_other(bytes, rules, verdict)?
+            self.decode_other(bytes, format, rules, verdict)?
         };
         let picture = self.shrinker.shrink(&self.pixels, &frame);
         let moments = moments(&picture);
@@ -180,13 +182,14 @@ impl Validator {
     }
 
     /// Every format but JPEG, by the `image` crate.
-    fn decode_other(&mut self, bytes: &[u8], rules: &Rules, verdict: &mut Verdict) -> Result<Frame, Rejection> {
-        use image::ImageFormat::{Bmp, Gif, Png, Tiff, WebP};
-        let format = match image::guess_format(bytes) {
-            Ok(format @ (Png | Gif | Bmp | Tiff | WebP)) => format,
-            _ => return Err(Rejection::NotAnImage),
-        };
-        if format == WebP && is_cut_riff(bytes) {
+    fn decode_other(
+        &mut self,
+        bytes: &[u8],
+        format: Format,
+        rules: &Rules,
+        verdict: &mut Verdict,
+    ) -> Result<Frame, Rejection> {
+        if format == Format::WebP && is_cut_riff(bytes) {
             return Err(Rejection::Truncated);
         }
         let memory = |most: u64| {
@@ -201,7 +204,7 @@ impl Validator {
         let (width, height) = decoder.dimensions();
         let orientation = decoder.orientation().map_or(1, |o| o.to_exif());
         let frame = frame(upright(width, height, orientation), rules, verdict)?;
-        if format == WebP && !webp_fits(bytes, (width, height)) {
+        if format == Format::WebP && !webp_fits(bytes, (width, height)) {
             return Err(Rejection::Undecodable);
         }
         let pixels = u64::from(width) * u64::from(height);
@@ -213,6 +216,15 @@ impl Validator {
         self.pixels.replace(rgb, (width, height), orientation);
         Ok(frame)
     }
+}
+
+/// By so many of its first bytes [`format_of`] knows a body.
+pub(crate) const TELLING_BYTES: usize = 16;
+
+/// The format of a body, if it is one that can be decoded.
+pub(crate) fn format_of(bytes: &[u8]) -> Option<Format> {
+    use Format::{Bmp, Gif, Jpeg, Png, Tiff, WebP};
+    image::guess_format(bytes).ok().filter(|format| matches!(format, Jpeg | Png | Gif | Bmp | Tiff | WebP))
 }
 
 /// Whether a RIFF file is shorter than it says. A last byte of padding may be missing.

@@ -121,9 +121,9 @@ rots! {
     /// A well-formed PNG of 400 million pixels in 0.4 MB.
     PngBomb = "png-bomb", 3, Err(Rejection::TooManyPixels);
     /// 1 GB of zeros in 1 MB, under Content-Encoding: gzip.
-    GzipBomb = "gzip-bomb", 3, Err(Rejection::TooLarge);
-    /// 300 MB that no Content-Length announces.
-    Endless = "endless", 2, Err(Rejection::TooLarge);
+    GzipBomb = "gzip-bomb", 3, Err(Rejection::NotAnImage);
+    /// 300 MB of no format that no Content-Length announces.
+    Endless = "endless", 2, Err(Rejection::NotAnImage);
     /// One byte every half second.
     Drip = "drip", 3, Err(Rejection::Timeout);
     /// A server that accepts, reads and says nothing.

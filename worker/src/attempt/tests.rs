@@ -64,8 +64,11 @@ async fn serve(mut stream: TcpStream) -> std::io::Result<()> {
             [&b"HTTP/1.1 200 OK\r\nContent-Length: 90000\r\nConnection: close\r\n\r\n"[..], &picture(5)].concat()
         }
         ("huge", _) => b"HTTP/1.1 200 OK\r\nContent-Length: 300000000\r\n\r\n".to_vec(),
-        ("endless", _) => {
+        (name @ ("endless" | "film"), _) => {
             stream.write_all(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n").await?;
+            if name == "endless" {
+                stream.write_all(&picture(6)).await?;
+            }
             while stream.write_all(&[7; 65536]).await.is_ok() {}
             return Ok(());
         }
@@ -83,8 +86,11 @@ async fn serve(mut stream: TcpStream) -> std::io::Result<()> {
             while stream.write_all(b"X-More: x\r\n").await.is_ok() {}
             return Ok(());
         }
-        ("bomb", _) => {
+        (name @ ("bomb" | "packed"), _) => {
             let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+            if name == "bomb" {
+                std::io::Write::write_all(&mut gzip, &picture(7))?;
+            }
             std::io::Write::write_all(&mut gzip, &vec![0; 50 << 20])?;
             with("200 OK\r\nContent-Encoding: gzip", &gzip.finish()?)
         }
@@ -215,6 +221,8 @@ async fn every_url_gets_its_one_outcome_and_index_outcomes_and_tars_agree() {
         ("http://".into(), Err(Rejection::BadUrl)),
         (format!("{base}/heads"), Err(Rejection::Protocol)),
         (format!("{base}/many"), Err(Rejection::Protocol)),
+        (format!("{base}/packed"), Err(Rejection::NotAnImage)),
+        (format!("{base}/film"), Err(Rejection::NotAnImage)),
     ];
     wanted.extend((0..60).map(|seed| (format!("{base}/good/{}", seed + 10), Ok(()))));
     let urls: Vec<String> = wanted.iter().map(|(url, _)| url.clone()).collect();

@@ -106,6 +106,13 @@ async fn who_waits_for_the_budget_waits_no_longer_than_a_url_may_take() {
     assert_eq!(fetcher.waiting.load(Ordering::Relaxed), 0);
 }
 
+/// Bytes that may become a picture, as far as their start tells.
+fn starting_as_jpeg(length: usize) -> Vec<u8> {
+    let mut bytes = vec![7; length];
+    bytes[..3].copy_from_slice(&[0xff, 0xd8, 0xff]);
+    bytes
+}
+
 /// A server that announces a large body to each that asks and sends a little of it in every tenth of a second; `good` has all of it at
 /// once.
 async fn dripping() -> std::net::SocketAddr {
@@ -121,9 +128,9 @@ async fn dripping() -> std::net::SocketAddr {
                 let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", 900 << 10);
                 stream.write_all(head.as_bytes()).await.ok();
                 if good {
-                    stream.write_all(&vec![1; 900 << 10]).await.ok();
+                    stream.write_all(&starting_as_jpeg(900 << 10)).await.ok();
                 }
-                while stream.write_all(b"drip").await.is_ok() {
+                while stream.write_all(&[0xff, 0xd8, 0xff, 0xe0]).await.is_ok() {
                     tokio::time::sleep(Duration::from_millis(100)).await;
                 }
             });
@@ -264,7 +271,7 @@ async fn http2() -> (std::net::SocketAddr, Certificate, Arc<AtomicUsize>) {
                     let head = http::Response::builder().header("content-length", length).body(()).expect("a head");
                     let mut body = answer.send_response(head, false).expect("the stream is open");
                     // It goes out as the other side's windows allow.
-                    body.send_data(vec![7; length].into(), true).expect("the stream is open");
+                    body.send_data(starting_as_jpeg(length).into(), true).expect("the stream is open");
                 }
             });
         }
