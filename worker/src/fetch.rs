@@ -233,6 +233,11 @@ impl Body {
         Self { bytes: Vec::new(), room: ALLOWANCE, known: false, share: None, overflow: None, paced }
     }
 
+    #[cfg(test)]
+    pub(crate) fn holding(bytes: Vec<u8>) -> Self {
+        Self { bytes, ..Self::new() }
+    }
+
     /// Whether it is large and no picture: films and archives need not be read to their end.
     fn is_in_vain(&mut self) -> bool {
         let look = !self.known && self.room > ALLOWANCE && self.bytes.len() >= TELLING_BYTES;

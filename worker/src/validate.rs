@@ -23,12 +23,11 @@ use crate::measure::{Hasher, is_flat, moments};
 use crate::placeholder::Placeholders;
 use crate::resize::{Picture, Pixels, Shrinker};
 
-/// Pictures of which more pixels than this are held at once are decoded one at a time, so that a few of them together cannot
-/// fill the memory.
+/// Pictures of which more pixels than this are held at once are decoded one at a time, on a thread of their own, so that a few of
+/// them together can neither fill the memory nor hold up the others.
 const HUGE_PIXELS: u64 = 16 << 20;
 /// What decoders may hold beside a picture's pixels.
 const DECODERS_OWN: u64 = 16 << 20;
-static HUGE: Mutex<()> = Mutex::new(());
 
 /// What a dataset asks of its pictures.
 #[derive(Debug)]
@@ -70,29 +69,35 @@ struct Job {
 }
 
 impl DecodePool {
-    /// Starts `threads` threads; they end when the pool and its clones are dropped.
+    /// Starts `threads` threads, and one for huge pictures; they end when the pool and its clones are dropped.
     pub(crate) fn start(threads: usize) -> anyhow::Result<Self> {
         let (jobs, queue) = mpsc::channel::<Job>(threads * 2);
+        // No more than there are connections.
+        let (huge_jobs, mut huge_queue) = mpsc::unbounded_channel::<Job>();
         let queue = Arc::new(Mutex::new(queue));
+        let thread = |name: String, work: Box<dyn FnOnce() + Send>| {
+            std::thread::Builder::new().name(name).spawn(work).context("no thread for decoding")
+        };
         for n in 0..threads {
-            let queue = Arc::clone(&queue);
+            let (queue, huge_jobs) = (Arc::clone(&queue), huge_jobs.clone());
             let mut validator = Validator::new()?;
+            let next = move || queue.lock().unwrap_or_else(PoisonError::into_inner).blocking_recv();
             let work = move || {
-                let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).blocking_recv();
-                while let Some(Job { body, rules, reply }) = next() {
-                    // Nobody waits any more if the attempt was dropped.
-                    if reply.is_closed() {
-                        continue;
+                while let Some(job) = next() {
+                    if let Some(huge) = job.done_by(&mut validator, HUGE_PIXELS) {
+                        let _ = huge_jobs.send(huge);
                     }
-                    let start = Instant::now();
-                    let verdict = validator.judge(&body.bytes, &rules);
-                    crate::metrics::judged(start.elapsed().as_secs_f64());
-                    drop(body);
-                    let _ = reply.send(verdict);
                 }
             };
-            std::thread::Builder::new().name(format!("decode-{n}")).spawn(work).context("no thread for decoding")?;
+            thread(format!("decode-{n}"), Box::new(work))?;
         }
+        let mut validator = Validator::new()?;
+        let work = move || {
+            while let Some(job) = huge_queue.blocking_recv() {
+                job.done_by(&mut validator, u64::MAX);
+            }
+        };
+        thread("decode-huge".to_owned(), Box::new(work))?;
         Ok(Self { jobs })
     }
 
@@ -101,6 +106,38 @@ impl DecodePool {
         let (reply, verdict) = oneshot::channel();
         self.jobs.send(Job { body, rules, reply }).await.ok().context("the decoding threads have ended")?;
         verdict.await.context("a decoding thread has ended")
+    }
+}
+
+impl Job {
+    /// Has the validator judge, or gives the job back if more pixels would be held at once.
+    fn done_by(self, validator: &mut Validator, most_pixels: u64) -> Option<Self> {
+        // Nobody waits any more if the attempt was dropped.
+        if self.reply.is_closed() {
+            return None;
+        }
+        let start = Instant::now();
+        let Some(verdict) = validator.judge_up_to(most_pixels, &self.body.bytes, &self.rules) else {
+            return Some(self);
+        };
+        crate::metrics::judged(start.elapsed().as_secs_f64());
+        drop(self.body);
+        let _ = self.reply.send(verdict);
+        None
+    }
+}
+
+/// Why a body is not stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Refusal {
+    Rejected(Rejection),
+    /// More pixels would be held at once than may be.
+    Huge,
+}
+
+impl From<Rejection> for Refusal {
+    fn from(rejection: Rejection) -> Self {
+        Self::Rejected(rejection)
     }
 }
 
@@ -119,16 +156,24 @@ impl Validator {
         Ok(Self { codec, shrinker: Shrinker::default(), hasher: Hasher::new(), pixels: Pixels::default() })
     }
 
+    #[cfg(any(test, fuzzing))]
     pub(crate) fn judge(&mut self, bytes: &[u8], rules: &Rules) -> Verdict {
+        self.judge_up_to(u64::MAX, bytes, rules).expect("there is no limit")
+    }
+
+    /// None if more pixels than these would be held at once.
+    fn judge_up_to(&mut self, most_pixels: u64, bytes: &[u8], rules: &Rules) -> Option<Verdict> {
         let sha256 = Sha256::digest(bytes).into();
         let mut verdict = Verdict { sha256, size: None, phash: None, outcome: Err(Rejection::Undecodable) };
         if rules.placeholders.contains(&sha256) {
             verdict.outcome = Err(Rejection::Placeholder);
-            return verdict;
+            return Some(verdict);
         }
         // A decoder that panics on somebody's bytes costs this picture, not the thread.
-        match catch_unwind(AssertUnwindSafe(|| self.store(bytes, rules, &mut verdict))) {
-            Ok(outcome) => verdict.outcome = outcome,
+        match catch_unwind(AssertUnwindSafe(|| self.store(bytes, rules, most_pixels, &mut verdict))) {
+            Ok(Ok(stored)) => verdict.outcome = Ok(stored),
+            Ok(Err(Refusal::Rejected(rejection))) => verdict.outcome = Err(rejection),
+            Ok(Err(Refusal::Huge)) => return None,
             Err(_) => {
                 if let Ok(fresh) = Self::new() {
                     *self = fresh;
@@ -137,16 +182,22 @@ impl Validator {
         }
         self.pixels.release();
         self.shrinker.release();
-        verdict
+        Some(verdict)
     }
 
-    fn store(&mut self, bytes: &[u8], rules: &Rules, verdict: &mut Verdict) -> Result<Stored, Rejection> {
+    fn store(
+        &mut self,
+        bytes: &[u8],
+        rules: &Rules,
+        most_pixels: u64,
+        verdict: &mut Verdict,
+    ) -> Result<Stored, Refusal> {
         let (limits, resize) = (&rules.limits, &rules.resize);
         if (bytes.len() as u64) < limits.min_bytes {
-            return Err(Rejection::TooSmall);
+            return Err(Rejection::TooSmall.into());
         }
         if bytes.len() as u64 > limits.max_bytes {
-            return Err(Rejection::TooLarge);
+            return Err(Rejection::TooLarge.into());
         }
         let mut as_it_came = false;
         let format = format_of(bytes).ok_or(Rejection::NotAnImage)?;
@@ -154,7 +205,9 @@ impl Validator {
             let header = self.codec.header(bytes)?;
             let size = upright(header.width, header.height, header.orientation);
             let frame = frame(size, rules, verdict)?;
-            let _one_at_a_time = one_at_a_time(header.held_pixels(frame.shrinks));
+            if header.held_pixels(frame.shrinks) > most_pixels {
+                return Err(Refusal::Huge);
+            }
             // Halved chroma of an odd side would lie half a pixel off.
             let rgb = resize.format != ImageFormat::Jpg || frame.width % 2 + frame.height % 2 > 0;
             self.codec.decode(bytes, &header, (frame.shrinks, rgb), &mut self.pixels)?;
@@ -165,12 +218,12 @@ impl Validator {
                 && self.codec.most(size.0, size.1).is_ok_and(|most| bytes.len() <= most);
             frame
         } else {
-            self.decode_other(bytes, format, rules, verdict)?
+            self.decode_other(bytes, format, rules, most_pixels, verdict)?
         };
         let picture = self.shrinker.shrink(&self.pixels, &frame);
         let moments = moments(&picture);
         if is_flat(&without_margins(moments, &frame)) {
-            return Err(Rejection::Flat);
+            return Err(Rejection::Flat.into());
         }
         let image = match resize.format {
             _ if as_it_came => Bytes::copy_from_slice(bytes),
@@ -187,10 +240,11 @@ impl Validator {
         bytes: &[u8],
         format: Format,
         rules: &Rules,
+        most_pixels: u64,
         verdict: &mut Verdict,
-    ) -> Result<Frame, Rejection> {
+    ) -> Result<Frame, Refusal> {
         if format == Format::WebP && is_cut_riff(bytes) {
-            return Err(Rejection::Truncated);
+            return Err(Rejection::Truncated.into());
         }
         let memory = |most: u64| {
             let mut limits = image::Limits::no_limits();
@@ -205,10 +259,12 @@ impl Validator {
         let orientation = decoder.orientation().map_or(1, |o| o.to_exif());
         let frame = frame(upright(width, height, orientation), rules, verdict)?;
         if format == Format::WebP && !webp_fits(bytes, (width, height)) {
-            return Err(Rejection::Undecodable);
+            return Err(Rejection::Undecodable.into());
         }
         let pixels = u64::from(width) * u64::from(height);
-        let _one_at_a_time = one_at_a_time(pixels);
+        if pixels > most_pixels {
+            return Err(Refusal::Huge);
+        }
         // As 32-bit RGBA, and as much again for a decoder's own needs. A frame may be said to be larger than the picture.
         decoder.set_limits(memory(pixels * 32 + DECODERS_OWN)).map_err(|e| rejection_of(&e))?;
         let image = DynamicImage::from_decoder(decoder).map_err(|e| rejection_of(&e))?;
@@ -302,10 +358,6 @@ fn png(picture: &Picture<'_>) -> image::ImageResult<Bytes> {
     let encoder = image::codecs::png::PngEncoder::new(&mut bytes);
     encoder.write_image(picture.values, picture.width, picture.height, ExtendedColorType::Rgb8)?;
     Ok(bytes.into())
-}
-
-fn one_at_a_time(held_pixels: u64) -> Option<std::sync::MutexGuard<'static, ()>> {
-    (held_pixels > HUGE_PIXELS).then(|| HUGE.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
 fn over_white(image: DynamicImage) -> Vec<u8> {

@@ -401,3 +401,30 @@ fn only_a_jpeg_of_several_scans_is_held_whole_while_it_is_scaled_down() {
     assert_eq!([1, 2, 8].map(|shrinks| header(false).held_pixels(shrinks)), [800 * 640, 400 * 320, 100 * 80]);
     assert_eq!(header(true).held_pixels(8), 800 * 640);
 }
+
+#[tokio::test]
+async fn huge_pictures_take_their_turns_without_holding_up_others() {
+    let pool = DecodePool::start(1).expect("a thread");
+    let rules = Arc::new(Rules { limits: Limits { max_pixels: 1 << 30, ..rules().limits }, ..rules() });
+    let judged = |bytes: &[u8]| pool.judge(Body::holding(bytes.to_vec()), Arc::clone(&rules));
+    let huge = encoded(GrayImage::new(4200, 4200), ImageFormat::Png);
+    let (first, second) = (judged(&huge), judged(&huge));
+    let small = async {
+        // Behind both of them in the queue.
+        tokio::task::yield_now().await;
+        for seed in 0..20 {
+            let verdict = judged(&jpeg(&photo(100 + seed, 100))).await.expect("a verdict");
+            assert!(verdict.outcome.is_ok());
+        }
+        Instant::now()
+    };
+    let huge = async {
+        let verdicts = tokio::try_join!(first, second).expect("verdicts");
+        (verdicts, Instant::now())
+    };
+    let (small_done, ((first, second), huge_done)) = tokio::join!(small, huge);
+    assert!(small_done < huge_done);
+    for verdict in [first, second] {
+        assert_eq!((verdict.size, verdict.outcome.expect_err("it is black")), (Some((4200, 4200)), Rejection::Flat));
+    }
+}
