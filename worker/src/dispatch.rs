@@ -382,3 +382,31 @@ impl Drop for Flight {
 fn random() -> f64 {
     (uuid::Uuid::new_v4().as_u128() % 1_000_000) as f64 / 1e6
 }
+
+#[cfg(test)]
+mod tests {
+    use object_store::memory::InMemory;
+
+    use super::*;
+    use crate::attempt::tests::{origin, tools};
+
+    #[tokio::test]
+    async fn urls_that_fail_again_and_again_do_not_make_their_host_look_dead() {
+        let dispatcher = Arc::clone(&tools(Arc::new(InMemory::new())).await.dispatcher);
+        let (at, limits) = (origin().await, Limits::default());
+        let fetch = async |paths: &[&str]| {
+            let listed = |path: &&str| Listed { key: 0, synset: String::new(), url: format!("http://{at}/{path}") };
+            let mut batch = dispatcher.batch(paths.iter().map(listed).collect(), &limits);
+            let mut outcomes = Vec::new();
+            for _ in paths {
+                outcomes.push(batch.next().await.expect("one for each").fetched.map(drop));
+            }
+            outcomes
+        };
+        // Nine failures in a row, of three URLs.
+        assert_eq!(fetch(&["sick"; 3]).await, [Err(Rejection::HttpStatus); 3]);
+        let start = Instant::now();
+        assert_eq!(fetch(&["good/1"]).await, [Ok(())]);
+        assert!(start.elapsed() < Duration::from_secs(1), "it was paused: {:?}", start.elapsed());
+    }
+}

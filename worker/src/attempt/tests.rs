@@ -54,6 +54,7 @@ async fn serve(mut stream: TcpStream) -> std::io::Result<()> {
         ("file", _) => with("302 Found\r\nLocation: file:///etc/passwd", b""),
         ("gone", _) => with("410 Gone", b"gone"),
         ("missing", _) => with("404 Not Found", b"missing"),
+        ("sick", _) => with("500 Oops", b""),
         ("broken", _) => with("503 Unavailable\r\nRetry-After: 60", b""),
         ("html", _) => with("200 OK\r\nContent-Type: image/jpeg", &b"<html>no picture here</html>".repeat(300)),
         ("noai", _) => with("200 OK\r\nX-Robots-Tag: noai", &picture(1)),
@@ -144,7 +145,7 @@ pub(crate) async fn put_slice(store: &dyn ObjectStore, shard: u32, urls: &[Strin
     store.put(&keys::slice("birds-1", shard).into(), packed.into()).await.expect("a writable store");
 }
 
-async fn tools(store: Arc<dyn ObjectStore>) -> Arc<Tools> {
+pub(crate) async fn tools(store: Arc<dyn ObjectStore>) -> Arc<Tools> {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let fetcher = Fetcher::new(FetchConfig {
         rules: AddressRules { allowed: vec!["127.0.0.0/8".parse().expect("a net")] },
