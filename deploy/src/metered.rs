@@ -19,7 +19,7 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 use proto::pb::{StoreUse, store_use};
 
-type Requests = Family<[(&'static str, &'static str); 2], Counter>;
+type Requests = Family<[(&'static str, String); 2], Counter>;
 type Bytecounts = Family<[(&'static str, &'static str); 1], Counter>;
 type Seconds = Family<[(&'static str, &'static str); 1], Histogram>;
 
@@ -34,25 +34,6 @@ static UNTOLD: Mutex<StoreUse> = Mutex::new(StoreUse { requests: Vec::new(), byt
 
 const READ: &str = "read";
 const WRITTEN: &str = "written";
-/// Of operations and results, as labels.
-#[cfg(feature = "trainer")]
-const NAMES: [&str; 15] = [
-    "put",
-    "create_upload",
-    "put_part",
-    "complete_upload",
-    "abort_upload",
-    "get",
-    "head",
-    "delete",
-    "list",
-    "copy",
-    "rename",
-    "ok",
-    "not_found",
-    "exists",
-    "error",
-];
 
 /// Adds the store's metrics to those of the process.
 pub(crate) fn register(registry: &mut Registry) {
@@ -74,15 +55,13 @@ fn count<T>(operation: &'static str, since: Instant, result: Result<T>) -> Resul
     result
 }
 
-fn asked(operation: &'static str, result: &'static str, count: u64) {
-    REQUESTS.get_or_create(&[("operation", operation), ("result", result)]).inc_by(count);
+fn asked(operation: &str, result: &str, count: u64) {
+    let (operation, result) = (operation.to_owned(), result.to_owned());
+    REQUESTS.get_or_create(&[("operation", operation.clone()), ("result", result.clone())]).inc_by(count);
     let mut untold = UNTOLD.lock().unwrap_or_else(PoisonError::into_inner);
-    match untold.requests.iter_mut().find(|known| (&*known.operation, &*known.result) == (operation, result)) {
+    match untold.requests.iter_mut().find(|known| known.operation == operation && known.result == result) {
         Some(known) => known.count += count,
-        None => {
-            let (operation, result) = (operation.to_owned(), result.to_owned());
-            untold.requests.push(store_use::Requests { operation, result, count });
-        }
+        None => untold.requests.push(store_use::Requests { operation, result, count }),
     }
 }
 
@@ -105,9 +84,8 @@ pub(crate) fn take() -> Option<StoreUse> {
 /// Adds what another process has asked of the store to what this one has.
 #[cfg(feature = "trainer")]
 pub(crate) fn add(used: &StoreUse) {
-    let known = |name: &str| NAMES.into_iter().find(|known| *known == name).unwrap_or("other");
     for store_use::Requests { operation, result, count } in &used.requests {
-        asked(known(operation), known(result), *count);
+        asked(operation, result, *count);
     }
     moved(READ, used.bytes_read);
     moved(WRITTEN, used.bytes_written);
