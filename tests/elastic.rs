@@ -13,9 +13,13 @@ use support::net::Net;
 use support::training::{compare, dataset, step, submit, wait, wait_for};
 use support::{Cluster, signal};
 
-/// `failure_detection` of these runs.
-const DETECTION: Duration = Duration::from_secs(3);
-/// Within so much more the first collective of the next generation must be done ...
+/// `failure_detection` of these runs: `FAILURE_DETECTION` seconds, or 3.
+fn detection() -> Duration {
+    let given = std::env::var("FAILURE_DETECTION");
+    Duration::from_secs(given.map_or(3, |text| text.parse().expect("a number of seconds")))
+}
+
+/// Within so much more than that the first collective of the next generation must be done ...
 const MARGIN: Duration = Duration::from_secs(2);
 /// ... and this is for a machine that has other work.
 const SLACK: Duration = Duration::from_secs(4);
@@ -145,7 +149,7 @@ fn ranks_and_agents_that_die_or_hang_are_noticed_in_time_and_named() {
     let mut cluster = Cluster::start();
     dataset(&mut cluster);
     let machines = agents(&mut cluster);
-    let seconds = format!("ranks.failure_detection_seconds={}", DETECTION.as_secs());
+    let seconds = format!("ranks.failure_detection_seconds={}", detection().as_secs());
     submit(&cluster, "run", 9999, &[&seconds, "checkpoint.every_epochs=20"]);
 
     settled(&cluster, "run", 3);
@@ -170,13 +174,13 @@ fn ranks_and_agents_that_die_or_hang_are_noticed_in_time_and_named() {
 
     settled(&cluster, "run", 3);
     let victim = machine_of(&cluster, "run", 1, &machines);
-    disturb(&mut cluster, "run", "SIGSTOP of a rank", (victim, 1), DETECTION, |cluster| {
+    disturb(&mut cluster, "run", "SIGSTOP of a rank", (victim, 1), detection(), |cluster| {
         signal(victim.rank(cluster), "STOP");
     });
 
     settled(&cluster, "run", 3);
     let victim = machine_of(&cluster, "run", 0, &machines);
-    disturb(&mut cluster, "run", "SIGSTOP of the agent that serves the store", (victim, 0), DETECTION, |cluster| {
+    disturb(&mut cluster, "run", "SIGSTOP of the agent that serves the store", (victim, 0), detection(), |cluster| {
         signal(cluster.pid(&victim.name), "STOP");
     });
     signal(cluster.pid(&victim.name), "CONT");
@@ -200,12 +204,12 @@ fn a_machine_whose_network_is_cut_is_left_behind_and_comes_back() {
         let args = [&["trainer", "--devices", "cpu"], address].concat();
         cluster.spawn_in(machine.namespace.as_deref(), &machine.name, &args);
     }
-    let seconds = format!("ranks.failure_detection_seconds={}", DETECTION.as_secs());
+    let seconds = format!("ranks.failure_detection_seconds={}", detection().as_secs());
     submit(&cluster, "run", 9999, &[&seconds]);
     settled(&cluster, "run", 3);
     let victim = machine_of(&cluster, "run", 0, &machines);
     let number = machines.iter().position(|machine| machine.name == victim.name).expect("one of them");
-    disturb(&mut cluster, "run", "cut network of the agent that serves the store", (victim, 0), DETECTION, |_| {
+    disturb(&mut cluster, "run", "cut network of the agent that serves the store", (victim, 0), detection(), |_| {
         net.cut(number)
     });
     net.mend(number);
