@@ -255,10 +255,9 @@ fn write(
     if (area.width, area.height) == (crop, crop) {
         let rows = pixels.chunks_exact(3 * part.width).skip(top);
         for (row, into) in rows.zip(into.chunks_exact_mut(3 * crop)) {
-            let row = &row[3 * left..3 * (left + crop)];
-            match flip {
-                false => into.copy_from_slice(row),
-                true => mirror(row, into),
+            into.copy_from_slice(&row[3 * left..3 * (left + crop)]);
+            if flip {
+                mirror(into);
             }
         }
         return Ok(());
@@ -270,17 +269,14 @@ fn write(
     let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Bilinear));
     resizer.resize(&source, &mut target, &options)?;
     if flip {
-        into.chunks_exact_mut(3 * crop).for_each(|row| row.as_chunks_mut::<3>().0.reverse());
+        into.chunks_exact_mut(3 * crop).for_each(mirror);
     }
     Ok(())
 }
 
-/// Writes a row's pixels from right to left.
-fn mirror(row: &[u8], into: &mut [u8]) {
-    let (row, into) = (row.as_chunks::<3>().0, into.as_chunks_mut::<3>().0);
-    for (pixel, into) in row.iter().rev().zip(into) {
-        *into = *pixel;
-    }
+/// Turns a row's pixels from right to left, in its place: what is written for the first time is written in long strides alone.
+fn mirror(row: &mut [u8]) {
+    row.as_chunks_mut::<3>().0.reverse();
 }
 
 #[cfg(test)]
