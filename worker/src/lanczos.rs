@@ -9,8 +9,11 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+#[cfg(target_arch = "x86_64")]
+use crate::avx2;
+
 /// Values that are weighed together.
-const LANES: usize = 32;
+pub(crate) const LANES: usize = 32;
 /// The weights of a result add up to 1 in units of 1/2^14, or of less where they are many.
 const LEAST_BITS: u32 = 14;
 /// So that sums of 255 times weights that add up to 1, some of them negative, fit 32 bits.
@@ -71,7 +74,7 @@ impl Scaler {
             // SAFETY: the processor has AVX2.
             return unsafe { self.weigh_with_avx2(from, columns, &across, &down, to) };
         }
-        self.weigh(from, columns, &across, &down, to, weigh);
+        self.weigh(from, columns, &across, &down, to, (weigh, to_columns, to_rows));
     }
 
     fn weights(&mut self, of: usize, span: Span) -> Arc<Weights> {
@@ -101,12 +104,16 @@ impl Scaler {
         down: &Weights,
         to: &mut [u8],
     ) {
-        self.weigh(from, columns, across, down, to, |source, stride, weights, bits, weighed| {
+        // Only closures of a function with AVX2 become a part of it.
+        let weigh = |source: &[u8], stride, weights: &[i16], bits, weighed: &mut [u8; LANES]| {
             avx2::weigh(source, stride, weights, bits, weighed);
-        });
+        };
+        let to_columns = |rows: &[u8], width, columns: &mut [[u8; LANES]; 8]| avx2::to_columns(rows, width, columns);
+        let to_rows = |columns: &[[u8; LANES]; 8], rows: &mut [u8], width| avx2::to_rows(columns, rows, width);
+        self.weigh(from, columns, across, down, to, (weigh, to_columns, to_rows));
     }
 
-    /// `block` weighs [`LANES`] values as [`weigh`] does.
+    /// By what does as [`weigh`], [`to_columns`] and [`to_rows`] do.
     #[inline(always)]
     fn weigh(
         &mut self,
@@ -115,7 +122,11 @@ impl Scaler {
         across: &Weights,
         down: &Weights,
         to: &mut [u8],
-        block: impl Fn(&[u8], usize, &[i16], u32, &mut [u8; LANES]),
+        (weigh, to_columns, to_rows): (
+            impl Fn(&[u8], usize, &[i16], u32, &mut [u8; LANES]),
+            impl Fn(&[u8], usize, &mut [[u8; LANES]; 8]),
+            impl Fn(&[[u8; LANES]; 8], &mut [u8], usize),
+        ),
     ) {
         let (stride, width, channels) = (from.width * from.channels, columns.len(), from.channels);
         let row = across.results() * channels;
@@ -128,20 +139,34 @@ impl Scaler {
                     // The last block may overlap the one before it.
                     let x = x.min(width.saturating_sub(LANES));
                     match weighed[x..].first_chunk_mut() {
-                        Some(weighed) => block(&source[x..], stride, weights, down.bits, weighed),
+                        Some(weighed) => weigh(&source[x..], stride, weights, down.bits, weighed),
                         None => weigh_narrow(source, stride, weights, down.bits, weighed),
                     }
                 }
             }
-            turn_rows(&self.rows, width, &mut self.turned);
+            let (eights, rest) = self.turned.as_chunks_mut();
+            let done = 8 * eights.len();
+            for (x, columns) in eights.iter_mut().enumerate() {
+                to_columns(&self.rows[8 * x..], width, columns);
+            }
+            for (x, column) in rest.iter_mut().enumerate() {
+                *column = std::array::from_fn(|y| self.rows[y * width + done + x]);
+            }
             for (x, weighed) in self.weighed.chunks_exact_mut(channels).enumerate() {
                 let (first, weights) = across.of(x);
                 for (channel, weighed) in weighed.iter_mut().enumerate() {
                     let source = self.turned[first * channels - columns.start + channel..].as_flattened();
-                    block(source, LANES * channels, weights, across.bits, weighed);
+                    weigh(source, LANES * channels, weights, across.bits, weighed);
                 }
             }
-            turn_columns(&self.weighed, to, row);
+            let (eights, rest) = self.weighed.as_chunks();
+            let done = 8 * eights.len();
+            for (x, columns) in eights.iter().enumerate() {
+                to_rows(columns, &mut to[8 * x..], row);
+            }
+            for (y, to) in to.chunks_exact_mut(row).enumerate() {
+                to[done..].iter_mut().zip(rest).for_each(|(to, column)| *to = column[y]);
+            }
         }
     }
 }
@@ -259,7 +284,7 @@ fn weigh_narrow(source: &[u8], stride: usize, weights: &[i16], bits: u32, weighe
     }
 }
 
-fn lanes(source: &[u8]) -> &[u8; LANES] {
+pub(crate) fn lanes(source: &[u8]) -> &[u8; LANES] {
     source.first_chunk().expect("a block never reaches beyond its rows")
 }
 
@@ -267,92 +292,30 @@ fn byte(sum: i32, bits: u32) -> u8 {
     (sum >> bits).clamp(0, 255) as u8
 }
 
-#[cfg(target_arch = "x86_64")]
-mod avx2 {
-    use std::arch::x86_64::*;
-
-    use super::{LANES, lanes};
-
-    /// As [`super::weigh`]: two values of a lane at a time.
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    pub(super) fn weigh(source: &[u8], stride: usize, weights: &[i16], bits: u32, weighed: &mut [u8; LANES]) {
-        // SAFETY: 32 bytes are there.
-        let load = |k: usize| unsafe { _mm256_loadu_si256(lanes(&source[k * stride..]).as_ptr().cast()) };
-        let zero = _mm256_setzero_si256();
-        let mut sums = [_mm256_set1_epi32(1 << (bits - 1)); 4];
-        let mut add = |a, b, weights: [i16; 2]| {
-            let weights = _mm256_set1_epi32(i32::from(weights[0]) & 0xffff | i32::from(weights[1]) << 16);
-            let (low, high) = (_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b));
-            let pairs = [
-                _mm256_unpacklo_epi8(low, zero),
-                _mm256_unpackhi_epi8(low, zero),
-                _mm256_unpacklo_epi8(high, zero),
-                _mm256_unpackhi_epi8(high, zero),
-            ];
-            for (sum, pairs) in sums.iter_mut().zip(pairs) {
-                *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(pairs, weights));
-            }
-        };
-        let (twos, last) = weights.as_chunks::<2>();
-        for (k, &two) in twos.iter().enumerate() {
-            add(load(2 * k), load(2 * k + 1), two);
-        }
-        if let &[weight] = last {
-            add(load(2 * twos.len()), zero, [weight, 0]);
-        }
-        let bits = _mm_cvtsi32_si128(bits as i32);
-        let sums = sums.map(|sum| _mm256_sra_epi32(sum, bits));
-        // Packing undoes the order of unpacking, and saturates.
-        let words = [_mm256_packs_epi32(sums[0], sums[1]), _mm256_packs_epi32(sums[2], sums[3])];
-        let bytes = _mm256_packus_epi16(words[0], words[1]);
-        // SAFETY: there is room for 32 bytes.
-        unsafe { _mm256_storeu_si256(weighed.as_mut_ptr().cast(), bytes) };
-    }
-}
-
-/// [`LANES`] rows of `width` values to their columns.
-#[inline(always)]
-fn turn_rows(rows: &[u8], width: usize, columns: &mut [[u8; LANES]]) {
-    let (eights, rest) = columns.as_chunks_mut::<8>();
-    let done = eights.len() * 8;
-    for (x, columns) in eights.iter_mut().enumerate() {
-        for y in (0..LANES).step_by(8) {
-            let square = std::array::from_fn(|i| eight(&rows[(y + i) * width + x * 8..]));
-            for (column, values) in columns.iter_mut().zip(turn(square)) {
-                column[y..y + 8].copy_from_slice(&values.to_le_bytes());
-            }
-        }
-    }
-    for (x, column) in rest.iter_mut().enumerate() {
-        for (y, value) in column.iter_mut().enumerate() {
-            *value = rows[y * width + done + x];
+/// The first eight values of [`LANES`] rows, which are `width` long, as columns.
+#[inline]
+fn to_columns(rows: &[u8], width: usize, columns: &mut [[u8; LANES]; 8]) {
+    for y in (0..LANES).step_by(8) {
+        let square = std::array::from_fn(|i| eight(&rows[(y + i) * width..]));
+        for (column, values) in columns.iter_mut().zip(turn(square)) {
+            column[y..y + 8].copy_from_slice(&values.to_le_bytes());
         }
     }
 }
 
-/// The way back, for as many rows as `rows` holds.
-#[inline(always)]
-fn turn_columns(columns: &[[u8; LANES]], rows: &mut [u8], width: usize) {
-    let (eights, rest) = columns.as_chunks::<8>();
-    let done = eights.len() * 8;
+/// The way back, for as many rows as there are.
+#[inline]
+pub(crate) fn to_rows(columns: &[[u8; LANES]; 8], rows: &mut [u8], width: usize) {
     for (y, rows) in rows.chunks_mut(8 * width).enumerate() {
-        for (x, columns) in eights.iter().enumerate() {
-            let square = std::array::from_fn(|i| eight(&columns[i][y * 8..]));
-            for (row, values) in rows.chunks_exact_mut(width).zip(turn(square)) {
-                row[x * 8..x * 8 + 8].copy_from_slice(&values.to_le_bytes());
-            }
-        }
-        for (i, row) in rows.chunks_exact_mut(width).enumerate() {
-            for (value, column) in row[done..].iter_mut().zip(rest) {
-                *value = column[y * 8 + i];
-            }
+        let square = columns.map(|column| eight(&column[8 * y..]));
+        for (row, values) in rows.chunks_mut(width).zip(turn(square)) {
+            row[..8].copy_from_slice(&values.to_le_bytes());
         }
     }
 }
 
 #[inline(always)]
-fn eight(values: &[u8]) -> u64 {
+pub(crate) fn eight(values: &[u8]) -> u64 {
     u64::from_le_bytes(*values.first_chunk().expect("whole squares"))
 }
 
@@ -469,6 +432,22 @@ mod tests {
                 unsafe { avx2::weigh(&source, LANES, &weights, 15, &mut vectors) };
                 assert_eq!(plain, vectors);
             }
+        }
+        let (mut columns, mut rows) = ([[0; LANES]; 8], [0; 9 * LANES]);
+        to_columns(&source, 9, &mut columns);
+        to_rows(&columns, &mut rows, 9);
+        for (y, row) in rows.as_chunks::<9>().0.iter().enumerate() {
+            assert_eq!((&row[..8], row[8]), (&source[9 * y..9 * y + 8], 0));
+        }
+        #[cfg(target_arch = "x86_64")]
+        if std::arch::is_x86_feature_detected!("avx2") {
+            let (mut others, mut back) = ([[0; LANES]; 8], [0; 9 * LANES]);
+            // SAFETY: the processor has AVX2.
+            unsafe {
+                avx2::to_columns(&source, 9, &mut others);
+                avx2::to_rows(&others, &mut back, 9);
+            }
+            assert_eq!((others, back), (columns, rows));
         }
     }
 

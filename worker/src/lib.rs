@@ -8,6 +8,8 @@
 //! does is an outcome in the shard; only the store's failures and unreadable slices fail an attempt.
 
 mod attempt;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 mod dispatch;
 mod dns;
 mod fetch;
