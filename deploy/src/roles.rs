@@ -100,7 +100,7 @@ pub(crate) async fn worker(mut args: WorkerArgs) -> Result<()> {
     let store = store::open_metered(&args.store.store)?;
     let told = Told { role: "worker", register: worker::metrics::register, ready: worker::metrics::ready };
     metrics::serve(&args.metrics, told).await?;
-    until_told(args.end, GRACE, |shutdown| worker::run(args.config, store, shutdown)).await
+    until_told(args.end, GRACE, |shutdown| worker::run(own_name(), args.config, store, shutdown)).await
 }
 
 /// Runs a trainer agent until it is told to end.
@@ -114,7 +114,8 @@ pub(crate) async fn trainer(mut args: TrainerArgs, telemetry: &TelemetryArgs) ->
     rank_command.extend(["rank", "--store", &args.store.store].map(Into::into));
     rank_command.extend(telemetry.for_child().into_iter().map(Into::into));
     let grace = GRACE + Duration::from_secs(args.config.leave_seconds.into());
-    until_told(args.end, grace, |shutdown| trainer::run(args.config, store, rank_command, metered::add, shutdown)).await
+    let agent = |shutdown| trainer::run(own_name(), args.config, store, rank_command, metered::add, shutdown);
+    until_told(args.end, grace, agent).await
 }
 
 /// Runs one rank until its agent ends it.
@@ -122,6 +123,13 @@ pub(crate) async fn trainer(mut args: TrainerArgs, telemetry: &TelemetryArgs) ->
 pub(crate) async fn rank(args: RankArgs, spans: Spans) -> Result<()> {
     let store = store::open_metered(&args.store.store)?;
     trainer::run_rank(store, metered::take, move || spans.flush()).await
+}
+
+/// What the cluster calls this process: by its host, which is a pod's own name, and a word that no other process has.
+fn own_name() -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let word = uuid::Uuid::new_v4().simple().to_string();
+    format!("{}-{}", host.trim(), &word[..8])
 }
 
 /// Binds the socket that `flag` names, or says who may be in the way.

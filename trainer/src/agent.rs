@@ -84,6 +84,7 @@ impl Seat {
 
 /// Runs the agent until `shutdown`.
 pub(crate) async fn run(
+    name: String,
     config: Config,
     store: Arc<dyn ObjectStore>,
     rank_command: Vec<OsString>,
@@ -101,7 +102,7 @@ pub(crate) async fn run(
     let (serving, mut served) = mpsc::channel(16);
     let (links, mut from_link) = mpsc::channel(64);
     let mut agent = Agent {
-        name: uuid::Uuid::new_v4().simple().to_string(),
+        name,
         address,
         interface,
         cache: config.cache,

@@ -115,18 +115,22 @@ fn parse_contact(text: &str) -> Result<String, String> {
     }
 }
 
-/// Makes shards until `shutdown`; then gives its leases back and ends within seconds.
+/// Makes shards until `shutdown`, under a `name` that no other worker has; then gives its leases back and ends within seconds.
 ///
 /// The process must have a default TLS provider (`rustls::crypto::CryptoProvider`).
 ///
 /// # Errors
 /// If the configuration cannot work. A coordinator or store that is away is waited for.
-pub async fn run(config: Config, store: Arc<dyn ObjectStore>, shutdown: CancellationToken) -> anyhow::Result<()> {
-    let worker = format!("worker-{}", uuid::Uuid::new_v4().simple());
-    let coordinator = Arc::new(Coordinator::new(&config.coordinator, worker.clone())?);
-    let tools = Arc::new(tools(&config, store, worker.clone())?);
+pub async fn run(
+    name: String,
+    config: Config,
+    store: Arc<dyn ObjectStore>,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()> {
+    let coordinator = Arc::new(Coordinator::new(&config.coordinator, name.clone())?);
+    let tools = Arc::new(tools(&config, store, name.clone())?);
     let cores = decode_threads(&config);
-    tracing::info!(worker, connections = config.connections, decode_threads = cores, "worker started");
+    tracing::info!(worker = name, connections = config.connections, decode_threads = cores, "worker started");
 
     let mut loops = JoinSet::new();
     loops.spawn(Arc::clone(&tools.dispatcher).dispatch());

@@ -61,7 +61,7 @@ impl Stage {
         };
         let shutdown = CancellationToken::new();
         let command = ["sh", "-c", script].map(OsString::from).to_vec();
-        let agent = tokio::spawn(run(config, store.clone(), command, |_| {}, shutdown.clone()));
+        let agent = tokio::spawn(run("agent".to_owned(), config, store.clone(), command, |_| {}, shutdown.clone()));
         Self { streams, store, shutdown, agent }
     }
 
