@@ -2,6 +2,7 @@
 
 mod support;
 
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -14,6 +15,7 @@ use opentelemetry_proto::tonic::trace::v1::{Span, status::StatusCode};
 use support::Cluster;
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::{Identity, Server, ServerTlsConfig};
 use tonic::{Request, Response, Status};
 
 /// A collector that keeps what it gets, with the service that each span is from.
@@ -39,11 +41,15 @@ impl TraceService for Collector {
 impl Collector {
     /// Its address, for as long as the runtime is there.
     fn start(&self, runtime: &tokio::runtime::Runtime) -> String {
+        format!("http://{}", self.serve(runtime, Server::builder()))
+    }
+
+    fn serve(&self, runtime: &tokio::runtime::Runtime, mut server: Server) -> SocketAddr {
         let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).expect("loopback");
         let address = listener.local_addr().expect("bound");
-        let server = tonic::transport::Server::builder().add_service(TraceServiceServer::new(self.clone()));
+        let server = server.add_service(TraceServiceServer::new(self.clone()));
         runtime.spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
-        format!("http://{address}")
+        address
     }
 
     fn spans(&self, service: &str, name: &str) -> Vec<Span> {
@@ -196,6 +202,27 @@ fn a_collector_that_is_away_holds_up_nobody_and_is_complained_of_once() {
             assert!(took < Duration::from_secs(10), "{role} took {took:?} to end");
             assert!(cluster.log(role).matches(complaint).count() <= 1, "{}", cluster.log(role));
         }
+    }
+}
+
+#[test]
+fn spans_go_to_a_collector_behind_tls_that_the_system_trusts() {
+    let runtime = tokio::runtime::Runtime::new().expect("threads");
+    let own = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).expect("a certificate");
+    let identity = Identity::from_pem(own.cert.pem(), own.signing_key.serialize_pem());
+    let server = Server::builder().tls_config(ServerTlsConfig::new().identity(identity)).expect("they fit");
+    let collector = Collector::default();
+    let address = format!("https://localhost:{}", collector.serve(&runtime, server).port());
+    // Of whoever trusts nobody it gets nothing.
+    for (trusted, spans) in [(String::new(), 0), (own.cert.pem(), 1)] {
+        let folder = tempfile::tempdir().expect("a folder");
+        let authorities = folder.path().join("authorities.pem");
+        std::fs::write(&authorities, trusted).expect("a file");
+        let mut environment = exporting_to(&address);
+        environment.push(("SSL_CERT_FILE".to_owned(), authorities.to_str().expect("UTF-8").to_owned()));
+        let cluster = Cluster::new(None, environment);
+        assert_eq!(cluster.try_gleaner(&["status"]).status.code(), Some(5), "there is no coordinator");
+        assert_eq!(collector.spans("gleaner", "status").len(), spans);
     }
 }
 

@@ -15,6 +15,7 @@ use opentelemetry_otlp::{RetryPolicy, SpanExporter, WithExportConfig, WithTonicC
 use opentelemetry_sdk::error::OTelSdkResult;
 use opentelemetry_sdk::resource::{EnvResourceDetector, Resource};
 use opentelemetry_sdk::trace::{SdkTracerProvider, SpanData, SpanExporter as Export};
+use tonic::transport::ClientTlsConfig;
 use tracing::{Level, Metadata, info, warn};
 use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::SubscriberExt;
@@ -35,7 +36,7 @@ pub(crate) struct TelemetryArgs {
     /// How log lines on standard error look; GLEANER_LOG or RUST_LOG chooses which there are
     #[arg(long, global = true, env = "GLEANER_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub(crate) log_format: LogFormat,
-    /// Export spans to the OpenTelemetry collector at this address, over OTLP's gRPC: http://HOST:4317 [default: there are none]
+    /// Export spans to the OpenTelemetry collector at this address, over OTLP's gRPC: http://HOST:4317, or https [default: there are none]
     #[arg(long, global = true, env = "OTEL_EXPORTER_OTLP_ENDPOINT", value_name = "URL")]
     otlp_endpoint: Option<String>,
 }
@@ -109,13 +110,15 @@ fn is_exported(metadata: &Metadata<'_>) -> bool {
 }
 
 fn provider(endpoint: &str, service: &str) -> anyhow::Result<SdkTracerProvider> {
-    let exporter = SpanExporter::builder()
-        .with_tonic()
-        .with_endpoint(endpoint)
-        // A command that ends must not wait for a collector that is away.
-        .with_retry_policy(RetryPolicy::disabled())
-        .build()
-        .map_err(|error| Ended::usage(format!("--otlp-endpoint: {error}")))?;
+    // A command that ends must not wait for a collector that is away.
+    let exporter =
+        SpanExporter::builder().with_tonic().with_endpoint(endpoint).with_retry_policy(RetryPolicy::disabled());
+    let exporter = match endpoint.starts_with("https:") {
+        // By itself it trusts nobody.
+        true => exporter.with_tls_config(ClientTlsConfig::new().with_native_roots()),
+        false => exporter,
+    };
+    let exporter = exporter.build().map_err(|error| Ended::usage(format!("--otlp-endpoint: {error}")))?;
     let mut resource = Resource::builder_empty()
         .with_service_name(service.to_owned())
         .with_attribute(KeyValue::new("service.version", env!("CARGO_PKG_VERSION")))
