@@ -1,6 +1,7 @@
 //! The coordinator, as a worker sees it: calls with deadlines, terms, and a lease that is kept while its shard is made.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -47,10 +48,13 @@ impl Backoff {
     }
 }
 
+type Client = FetchServiceClient<Carried<Channel>>;
+
 /// A client of the coordinator. It may be away for minutes: whoever calls tries again.
 #[derive(Debug)]
 pub(crate) struct Coordinator {
-    client: FetchServiceClient<Carried<Channel>>,
+    endpoint: Endpoint,
+    client: Mutex<Client>,
     worker: String,
     /// The highest that was heard of.
     term: AtomicU64,
@@ -78,15 +82,18 @@ impl Coordinator {
         let bad = || format!("--coordinator {address:?} is no address: http://HOST:PORT is wanted");
         let endpoint = Endpoint::from_shared(address.to_owned()).with_context(bad)?;
         endpoint.uri().scheme().with_context(bad)?;
-        let channel = endpoint
+        let endpoint = endpoint
             .connect_timeout(Duration::from_secs(5))
             .http2_keep_alive_interval(Duration::from_secs(10))
             .keep_alive_timeout(Duration::from_secs(5))
             .keep_alive_while_idle(true)
-            .tcp_nodelay(true)
-            .connect_lazy();
-        let client = FetchServiceClient::with_interceptor(channel, Carry).max_decoding_message_size(MAX_MESSAGE);
-        Ok(Self { client, worker, term: AtomicU64::new(0), reached: AtomicBool::new(false) })
+            .tcp_nodelay(true);
+        let client = Mutex::new(connect(&endpoint));
+        Ok(Self { endpoint, client, worker, term: AtomicU64::new(0), reached: AtomicBool::new(false) })
+    }
+
+    fn client(&self) -> Client {
+        self.client.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Asks for a shard once; none if there is nothing to do. Until there was an answer it waits for no work, so that it is soon
@@ -98,9 +105,17 @@ impl Coordinator {
             worker: self.worker.clone(),
             wait_millis: wait.as_millis() as u64,
         };
-        let mut client = self.client.clone();
+        let mut client = self.client();
         let answer = within(wait + CALL_TIMEOUT, client.lease_shard(Request::new(request))).await;
         self.reached.store(answer.is_ok(), Ordering::Relaxed);
+        if let Err(status) = &answer {
+            crate::metrics::answered(false);
+            if is_final(status) {
+                // The coordinator never does. It is one whose term is over, or somebody else to whom the connection has led
+                // while the coordinator was away, and a connection that works would be kept for ever.
+                *self.client.lock().unwrap_or_else(PoisonError::into_inner) = connect(&self.endpoint);
+            }
+        }
         let answer = answer?;
         self.hear(answer.term)?;
         Ok(answer.lease)
@@ -118,7 +133,7 @@ impl Coordinator {
             outcomes: progress.so_far().into_iter().map(|(name, n)| (name.to_owned(), n)).collect(),
             kept: kept.clone(),
         };
-        let mut client = self.client.clone();
+        let mut client = self.client();
         let answer = within(timeout, client.renew_lease(Request::new(request))).await?;
         self.hear(answer.term)?;
         progress.limit(answer.wanted, &kept);
@@ -185,7 +200,7 @@ impl Coordinator {
             sequence,
             hosts: demands.into_iter().map(demand).collect(),
         };
-        let mut client = self.client.clone();
+        let mut client = self.client();
         let answer = within(timeout, client.share_hosts(Request::new(request))).await?;
         self.hear(answer.term)?;
         let share = |HostShare { host, slots, requests_per_second }| (host, slots, requests_per_second);
@@ -207,7 +222,7 @@ impl Coordinator {
                 shard: id.shard,
                 attempt: id.attempt.clone(),
             };
-            let mut client = self.client.clone();
+            let mut client = self.client();
             let answer = within(CALL_TIMEOUT, client.complete_shard(Request::new(request))).await;
             match answer.and_then(|answer| self.hear(answer.term)) {
                 Ok(()) => return,
@@ -236,7 +251,7 @@ impl Coordinator {
         let tries = async {
             let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(1));
             loop {
-                let mut client = self.client.clone();
+                let mut client = self.client();
                 let answer = within(RELEASE_TIMEOUT, client.release_lease(Request::new(request.clone()))).await;
                 match answer.and_then(|answer| self.hear(answer.term)) {
                     Ok(()) => return,
@@ -261,6 +276,11 @@ impl Coordinator {
 }
 
 /// Whether the same call would be refused again.
+/// Connects with the first call.
+fn connect(endpoint: &Endpoint) -> Client {
+    FetchServiceClient::with_interceptor(endpoint.connect_lazy(), Carry).max_decoding_message_size(MAX_MESSAGE)
+}
+
 fn is_final(status: &Status) -> bool {
     use tonic::Code::{FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unimplemented};
     matches!(status.code(), FailedPrecondition | InvalidArgument | NotFound | PermissionDenied | Unimplemented)

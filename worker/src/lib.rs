@@ -240,19 +240,19 @@ async fn next_lease(coordinator: &Coordinator, failures: &AtomicU32) -> Lease {
         tokio::time::sleep(Duration::from_millis(500) * 2u32.pow(failed)).await;
     }
     let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
-    let mut away = false;
+    let mut told = None;
     loop {
         match coordinator.lease().await {
             Ok(Some(lease)) => return lease,
             Ok(None) => {
                 backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
-                away = false;
+                told = None;
                 // A coordinator that answers at once must not be asked in a loop.
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
             Err(status) => {
-                if !away {
-                    away = true;
+                // It may be away for long, so each way in which it fails is told of once.
+                if told.replace(status.code()) != Some(status.code()) {
                     tracing::warn!(%status, "no answer to the request for a lease; trying again");
                 }
                 tokio::time::sleep(backoff.pause()).await;

@@ -12,7 +12,9 @@ use proto::pb::{
     ShareHostsResponse,
 };
 use tokio::net::TcpListener;
+use tokio_stream::StreamExt;
 use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::Server;
 use tonic::{Request, Response, Status};
 
 use super::*;
@@ -43,8 +45,24 @@ impl CoordinatorDouble {
     pub(crate) async fn serve(&self) -> String {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
         let address = format!("http://{}", listener.local_addr().expect("bound"));
-        let router = tonic::transport::Server::builder().add_service(FetchServiceServer::new(self.clone()));
+        let router = Server::builder().add_service(FetchServiceServer::new(self.clone()));
         tokio::spawn(router.serve_with_incoming(TcpListenerStream::new(listener)));
+        address
+    }
+
+    /// As `serve`, but the first connection leads to somebody who knows no such service.
+    async fn serve_after_a_stranger(&self) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
+        let address = format!("http://{}", listener.local_addr().expect("bound"));
+        let refuse = |_| Err(Status::unimplemented("a stranger"));
+        let stranger = Server::builder().add_service(FetchServiceServer::with_interceptor(self.clone(), refuse));
+        let router = Server::builder().add_service(FetchServiceServer::new(self.clone()));
+        tokio::spawn(async move {
+            let first = listener.accept().await.map(|(socket, _)| socket);
+            // It goes on with its connection as long as the worker does.
+            tokio::spawn(stranger.serve_with_incoming(tokio_stream::once(first).chain(tokio_stream::pending())));
+            router.serve_with_incoming(TcpListenerStream::new(listener)).await
+        });
         address
     }
 
@@ -141,7 +159,12 @@ async fn start(leases: Vec<Lease>, hanging: bool, renewed_for: u64) -> Cluster {
     let heard = Heard { leases: leases.into(), duration_millis: renewed_for, ..Heard::default() };
     let coordinator = CoordinatorDouble(Arc::new(Mutex::new(heard)));
     let address = coordinator.serve().await;
-    let arguments = ["worker", "--coordinator", &address, "--connections", "8", "--allow-net", "127.0.0.0/8"];
+    join(coordinator, &address, store)
+}
+
+/// The worker of such a cluster.
+fn join(coordinator: CoordinatorDouble, address: &str, store: Arc<dyn ObjectStore>) -> Cluster {
+    let arguments = ["worker", "--coordinator", address, "--connections", "8", "--allow-net", "127.0.0.0/8"];
     let config = Arguments::try_parse_from(arguments).expect("good flags").worker;
     let shutdown = CancellationToken::new();
     let worker = tokio::spawn(run("worker-1".to_owned(), config, Arc::clone(&store), shutdown.clone()));
@@ -167,6 +190,19 @@ async fn leased_shards_are_made_committed_and_told_of() {
         assert_eq!((index.outcomes["kept"], index.outcomes["not_found"]), (5, 1));
         assert_eq!(index.writer, "worker-1");
     }
+    cluster.ends().await;
+}
+
+#[tokio::test]
+async fn who_refuses_a_lease_is_no_coordinator_so_the_worker_connects_anew() {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let store: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
+    put_slice(&*store, 1, &["http://127.0.0.1:1/".to_owned()]).await;
+    let heard = Heard { leases: [lease(1, 60_000)].into(), duration_millis: 60_000, ..Heard::default() };
+    let coordinator = CoordinatorDouble(Arc::new(Mutex::new(heard)));
+    let address = coordinator.serve_after_a_stranger().await;
+    let cluster = join(coordinator, &address, store);
+    cluster.coordinator.until(|heard| heard.completed == [1]).await;
     cluster.ends().await;
 }
 
