@@ -135,22 +135,18 @@ impl Inner {
         let Ok(mut name) = hickory_resolver::proto::rr::Name::from_utf8(host) else { return Err(Failed::NoSuchName) };
         // A name of one word may be one of the local network, for which the system's search list is. All others are whole: to
         // try each with every suffix of a cluster's search list would make several questions of one. Only where private nets
-        // are allowed a short name that nobody knows as a whole may be one of theirs: `web.pictures`, of a cluster's service.
+        // are allowed a short name may be one of theirs: `web.pictures`, of a cluster's service. Which is tried first, the name
+        // as it is or the list, says the system's `ndots`: in a cluster the list, where a name server that cannot ask the world
+        // would fail over the other.
         let labels = name.num_labels();
-        name.set_fqdn(labels > 1);
-        let short = (2..=MOST_SHORT_LABELS).contains(&labels) && !self.rules.allowed.is_empty();
+        let short = labels == 1 || labels <= MOST_SHORT_LABELS && !self.rules.allowed.is_empty();
+        name.set_fqdn(!short);
         if let Some(failed) = self.remembered(host) {
             return Err(failed);
         }
         let asked = async {
             let _turn = self.lookups.acquire().await;
-            match self.resolver.lookup_ip(name.clone()).await {
-                Err(error) if short && is_their_word(&error) => {
-                    name.set_fqdn(false);
-                    self.resolver.lookup_ip(name).await
-                }
-                found => found,
-            }
+            self.resolver.lookup_ip(name).await
         };
         let failed = match timeout(LOOKUP_TIMEOUT, asked).await {
             Ok(Ok(found)) => {

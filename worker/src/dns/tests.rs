@@ -49,7 +49,14 @@ fn answer(question: &[u8], before: usize) -> Option<Vec<u8>> {
         // A public address at first, a private one later; neither is to be remembered.
         b"rebinding" => (0, Some(if before < 2 { [93, 184, 216, 34] } else { [10, 0, 0, 1] })),
         b"private" => (0, Some([192, 168, 1, 1])),
-        b"inside" if in_cluster => (0, Some([10, 0, 0, 7])),
+        // That of a cluster that cannot ask the world.
+        b"inside" => {
+            if in_cluster {
+                (0, Some([10, 0, 0, 7]))
+            } else {
+                (2, None)
+            }
+        }
         b"broken" => (2, None),
         // Whatever its IPv4 address is, it has none of IPv6.
         b"half" => (if is_a { 2 } else { 0 }, None),
@@ -176,8 +183,11 @@ async fn the_hosts_file_and_localhost_count_and_a_search_list_does_where_private
     assert_eq!(server.asked(), 2, "no question is multiplied");
     resolve(&public, "inside.pictures").await.expect_err("no public name");
     let private = AddressRules { allowed: vec!["10.0.0.0/8".parse().expect("a net")] };
-    let private = GuardedResolver::with(private, config, options).expect("good options");
-    assert_eq!(resolve(&private, "inside.pictures").await.expect("a service"), [Ipv4Addr::new(10, 0, 0, 7)]);
+    for ndots in [5, 1] {
+        options.ndots = ndots;
+        let private = GuardedResolver::with(private.clone(), config.clone(), options.clone()).expect("good options");
+        assert_eq!(resolve(&private, "inside.pictures").await.expect("a service"), [Ipv4Addr::new(10, 0, 0, 7)]);
+    }
 }
 
 #[tokio::test]
