@@ -7,6 +7,7 @@
 #![allow(unsafe_code, reason = "vectors that the compiler does not find by itself")]
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 #[cfg(target_arch = "x86_64")]
@@ -44,6 +45,15 @@ impl Span {
     }
 }
 
+/// An image, which of its columns are wanted, and the weights of both sides.
+#[derive(Debug)]
+struct Task<'a> {
+    from: Grid<'a>,
+    columns: Range<usize>,
+    across: Arc<Weights>,
+    down: Arc<Weights>,
+}
+
 /// Scales for one thread, with its buffers.
 #[derive(Debug, Default)]
 pub(crate) struct Scaler {
@@ -63,18 +73,23 @@ impl Scaler {
         if across.is_as_it_was(from.width) && down.is_as_it_was(from.height) {
             return to.copy_from_slice(from.values);
         }
+        let task = self.prepare(from, across, down);
+        #[cfg(target_arch = "x86_64")]
+        if std::arch::is_x86_feature_detected!("avx2") {
+            // SAFETY: the processor has AVX2.
+            return unsafe { self.weigh_with_avx2(&task, to) };
+        }
+        self.weigh_plainly(&task, to);
+    }
+
+    /// What there is to do, with weights and buffers for it.
+    fn prepare<'a>(&mut self, from: Grid<'a>, across: Span, down: Span) -> Task<'a> {
         let (across, down) = (self.weights(from.width, across), self.weights(from.height, down));
-        // The columns that are wanted.
         let columns = across.first() * from.channels..across.end() * from.channels;
         self.rows.resize(LANES * columns.len(), 0);
         self.turned.resize(columns.len(), [0; LANES]);
         self.weighed.resize(across.results() * from.channels, [0; LANES]);
-        #[cfg(target_arch = "x86_64")]
-        if std::arch::is_x86_feature_detected!("avx2") {
-            // SAFETY: the processor has AVX2.
-            return unsafe { self.weigh_with_avx2(from, columns, &across, &down, to) };
-        }
-        self.weigh(from, columns, &across, &down, to, (weigh, to_columns, to_rows));
+        Task { from, columns, across, down }
     }
 
     fn weights(&mut self, of: usize, span: Span) -> Arc<Weights> {
@@ -96,31 +111,25 @@ impl Scaler {
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2")]
-    fn weigh_with_avx2(
-        &mut self,
-        from: Grid<'_>,
-        columns: std::ops::Range<usize>,
-        across: &Weights,
-        down: &Weights,
-        to: &mut [u8],
-    ) {
+    fn weigh_with_avx2(&mut self, task: &Task<'_>, to: &mut [u8]) {
         // Only closures of a function with AVX2 become a part of it.
         let weigh = |source: &[u8], stride, weights: &[i16], bits, weighed: &mut [u8; LANES]| {
             avx2::weigh(source, stride, weights, bits, weighed);
         };
         let to_columns = |rows: &[u8], width, columns: &mut [[u8; LANES]; 8]| avx2::to_columns(rows, width, columns);
         let to_rows = |columns: &[[u8; LANES]; 8], rows: &mut [u8], width| avx2::to_rows(columns, rows, width);
-        self.weigh(from, columns, across, down, to, (weigh, to_columns, to_rows));
+        self.weigh(task, to, (weigh, to_columns, to_rows));
+    }
+
+    fn weigh_plainly(&mut self, task: &Task<'_>, to: &mut [u8]) {
+        self.weigh(task, to, (weigh, to_columns, to_rows));
     }
 
     /// By what does as [`weigh`], [`to_columns`] and [`to_rows`] do.
     #[inline(always)]
     fn weigh(
         &mut self,
-        from: Grid<'_>,
-        columns: std::ops::Range<usize>,
-        across: &Weights,
-        down: &Weights,
+        Task { from, columns, across, down }: &Task<'_>,
         to: &mut [u8],
         (weigh, to_columns, to_rows): (
             impl Fn(&[u8], usize, &[i16], u32, &mut [u8; LANES]),
@@ -397,6 +406,10 @@ mod tests {
                 let worst = got.iter().zip(wanted.buffer()).map(|(a, b)| a.abs_diff(*b)).max();
                 // Both round twice, with weights of another precision.
                 assert!(worst <= Some(2), "{width} x {height} {channels}: {worst:?}");
+                let mut plain = vec![0; got.len()];
+                let task = scaler.prepare(grid, span(across), span(down));
+                scaler.weigh_plainly(&task, &mut plain);
+                assert!(plain == got, "{width} x {height} {channels}: plain loops give other bytes");
             }
         }
     }
