@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
 use super::{Input, Runs, StoredRun};
+use crate::datasets::Stage;
 use crate::error::Error;
 use crate::roster::Run;
 use crate::store::{Created, nonce};
@@ -64,10 +65,11 @@ impl Runs {
         }
         let (dataset, _) = self.datasets.find(&spec.dataset)?;
         let Some(latest) = dataset.trainable() else {
-            return Err(Error::Precondition(format!(
-                "dataset {:?} has no manifest yet: wait until it is ready",
-                spec.dataset
-            )));
+            let why = match &dataset.stage {
+                Stage::Failed(reason) => format!("has failed: {reason}"),
+                _ => "has no manifest yet: wait until it is ready".to_owned(),
+            };
+            return Err(Error::Precondition(format!("dataset {:?} {why}", spec.dataset)));
         };
         let version = *spec.manifest.get_or_insert(latest.version);
         let manifest_key = keys::manifest(&dataset.id, version);
