@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test test-nccl soak-train bench-train bench-fetch bench-scale fuzz images try-pods libtorch pytorch clean
+.PHONY: help setup build demo test test-nccl soak-train bench-train bench-fetch bench-scale fuzz images try-pods try-cluster libtorch pytorch clean
 
 tools := target/tools
 export PATH := $(CURDIR)/$(tools)/bin:$(PATH)
@@ -23,6 +23,8 @@ help:
 	@echo "                          tests were run; IMAGES=gleaner: the small one alone"
 	@echo "make try-pods             the pods of overlays/local-urls, under crun and without a cluster, through kills and replacements;"
 	@echo "                          needs root, crun, iptables and 'make images'. ARGS=FOLDER: another overlay"
+	@echo "make try-cluster          the same on the cluster that kubectl talks to, in namespaces that it makes and removes; needs the images"
+	@echo "                          of 'make images' on its node. ARGS=--help"
 	@echo "make libtorch CUDA=1      libtorch with CUDA and NCCL, into target/libtorch-cuda; to build with it:"
 	@echo "                          LIBTORCH=\$$PWD/target/libtorch-cuda cargo build --release --features nccl"
 	@echo "make pytorch              Python's torch, webdataset and a SeaweedFS, which tests compare with and store in"
@@ -47,6 +49,9 @@ images: setup
 
 try-pods: $(tools)/ready
 	$(python) deploy/k8s/pods.py $(ARGS)
+
+try-cluster: $(tools)/ready
+	$(python) deploy/k8s/cluster.py $(ARGS)
 
 soak-train: setup
 	SECONDS_OF_KILLS=$(or $(SECONDS),300) cargo test --locked -p gleaner --test elastic -- --ignored --exact --nocapture soak | tee target/soak-train.log

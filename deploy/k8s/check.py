@@ -22,6 +22,8 @@ import kubernetes_validate
 import yaml
 
 HERE = Path(__file__).resolve().parent
+# That of this Python's environment, or what is found.
+KUBECTL = next((str(path) for path in [Path(sys.executable).with_name("kubectl")] if path.exists()), "kubectl")
 # The oldest that the manifests are written for, and the newest that they were checked for.
 VERSIONS = ("1.31", "1.36")
 QUANTITY = re.compile(r"\d+(\.\d+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?")
@@ -70,9 +72,7 @@ CUSTOM = {
 
 
 def render(folder):
-    kubectl = Path(sys.executable).with_name("kubectl")
-    command = [kubectl if kubectl.exists() else "kubectl", "kustomize", folder]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run([KUBECTL, "kustomize", folder], capture_output=True, text=True)
     if done.returncode or done.stderr:
         raise SystemExit(f"{folder}: {done.stderr.strip()}")
     return [item for item in yaml.safe_load_all(done.stdout) if item]

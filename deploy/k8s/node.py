@@ -76,6 +76,9 @@ class Image:
 class Node:
     """The node, and as much of the controllers as starts and ends pods on it."""
 
+    # What its lines of figures begin with.
+    figures = "pods"
+
     def __init__(self, folder, objects, archives):
         self.folder, self.objects, self.pods, self.ends, self.faults, self.lock = folder, objects, [], [], [], threading.RLock()
         self.others, self.gone = [], []
@@ -183,6 +186,15 @@ class Node:
             self.start(deployment)
         # The newest go first, as with a ReplicaSet.
         self.delete(pods[replicas:])
+
+    def replace(self, pod):
+        """As `kubectl delete pod`, without waiting for its end."""
+        replicas = len(self.running(pod.deployment))
+        self.delete([pod])
+        self.scale(pod.deployment, replicas)
+
+    def has(self, pod):
+        return pod in self.pods
 
     def recreate(self, deployment):
         """As `kubectl rollout restart` with the strategy Recreate."""
