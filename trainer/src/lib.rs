@@ -101,8 +101,8 @@ pub struct CacheConfig {
     pub cache_disk_bytes: u64,
 }
 
-/// Runs a trainer agent until `shutdown`, under a `name` that no other agent has. `rank_command` starts a rank process: a program that calls [`run_rank`] on the same store, with
-/// stdin and stdout left to it. `used` hears what the ranks have asked of the store.
+/// Runs a trainer agent until `shutdown`, under a `name` that no other agent has. `rank_command` starts a rank process: a program that
+/// calls [`run_rank`] on the same store, with stdin and stdout left to it. `used` hears what the ranks have asked of the store.
 ///
 /// # Errors
 /// If the settings cannot be meant so. Whatever fails later is tried again, or told to the coordinator.
