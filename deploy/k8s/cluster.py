@@ -42,7 +42,8 @@ for way in sys.argv[1:]:
 def kubectl(*arguments, input=None, namespace=GLEANER, seconds=120):
     done = subprocess.run([KUBECTL, "-n", namespace, *map(str, arguments)], input=input, capture_output=True, text=True, timeout=seconds)
     if done.returncode:
-        raise Failed(f"kubectl {' '.join(map(str, arguments))}: {done.stderr.strip().rpartition(chr(10))[2]}")
+        last = done.stderr.strip().rpartition("\n")[2]
+        raise Failed(f"kubectl {' '.join(map(str, arguments))}: {last}")
     return done.stdout
 
 

@@ -275,12 +275,12 @@ impl Coordinator {
     }
 }
 
-/// Whether the same call would be refused again.
 /// Connects with the first call.
 fn connect(endpoint: &Endpoint) -> Client {
     FetchServiceClient::with_interceptor(endpoint.connect_lazy(), Carry).max_decoding_message_size(MAX_MESSAGE)
 }
 
+/// Whether the same call would be refused again.
 fn is_final(status: &Status) -> bool {
     use tonic::Code::{FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unimplemented};
     matches!(status.code(), FailedPrecondition | InvalidArgument | NotFound | PermissionDenied | Unimplemented)

@@ -49,15 +49,9 @@ fn answer(question: &[u8], before: usize) -> Option<Vec<u8>> {
         // A public address at first, a private one later; neither is to be remembered.
         b"rebinding" => (0, Some(if before < 2 { [93, 184, 216, 34] } else { [10, 0, 0, 1] })),
         b"private" => (0, Some([192, 168, 1, 1])),
-        // That of a cluster that cannot ask the world.
-        b"inside" => {
-            if in_cluster {
-                (0, Some([10, 0, 0, 7]))
-            } else {
-                (2, None)
-            }
-        }
-        b"broken" => (2, None),
+        b"inside" if in_cluster => (0, Some([10, 0, 0, 7])),
+        // As a whole a cluster that cannot ask the world does not know it.
+        b"broken" | b"inside" => (2, None),
         // Whatever its IPv4 address is, it has none of IPv6.
         b"half" => (if is_a { 2 } else { 0 }, None),
         b"silent" => return None,
