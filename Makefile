@@ -48,10 +48,10 @@ images: setup
 	deploy/images.sh $(IMAGES)
 
 try-pods: $(tools)/ready
-	$(python) deploy/k8s/pods.py $(ARGS)
+	$(python) tests/k8s/pods.py $(ARGS)
 
 try-cluster: $(tools)/ready
-	$(python) deploy/k8s/cluster.py $(ARGS)
+	$(python) tests/k8s/cluster.py $(ARGS)
 
 soak-train: setup
 	SECONDS_OF_KILLS=$(or $(SECONDS),300) cargo test --locked -p gleaner --test elastic -- --ignored --exact --nocapture soak | tee target/soak-train.log
@@ -59,7 +59,7 @@ soak-train: setup
 
 bench-train: setup pytorch $(tools)/torchvision/ready
 	cargo build --locked -p gleaner-trainer --features bench --example bench
-	PYTHONPATH=$(tools)/torchvision $(tools)/pytorch/bin/python deploy/bench/train.py --bench target/debug/examples/bench $(ARGS)
+	PYTHONPATH=$(tools)/torchvision $(tools)/pytorch/bin/python tests/bench/train/train.py --bench target/debug/examples/bench $(ARGS)
 
 # The build of `make images`, as fetch workers are deployed.
 bench-fetch: $(tools)/ready $(tools)/img2dataset/ready
@@ -102,7 +102,7 @@ $(tools)/pytorch/ready: deploy/setup/python.txt target/libtorch/build-version
 	$(@D)/bin/python deploy/setup/libtorch.py python
 	touch $@
 
-$(tools)/torchvision/ready: deploy/bench/python.txt $(tools)/pytorch/ready
+$(tools)/torchvision/ready: tests/bench/train/python.txt $(tools)/pytorch/ready
 	rm -rf $(@D)
 	$(tools)/pytorch/bin/python -m pip --disable-pip-version-check install --quiet --require-hashes --no-deps --target $(@D) -r $<
 	touch $@

@@ -63,7 +63,7 @@ profile=default
 
 stage fmt cargo fmt --all --check
 stage layers layers
-stage k8s target/tools/venv/bin/python deploy/k8s/check.py
+stage k8s target/tools/venv/bin/python tests/k8s/check.py
 stage deny cargo deny --locked --log-level error check --hide-inclusion-graph licenses bans sources
 stage clippy cargo clippy --locked --workspace --all-targets --features gleaner-trainer/bench -- -D warnings
 stage slim cargo clippy --locked -p gleaner --no-default-features -- -D warnings

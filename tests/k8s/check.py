@@ -22,6 +22,7 @@ import kubernetes_validate
 import yaml
 
 HERE = Path(__file__).resolve().parent
+MANIFESTS = HERE.parents[1] / "deploy/k8s"
 # That of this Python's environment, or what is found.
 KUBECTL = next((str(path) for path in [Path(sys.executable).with_name("kubectl")] if path.exists()), "kubectl")
 # The oldest that the manifests are written for, and the newest that they were checked for.
@@ -329,13 +330,13 @@ def self_test(overlays):
 
 
 def main():
-    self_test([render(HERE / "overlays" / name) for name in ("local", "autoscaled", "local-hpa")])
-    undocumented = sorted(name for name in METRICS if f"gleaner_{name}" not in (HERE / "README.md").read_text())
+    self_test([render(MANIFESTS / "overlays" / name) for name in ("local", "autoscaled", "local-hpa")])
+    undocumented = sorted(name for name in METRICS if f"gleaner_{name}" not in (MANIFESTS / "README.md").read_text())
     if undocumented:
         raise SystemExit(f"README.md does not tell of the metrics {undocumented}")
     print(f"{len(BREAKS)} deliberate mistakes, all found")
     wrong = False
-    for folder in map(Path, sys.argv[1:] or sorted((HERE / "overlays").iterdir())):
+    for folder in map(Path, sys.argv[1:] or sorted((MANIFESTS / "overlays").iterdir())):
         items = render(folder)
         faults = check(items)
         wrong |= bool(faults)

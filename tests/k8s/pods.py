@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from check import HERE, render
+from check import HERE, MANIFESTS, render
 from kubelet import until
 from network import Failed, Sandbox
 from node import Node, isolated
@@ -93,7 +93,7 @@ def try_pods(overlay, archives, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("overlay", nargs="?", type=Path, default=HERE / "overlays/local-urls")
+    parser.add_argument("overlay", nargs="?", type=Path, default=MANIFESTS / "overlays/local-urls")
     parser.add_argument("--images", type=Path, default=HERE.parents[1] / "target/images")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -11,7 +11,7 @@ use tokio::process::Command;
 
 use crate::{DEADLINE, Job, Measured, TIMEOUT_SECONDS, process, seconds};
 
-const RUNNER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/bench/fetch/runner.py");
+const RUNNER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/bench/fetch/runner.py");
 /// How often the processes are looked at.
 const LOOK: Duration = Duration::from_millis(100);
 

@@ -21,7 +21,7 @@ import threading
 import time
 from pathlib import Path
 
-from check import HERE, KUBECTL
+from check import HERE, KUBECTL, MANIFESTS
 from kubelet import note, until
 from network import Failed
 from trial import READY, Client, expect, figures, gather, train
@@ -198,7 +198,7 @@ def logs(folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("overlay", nargs="?", type=Path, default=HERE / "overlays/local-urls")
+    parser.add_argument("overlay", nargs="?", type=Path, default=MANIFESTS / "overlays/local-urls")
     parser.add_argument("--gleaner", type=Path, default=HERE.parents[1] / "target/release/gleaner", help="the command line")
     parser.add_argument("--python", default="python:3.13-slim", metavar="IMAGE", help="an image with Python")
     args = parser.parse_args()
