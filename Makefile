@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test test-nccl soak-train bench-train bench-fetch bench-scale fuzz images try-pods try-cluster libtorch pytorch clean
+.PHONY: help setup build demo test test-nccl soak-train bench-train bench-fetch bench-scale fuzz images try-cluster libtorch pytorch clean
 
 tools := target/tools
 export PATH := $(CURDIR)/$(tools)/bin:$(PATH)
@@ -21,10 +21,8 @@ help:
 	@echo "make setup                libtorch and the build's tools, into target/; every other target does it first"
 	@echo "make images               both container images, as archives in target/images; needs buildah. PROFILE=dev: quicker, if"
 	@echo "                          tests were run; IMAGES=gleaner: the small one alone"
-	@echo "make try-pods             the pods of overlays/local-urls, under crun and without a cluster, through kills and replacements;"
-	@echo "                          needs root, crun, iptables and 'make images'. ARGS=FOLDER: another overlay"
-	@echo "make try-cluster          the same on the cluster that kubectl talks to, in namespaces that it makes and removes; needs the images"
-	@echo "                          of 'make images' on its node. ARGS=--help"
+	@echo "make try-cluster          the pods of overlays/local-urls, through kills and replacements, on the cluster that kubectl talks to, in"
+	@echo "                          namespaces that it makes and removes; needs the images of 'make images' on its node. ARGS=--help"
 	@echo "make libtorch CUDA=1      libtorch with CUDA and NCCL, into target/libtorch-cuda; to build with it:"
 	@echo "                          LIBTORCH=\$$PWD/target/libtorch-cuda cargo build --release --features nccl"
 	@echo "make pytorch              Python's torch, webdataset and a SeaweedFS, which tests compare with and store in"
@@ -46,9 +44,6 @@ test-nccl: setup
 
 images: setup
 	deploy/images.sh $(IMAGES)
-
-try-pods: $(tools)/ready
-	$(python) tests/k8s/pods.py $(ARGS)
 
 try-cluster: $(tools)/ready
 	$(python) tests/k8s/cluster.py $(ARGS)

@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 if ! command -v buildah >/dev/null; then
-    echo "missing: buildah; to install: apt-get install --no-install-recommends buildah crun" >&2
+    echo "missing: buildah; to install: apt-get install --no-install-recommends buildah" >&2
     exit 1
 fi
 version=$(awk -F'"' '/^version = / { print $2; exit }' Cargo.toml)

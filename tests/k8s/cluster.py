@@ -22,9 +22,7 @@ import time
 from pathlib import Path
 
 from check import HERE, KUBECTL, MANIFESTS
-from kubelet import note, until
-from network import Failed
-from trial import READY, Client, expect, figures, gather, train
+from trial import READY, Client, Failed, expect, figures, gather, note, train, until
 
 GLEANER, PICTURES, PORT = "gleaner", "pictures", 17070
 ROLES = ("coordinator", "worker", "trainer")
@@ -65,9 +63,7 @@ class Pod:
 
 
 class Cluster:
-    """The namespace of an overlay that has been applied."""
-    # What its lines of figures begin with.
-    figures = "cluster"
+    """The namespace of an overlay that has been applied: scales Deployments, kills and replaces pods."""
 
     def running(self, deployment):
         items = objects("pods", "-l", f"app.kubernetes.io/component={deployment}")
@@ -95,9 +91,6 @@ class Cluster:
             pods = self.running(deployment)
             return len(pods) == replicas and all(pod.ready for pod in pods)
         until(f"{replicas} of {deployment} are ready", seconds, ready)
-
-    def check(self):
-        """Restarts are looked at in the end: each look asks the cluster."""
 
 
 def web(image):
@@ -221,7 +214,7 @@ def main():
             gather(cluster, gleaner)
             train(cluster, gleaner)
             ended = finish(cluster)
-            figures(cluster.figures, overlay=args.overlay.name, ready_seconds=ready, ways_checked=ways, restarts=0, all_ended_seconds=ended)
+            figures(overlay=args.overlay.name, ready_seconds=ready, ways_checked=ways, restarts=0, all_ended_seconds=ended)
         except Exception as error:
             failed = error if isinstance(error, Failed) else repr(error)
             print(*(line for part in logs(Path(folder)) for line in part), sep="\n")

@@ -1,7 +1,4 @@
-"""What pods are put through, wherever they run: a dataset while workers come and go, and a run while trainers do.
-
-A place is a node without a cluster (pods.py) or a cluster (cluster.py): it scales Deployments, kills and replaces pods.
-"""
+"""What the pods of a cluster (cluster.py) are put through: a dataset while workers come and go, and a run while trainers do."""
 
 import contextlib
 import json
@@ -10,8 +7,6 @@ import subprocess
 import time
 from collections import Counter
 
-from kubelet import until
-from network import Failed
 from web import CLASSES
 
 URLS, SLICE = 1800, 60
@@ -19,6 +14,34 @@ URLS, SLICE = 1800, 60
 TRAINING, EPOCHS = 90, 12
 # Within so many seconds pods are ready.
 READY = 60
+BEGINNING = time.monotonic()
+
+
+class Failed(Exception):
+    """An expectation that does not hold."""
+
+
+def note(text):
+    print(f"{time.monotonic() - BEGINNING:6.1f} s  {text}", flush=True)
+
+
+def until(what, seconds, check):
+    """What `check` returns as soon as it is true."""
+    deadline = time.monotonic() + seconds
+    while not (value := check()):
+        if time.monotonic() > deadline:
+            raise Failed(f"not within {seconds} s: {what}")
+        time.sleep(0.2)
+    return value
+
+
+def expect(what, found, wanted):
+    if found != wanted:
+        raise Failed(f"{what}: {found}, not {wanted}")
+
+
+def figures(**values):
+    print("cluster:", *(f"{key}={value:.1f}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items()), flush=True)
 
 
 def url_list():
@@ -71,22 +94,13 @@ class Client:
             raise Failed(f"gleaner {' '.join(process.args[1:])}: {code}")
 
 
-def expect(what, found, wanted):
-    if found != wanted:
-        raise Failed(f"{what}: {found}, not {wanted}")
-
-
-def figures(name, **values):
-    print(f"{name}:", *(f"{key}={value:.1f}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items()), flush=True)
-
-
 def leases(pod, gleaner):
     """How many shards a worker's pod is at. Its process is called by the pod's name and a word of its own."""
     workers = json.loads(gleaner("status", "-o", "json"))["workers"]
     return sum(worker["leases"] for worker in workers if worker["worker"].rpartition("-")[0] == pod.name)
 
 
-def gather(place, gleaner):
+def gather(cluster, gleaner):
     """A dataset, while workers are scaled from one to four and back, and one of them and the coordinator are killed."""
     text, outcomes = url_list()
     (gleaner.folder / "list.txt").write_text(text)
@@ -94,7 +108,6 @@ def gather(place, gleaner):
                              "--slice-urls", str(SLICE), "--wait")
 
     def done():
-        place.check()
         if creation.poll():
             gleaner.end(creation, 0)
         try:
@@ -111,15 +124,15 @@ def gather(place, gleaner):
         return (done() - at) / (time.monotonic() - begun)
 
     one = rate(60, URLS // 6)
-    place.scale("worker", 4)
-    place.await_ready("worker", 4, READY)
-    victim = place.running("worker")[1]
+    cluster.scale("worker", 4)
+    cluster.await_ready("worker", 4, READY)
+    victim = cluster.running("worker")[1]
     until(f"{victim.name} is at work", 30, lambda: leases(victim, gleaner) > 0)
     victim.kill()
     four = rate(URLS // 4, URLS * 2 // 3)
-    place.scale("worker", 1)
+    cluster.scale("worker", 1)
     again = rate(URLS * 3 // 4, URLS * 9 // 10)
-    coordinator, = place.running("coordinator")
+    coordinator, = cluster.running("coordinator")
     coordinator.kill()
     gleaner.end(creation, 180)
     dataset = gleaner.describe("dataset", "pictures")
@@ -129,12 +142,12 @@ def gather(place, gleaner):
     expect("URLs with another outcome than they must have", wrong, Counter())
     expect("outcomes", (len(rows), dict(dataset["outcomes"])), (URLS, dict(Counter(outcomes.values()))))
     expect("shards committed", dataset["shards_committed"], dataset["shards"])
-    figures(place.figures, urls=URLS, lost=0, kept=dataset["outcomes"]["kept"],
+    figures(urls=URLS, lost=0, kept=dataset["outcomes"]["kept"],
             shards=f"{dataset['shards_committed']}/{dataset['shards']}",
             urls_per_second_1_worker=one, with_4=four, with_1_again=again)
 
 
-def train(place, gleaner):
+def train(cluster, gleaner):
     """A run on two trainers, while one is killed, another replaced, and then the coordinator replaced."""
     small = ("model.arch=alexnet-slim", "model.width=0.5", "input.crop=64", "train.batch=64")
 
@@ -152,7 +165,6 @@ def train(place, gleaner):
     follow = submit("second", epochs, "--follow")
 
     def state():
-        place.check()
         try:
             return gleaner.describe("run", "second")
         except Failed:
@@ -169,24 +181,24 @@ def train(place, gleaner):
         return until(f"two ranks are at {share:.0%} of the steps", 240, there)
 
     generation = steps(0.05)["generation"]
-    victim, leaver = place.running("trainer")[:2]
+    victim, leaver = cluster.running("trainer")[:2]
     victim.kill()
     until("a generation without the killed trainer", 60, lambda: state()["generation"] > generation)
-    place.await_ready("trainer", 2, READY)
+    cluster.await_ready("trainer", 2, READY)
     generation = steps(0.3)["generation"]
-    place.replace(leaver)
+    cluster.replace(leaver)
     until("a generation without the trainer that left", 60, lambda: state()["generation"] > generation)
-    until("the trainer that left is gone", leaver.grace, lambda: not place.has(leaver))
-    place.await_ready("trainer", 2, READY)
+    until("the trainer that left is gone", leaver.grace, lambda: not cluster.has(leaver))
+    cluster.await_ready("trainer", 2, READY)
     before = steps(0.6)
-    place.recreate("coordinator")
-    place.await_ready("coordinator", 1, READY)
+    cluster.recreate("coordinator")
+    cluster.await_ready("coordinator", 1, READY)
     after = steps(0.6, after=before["step"])
     gleaner.end(follow, 240)
     run = gleaner.describe("run", "second")
     expect("the run's state and steps", (run["state"], run["step"]), ("done", run["epochs"] * run["steps_per_epoch"]))
     gleaner("run", "model", "second", "--to", str(gleaner.folder / "model"))
-    figures(place.figures, epochs=epochs, steps=run["step"], generations=run["generation"],
+    figures(epochs=epochs, steps=run["step"], generations=run["generation"],
             generations_by_new_coordinator=after["generation"] - before["generation"],
             test_top1=f"{run['test']['top1']:.2f}", chance=f"{1 / CLASSES:.2f}", images_per_second=per_second,
             train_seconds=time.monotonic() - begun)
