@@ -33,6 +33,14 @@ pub(crate) struct ClusterArgs {
     pub(crate) output: Format,
 }
 
+/// The end of a wait.
+#[derive(Debug, clap::Args)]
+pub(crate) struct TimeoutArgs {
+    /// Stop waiting after so long (90s, 5m, 2h) with exit code 124; the work goes on
+    #[arg(long, value_parser = duration)]
+    pub(crate) timeout: Option<Duration>,
+}
+
 /// A coordinator's address with its scheme.
 pub(crate) fn address(text: &str) -> Result<String, String> {
     let with_scheme = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
@@ -169,7 +177,7 @@ pub(crate) async fn wait_for<R>(
 }
 
 /// A duration as people write it: `90`, `90s`, `5m`, `2h`.
-pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+fn duration(text: &str) -> Result<Duration, String> {
     let (number, seconds) = match text.char_indices().last() {
         Some((at, 's')) => (&text[..at], 1.0),
         Some((at, 'm')) => (&text[..at], 60.0),

@@ -20,7 +20,7 @@ use serde_json::Value;
 use tonic::Status;
 
 use self::create::{CreateArgs, RefreshArgs};
-use crate::client::{Cluster, ClusterArgs, answer, duration, follow, insist, wait_for};
+use crate::client::{Cluster, ClusterArgs, TimeoutArgs, answer, follow, insist, wait_for};
 use crate::exit::{Ended, Exit};
 use crate::output::{Format, Progress, Table, note, percent, say, say_json, state_name};
 
@@ -77,14 +77,6 @@ pub(crate) struct NameArgs {
     name: String,
     #[command(flatten)]
     cluster: ClusterArgs,
-}
-
-/// The end of a wait.
-#[derive(Debug, clap::Args)]
-pub(crate) struct TimeoutArgs {
-    /// Stop waiting after so long (90s, 5m, 2h) with exit code 124; the work goes on
-    #[arg(long, value_parser = duration)]
-    pub(crate) timeout: Option<Duration>,
 }
 
 /// Runs one command.

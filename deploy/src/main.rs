@@ -4,7 +4,7 @@
 //! - [`cli`]: the command tree; [`exit`]: how a command ends; [`output`]: what it prints;
 //! - [`roles`]: `coordinator`, `worker`, `trainer`, `rank`; [`local`]: all of them as one process tree; [`store`]: opens the store,
 //!   [`metered`] counts its requests, [`metrics`] tells of them over HTTP;
-//! - [`client`]: the way to the coordinator; [`dataset`], [`lists`], [`run`], [`model`], [`settings`], [`status`], [`doctor`]: for people;
+//! - [`client`]: the way to the coordinator; [`dataset`], [`lists`], [`run`], [`settings`], [`status`], [`doctor`]: for people;
 //! - `demo`: the whole job, shown on one machine; [`allocator`]: how a worker's process uses memory.
 
 mod allocator;
@@ -15,12 +15,10 @@ mod dataset;
 mod demo;
 mod doctor;
 mod exit;
-mod explain;
 mod lists;
 mod local;
 mod metered;
 mod metrics;
-mod model;
 mod output;
 mod roles;
 mod run;

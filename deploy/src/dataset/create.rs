@@ -12,8 +12,8 @@ use tokio::sync::mpsc;
 use tonic::Status;
 use uuid::Uuid;
 
-use super::{NameArgs, TimeoutArgs};
-use crate::client::{Cluster, ClusterArgs, insist};
+use super::NameArgs;
+use crate::client::{Cluster, ClusterArgs, TimeoutArgs, insist};
 use crate::exit::Ended;
 use crate::lists::{self, Source};
 use crate::output::{Format, note, say, say_json};

@@ -20,7 +20,7 @@ const PIECE_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Arguments of `gleaner run model`.
 #[derive(Debug, clap::Args)]
-pub(crate) struct ModelArgs {
+pub(crate) struct Args {
     /// The run's name
     run: String,
     /// The folder to write to; it is made if it is not there
@@ -34,7 +34,7 @@ pub(crate) struct ModelArgs {
 }
 
 /// Writes the files of a done run's model, each checked against its digest.
-pub(crate) async fn run(args: ModelArgs) -> Result<()> {
+pub(super) async fn run(args: Args) -> Result<()> {
     let mut client = Cluster::new(&args.cluster)?.runs;
     let run = answer(client.get_run(GetRunRequest { run: args.run.clone() })).await?;
     let mut files = digests(&run.events).ok_or_else(|| {

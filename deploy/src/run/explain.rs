@@ -4,9 +4,9 @@ use anyhow::Result;
 use proto::pb::{GetMetricsRequest, GetRunRequest, Metric, Run, RunState};
 use serde::Serialize;
 
+use super::NameArgs;
 use crate::client::{Cluster, answer};
 use crate::output::{Format, say, say_json};
-use crate::run::NameArgs;
 
 /// Of the newest measured steps so many are looked at.
 const STEPS: usize = 100;
@@ -38,7 +38,7 @@ struct Explanation {
 }
 
 /// Runs the command.
-pub(crate) async fn explain(of: &NameArgs) -> Result<()> {
+pub(super) async fn run(of: &NameArgs) -> Result<()> {
     let mut client = Cluster::new(&of.cluster)?.runs;
     let run = answer(client.get_run(GetRunRequest { run: of.run.clone() })).await?;
     let request = GetMetricsRequest { run: of.run.clone(), kinds: vec!["step".to_owned()] };

@@ -1,0 +1,76 @@
+//! `gleaner run metrics`
+
+use anyhow::Result;
+use proto::pb::{GetMetricsRequest, Metric};
+
+use super::NameArgs;
+use crate::client::{Cluster, answer};
+use crate::output::{Format, Table, say, say_json};
+
+/// Arguments of `gleaner run metrics`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    of: NameArgs,
+    /// Only points of these kinds: step, train, validation, test
+    #[arg(long, value_name = "KIND", value_parser = ["step", "train", "validation", "test"])]
+    kind: Vec<String>,
+    /// As CSV with a header
+    #[arg(long)]
+    csv: bool,
+}
+
+/// Runs the command.
+pub(super) async fn run(args: Args) -> Result<()> {
+    let Args { of, kind: kinds, csv } = args;
+    let mut client = Cluster::new(&of.cluster)?.runs;
+    let metrics = answer(client.get_metrics(GetMetricsRequest { run: of.run.clone(), kinds })).await?.metrics;
+    if of.cluster.output == Format::Json {
+        return say_json(&metrics);
+    }
+    const HEADINGS: [&str; 16] = [
+        "kind",
+        "generation",
+        "epoch",
+        "step",
+        "loss",
+        "top1",
+        "top5",
+        "samples",
+        "learning_rate",
+        "images_per_second",
+        "seconds",
+        "data_wait",
+        "compute",
+        "rank_wait",
+        "network_wait",
+        "optimizer",
+    ];
+    let row = |m: &Metric| {
+        let integers = [m.generation, m.epoch, m.step].map(|n| n.to_string());
+        let scores = [m.loss, m.top1, m.top5].map(|x| format!("{x:.4}"));
+        let [generation, epoch, step] = integers;
+        let [loss, top1, top5] = scores;
+        let learning_rate = format!("{:.6}", m.learning_rate);
+        let [images, seconds] = [format!("{:.0}", m.images_per_second), format!("{:.1}", m.seconds)];
+        let shares = [m.data_wait, m.compute, m.rank_wait, m.network_wait, m.optimizer].map(|x| format!("{x:.3}"));
+        let [data_wait, compute, rank_wait, network_wait, optimizer] = shares;
+        let samples = m.samples.to_string();
+        let kind = m.kind.clone();
+        #[rustfmt::skip]
+        let row = [
+            kind, generation, epoch, step, loss, top1, top5, samples, learning_rate, images, seconds, data_wait, compute, rank_wait,
+            network_wait, optimizer,
+        ];
+        row
+    };
+    if csv {
+        say(HEADINGS.join(","));
+        metrics.iter().for_each(|metric| say(row(metric).join(",")));
+    } else {
+        let mut table = Table::new(&HEADINGS);
+        metrics.iter().for_each(|metric| table.row(row(metric).into()));
+        table.say();
+    }
+    Ok(())
+}

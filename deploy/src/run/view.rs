@@ -1,0 +1,74 @@
+//! A run as people and programs see it.
+
+use anyhow::Result;
+use proto::pb::{Metric, Run};
+use proto::run_event::RunEvent;
+use serde_json::Value;
+
+use super::NameArgs;
+use crate::output::{Format, say, say_json, state_name, unfold_spec};
+
+/// Says what a command has made of a run.
+pub(super) fn changed(of: &NameArgs, run: &Run, what: &str) -> Result<()> {
+    match of.cluster.output {
+        Format::Json => say_json(&to_json(run)?),
+        Format::Table => {
+            say(format!("{}: {what}", run.run));
+            Ok(())
+        }
+    }
+}
+
+/// One event of a run's history for people.
+pub(super) fn happened(event: &RunEvent) -> String {
+    match event {
+        RunEvent::Submitted { start: None, .. } => "submitted".to_owned(),
+        RunEvent::Submitted { start: Some(start), .. } => format!("submitted; begins with {start}"),
+        RunEvent::Generation { generation, members } => format!("generation {generation} of {} ranks", members.len()),
+        RunEvent::Checkpoint { step, top1, .. } => {
+            let top1 = top1.map_or(String::new(), |top1| format!(", validation top-1 {top1:.3}"));
+            format!("checkpoint at step {step}{top1}")
+        }
+        RunEvent::Damaged { key, reason } => format!("checkpoint {key} is lost: {reason}"),
+        RunEvent::Failure { generation, step, reason, culprit } => {
+            let since = culprit.as_ref().map_or(0.0, |culprit| culprit.silent_millis as f64 / 1000.0);
+            let since = if since < 0.1 { String::new() } else { format!(", last heard {since:.1} s before") };
+            format!("generation {generation} failed after step {step}: {reason}{since}")
+        }
+        RunEvent::Cancelling => "cancelling".to_owned(),
+        RunEvent::Cancelled => "cancelled".to_owned(),
+        RunEvent::Failed { reason } => format!("failed: {reason}"),
+        RunEvent::Resumed { .. } => "resumed".to_owned(),
+        RunEvent::Done { model, .. } => format!("done; the model is in {model}"),
+    }
+}
+
+/// The message as JSON: the state by its name, spec and events as objects.
+pub(super) fn to_json(run: &Run) -> Result<Value> {
+    let mut value = serde_json::to_value(run)?;
+    value["state"] = state(run).into();
+    value["events"] =
+        run.events.iter().map(|json| serde_json::from_str(json)).collect::<Result<Vec<Value>, _>>()?.into();
+    unfold_spec(&mut value);
+    Ok(value)
+}
+
+/// The state by its name.
+pub(super) fn state(run: &Run) -> String {
+    state_name(run.state().as_str_name(), "RUN_STATE_")
+}
+
+/// Its state, with the reason if there is one.
+pub(super) fn phase(run: &Run) -> String {
+    let reason = if run.reason.is_empty() { String::new() } else { format!(": {}", run.reason) };
+    format!("{} {}{reason}", run.run, state(run))
+}
+
+/// One point of the learning curve for people.
+pub(super) fn point(metric: &Metric, epochs: u64) -> String {
+    let Metric { kind, epoch, loss, top1, top5, images_per_second, seconds, .. } = metric;
+    format!(
+        "epoch {epoch:>3}/{epochs}  {kind:<10}  loss {loss:>7.4}  top-1 {top1:.3}  top-5 {top5:.3}  \
+         {images_per_second:>6.0} images/s  {seconds:>5.0} s"
+    )
+}
