@@ -7,8 +7,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use bytes::Bytes;
+use demo_origin::list::{self, Entry};
 use demo_origin::origin::{Options, Origin};
-use demo_origin::rot::{self, Entry, Rot};
+use demo_origin::rot::Rot;
 use proto::outcomes::{self, OutcomeRow};
 use proto::{Manifest, Outcome, Rejection, shard};
 use support::Cluster;
@@ -29,7 +30,7 @@ impl Web {
 
 /// The list, and the command that makes the dataset `rotted` of it.
 fn create(cluster: &Cluster, list: &[Entry]) {
-    let urls = cluster.write("urls.txt", &rot::to_text(list));
+    let urls = cluster.write("urls.txt", &list::to_text(list));
     cluster.gleaner(
         &[
             &["dataset", "create", "rotted", "--urls", &urls, "--size", "64", "--slice-urls", "50"][..],
@@ -78,7 +79,7 @@ fn assert_outcomes(rows: &[OutcomeRow], list: &[Entry], expected: impl Fn(Rot) -
 #[test]
 fn every_url_of_a_rotted_list_has_its_outcome_and_no_poison_is_counted() {
     let web = Web::start(Options { seed: 7, ..Options::default() });
-    let list = rot::list(7, 20, &web.origin);
+    let list = list::rotted(7, 20, &web.origin);
     let mut cluster = Cluster::start();
     // A cluster's own list of placeholders; the demo's manifest finds this one by its many URLs.
     let known = shard::sha256_hex(&Origin::large_placeholder());
@@ -114,7 +115,7 @@ fn a_picture_behind_many_urls_is_a_placeholder_that_the_manifest_skips() {
     let list: Vec<Entry> = good
         .chain((30..60).map(|n| (Rot::LargePlaceholder, n)))
         .map(|(rot, n)| {
-            let url = rot::url(rot, (0, n), n, &web.origin);
+            let url = list::url(rot, (0, n), n, &web.origin);
             Entry { synset: "n02084071", url, rot, picture: (0, n), counts: rot == Rot::Good }
         })
         .collect();
@@ -131,7 +132,7 @@ fn a_picture_behind_many_urls_is_a_placeholder_that_the_manifest_skips() {
 fn killed_workers_and_coordinators_lose_nothing() {
     // Slow enough that the kills find shards half made.
     let web = Web::start(Options { seed: 5, delay: Duration::from_millis(300), ..Options::default() });
-    let list = rot::list(5, 20, &web.origin);
+    let list = list::rotted(5, 20, &web.origin);
     let mut cluster = Cluster::start();
     cluster.start_worker("worker-1");
     create(&cluster, &list);

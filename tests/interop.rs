@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use demo_origin::{origin, rot};
+use demo_origin::{list, origin, rot::Rot};
 use proto::{Manifest, RunSpec, shard};
 use safetensors::{Dtype, tensor::TensorView};
 use support::{Cluster, PATIENCE, root};
@@ -31,7 +31,7 @@ fn printed(command: &mut Command) -> String {
 fn dataset(cluster: &Cluster) -> Manifest {
     let runtime = tokio::runtime::Runtime::new().expect("threads");
     let origin = runtime.block_on(origin::Origin::start(9)).expect("loopback");
-    let good = (0..60).map(|n| rot::url(rot::Rot::Good, (n as usize % 3, n), n, &origin));
+    let good = (0..60).map(|n| list::url(Rot::Good, (n as usize % 3, n), n, &origin));
     let list: String = good.enumerate().map(|(n, url)| format!("n{}\t{url}\n", n % 3)).collect();
     let list = cluster.write("urls.txt", &list);
     let args =

@@ -9,8 +9,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use demo_origin::list::{self, Entry};
 use demo_origin::origin::{Options, Origin};
-use demo_origin::rot::{self, Entry, Rot};
+use demo_origin::rot::Rot;
 use proto::{Manifest, outcomes, shard};
 use support::Cluster;
 
@@ -25,7 +26,7 @@ fn web(options: Options) -> (Origin, tokio::runtime::Runtime) {
 fn urls(count: u64, good: u64, origin: &Origin) -> Vec<Entry> {
     let entry = |n: u64| {
         let rot = if n.is_multiple_of(good) { Rot::Good } else { Rot::Gone };
-        let url = rot::url(rot, (0, n), n, origin);
+        let url = list::url(rot, (0, n), n, origin);
         Entry { synset: "n02084071", url, rot, picture: (0, n), counts: rot == Rot::Good }
     };
     (0..count).map(entry).collect()
@@ -67,7 +68,7 @@ fn workers_come_and_go_in_the_middle_of_a_dataset_nothing_is_lost_and_throughput
         metrics
     };
     let mut metrics = vec![start(&mut cluster, 1)];
-    let urls = cluster.write("urls.txt", &rot::to_text(&list));
+    let urls = cluster.write("urls.txt", &list::to_text(&list));
     cluster.gleaner(&["dataset", "create", "many", "--urls", &urls, "--size", "64", "--slice-urls", "20"]);
 
     // Outcomes a second, as the workers themselves count them.
@@ -134,7 +135,7 @@ fn every_role_tells_what_it_does_and_whether_it_is_ready() {
         cluster.eventually("it is ready", |_| get(address, "/readyz").is_some_and(|(status, _)| status == 200));
     }
 
-    let urls = cluster.write("urls.txt", &rot::to_text(&urls(60, 1, &origin)));
+    let urls = cluster.write("urls.txt", &list::to_text(&urls(60, 1, &origin)));
     cluster.gleaner(&["dataset", "create", "some", "--urls", &urls, "--size", "64", "--wait", "--timeout", "120s"]);
     let submit = ["run", "submit", "--dataset", "some", "--name", "short", "--wait", "--timeout", "200s"];
     let sets = ["train.epochs=60", "train.batch=16", "input.crop=64", "model.arch=alexnet-slim", "model.width=0.1"];

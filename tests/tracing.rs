@@ -6,8 +6,9 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use demo_origin::list::{self, Entry};
 use demo_origin::origin::{Options, Origin};
-use demo_origin::rot::{self, Entry, Rot};
+use demo_origin::rot::Rot;
 use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::{TraceService, TraceServiceServer};
 use opentelemetry_proto::tonic::collector::trace::v1::{ExportTraceServiceRequest, ExportTraceServiceResponse};
 use opentelemetry_proto::tonic::common::v1::{KeyValue, any_value::Value};
@@ -96,10 +97,10 @@ fn failed(span: &Span) -> bool {
 fn list(cluster: &Cluster, count: u64, origin: &Origin) -> String {
     let entry = |n: u64| {
         let rot = if n.is_multiple_of(2) { Rot::Good } else { Rot::Gone };
-        let url = rot::url(rot, (0, n), n, origin);
+        let url = list::url(rot, (0, n), n, origin);
         Entry { synset: "n02084071", url, rot, picture: (0, n), counts: rot == Rot::Good }
     };
-    cluster.write("urls.txt", &rot::to_text(&(0..count).map(entry).collect::<Vec<_>>()))
+    cluster.write("urls.txt", &list::to_text(&(0..count).map(entry).collect::<Vec<_>>()))
 }
 
 fn exporting_to(address: &str) -> Vec<(String, String)> {

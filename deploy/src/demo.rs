@@ -8,7 +8,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use demo_origin::{origin, pictures, rot};
+use demo_origin::{list, origin, pictures};
 use proto::Manifest;
 use serde_json::Value;
 use tokio::process::{Child, Command};
@@ -51,8 +51,8 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     let begun = Instant::now();
     let dir = fresh(&args.dir)?;
     let origin = origin::Origin::start(args.seed).await.context("the demo's web origin")?;
-    let list = rot::list(args.seed, args.urls_per_class, &origin);
-    std::fs::write(dir.join("urls.txt"), rot::to_text(&list))?;
+    let list = list::rotted(args.seed, args.urls_per_class, &origin);
+    std::fs::write(dir.join("urls.txt"), list::to_text(&list))?;
     let synsets: String = pictures::CLASSES.iter().map(|class| format!("{}\t{}\n", class.synset, class.name)).collect();
     std::fs::write(dir.join("synsets.txt"), synsets)?;
     std::fs::write(dir.join("run.toml"), run_toml(&args))?;

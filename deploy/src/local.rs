@@ -19,7 +19,8 @@ use worker::IpNet;
 use crate::client::{Cluster, ClusterArgs, answer};
 use crate::exit::{Ended, Exit};
 use crate::output::{Format, note};
-use crate::roles::{self, DEFAULT_LISTEN};
+use crate::process::{self, EndArgs};
+use crate::roles::DEFAULT_LISTEN;
 use crate::store;
 use crate::telemetry::{LogFormat, TelemetryArgs};
 
@@ -27,8 +28,8 @@ use crate::telemetry::{LogFormat, TelemetryArgs};
 const START: Duration = Duration::from_secs(60);
 /// For a child to end after it was told to.
 const STOP: Duration = Duration::from_secs(10);
-/// A child that lived so long was well: its next restart is quick again.
-const WELL: Duration = Duration::from_secs(30);
+/// A child that ran for so long was sound: its next restart is quick again.
+const STABLE: Duration = Duration::from_secs(30);
 /// The longest pause before a restart.
 const LONGEST_PAUSE: Duration = Duration::from_secs(15);
 /// The lock on a folder in which a cluster runs.
@@ -53,16 +54,16 @@ pub(crate) struct Args {
     #[arg(long, env = "GLEANER_ALLOW_NET", value_name = "CIDR", value_delimiter = ',')]
     allow_net: Vec<IpNet>,
     #[command(flatten)]
-    end: roles::EndArgs,
+    end: EndArgs,
 }
 
 /// Runs the cluster until it is told to end.
 pub(crate) async fn run(args: Args, telemetry: TelemetryArgs) -> Result<()> {
-    let shutdown = roles::told_to_end(args.end.exit_with_stdin)?;
+    let shutdown = process::shutdown_signal(args.end.exit_with_stdin)?;
     // A store that cannot be opened is one clear error here, and not a child that dies again and again; so is a port in use.
     drop(store::open(&args.store)?);
     let _lock = lock(&args.store)?;
-    let listen = roles::bind(args.listen, "--listen").await?.local_addr()?;
+    let listen = process::bind(args.listen, "--listen").await?.local_addr()?;
     let address = format!("http://{}", reachable(listen));
 
     let stop_clients = CancellationToken::new();
@@ -70,7 +71,7 @@ pub(crate) async fn run(args: Args, telemetry: TelemetryArgs) -> Result<()> {
     let mut coordinator = JoinSet::new();
     let mut clients = JoinSet::new();
     let listen = listen.to_string();
-    let keep = |name: &str, arguments: &[&str]| Kept {
+    let child = |name: &str, arguments: &[&str]| Supervised {
         name: name.to_owned(),
         arguments: arguments.iter().map(|&argument| argument.to_owned()).collect(),
         telemetry: telemetry.clone(),
@@ -78,7 +79,7 @@ pub(crate) async fn run(args: Args, telemetry: TelemetryArgs) -> Result<()> {
     let store = ["--store", &args.store, "--exit-with-stdin"];
     let to = ["--coordinator", &address];
     coordinator.spawn(
-        keep("coordinator", &[&["coordinator", "--listen", &listen], &store[..]].concat())
+        child("coordinator", &[&["coordinator", "--listen", &listen], &store[..]].concat())
             .run(stop_coordinator.clone()),
     );
     let started = tokio::select! {
@@ -90,13 +91,13 @@ pub(crate) async fn run(args: Args, telemetry: TelemetryArgs) -> Result<()> {
         let nets = [&["127.0.0.0/8".to_owned(), "::1/128".to_owned()], &nets[..]].concat().join(",");
         for n in 1..=args.workers {
             let arguments = [&["worker"], &store[..], &to, &["--allow-net", &nets]].concat();
-            clients.spawn(keep(&format!("worker-{n}"), &arguments).run(stop_clients.clone()));
+            clients.spawn(child(&format!("worker-{n}"), &arguments).run(stop_clients.clone()));
         }
         if cfg!(feature = "trainer") && args.ranks != Some(0) {
             let devices = args.ranks.map(|ranks| format!("cpu:{ranks}"));
             let devices: Vec<&str> = devices.iter().flat_map(|devices| ["--devices", devices]).collect();
             let arguments = [&["trainer"], &store[..], &to, &["--advertise-address", "127.0.0.1"], &devices].concat();
-            clients.spawn(keep("trainer", &arguments).run(stop_clients.clone()));
+            clients.spawn(child("trainer", &arguments).run(stop_clients.clone()));
         }
         note(format!("cluster is up at {address}, store {}; Ctrl-C ends it. In another terminal:", args.store));
         let flag =
@@ -105,7 +106,7 @@ pub(crate) async fn run(args: Args, telemetry: TelemetryArgs) -> Result<()> {
         note(format!("  gleaner status{flag}"));
         shutdown.cancelled().await;
     }
-    // Workers and agents first: they give back what they hold.
+    // Workers and agents first: they return their leases and leave their runs.
     stop_clients.cancel();
     clients.join_all().await;
     stop_coordinator.cancel();
@@ -154,14 +155,14 @@ async fn ready(address: &str) -> Result<()> {
     }
 }
 
-/// A child process that is kept running.
-struct Kept {
+/// A child process that is started again whenever it ends.
+struct Supervised {
     name: String,
     arguments: Vec<String>,
     telemetry: TelemetryArgs,
 }
 
-impl Kept {
+impl Supervised {
     /// Starts it, and again whenever it ends, until `stop`; then ends it.
     async fn run(self, stop: CancellationToken) {
         let mut pause = Duration::from_millis(250);
@@ -172,7 +173,7 @@ impl Kept {
                 Ok(Some(status)) => warn!(name = self.name, %status, "child ended; it is started again"),
                 Err(error) => warn!(name = self.name, %error, "child cannot be started"),
             }
-            pause = if begun.elapsed() > WELL { Duration::from_millis(250) } else { (pause * 2).min(LONGEST_PAUSE) };
+            pause = if begun.elapsed() > STABLE { Duration::from_millis(250) } else { (pause * 2).min(LONGEST_PAUSE) };
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
                 () = stop.cancelled() => return,

@@ -3,7 +3,7 @@
 //!
 //! - [`cli`]: the command tree; [`exit`]: how a command ends; [`output`]: what it prints;
 //! - [`roles`]: `coordinator`, `worker`, `trainer`, `rank`; [`local`]: all of them as one process tree; [`store`]: opens the store,
-//!   [`metered`] counts its requests, [`metrics`] tells of them over HTTP;
+//!   [`metered`] counts its requests, [`metrics`] serves the counts over HTTP; [`process`]: sockets and the signal to end;
 //! - [`client`]: the way to the coordinator; [`dataset`], [`lists`], [`run`], [`settings`], [`status`], [`doctor`]: for people;
 //! - `demo`: the whole job, shown on one machine; [`allocator`]: how a worker's process uses memory.
 
@@ -20,6 +20,7 @@ mod local;
 mod metered;
 mod metrics;
 mod output;
+mod process;
 mod roles;
 mod run;
 mod settings;

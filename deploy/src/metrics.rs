@@ -1,4 +1,4 @@
-//! What a role's process tells of itself over HTTP: `/metrics` for Prometheus, `/healthz` while it runs, `/readyz` while it can
+//! What a role's process serves over HTTP: `/metrics` for Prometheus, `/healthz` while it runs, `/readyz` while it can
 //! do its work.
 
 use std::net::SocketAddr;
@@ -14,7 +14,7 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 use tracing::{info, warn};
 
-use crate::{metered, roles};
+use crate::{metered, process};
 
 /// What every role takes.
 #[derive(Debug, Clone, clap::Args)]
@@ -24,10 +24,10 @@ pub(crate) struct MetricsArgs {
     metrics_listen: Option<SocketAddr>,
 }
 
-/// What one role has to tell.
-pub(crate) struct Told {
-    /// The role's name.
-    pub(crate) role: &'static str,
+/// A role, as its metrics and probes show it.
+pub(crate) struct Role {
+    /// Its name.
+    pub(crate) name: &'static str,
     /// Adds its metrics.
     pub(crate) register: fn(&mut Registry),
     /// Whether it can do its work.
@@ -38,11 +38,11 @@ pub(crate) struct Told {
 ///
 /// # Errors
 /// If the address cannot be had.
-pub(crate) async fn serve(args: &MetricsArgs, told: Told) -> Result<()> {
+pub(crate) async fn serve(args: &MetricsArgs, role: Role) -> Result<()> {
     let Some(address) = args.metrics_listen else { return Ok(()) };
-    let listener = roles::bind(address, "--metrics-listen").await?;
+    let listener = process::bind(address, "--metrics-listen").await?;
     info!(address = %listener.local_addr()?, "metrics are served");
-    let router = router(told);
+    let router = router(role);
     tokio::spawn(async move {
         if let Err(error) = axum::serve(listener, router).await {
             warn!(%error, "metrics are served no more");
@@ -51,12 +51,12 @@ pub(crate) async fn serve(args: &MetricsArgs, told: Told) -> Result<()> {
     Ok(())
 }
 
-fn router(told: Told) -> Router {
+fn router(role: Role) -> Router {
     let mut registry = Registry::with_prefix("gleaner");
-    let labels = [("role", told.role), ("version", env!("CARGO_PKG_VERSION"))];
+    let labels = [("role", role.name), ("version", env!("CARGO_PKG_VERSION"))];
     registry.register("build", "The role and version of this process", Info::new(labels));
     metered::register(&mut registry);
-    (told.register)(&mut registry);
+    (role.register)(&mut registry);
     let registry = Arc::new(registry);
     let metrics = move || {
         let mut text = String::new();
@@ -68,7 +68,7 @@ fn router(told: Told) -> Router {
         std::future::ready((status, [(CONTENT_TYPE, kind)], text))
     };
     let ready = move || {
-        let (status, text) = match (told.ready)() {
+        let (status, text) = match (role.ready)() {
             true => (StatusCode::OK, "ready\n"),
             false => (StatusCode::SERVICE_UNAVAILABLE, "not ready\n"),
         };

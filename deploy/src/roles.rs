@@ -3,9 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
-use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
+use anyhow::{Result, bail};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
@@ -13,7 +11,8 @@ use crate::client;
 use crate::exit::Ended;
 #[cfg(feature = "trainer")]
 use crate::metered;
-use crate::metrics::{self, MetricsArgs, Told};
+use crate::metrics::{self, MetricsArgs, Role};
+use crate::process::{self, EndArgs};
 use crate::store::{self, StoreArgs};
 #[cfg(feature = "trainer")]
 use crate::telemetry::{Spans, TelemetryArgs};
@@ -23,14 +22,6 @@ const GRACE: Duration = Duration::from_secs(25);
 
 /// Where the coordinator listens unless told otherwise.
 pub(crate) const DEFAULT_LISTEN: &str = "127.0.0.1:7070";
-
-/// How a role's process ends.
-#[derive(Debug, Clone, clap::Args)]
-pub(crate) struct EndArgs {
-    /// End orderly when standard input closes, so that no process outlives its supervisor
-    #[arg(long)]
-    pub(crate) exit_with_stdin: bool,
-}
 
 /// Arguments of `gleaner coordinator`.
 #[derive(Debug, clap::Args)]
@@ -86,21 +77,21 @@ pub(crate) struct RankArgs {
 /// Runs the coordinator until it is told to end.
 pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
     let store = store::open_metered(&args.store.store)?;
-    let told =
-        Told { role: "coordinator", register: coordinator::metrics::register, ready: coordinator::metrics::ready };
-    metrics::serve(&args.metrics, told).await?;
-    let listener = bind(args.listen, "--listen").await?;
+    let role =
+        Role { name: "coordinator", register: coordinator::metrics::register, ready: coordinator::metrics::ready };
+    metrics::serve(&args.metrics, role).await?;
+    let listener = process::bind(args.listen, "--listen").await?;
     info!(address = %listener.local_addr()?, store = args.store.store, "coordinator listens");
-    until_told(args.end, GRACE, |shutdown| coordinator::run(args.config, store, listener, shutdown)).await
+    until_shutdown(args.end, GRACE, |shutdown| coordinator::run(args.config, store, listener, shutdown)).await
 }
 
 /// Runs a fetch worker until it is told to end.
 pub(crate) async fn worker(mut args: WorkerArgs) -> Result<()> {
     args.config.coordinator = client::address(&args.config.coordinator).map_err(Ended::usage)?;
     let store = store::open_metered(&args.store.store)?;
-    let told = Told { role: "worker", register: worker::metrics::register, ready: worker::metrics::ready };
-    metrics::serve(&args.metrics, told).await?;
-    until_told(args.end, GRACE, |shutdown| worker::run(own_name(), args.config, store, shutdown)).await
+    let role = Role { name: "worker", register: worker::metrics::register, ready: worker::metrics::ready };
+    metrics::serve(&args.metrics, role).await?;
+    until_shutdown(args.end, GRACE, |shutdown| worker::run(own_name(), args.config, store, shutdown)).await
 }
 
 /// Runs a trainer agent until it is told to end.
@@ -108,14 +99,14 @@ pub(crate) async fn worker(mut args: WorkerArgs) -> Result<()> {
 pub(crate) async fn trainer(mut args: TrainerArgs, telemetry: &TelemetryArgs) -> Result<()> {
     args.config.coordinator = client::address(&args.config.coordinator).map_err(Ended::usage)?;
     let store = store::open_metered(&args.store.store)?;
-    let told = Told { role: "trainer", register: trainer::metrics::register, ready: trainer::metrics::ready };
-    metrics::serve(&args.metrics, told).await?;
+    let role = Role { name: "trainer", register: trainer::metrics::register, ready: trainer::metrics::ready };
+    metrics::serve(&args.metrics, role).await?;
     let mut rank_command = vec![std::env::current_exe()?.into_os_string()];
     rank_command.extend(["rank", "--store", &args.store.store].map(Into::into));
     rank_command.extend(telemetry.for_child().into_iter().map(Into::into));
     let grace = GRACE + Duration::from_secs(args.config.leave_seconds.into());
     let agent = |shutdown| trainer::run(own_name(), args.config, store, rank_command, metered::add, shutdown);
-    until_told(args.end, grace, agent).await
+    until_shutdown(args.end, grace, agent).await
 }
 
 /// Runs one rank until its agent ends it.
@@ -132,20 +123,13 @@ fn own_name() -> String {
     format!("{}-{}", host.trim(), &word[..8])
 }
 
-/// Binds the socket that `flag` names, or says who may be in the way.
-pub(crate) async fn bind(address: SocketAddr, flag: &str) -> Result<TcpListener> {
-    TcpListener::bind(address).await.with_context(|| {
-        format!("cannot listen at {address}: another program has the port, or the address is not this machine's; choose another with {flag}")
-    })
-}
-
 /// Runs a role and tells it to end on SIGTERM, Ctrl-C, or the end of standard input.
-async fn until_told<F: Future<Output = Result<()>>>(
+async fn until_shutdown<F: Future<Output = Result<()>>>(
     end: EndArgs,
     grace: Duration,
     role: impl FnOnce(CancellationToken) -> F,
 ) -> Result<()> {
-    let shutdown = told_to_end(end.exit_with_stdin)?;
+    let shutdown = process::shutdown_signal(end.exit_with_stdin)?;
     let late = async {
         shutdown.cancelled().await;
         tokio::time::sleep(grace).await;
@@ -154,29 +138,4 @@ async fn until_told<F: Future<Output = Result<()>>>(
         result = role(shutdown.clone()) => result,
         () = late => bail!("did not end within {} s", grace.as_secs()),
     }
-}
-
-/// Cancelled on SIGTERM, Ctrl-C and, if asked for, the end of standard input.
-pub(crate) fn told_to_end(with_stdin: bool) -> Result<CancellationToken> {
-    let shutdown = CancellationToken::new();
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let told = shutdown.clone();
-    tokio::spawn(async move {
-        tokio::select! {
-            _ = terminate.recv() => info!("told to end by SIGTERM"),
-            _ = interrupt.recv() => info!("told to end by Ctrl-C; once more ends at once"),
-        }
-        told.cancel();
-        interrupt.recv().await;
-        std::process::exit(130);
-    });
-    if with_stdin {
-        let closed = shutdown.clone();
-        // A thread of its own: reading standard input cannot be cancelled, and must not hold the runtime.
-        std::thread::spawn(move || {
-            let _ = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
-            closed.cancel();
-        });
-    }
-    Ok(shutdown)
 }

@@ -126,7 +126,7 @@ fn provider(endpoint: &str, service: &str) -> anyhow::Result<SdkTracerProvider> 
     if let Some(name) = std::env::var("OTEL_SERVICE_NAME").ok().filter(|name| !name.is_empty()) {
         resource = resource.with_service_name(name);
     }
-    let exporter = Told { exporter, away: AtomicBool::new(false) };
+    let exporter = OutageLog { exporter, away: AtomicBool::new(false) };
     Ok(SdkTracerProvider::builder().with_resource(resource.build()).with_batch_exporter(exporter).build())
 }
 
@@ -152,12 +152,12 @@ impl Spans {
 
 /// An exporter that logs when its collector goes away, and when it is back.
 #[derive(Debug)]
-struct Told<E> {
+struct OutageLog<E> {
     exporter: E,
     away: AtomicBool,
 }
 
-impl<E: Export> Export for Told<E> {
+impl<E: Export> Export for OutageLog<E> {
     async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
         let result = self.exporter.export(batch).await;
         let was_away = self.away.swap(result.is_err(), Ordering::Relaxed);

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use demo_origin::{origin::Origin, pictures::CLASSES, rot};
+use demo_origin::{list, origin::Origin, pictures::CLASSES, rot::Rot};
 use serde_json::Value;
 
 use super::Cluster;
@@ -15,7 +15,7 @@ pub fn dataset(cluster: &mut Cluster) {
     let list: String = (0..200)
         .map(|n| {
             let class = n as usize % 5;
-            format!("{}\t{}\n", CLASSES[class].synset, rot::url(rot::Rot::Good, (class, n), n, &origin))
+            format!("{}\t{}\n", CLASSES[class].synset, list::url(Rot::Good, (class, n), n, &origin))
         })
         .collect();
     let urls = cluster.write("urls.txt", &list);

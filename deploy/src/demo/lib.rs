@@ -4,6 +4,7 @@
 #![cfg(feature = "demo")]
 
 mod bodies;
+pub mod list;
 pub mod origin;
 pub mod pictures;
 pub mod rot;

@@ -1,6 +1,6 @@
 use super::*;
+use crate::list::url;
 use crate::pictures::picture;
-use crate::rot::url;
 
 /// One answer: its head, its body, and how the connection ended.
 struct Heard {

@@ -5,7 +5,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
-use demo_origin::rot;
+use demo_origin::list;
 use proto::Manifest;
 use proto::manifest::Skips;
 use proto::outcomes::{self, OutcomeRow};
@@ -20,7 +20,7 @@ pub(crate) async fn fetch(job: &Job, folder: &Path) -> Result<Measured> {
     let folder = tempfile::tempdir_in(folder)?;
     let store = folder.path().join("store").display().to_string();
     let list = folder.path().join("urls.txt");
-    std::fs::write(&list, rot::to_text(&job.entries))?;
+    std::fs::write(&list, list::to_text(&job.entries))?;
     // Free a moment ago; if somebody takes it in between, the coordinator says so.
     let listen = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string();
     let cluster = Cluster { address: format!("http://{listen}"), log: folder.path().join("log") };

@@ -22,9 +22,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use clap::Parser;
+use demo_origin::list::{self, Entry};
 use demo_origin::origin::{Options, Origin};
 use demo_origin::pictures::{self, CLASSES};
-use demo_origin::rot::{self, Entry, Rot};
+use demo_origin::rot::Rot;
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use rustls::ServerConfig;
 use rustls::pki_types::PrivateKeyDer;
@@ -212,7 +213,7 @@ async fn job(name: &str, shorter: usize, photos: &[Bytes], folder: &Path) -> Res
     let urls = urls / shorter;
     let origin = Origin::start_with(options).await?;
     let entries = match name {
-        "rotted" => rot::list(1, urls / CLASSES.len(), &origin),
+        "rotted" => list::rotted(1, urls / CLASSES.len(), &origin),
         _ => (0..urls).map(|n| good(n, &origin)).collect(),
     };
     Ok(Job { name, entries, origin, connections, shard_urls: urls.div_ceil(8), authority })
@@ -221,7 +222,7 @@ async fn job(name: &str, shorter: usize, photos: &[Bytes], folder: &Path) -> Res
 fn good(n: usize, origin: &Origin) -> Entry {
     let class = n % CLASSES.len();
     let picture = (class, n as u64);
-    let url = rot::url(Rot::Good, picture, n as u64, origin);
+    let url = list::url(Rot::Good, picture, n as u64, origin);
     Entry { synset: CLASSES[class].synset, url, rot: Rot::Good, picture, counts: true }
 }
 

@@ -1,0 +1,49 @@
+//! What a role's process has exactly one of: the sockets that it listens at, and the signal to end.
+
+use std::net::SocketAddr;
+
+use anyhow::{Context, Result};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tracing::info;
+
+/// How a role's process ends.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct EndArgs {
+    /// End orderly when standard input closes, so that no process outlives its supervisor
+    #[arg(long)]
+    pub(crate) exit_with_stdin: bool,
+}
+
+/// Binds the socket that `flag` names, or says who may be in the way.
+pub(crate) async fn bind(address: SocketAddr, flag: &str) -> Result<TcpListener> {
+    TcpListener::bind(address).await.with_context(|| {
+        format!("cannot listen at {address}: another program has the port, or the address is not this machine's; choose another with {flag}")
+    })
+}
+
+/// Cancelled on SIGTERM, Ctrl-C and, if asked for, the end of standard input.
+pub(crate) fn shutdown_signal(with_stdin: bool) -> Result<CancellationToken> {
+    let shutdown = CancellationToken::new();
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let signalled = shutdown.clone();
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => info!("told to end by SIGTERM"),
+            _ = interrupt.recv() => info!("told to end by Ctrl-C; once more ends at once"),
+        }
+        signalled.cancel();
+        interrupt.recv().await;
+        std::process::exit(130);
+    });
+    if with_stdin {
+        let closed = shutdown.clone();
+        // A thread of its own: reading standard input cannot be cancelled, and must not hold the runtime.
+        std::thread::spawn(move || {
+            let _ = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
+            closed.cancel();
+        });
+    }
+    Ok(shutdown)
+}
