@@ -22,30 +22,6 @@ stage() {
     return "$status"
 }
 
-# The crates that PACKAGE's normal build depends on, one a line: tree PACKAGE [CARGO-TREE-FLAGS]
-tree() { cargo tree --locked --quiet --edges normal,build --prefix none --format '{p}' -p "$@" | cut -d' ' -f1 | sort -u; }
-
-# depends_not WHY PATTERN PACKAGE [CARGO-TREE-FLAGS]: fails if PACKAGE needs a crate whose name matches.
-depends_not() {
-    local crates found
-    crates=$(tree "${@:3}") || return
-    if found=$(grep -xE "$2" <<<"$crates"); then
-        echo "${*:3} depends on ${found//$'\n'/, }: $1" >&2
-        return 1
-    fi
-}
-
-layers() {
-    local role others status=0
-    for role in coordinator worker trainer; do
-        others=$(printf '%s\n' coordinator worker trainer | grep -vx "$role" | paste -sd'|')
-        depends_not "roles know the contracts and never each other" "gleaner|gleaner-($others)" "gleaner-$role" --all-features || status=1
-    done
-    depends_not "contracts know no role" 'gleaner|gleaner-(coordinator|worker|trainer)' gleaner-proto --all-features || status=1
-    depends_not "without the feature trainer there is no libtorch" 'tch|torch-sys|gleaner-trainer' gleaner --no-default-features || status=1
-    return "$status"
-}
-
 # Only if a doc comment opens a block of Rust: rustdoc takes its time to find out that there is none.
 doctests() {
     # shellcheck disable=SC2016 # the backquotes are Markdown's
@@ -62,7 +38,7 @@ profile=default
 [[ -z ${CI:-} ]] || profile=ci
 
 stage fmt cargo fmt --all --check
-stage layers layers
+stage layers target/tools/venv/bin/python tests/layers.py
 stage k8s target/tools/venv/bin/python tests/k8s/check.py
 stage deny cargo deny --locked --log-level error check --hide-inclusion-graph licenses bans sources
 stage clippy cargo clippy --locked --workspace --all-targets --features gleaner-trainer/bench -- -D warnings
