@@ -2,6 +2,7 @@
 //!
 //! - [`pb`]: the gRPC services, generated from `proto/gleaner/v1/*.proto`, which are their specification; [`keda`]: the one that KEDA asks;
 //! - [`keys`]: object keys, built and parsed here alone;
+//! - [`site`]: what has a budget;
 //! - [`dataset_spec`], [`run_spec`]: what people ask for;
 //! - [`rejection`], [`outcomes`]: what became of each URL;
 //! - [`shard`]: tars, blocks and the index that commits them;
@@ -20,6 +21,7 @@ pub mod run_event;
 pub mod run_ledger;
 pub mod run_spec;
 pub mod shard;
+pub mod site;
 pub mod trace;
 
 pub use dataset_spec::{
