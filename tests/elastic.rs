@@ -116,7 +116,7 @@ fn disturb(
         (Some(machine.address.as_str()), Some(rank as u64))
     );
     assert!(
-        culprit["device"] == "cpu" && culprit["doing"].as_str().is_some_and(|doing| !doing.is_empty()),
+        culprit["device"] == "cpu" && culprit["activity"].as_str().is_some_and(|activity| !activity.is_empty()),
         "{culprit}"
     );
     let silent = Duration::from_millis(culprit["silent_millis"].as_u64().expect("a number"));

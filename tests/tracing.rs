@@ -164,7 +164,7 @@ fn a_commands_trace_goes_on_in_the_coordinator_in_workers_and_in_ranks() {
     let rank = collector.only("gleaner-rank", "rank generation");
     assert_within(&rank, &agent);
     for span in [&agent, &rank] {
-        assert_eq!(text(&span.attributes, "left"), "WHY_FINISHED");
+        assert_eq!(text(&span.attributes, "left"), "CAUSE_FINISHED");
         assert!(number(span, "step") > 0);
     }
 

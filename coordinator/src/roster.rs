@@ -10,7 +10,7 @@ mod run;
 use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
-use proto::pb::{self, coordinator_message::Message, left::Why};
+use proto::pb::{self, coordinator_message::Message, left::Cause};
 use proto::run_event::RunEvent;
 
 use generation::{Departure, Failure, Leaving, Seat, Stage};
@@ -147,13 +147,13 @@ impl Roster {
                             generation.start.get_or_insert(occupied.step);
                             seat.missing = None;
                         } else {
-                            seat.missing.get_or_insert((due, Why::Collective));
+                            seat.missing.get_or_insert((due, Cause::Collective));
                         }
                         seat.joined |= occupied.joined;
                         *step = (*step).max(occupied.step);
                     }
                     None if started => {
-                        seat.missing.get_or_insert((due, Why::Exited));
+                        seat.missing.get_or_insert((due, Cause::Exited));
                     }
                     None => {
                         let rank = Occupant {
@@ -204,7 +204,7 @@ impl Roster {
         for seat in generations.flat_map(|generation| &mut generation.seats).filter(|seat| seat.place.0 == agent) {
             let life = beat.devices.get(seat.place.1 as usize).cloned().unwrap_or_default();
             seat.silent = Duration::from_millis(life.silent_millis);
-            seat.alive = life.alive.unwrap_or_default();
+            seat.alive = life.rank.unwrap_or_default();
         }
     }
 
@@ -227,7 +227,7 @@ impl Roster {
         }
         if serving.port == 0 {
             let reason = format!("the rendezvous could not be opened: {}", serving.error);
-            generation.seats[0].leave(Why::Error, reason);
+            generation.seats[0].leave(Cause::Error, reason);
             return self.settle(now);
         }
         generation.enter(now, Stage::Running);
@@ -262,8 +262,8 @@ impl Roster {
             if let Some(device) = known.devices.get_mut(message.device as usize) {
                 let is = |o: &Occupant| o.run == message.run && o.generation == message.generation;
                 match (&message.message, &mut device.occupant) {
-                    (Some(Said::Left(left)), Some(occupant)) if is(occupant) => match left.why() {
-                        Why::Exited | Why::Terminated => device.occupant = None,
+                    (Some(Said::Left(left)), Some(occupant)) if is(occupant) => match left.cause() {
+                        Cause::Exited | Cause::Terminated => device.occupant = None,
                         _ => occupant.step = left.step,
                     },
                     _ => {}
@@ -304,7 +304,7 @@ impl Roster {
             }
             Some(Said::Left(left)) => {
                 run.step = run.step.max(left.step);
-                seat.leave(left.why(), left.detail.clone());
+                seat.leave(left.cause(), left.detail.clone());
             }
             _ => {}
         }
@@ -375,14 +375,15 @@ impl Roster {
             Phase::Waiting => {}
             Phase::Going(generation) => {
                 generation.look(now, judge, (name, detection, run.cancelling), &self.agents, actions);
-                if let Stage::Leaving { why, .. } = &generation.stage
+                if let Stage::Leaving { cause, .. } = &generation.stage
                     && generation.seats.iter().all(|seat| seat.left.is_some())
                 {
-                    let why = why.clone();
+                    let cause = cause.clone();
                     let (n, start) = (generation.n, generation.start);
                     // A process that failed by itself, or was given up, has a state that nobody can trust; one that exited has none.
-                    let bad =
-                        |seat: &&Seat| matches!(&seat.left, Some(Departure { why: Why::Error | Why::Unspecified, .. }));
+                    let bad = |seat: &&Seat| {
+                        matches!(&seat.left, Some(Departure { cause: Cause::Error | Cause::Unspecified, .. }))
+                    };
                     let places: Vec<Place> =
                         generation.seats.iter().filter(bad).map(|seat| seat.place.clone()).collect();
                     for place in places {
@@ -391,12 +392,12 @@ impl Roster {
                             actions.push(kill(&place));
                         }
                     }
-                    run.ended = match why {
+                    run.ended = match cause {
                         Leaving::Regroup { grow: true } => Ended::ToGrow,
                         _ => Ended::Shrunk,
                     };
                     (run.phase, run.world, run.enough_since) = (Phase::Waiting, 0, None);
-                    self.left(now, name, run, (n, start, why), actions);
+                    self.left(now, name, run, (n, start, cause), actions);
                 }
             }
         }
@@ -408,13 +409,13 @@ impl Roster {
         now: Now,
         name: &str,
         run: &mut Run,
-        (n, start, why): (u64, Option<u64>, Leaving),
+        (n, start, cause): (u64, Option<u64>, Leaving),
         actions: &mut Vec<Action>,
     ) {
-        if let Leaving::Failure(Failure { culprit, why, reason }) = why {
+        if let Leaving::Failure(Failure { culprit, cause, reason }) = cause {
             // What a rank says of itself comes again at the same step; what befalls it from outside does not.
             let progress =
-                if why == Why::Error { run.step > run.failed_at } else { start.is_some_and(|s| run.step > s) };
+                if cause == Cause::Error { run.step > run.failed_at } else { start.is_some_and(|s| run.step > s) };
             run.failures = if progress { 1 } else { run.failures + 1 };
             run.failed_at = run.failed_at.max(run.step);
             let event = RunEvent::Failure { generation: n, culprit, step: run.step, reason: reason.clone() };
@@ -424,7 +425,7 @@ impl Roster {
                     format!("{} generations failed without a step between them; the last: {reason}", run.failures);
                 return self.end(name, run, End::Failed(reason), actions);
             }
-            if why == Why::Error {
+            if cause == Cause::Error {
                 run.not_before = now.at + Duration::from_secs(1 << run.failures.min(5));
             }
         }

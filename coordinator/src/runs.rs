@@ -231,7 +231,10 @@ impl Runs {
                     match &message {
                         agent_message::Message::Heartbeat(beat) => {
                             state.roster.heartbeat(now, &agent, beat);
-                            vec![Action::Send { agent: agent.clone(), message: Message::Heard(pb::Heard {}) }]
+                            vec![Action::Send {
+                                agent: agent.clone(),
+                                message: Message::HeartbeatAck(pb::HeartbeatAck {}),
+                            }]
                         }
                         agent_message::Message::Serving(serving) => state.roster.serving(now, &agent, serving),
                         agent_message::Message::Rank(said) => {

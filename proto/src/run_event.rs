@@ -104,8 +104,9 @@ pub struct Culprit {
     pub address: String,
     /// What it ran on: `cpu`, `cuda:1`.
     pub device: String,
-    /// What it was at when it was last heard of, as in `backward`.
-    pub doing: String,
+    /// What it did when it was last heard of, as in `backward`.
+    #[serde(alias = "doing")]
+    pub activity: String,
     /// Steps that it had applied then.
     pub step: u64,
     /// How long before this event it was last heard of.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use object_store::ObjectStore;
 use proto::metric::MetricKind;
-use proto::pb::{self, agent_message, coordinator_message, left::Why, rank_message};
+use proto::pb::{self, agent_message, coordinator_message, left::Cause, rank_message};
 use proto::trace;
 use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval, timeout};
@@ -67,16 +67,16 @@ struct Seat {
     /// Of its generation, until it has left that.
     span: Span,
     /// Its last word of what it is at.
-    alive: pb::Alive,
+    alive: pb::RankHeartbeat,
     heard: Instant,
 }
 
 impl Seat {
     /// Ends the span of the generation, if it goes on.
-    fn left(&mut self, why: Why, detail: &str) {
+    fn left(&mut self, cause: Cause, detail: &str) {
         let span = std::mem::replace(&mut self.span, Span::none());
-        span.record("step", trace::integer(self.alive.step)).record("left", why.as_str_name());
-        if matches!(why, Why::Collective | Why::Error | Why::Exited) {
+        span.record("step", trace::integer(self.alive.step)).record("left", cause.as_str_name());
+        if matches!(cause, Cause::Collective | Cause::Error | Cause::Exited) {
             trace::failed(&span, detail);
         }
     }
@@ -202,9 +202,9 @@ impl Agent {
             Message::Join(join) => self.join(join),
             Message::Leave(leave) => self.leave(&leave),
             Message::Kill(kill) => self.kill(kill.device as usize),
-            Message::Heard(heard) => {
+            Message::HeartbeatAck(ack) => {
                 for seat in self.slots.iter().filter_map(|slot| slot.seat.as_ref()) {
-                    seat.process.order(Message::Heard(heard));
+                    seat.process.order(Message::HeartbeatAck(ack));
                 }
             }
         }
@@ -241,7 +241,8 @@ impl Agent {
     fn join(&mut self, mut join: pb::Join) {
         if self.leaving {
             // It crossed the word that this agent leaves.
-            let left = pb::Left { why: Why::Exited.into(), step: 0, detail: "its agent is shutting down".to_owned() };
+            let left =
+                pb::Left { cause: Cause::Exited.into(), step: 0, detail: "its agent is shutting down".to_owned() };
             let message = Some(rank_message::Message::Left(left));
             let pb::Join { run, generation, rank, device, .. } = join;
             return self.report(pb::RankMessage { run, generation, rank, device, message });
@@ -285,7 +286,7 @@ impl Agent {
                 info!(run, generation, rank, device, "rank started");
                 process.order(coordinator_message::Message::Join(join));
                 let heard = Instant::now();
-                let alive = pb::Alive::default();
+                let alive = pb::RankHeartbeat::default();
                 self.slots[device].seat =
                     Some(Seat { id, process, run, generation, rank, joined: true, span, alive, heard });
             }
@@ -293,7 +294,7 @@ impl Agent {
                 let detail = format!("{error:#}");
                 warn!(run, generation, rank, error = detail, "rank not started");
                 trace::failed(&span, &detail);
-                let left = pb::Left { why: Why::Error.into(), step: 0, detail };
+                let left = pb::Left { cause: Cause::Error.into(), step: 0, detail };
                 let message = Some(rank_message::Message::Left(left));
                 self.report(pb::RankMessage { run, generation, rank, device: device as u32, message });
             }
@@ -333,7 +334,8 @@ impl Agent {
             return;
         };
         info!(run, generation, rank, device, process = id, "rank ended");
-        let left = pb::Left { why: Why::Exited.into(), step: 0, detail: "killed as the coordinator asked".to_owned() };
+        let left =
+            pb::Left { cause: Cause::Exited.into(), step: 0, detail: "killed as the coordinator asked".to_owned() };
         let message = Some(rank_message::Message::Left(left));
         self.gone(&run, generation);
         self.report(pb::RankMessage { run, generation, rank, device: device as u32, message });
@@ -360,15 +362,15 @@ impl Agent {
                 match &message.message {
                     Some(rank_message::Message::Joined(joined)) => seat.alive.step = joined.step,
                     Some(rank_message::Message::Stepped(stepped)) => seat.alive.step = stepped.step,
-                    Some(rank_message::Message::Alive(alive)) => seat.alive = *alive,
+                    Some(rank_message::Message::Heartbeat(alive)) => seat.alive = *alive,
                     Some(rank_message::Message::StoreUse(used)) => (self.used)(used),
                     Some(rank_message::Message::Left(left)) if message.generation == seat.generation => {
                         (seat.joined, seat.alive.step) = (false, left.step);
-                        seat.left(left.why(), &left.detail);
+                        seat.left(left.cause(), &left.detail);
                     }
                     _ => {}
                 }
-                let terminated = matches!(&message.message, Some(rank_message::Message::Left(left)) if left.why() == Why::Terminated);
+                let terminated = matches!(&message.message, Some(rank_message::Message::Left(left)) if left.cause() == Cause::Terminated);
                 if terminated {
                     // It has said its last word.
                     self.slots[device as usize].seat = None;
@@ -387,8 +389,8 @@ impl Agent {
             What::Exited(status) => {
                 metrics::rank_lost();
                 warn!(run, generation, rank, status, "rank process is gone");
-                seat.left(Why::Exited, &status);
-                let left = pb::Left { why: Why::Exited.into(), step: seat.alive.step, detail: status };
+                seat.left(Cause::Exited, &status);
+                let left = pb::Left { cause: Cause::Exited.into(), step: seat.alive.step, detail: status };
                 self.slots[device as usize].seat = None;
                 self.gone(&run, generation);
                 let message = Some(rank_message::Message::Left(left));
@@ -400,9 +402,9 @@ impl Agent {
     fn heartbeat(&mut self) {
         metrics::set_devices(self.slots.len(), self.slots.iter().filter(|slot| slot.seat.is_some()).count());
         let life = |slot: &Slot| {
-            slot.seat.as_ref().map_or_else(pb::DeviceLife::default, |seat| pb::DeviceLife {
+            slot.seat.as_ref().map_or_else(pb::DeviceHeartbeat::default, |seat| pb::DeviceHeartbeat {
                 silent_millis: seat.heard.elapsed().as_millis() as u64,
-                alive: Some(seat.alive),
+                rank: Some(seat.alive),
             })
         };
         let devices = self.slots.iter().map(life).collect();

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use object_store::local::LocalFileSystem;
 use object_store::{ObjectStore, ObjectStoreExt};
 use proto::manifest::{ManifestBlock, ManifestClass, ManifestShard, ManifestTar};
-use proto::pb::{self, left::Why, rank_message::Message};
+use proto::pb::{self, left::Cause, rank_message::Message};
 use proto::shard::{Origin, TarWriter, sha256_hex};
 use proto::{Attempt, Manifest, Resize, RunSpec, Sample, Split, keys};
 use serde::Serialize;
@@ -306,7 +306,7 @@ pub fn run(store: &Path, spec: &RunSpec, cache_bytes: u64) -> Result<Figures> {
             Some(Message::Stepped(stepped)) => {
                 images += stepped.metrics.iter().filter(|m| m.kind == "train").map(|m| m.samples).sum::<u64>();
             }
-            Some(Message::Left(left)) if left.why() == Why::Finished => return clock.stop("run", images),
+            Some(Message::Left(left)) if left.cause() == Cause::Finished => return clock.stop("run", images),
             Some(Message::Left(left)) => bail!("the rank left: {}", left.detail),
             _ => {}
         }

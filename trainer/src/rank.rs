@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use object_store::ObjectStore;
 use prost::Message;
 use proto::metric::MetricPoint;
-use proto::pb::{self, alive::Doing, coordinator_message, left::Why, rank_message};
+use proto::pb::{self, coordinator_message, left::Cause, rank_heartbeat::Activity, rank_message};
 use proto::trace;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{error, info, warn};
@@ -111,7 +111,7 @@ fn read_orders(
                     wishes.hear(&leave);
                 }
             }
-            Some(coordinator_message::Message::Heard(_)) => pulse.hear(),
+            Some(coordinator_message::Message::HeartbeatAck(_)) => pulse.hear(),
             _ => {}
         }
     }
@@ -132,7 +132,7 @@ fn write_reports(reports: &Receiver<pb::RankMessage>, pulse: &Pulse, used: fn() 
             Err(_) => {
                 due = Instant::now() + SIGN_OF_LIFE;
                 let used = used().map(rank_message::Message::StoreUse);
-                let alive = rank_message::Message::Alive(pulse.alive());
+                let alive = rank_message::Message::Heartbeat(pulse.alive());
                 used.into_iter().chain([alive]).try_for_each(|message| write(to_agent(message)))
             }
         };
@@ -147,7 +147,7 @@ fn write_reports(reports: &Receiver<pb::RankMessage>, pulse: &Pulse, used: fn() 
 pub(crate) struct Pulse {
     began: Instant,
     applied: AtomicU64,
-    doing: AtomicI32,
+    activity: AtomicI32,
     /// Milliseconds since `began`.
     since: AtomicU64,
     /// When the coordinator was last known to be there; the same.
@@ -161,7 +161,7 @@ impl Pulse {
         Self {
             began: Instant::now(),
             applied: AtomicU64::new(0),
-            doing: AtomicI32::new(Doing::Idle.into()),
+            activity: AtomicI32::new(Activity::Idle.into()),
             since: AtomicU64::new(0),
             heard: AtomicU64::new(0),
             terminated: AtomicBool::new(false),
@@ -172,9 +172,9 @@ impl Pulse {
         self.began.elapsed().as_millis() as u64
     }
 
-    fn alive(&self) -> pb::Alive {
+    fn alive(&self) -> pb::RankHeartbeat {
         let millis = self.now().saturating_sub(self.since.load(Ordering::Relaxed));
-        pb::Alive { doing: self.doing.load(Ordering::Relaxed), step: self.step(), millis }
+        pb::RankHeartbeat { activity: self.activity.load(Ordering::Relaxed), step: self.step(), millis }
     }
 
     /// Steps applied.
@@ -208,14 +208,14 @@ pub(crate) fn serve(
             Reports { run: join.run.clone(), generation: join.generation, rank: join.rank, to: reports.clone() };
         let result = take_part(home, &mut job, &join, &wishes, &reports);
         wishes.over.store(true, Ordering::SeqCst);
-        wishes.at(Doing::Idle);
+        wishes.at(Activity::Idle);
         let terminated = pulse.terminated.load(Ordering::SeqCst);
-        let (why, detail) = match &result {
-            Ok(Ending::Asked) if terminated => (Why::Terminated, String::new()),
-            Ok(Ending::Asked) => (Why::Asked, String::new()),
-            Ok(Ending::Finished) => (Why::Finished, String::new()),
-            Err(Failure::Collective(detail)) => (Why::Collective, detail.clone()),
-            Err(Failure::Here(error)) => (Why::Error, format!("{error:#}")),
+        let (cause, detail) = match &result {
+            Ok(Ending::Asked) if terminated => (Cause::Terminated, String::new()),
+            Ok(Ending::Asked) => (Cause::Asked, String::new()),
+            Ok(Ending::Finished) => (Cause::Finished, String::new()),
+            Err(Failure::Collective(detail)) => (Cause::Collective, detail.clone()),
+            Err(Failure::Here(error)) => (Cause::Error, format!("{error:#}")),
         };
         // A state that is no longer whole must not be counted on.
         let step = job.as_ref().filter(|job| job.held).map_or(0, |job| job.progress.step);
@@ -228,7 +228,7 @@ pub(crate) fn serve(
                 error!(generation = join.generation, rank = join.rank, step, %failure, "left the generation")
             }
         }
-        span.record("step", trace::integer(step)).record("left", why.as_str_name());
+        span.record("step", trace::integer(step)).record("left", cause.as_str_name());
         match &result {
             Ok(_) => {
                 drop(span);
@@ -239,7 +239,7 @@ pub(crate) fn serve(
                 drop(span);
             }
         }
-        reports.left(why, step, detail);
+        reports.left(cause, step, detail);
         if terminated {
             return;
         }
@@ -254,7 +254,7 @@ fn take_part(
     reports: &Reports,
 ) -> Result<Ending, Failure> {
     info!(run = join.run, generation = join.generation, rank = join.rank, world = join.world_size, "joining");
-    wishes.at(Doing::Opening);
+    wishes.at(Activity::Opening);
     let job = match job.take().filter(|job| job.run == join.run) {
         Some(open) => job.insert(open),
         None => job.insert(Job::open(home, join)?),
@@ -347,8 +347,8 @@ impl Wishes {
     }
 
     /// Notes what the training thread is at, which signs of life carry.
-    pub(crate) fn at(&self, doing: Doing) {
-        self.pulse.doing.store(doing.into(), Ordering::Relaxed);
+    pub(crate) fn at(&self, activity: Activity) {
+        self.pulse.activity.store(activity.into(), Ordering::Relaxed);
         self.pulse.since.store(self.pulse.now(), Ordering::Relaxed);
     }
 
@@ -402,7 +402,7 @@ impl Reports {
         self.send(rank_message::Message::Finished(pb::Finished { key, digests }));
     }
 
-    fn left(&self, why: Why, step: u64, detail: String) {
-        self.send(rank_message::Message::Left(pb::Left { why: why.into(), step, detail }));
+    fn left(&self, cause: Cause, step: u64, detail: String) {
+        self.send(rank_message::Message::Left(pb::Left { cause: cause.into(), step, detail }));
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use proto::RunSpec;
-use proto::pb::alive::Doing;
+use proto::pb::rank_heartbeat::Activity;
 use proto::run_spec::{Compress, Precision, Schedule, Train};
 use tch::{Device, Kind, Reduction, Tensor};
 
@@ -33,7 +33,7 @@ pub(crate) fn compute(
     normalise: &Normalise,
     reducer: &Reducer,
     batch: &Batch,
-    at: &dyn Fn(Doing),
+    at: &dyn Fn(Activity),
 ) -> Result<Computed, Failure> {
     let device = normalise.device();
     let mut measured: Option<Tensor> = None;
@@ -45,7 +45,7 @@ pub(crate) fn compute(
         let samples: i64 = shares.iter().sum();
         let pixels = batch.pixels.part(start as usize, samples as usize);
         start += samples;
-        at(Doing::Forward);
+        at(Activity::Forward);
         let (images, labels) = normalise.apply(&pixels)?;
         let keys: Vec<u64> = pixels.keys.iter().map(|&key| random::key(&[spec.seed, batch.step, key])).collect();
         let forward = match autocast(spec.ranks.precision) {
@@ -56,7 +56,7 @@ pub(crate) fn compute(
         let loss = loss(&logits, &labels, spec.train.label_smoothing);
         // The reducer divides the sum over ranks by their number.
         let share = &loss * (world as f64 / batch.samples as f64);
-        at(Doing::Backward);
+        at(Activity::Backward);
         if i == last {
             exposed = reducer.backward(&share)?;
         } else {

@@ -11,7 +11,7 @@ use futures::TryStreamExt;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
 use proto::manifest::{ManifestBlock, ManifestClass, ManifestShard, ManifestTar, Skips};
-use proto::pb::{self, left::Why, rank_message::Message};
+use proto::pb::{self, left::Cause, rank_message::Message};
 use proto::run_ledger::{Line, Lines};
 use proto::shard::{Origin, StoredFile, TarWriter, sha256_hex};
 use proto::{Attempt, Manifest, Resize, Sample, Split, keys};
@@ -189,7 +189,7 @@ impl World {
         let ranks: Vec<Rank> = (0..world).map(|_| self.rank()).collect();
         let _generation = self.generation(run, spec, 1, &ranks.iter().collect::<Vec<_>>(), &[]);
         for rank in &ranks {
-            rank.left(Why::Finished);
+            rank.left(Cause::Finished);
         }
         self.outcome(run, &ranks)
     }
@@ -238,14 +238,14 @@ struct Rank {
 
 impl Rank {
     /// Waits until it has left its generation, which must be for this reason.
-    fn left(&self, why: Why) -> pb::Left {
+    fn left(&self, cause: Cause) -> pb::Left {
         let end = Instant::now() + DEADLINE;
         loop {
             let message = self.said.recv_timeout(end - Instant::now()).expect("a rank says why it left");
             let message = message.message.expect("reports have content");
             self.heard.lock().expect("no panic").push(message.clone());
             if let Message::Left(left) = message {
-                assert_eq!(left.why(), why, "{}", left.detail);
+                assert_eq!(left.cause(), cause, "{}", left.detail);
                 return left;
             }
         }
@@ -353,7 +353,7 @@ fn one_two_and_three_ranks_have_the_same_gradients_in_single_precision() {
         let ranks: Vec<Rank> = (0..ranks).map(|_| world.rank()).collect();
         let _generation = world.generation(run, &spec, 1, &ranks.iter().collect::<Vec<_>>(), &[]);
         for rank in &ranks {
-            rank.left(Why::Finished);
+            rank.left(Cause::Finished);
         }
         let end = last_checkpoint(&ranks[0].all()).expect("one is written at the end");
         let read = checkpoint::read(&world.store, &end.key, &end.digests);
@@ -381,14 +381,14 @@ fn survivors_of_a_lost_rank_go_on_and_end_as_an_undisturbed_run() {
     let first = world.generation("run", &spec("f64"), 1, &[&lost, &a, &b], &[]);
     lost.wait_for_step(7);
     first.wishes[0].abort();
-    lost.left(Why::Collective);
-    let steps = [a.left(Why::Collective).step, b.left(Why::Collective).step];
+    lost.left(Cause::Collective);
+    let steps = [a.left(Cause::Collective).step, b.left(Cause::Collective).step];
     assert!(steps.iter().all(|&step| (6..20).contains(&step)), "{steps:?}");
     // A rank that knows nothing takes the lowest place: the state comes from the survivors, not from rank 0.
     let new = world.rank();
     let _second = world.generation("run", &spec("f64"), 2, &[&new, &a, &b], &[]);
     for rank in [&new, &a, &b] {
-        rank.left(Why::Finished);
+        rank.left(Cause::Finished);
     }
     undisturbed.assert_equals(&world.outcome("run", &[lost, a, b, new]));
 }
@@ -412,12 +412,12 @@ fn a_step_whose_reduction_is_late_and_then_fails_on_one_rank_is_applied_by_none_
     };
     let b = world.rank_on(Some(Box::new(fake)));
     let _first = world.generation("run", &spec("f64"), 1, &[&a, &b], &[]);
-    let (of_b, of_a) = (b.left(Why::Collective), a.left(Why::Collective));
+    let (of_b, of_a) = (b.left(Cause::Collective), a.left(Cause::Collective));
     assert_eq!((of_a.step, of_b.step), (7, 7));
     assert!(of_b.detail.contains("half a bucket"), "{}", of_b.detail);
     let _second = world.generation("run", &spec("f64"), 2, &[&a, &b], &[]);
     for rank in [&a, &b] {
-        rank.left(Why::Finished);
+        rank.left(Cause::Finished);
     }
     undisturbed.assert_equals(&world.outcome("run", &[a, b]));
 }
@@ -431,14 +431,14 @@ fn a_run_that_left_with_a_checkpoint_resumes_in_the_middle_of_an_epoch_as_if_not
     a.wait_for_step(6);
     // One rank is told; both leave after the same step.
     first.wishes[1].hear(&pb::Leave { run: "run".into(), generation: 1, checkpoint: true, abort: false });
-    let steps = [a.left(Why::Asked).step, b.left(Why::Asked).step];
+    let steps = [a.left(Cause::Asked).step, b.left(Cause::Asked).step];
     assert!(steps[0] == steps[1] && steps[0] % 5 != 0, "in the middle of an epoch: {steps:?}");
     let checkpoint = last_checkpoint(&a.all()).expect("a checkpoint was asked for");
     assert_eq!(checkpoint.step, steps[0]);
     let fresh: Vec<Rank> = (0..3).map(|_| world.rank()).collect();
     let _second = world.generation("run", &spec("f64"), 2, &fresh.iter().collect::<Vec<_>>(), &[checkpoint]);
     for rank in &fresh {
-        rank.left(Why::Finished);
+        rank.left(Cause::Finished);
     }
     let ranks: Vec<Rank> = [a, b].into_iter().chain(fresh).collect();
     undisturbed.assert_equals(&world.outcome("run", &ranks));
@@ -450,7 +450,7 @@ fn what_cannot_be_trained_is_refused_in_words() {
     let refused = |spec: &str| {
         let rank = world.rank();
         let _generation = world.generation("run", spec, 1, &[&rank], &[]);
-        rank.left(Why::Error).detail
+        rank.left(Cause::Error).detail
     };
     let said = refused(&spec("f32").replace("\"crop\": 64", "\"crop\": 80"));
     assert!(said.contains("input.crop = 80") && said.contains("72"), "{said}");

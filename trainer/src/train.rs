@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 use proto::metric::{MetricKind, MetricPoint};
-use proto::pb::alive::Doing;
+use proto::pb::rank_heartbeat::Activity;
 use proto::run_ledger::Line;
 use proto::{Split, pb};
 use tch::Tensor;
@@ -100,7 +100,7 @@ impl Seat {
         let (host, port) = host_and_port(&join.store)?;
         let timeout = job.spec.failure_detection() * PATIENCE;
         let address = job.home.setup.advertise_address.clone();
-        wishes.at(Doing::Meeting);
+        wishes.at(Activity::Meeting);
         let member = Member { rank, world, address, device: job.device, timeout };
         let group = Group::meet(host, port, member, || wishes.aborted())?;
         wishes.watch(group.aborter())?;
@@ -128,7 +128,7 @@ pub(crate) fn generation(
     reports: &Reports,
 ) -> Result<Ending, Failure> {
     let seat = Seat::take(job, join, wishes)?;
-    wishes.at(Doing::Agreeing);
+    wishes.at(Activity::Agreeing);
     let damaged = job.agree(&seat, join)?;
     wishes.applied(job.progress.step);
     info!(generation = join.generation, rank = join.rank, step = job.progress.step, "agreed on a state");
@@ -145,7 +145,7 @@ pub(crate) fn generation(
         let epoch = job.progress.step / job.steps_per_epoch;
         if job.progress.step.is_multiple_of(job.steps_per_epoch) && job.progress.validated < epoch {
             records.epoch(job);
-            wishes.at(Doing::Evaluating);
+            wishes.at(Activity::Evaluating);
             if let Some(sums) = evaluate(job, Split::Validation, mine.clone(), &seat, wishes)? {
                 records.evaluated(job, MetricKind::Validation, &sums);
             }
@@ -158,14 +158,14 @@ pub(crate) fn generation(
             break;
         }
         let asked = Instant::now();
-        wishes.at(Doing::WaitingForData);
+        wishes.at(Activity::WaitingForData);
         let batch = batches.next(|| wishes.aborted()).unwrap_or_else(|| Err(anyhow!("the batches ended early")));
         if wishes.aborted() {
             return Err(Failure::Collective("aborted while waiting for data".to_owned()));
         }
         let word = train_step(job, &seat, &reducer, &batch?, wishes, &mut records, asked)?;
         if word.leave {
-            wishes.at(Doing::Checkpointing);
+            wishes.at(Activity::Checkpointing);
             if word.checkpoint {
                 records.last_checkpoint(job, wishes)?;
             }
@@ -174,12 +174,12 @@ pub(crate) fn generation(
         }
     }
 
-    wishes.at(Doing::Evaluating);
+    wishes.at(Activity::Evaluating);
     let test = evaluate(job, Split::Test, mine, &seat, wishes)?;
     if let Some(sums) = &test {
         records.evaluated(job, MetricKind::Test, sums);
     }
-    wishes.at(Doing::Exporting);
+    wishes.at(Activity::Exporting);
     records.finish(job);
     if seat.rank == 0 {
         let test = test.map(|(sums, _)| sums);
@@ -214,11 +214,11 @@ fn train_step(
     if *step != job.progress.step {
         return Err(anyhow!("the batch of step {step} came where that of {} belongs", job.progress.step).into());
     }
-    let at = |doing| wishes.at(doing);
+    let at = |activity| wishes.at(activity);
     let computed = step::compute(&job.spec, seat.world, &job.model, &job.normalise, reducer, batch, &at)?;
     let busy = asked.elapsed().saturating_sub(computed.exposed);
 
-    wishes.at(Doing::Counting);
+    wishes.at(Activity::Counting);
     let (leave, checkpoint) = wishes.leave();
     let stored = if seat.rank == 0 { records.history.stored } else { 0 };
     let own = pixels.keys.len() as i64;
@@ -247,7 +247,7 @@ fn train_step(
         return Err(anyhow!("the loss of step {step} is {}: choose a lower train.learning_rate", sums.loss).into());
     }
 
-    wishes.at(Doing::Updating);
+    wishes.at(Activity::Updating);
     let learning_rate = step::learning_rate(*step, job.steps_per_epoch, &job.spec.train);
     job.sgd.step(learning_rate)?;
     let statistics = measured.narrow(0, 3, measured.size()[0] - 3) / f64::from(job.spec.ranks.lanes);
@@ -396,7 +396,7 @@ impl<'a> Records<'a> {
         }
         let due = job.progress.step / self.every > self.saved / self.every;
         if due && self.writing.is_none() && wishes.in_contact(job.spec.failure_detection()) {
-            wishes.at(Doing::Checkpointing);
+            wishes.at(Activity::Checkpointing);
             self.begin_checkpoint(job)?;
             self.history.flush(&job.progress.tail, true);
         }

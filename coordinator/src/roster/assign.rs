@@ -97,7 +97,7 @@ impl Roster {
         let room = max.saturating_sub(generation.seats.len());
         if settled && room > 0 && free.len() + back > 0 && now.at >= generation.formed + GROW_PAUSE {
             free.drain(..free.len().min(room.saturating_sub(back)));
-            generation.enter(now, Stage::Leaving { why: Leaving::Regroup { grow: true }, aborted: false });
+            generation.enter(now, Stage::Leaving { cause: Leaving::Regroup { grow: true }, aborted: false });
             generation.tell_to_leave(name, false, false, actions);
         }
     }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
-use proto::pb::{self, coordinator_message::Message, left::Why};
+use proto::pb::{self, coordinator_message::Message, left::Cause};
 use proto::run_event::Culprit;
 
 use super::{Action, Agent, Now, Place, kill};
@@ -39,17 +39,17 @@ pub(super) struct Seat {
     pub(super) left: Option<Departure>,
     /// What a hello tells of a rank that is not at work. It counts from then on, unless the rank's own word, which may be on its
     /// way behind the hello, comes first.
-    pub(super) missing: Option<(Duration, Why)>,
+    pub(super) missing: Option<(Duration, Cause)>,
     pub(super) silent: Duration,
     /// What it was at when it was last heard of.
-    pub(super) alive: pb::Alive,
+    pub(super) alive: pb::RankHeartbeat,
 }
 
 /// How a rank left.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Departure {
     /// `Unspecified`: it was given up, and must be ended.
-    pub(super) why: Why,
+    pub(super) cause: Cause,
     pub(super) detail: String,
     /// How long it had not been heard of.
     pub(super) silent: Duration,
@@ -64,7 +64,7 @@ pub(super) enum Stage {
     /// Formed under an older coordinator; its agents have yet to come back.
     Recovering,
     /// Ranks were asked to leave, or have begun to.
-    Leaving { why: Leaving, aborted: bool },
+    Leaving { cause: Leaving, aborted: bool },
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -80,7 +80,7 @@ pub(super) enum Leaving {
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Failure {
     pub(super) culprit: Option<Culprit>,
-    pub(super) why: Why,
+    pub(super) cause: Cause,
     pub(super) reason: String,
 }
 
@@ -93,18 +93,18 @@ impl Seat {
             left: None,
             missing: None,
             silent: Duration::ZERO,
-            alive: pb::Alive::default(),
+            alive: pb::RankHeartbeat::default(),
         }
     }
 
     /// Notes that it has left; what was noted before stands.
-    pub(super) fn leave(&mut self, why: Why, detail: String) {
+    pub(super) fn leave(&mut self, cause: Cause, detail: String) {
         let silent = self.silent;
-        self.left.get_or_insert(Departure { why, detail, silent });
+        self.left.get_or_insert(Departure { cause, detail, silent });
     }
 
-    fn why(&self) -> Option<Why> {
-        self.left.as_ref().map(|left| left.why)
+    fn cause(&self) -> Option<Cause> {
+        self.left.as_ref().map(|left| left.cause)
     }
 }
 
@@ -133,19 +133,19 @@ impl Generation {
             self.judge(now, detection, agents, actions);
         }
         let fault = self.fault(agents);
-        let asked = self.seats.iter().any(|seat| matches!(seat.why(), Some(Why::Asked | Why::Terminated)));
+        let asked = self.seats.iter().any(|seat| matches!(seat.cause(), Some(Cause::Asked | Cause::Terminated)));
         match &mut self.stage {
-            Stage::Leaving { why, aborted } => {
-                match (&why, fault) {
+            Stage::Leaving { cause, aborted } => {
+                match (&cause, fault) {
                     // The first word may come from a rank that only felt the other's death.
-                    (Leaving::Regroup { .. } | Leaving::Failure(_), Some(found)) => *why = Leaving::Failure(found),
+                    (Leaving::Regroup { .. } | Leaving::Failure(_), Some(found)) => *cause = Leaving::Failure(found),
                     (Leaving::Cancel, Some(_)) if !*aborted => {
                         (*aborted, self.since) = (true, now.at);
                         return self.tell_to_leave(run, false, true, actions);
                     }
                     _ => {}
                 }
-                let failed = matches!(why, Leaving::Failure(_));
+                let failed = matches!(cause, Leaving::Failure(_));
                 let deadline = if *aborted { detection } else { ASKED };
                 let late = now.at - self.since >= deadline;
                 if !*aborted && (failed || late) {
@@ -153,25 +153,25 @@ impl Generation {
                     self.tell_to_leave(run, false, true, actions);
                 } else if late {
                     for seat in self.seats.iter_mut().filter(|seat| seat.left.is_none()) {
-                        seat.leave(Why::Error, "did not leave in time".to_owned());
+                        seat.leave(Cause::Error, "did not leave in time".to_owned());
                     }
                 }
             }
             Stage::Running if fault.is_none() && !cancelling && asked => {
                 // An agent that is shut down asks its ranks by itself, and the control word all others.
-                self.enter(now, Stage::Leaving { why: Leaving::Regroup { grow: false }, aborted: false });
+                self.enter(now, Stage::Leaving { cause: Leaving::Regroup { grow: false }, aborted: false });
                 self.tell_to_leave(run, false, false, actions);
             }
             _ if fault.is_some() || cancelling => {
                 let opening = self.stage == Stage::Opening;
-                let (why, abort) = match fault {
+                let (cause, abort) = match fault {
                     Some(failure) if !cancelling => (Leaving::Failure(failure), true),
                     other => (Leaving::Cancel, other.is_some()),
                 };
-                self.enter(now, Stage::Leaving { why, aborted: abort });
+                self.enter(now, Stage::Leaving { cause, aborted: abort });
                 if opening {
                     // Nobody was told to join yet.
-                    self.seats.iter_mut().for_each(|seat| seat.leave(Why::Asked, String::new()));
+                    self.seats.iter_mut().for_each(|seat| seat.leave(Cause::Asked, String::new()));
                 } else {
                     self.tell_to_leave(run, !abort, abort, actions);
                 }
@@ -191,7 +191,7 @@ impl Generation {
         }
         for seat in self.seats.iter_mut().filter(|seat| !seat.confirmed) {
             seat.silent = now.at - self.since;
-            seat.leave(Why::Exited, "its agent did not come back after the coordinator's restart".to_owned());
+            seat.leave(Cause::Exited, "its agent did not come back after the coordinator's restart".to_owned());
         }
         true
     }
@@ -204,9 +204,9 @@ impl Generation {
             _ => detection,
         };
         for seat in &mut self.seats {
-            if let Some((_, why)) = seat.missing.filter(|(due, _)| now.at >= *due) {
-                let what = if why == Why::Exited { "was gone" } else { "had left" };
-                seat.leave(why, format!("it {what} when its agent came back"));
+            if let Some((_, cause)) = seat.missing.filter(|(due, _)| now.at >= *due) {
+                let what = if cause == Cause::Exited { "was gone" } else { "had left" };
+                seat.leave(cause, format!("it {what} when its agent came back"));
             }
         }
         for seat in self.seats.iter_mut().filter(|seat| seat.left.is_none()) {
@@ -214,51 +214,51 @@ impl Generation {
             let unheard = agent.map_or(now.at - self.formed, |agent| now.at - agent.heard);
             let connected = agent.is_some_and(|agent| agent.connected);
             // A process that has not spoken yet cannot be told from one that hangs.
-            let starting = !seat.joined && seat.alive.doing() == pb::alive::Doing::Starting;
+            let starting = !seat.joined && seat.alive.activity() == pb::rank_heartbeat::Activity::Starting;
             let wait = if starting { detection.max(JOINING) } else { detection };
             if unheard >= detection || (!connected && unheard >= patience) {
                 seat.silent = unheard + seat.silent;
                 let how = if connected { "was not heard of" } else { "is disconnected and was not heard of" };
-                seat.leave(Why::Unspecified, format!("its agent {how} for {:.1} s", unheard.as_secs_f64()));
+                seat.leave(Cause::Unspecified, format!("its agent {how} for {:.1} s", unheard.as_secs_f64()));
             } else if self.stage != Stage::Opening && seat.silent >= wait {
                 let silent = seat.silent.as_secs_f64();
-                seat.leave(Why::Unspecified, format!("the process was silent for {silent:.1} s"));
+                seat.leave(Cause::Unspecified, format!("the process was silent for {silent:.1} s"));
             } else if self.stage == Stage::Running && !seat.joined && running_for >= detection.max(JOINING) {
-                seat.leave(Why::Unspecified, "did not join in time".to_owned());
+                seat.leave(Cause::Unspecified, "did not join in time".to_owned());
             }
             if seat.left.is_some() {
                 actions.push(kill(&seat.place));
             }
         }
         if self.stage == Stage::Opening && running_for >= detection {
-            self.seats[0].leave(Why::Unspecified, "the rendezvous was not opened in time".to_owned());
+            self.seats[0].leave(Cause::Unspecified, "the rendezvous was not opened in time".to_owned());
         }
     }
 
     /// Who is at fault that it cannot go on: a rank that is gone or silent rather than one that only felt it.
     fn fault(&self, agents: &BTreeMap<String, Agent>) -> Option<Failure> {
-        let weight = |why: &Why| match why {
-            Why::Exited | Why::Unspecified => 3,
-            Why::Error => 2,
-            Why::Collective => 1,
-            Why::Asked | Why::Finished | Why::Terminated => 0,
+        let weight = |cause: &Cause| match cause {
+            Cause::Exited | Cause::Unspecified => 3,
+            Cause::Error => 2,
+            Cause::Collective => 1,
+            Cause::Asked | Cause::Finished | Cause::Terminated => 0,
         };
-        let all_finished = || self.seats.iter().all(|seat| seat.why() == Some(Why::Finished));
+        let all_finished = || self.seats.iter().all(|seat| seat.cause() == Some(Cause::Finished));
         let left = (0u32..).zip(&self.seats).filter_map(|(rank, seat)| Some((rank, seat, seat.left.as_ref()?)));
-        match left.max_by_key(|(rank, _, left)| (weight(&left.why), std::cmp::Reverse(*rank))) {
-            Some((rank, seat, left)) if weight(&left.why) > 0 => {
+        match left.max_by_key(|(rank, _, left)| (weight(&left.cause), std::cmp::Reverse(*rank))) {
+            Some((rank, seat, left)) if weight(&left.cause) > 0 => {
                 let culprit = culprit(rank, seat, left.silent, agents);
-                let Culprit { agent, address, device, doing, step, .. } = &culprit;
+                let Culprit { agent, address, device, activity, step, .. } = &culprit;
                 let agent = agent.get(..8).unwrap_or(agent);
                 let reason = format!(
-                    "rank {rank} ({device} of agent {agent} at {address}): {}; it was at: {doing}, after step {step}",
+                    "rank {rank} ({device} of agent {agent} at {address}): {}; it was at: {activity}, after step {step}",
                     left.detail
                 );
-                Some(Failure { culprit: (weight(&left.why) > 1).then_some(culprit), why: left.why, reason })
+                Some(Failure { culprit: (weight(&left.cause) > 1).then_some(culprit), cause: left.cause, reason })
             }
             _ if all_finished() => {
                 let reason = "all ranks finished, but rank 0's word of it was lost".to_owned();
-                Some(Failure { culprit: None, why: Why::Finished, reason })
+                Some(Failure { culprit: None, cause: Cause::Finished, reason })
             }
             _ => None,
         }
@@ -280,13 +280,13 @@ fn culprit(rank: u32, seat: &Seat, silent: Duration, agents: &BTreeMap<String, A
     let agent = agents.get(name);
     let device = agent.and_then(|agent| agent.devices.get(*at as usize));
     let unknown = || "unknown".to_owned();
-    let doing = seat.alive.doing().as_str_name().trim_start_matches("DOING_").to_lowercase().replace('_', " ");
+    let activity = seat.alive.activity().as_str_name().trim_start_matches("ACTIVITY_").to_lowercase().replace('_', " ");
     Culprit {
         rank,
         agent: name.clone(),
         address: agent.map_or_else(unknown, |agent| agent.address.clone()),
         device: device.map_or_else(unknown, |device| device.name.clone()),
-        doing,
+        activity,
         step: seat.alive.step,
         silent_millis: silent.as_millis() as u64,
     }

@@ -78,8 +78,9 @@ impl Scene {
 
     /// An agent says how long each of its processes was silent.
     fn beat(&mut self, agent: &str, silent_millis: &[u64], leaving: bool) {
-        let alive = Some(pb::Alive { doing: pb::alive::Doing::Backward.into(), step: 7, millis: 100 });
-        let devices = silent_millis.iter().map(|&silent_millis| pb::DeviceLife { silent_millis, alive });
+        let alive =
+            Some(pb::RankHeartbeat { activity: pb::rank_heartbeat::Activity::Backward.into(), step: 7, millis: 100 });
+        let devices = silent_millis.iter().map(|&silent_millis| pb::DeviceHeartbeat { silent_millis, rank: alive });
         let beat = pb::Heartbeat { devices: devices.collect(), leaving };
         self.roster.heartbeat(self.now(), agent, &beat);
     }
@@ -90,8 +91,8 @@ impl Scene {
         self.take(actions);
     }
 
-    fn leave(&mut self, agent: &str, generation: u64, rank: u32, device: u32, why: Why, step: u64) {
-        let left = pb::Left { why: why.into(), step, detail: format!("{why:?}") };
+    fn leave(&mut self, agent: &str, generation: u64, rank: u32, device: u32, cause: Cause, step: u64) {
+        let left = pb::Left { cause: cause.into(), step, detail: format!("{cause:?}") };
         self.say(agent, generation, rank, device, Said::Left(left));
     }
 
@@ -173,7 +174,7 @@ fn a_run_waits_for_its_ranks_then_trains_and_frees_its_devices_when_it_is_done()
     assert!(matches!(scene.last(), RunEvent::Checkpoint { step: 5, .. }));
     scene.say("a", 1, 0, 0, Said::Finished(pb::Finished { key: "m".into(), digests: Default::default() }));
     assert!(matches!(scene.last(), RunEvent::Done { .. }));
-    scene.leave("a", 1, 0, 0, Why::Finished, 10);
+    scene.leave("a", 1, 0, 0, Cause::Finished, 10);
     assert_eq!(scene.roster.agents["a"].devices[0].occupant, None);
     scene.wait(5.0, &["a", "b"]);
     assert_eq!(scene.roster.agents["b"].devices[0].occupant, None, "it did not leave by itself");
@@ -187,16 +188,16 @@ fn a_rank_that_exits_is_named_and_the_next_generation_begins_with_the_survivor()
     assert_eq!(scene.start(0), [place("a", 0), place("a", 1)]);
     scene.say("a", 1, 0, 0, Said::Stepped(pb::Stepped { step: 7, metrics: vec![] }));
     // The survivor's word comes first, but it only felt the other's death.
-    scene.leave("a", 1, 1, 1, Why::Collective, 7);
+    scene.leave("a", 1, 1, 1, Cause::Collective, 7);
     let aborts = |(_, message): &&(String, Message)| matches!(message, Message::Leave(leave) if leave.abort);
     assert_eq!(scene.sent.iter().filter(aborts).count(), 1);
     assert!(matches!(scene.last(), RunEvent::Generation { .. }), "who was at fault is not known yet");
-    scene.leave("a", 1, 0, 0, Why::Exited, 0);
+    scene.leave("a", 1, 0, 0, Cause::Exited, 0);
     assert_eq!(failed(&scene.history[1].event), (1, Some(0), 7));
     assert_eq!(scene.start(7), [place("a", 1)], "at once, without waiting for a new process");
     assert_eq!(scene.roster.runs["r"].generation, 2);
     scene.wait(6.0, &["a"]);
-    scene.leave("a", 2, 0, 1, Why::Asked, 9);
+    scene.leave("a", 2, 0, 1, Cause::Asked, 9);
     assert_eq!(scene.start(9), [place("a", 1), place("a", 0)], "rank 0 holds the state");
     assert_eq!(failures(&scene), 1);
 }
@@ -227,11 +228,11 @@ fn an_agent_may_be_away_for_a_moment_but_not_for_long() {
     assert_eq!((scene.state(), scene.history.len()), (pb::RunState::Running, 1));
     scene.roster.disconnected("b");
     scene.wait(4.5, &["a"]);
-    scene.leave("a", 1, 0, 0, Why::Collective, 3);
+    scene.leave("a", 1, 0, 0, Cause::Collective, 3);
     let RunEvent::Failure { culprit: Some(culprit), reason, .. } = &scene.history[1].event else { panic!("a culprit") };
-    let Culprit { rank, agent, address, device, doing, step, silent_millis } = culprit;
+    let Culprit { rank, agent, address, device, activity, step, silent_millis } = culprit;
     assert_eq!((*rank, agent.as_str(), address.as_str(), device.as_str()), (1, "b", "b.local", "cpu"));
-    assert_eq!((doing.as_str(), *step), ("backward", 7));
+    assert_eq!((activity.as_str(), *step), ("backward", 7));
     assert!((4000..5000).contains(silent_millis), "{silent_millis}");
     assert!(reason.contains("rank 1 (cpu of agent b at b.local)") && reason.contains("backward"), "{reason}");
     assert_eq!(scene.start(3), [place("a", 0)], "one rank is enough");
@@ -262,11 +263,13 @@ fn generations_that_fail_without_a_step_between_them_end_the_run() {
     scene.hello("a", 1, vec![]);
     for generation in 1..=3 {
         scene.start(0);
-        scene.leave("a", generation, 0, 0, Why::Error, 0);
+        scene.leave("a", generation, 0, 0, Cause::Error, 0);
         scene.wait(9.0, &["a"]);
     }
     assert_eq!(scene.state(), pb::RunState::Failed);
-    assert!(matches!(scene.last(), RunEvent::Failed { reason } if reason.contains("WHY") || reason.contains("Error")));
+    assert!(
+        matches!(scene.last(), RunEvent::Failed { reason } if reason.contains("CAUSE") || reason.contains("Error"))
+    );
     let actions = scene.roster.resume("r", "again".into());
     scene.take(actions);
     scene.wait(1.5, &["a"]);
@@ -284,7 +287,7 @@ fn a_cancelled_run_leaves_with_a_checkpoint() {
     assert!(matches!(&scene.sent.last(), Some((_, Message::Leave(leave))) if leave.checkpoint && !leave.abort));
     let made = pb::Checkpointed { step: 3, key: "c".into(), digests: Default::default(), top1: None };
     scene.say("a", 1, 0, 0, Said::Checkpointed(made));
-    scene.leave("a", 1, 0, 0, Why::Asked, 3);
+    scene.leave("a", 1, 0, 0, Cause::Asked, 3);
     assert_eq!((scene.state(), scene.last()), (pb::RunState::Cancelled, &RunEvent::Cancelled));
     assert_eq!(scene.roster.agents["a"].devices[0].occupant, None);
 }
@@ -300,7 +303,7 @@ fn a_run_grows_when_devices_appear_but_not_at_once_again() {
     assert!(!matches!(scene.sent.last(), Some((_, Message::Leave(_)))));
     scene.wait(3.0, &["a", "b"]);
     assert!(matches!(scene.sent.last(), Some((_, Message::Leave(leave))) if !leave.abort && !leave.checkpoint));
-    scene.leave("a", 1, 0, 0, Why::Asked, 5);
+    scene.leave("a", 1, 0, 0, Cause::Asked, 5);
     assert_eq!(scene.start(5), [place("a", 0), place("b", 0)]);
     assert_eq!(failures(&scene), 0);
 }
@@ -312,9 +315,9 @@ fn an_agent_that_is_shut_down_hands_over_and_gets_nothing_new() {
     scene.hello("b", 1, vec![]);
     scene.start(0);
     scene.beat("b", &[0], true);
-    scene.leave("b", 1, 1, 0, Why::Asked, 4);
+    scene.leave("b", 1, 1, 0, Cause::Asked, 4);
     assert!(matches!(scene.sent.last(), Some((to, Message::Leave(leave))) if to == "a" && !leave.abort));
-    scene.leave("a", 1, 0, 0, Why::Asked, 4);
+    scene.leave("a", 1, 0, 0, Cause::Asked, 4);
     assert_eq!(scene.start(4), [place("a", 0)]);
     for _ in 0..20 {
         scene.beat("b", &[0], true);
@@ -332,10 +335,10 @@ fn an_agent_that_hung_is_free_of_its_rank_and_comes_back_later() {
     // "b" serves nothing and says nothing, but its stream stands.
     scene.wait(4.0, &["a"]);
     assert!(scene.sent.contains(&("b".into(), Message::Kill(pb::Kill { device: 0 }))), "when it hears again");
-    scene.leave("a", 1, 0, 0, Why::Collective, 3);
+    scene.leave("a", 1, 0, 0, Cause::Collective, 3);
     assert_eq!(scene.start(3), [place("a", 0)]);
     scene.wait(6.0, &["a", "b"]);
-    scene.leave("a", 2, 0, 0, Why::Asked, 5);
+    scene.leave("a", 2, 0, 0, Cause::Asked, 5);
     assert_eq!(scene.start(5), [place("a", 0), place("b", 0)]);
     assert_eq!(failures(&scene), 1);
 }
@@ -363,7 +366,7 @@ fn the_newest_checkpoints_and_the_best_are_kept_and_a_damaged_one_is_forgotten()
     }
     let kept = |run: &Run| run.checkpoints.iter().map(|checkpoint| checkpoint.step).collect::<Vec<_>>();
     assert_eq!(kept(&scene.roster.runs["r"]), [20, 40, 50, 60], "3 are kept, and the best");
-    scene.leave("a", 1, 0, 0, Why::Exited, 0);
+    scene.leave("a", 1, 0, 0, Cause::Exited, 0);
     scene.wait(1.5, &["a"]);
     scene.start(60);
     let damaged = vec![pb::Damaged { key: "60".into(), reason: "rot".into() }];
@@ -394,7 +397,7 @@ fn a_new_coordinator_goes_on_with_the_generation_whose_agents_all_come_back() {
             assert_eq!(scene.roster.runs["r"].step, 7);
         } else {
             scene.wait(13.0, &["a"]);
-            scene.leave("a", 1, 0, 0, Why::Collective, 7);
+            scene.leave("a", 1, 0, 0, Cause::Collective, 7);
             assert_eq!(failed(&scene.history[1].event), (1, Some(1), 7));
             assert_eq!(scene.start(7), [place("a", 0)]);
         }
@@ -414,7 +417,7 @@ fn a_rank_that_finished_while_its_coordinator_was_away_is_no_failure() {
         scene.hello("a", 1, if gone { vec![] } else { vec![occupied] });
         scene.wait(1.0, &["a"]);
         scene.say("a", 1, 0, 0, Said::Finished(pb::Finished { key: "m".into(), digests: Default::default() }));
-        scene.leave("a", 1, 0, 0, Why::Finished, 10);
+        scene.leave("a", 1, 0, 0, Cause::Finished, 10);
         assert_eq!((scene.state(), scene.history.len()), (pb::RunState::Done, 2));
     }
 }

@@ -128,7 +128,7 @@ async fn a_rank_that_dies_is_reported_with_its_status_and_its_words_are_in_the_s
         .expect("it serves");
     tell(&to, join(1)).await;
     let (device, left) = hear(&mut said, left).await;
-    assert_eq!((device, left.why()), (1, Why::Exited));
+    assert_eq!((device, left.cause()), (1, Cause::Exited));
     assert!(left.detail.contains('3'), "{}", left.detail);
     stage.shutdown.cancel();
     stage.agent.await.expect("no panic").expect("an orderly end");
