@@ -11,8 +11,7 @@
 //! - `duplicates`, `near` (pure): which samples do not count;
 //! - `roster` (pure), `runs`: which rank runs where, and each run's history;
 //! - `service`: the gRPC face of all that;
-//! - [`metrics`]: what is measured of all that;
-//! - `store`, `term`, `error`: what they stand on.
+//! - [`metrics`], `store`, `term`, `error`: what they stand on.
 
 mod catalog;
 mod datasets;
@@ -122,7 +121,7 @@ pub async fn run(
     let _end = tasks.clone().drop_guard();
     tokio::spawn(tasks.clone().run_until_cancelled_owned(Arc::clone(&datasets).watch_leases()));
     tokio::spawn(tasks.clone().run_until_cancelled_owned(drive));
-    tokio::spawn(tasks.clone().run_until_cancelled_owned(metrics::watch(Arc::clone(&runs))));
+    tokio::spawn(tasks.clone().run_until_cancelled_owned(Arc::clone(&runs).watch_figures()));
 
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(pb::DESCRIPTORS)

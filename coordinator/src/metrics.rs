@@ -1,19 +1,13 @@
 //! What a coordinator measures of the cluster. The names are stable: dashboards and alerts stand on them.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
+use std::sync::LazyLock;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, LazyLock};
-use std::time::Duration;
 
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
-
-use crate::runs::Runs;
-
-/// How old what is told may be.
-const PERIOD: Duration = Duration::from_secs(1);
 
 type Labels = Vec<(&'static str, String)>;
 type Gauges = LazyLock<Family<Labels, Gauge>>;
@@ -87,6 +81,22 @@ pub(crate) fn shard_committed() {
     COMMITTED.inc();
 }
 
+/// What the cluster is like now.
+#[derive(Debug)]
+pub(crate) struct ClusterFigures {
+    pub(crate) term: u64,
+    pub(crate) shards_waiting: u64,
+    pub(crate) shards_leased: u64,
+    /// By stage.
+    pub(crate) datasets: BTreeMap<&'static str, u64>,
+    pub(crate) workers: u64,
+    pub(crate) devices_free: u64,
+    pub(crate) devices_taken: u64,
+    pub(crate) devices_wanted: u64,
+    pub(crate) runs_by_state: Vec<(&'static str, u64)>,
+    pub(crate) runs: Vec<RunFigures>,
+}
+
 /// A run that has not ended.
 #[derive(Debug)]
 pub(crate) struct RunFigures {
@@ -99,63 +109,47 @@ pub(crate) struct RunFigures {
     pub(crate) newest: Vec<proto::pb::Metric>,
 }
 
-/// Looks at the cluster, again and again.
-pub(crate) async fn watch(runs: Arc<Runs>) {
-    TERM.set(number(runs.term.number));
-    let mut known = HashSet::new();
-    let mut clock = tokio::time::interval(PERIOD);
-    clock.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        clock.tick().await;
-        look(&runs, &mut known);
+/// Runs that have labels in the metrics.
+#[derive(Debug, Default)]
+pub(crate) struct Shown(HashSet<String>);
+
+impl Shown {
+    /// Sets the metrics, and takes out runs that are not among the figures any more.
+    pub(crate) fn show(&mut self, figures: ClusterFigures) {
+        TERM.set(number(figures.term));
+        set(&SHARDS, "state", "waiting", figures.shards_waiting);
+        set(&SHARDS, "state", "leased", figures.shards_leased);
+        figures.datasets.into_iter().for_each(|(stage, n)| set(&DATASETS, "stage", stage, n));
+        WORKERS.set(number(figures.workers));
+        set(&DEVICES, "state", "free", figures.devices_free);
+        set(&DEVICES, "state", "taken", figures.devices_taken);
+        WANTED.set(number(figures.devices_wanted));
+        figures.runs_by_state.into_iter().for_each(|(state, n)| set(&RUNS, "state", state, n));
+        let there: HashSet<String> = figures.runs.iter().map(|figures| figures.run.clone()).collect();
+        figures.runs.into_iter().for_each(show_run);
+        self.0.difference(&there).for_each(|run| forget(run));
+        self.0 = there;
     }
 }
 
-fn look(runs: &Runs, known: &mut HashSet<String>) {
-    let set = |family: &Gauges, label: &'static str, value: &str, n: u64| {
-        family.get_or_create(&vec![(label, value.to_owned())]).set(number(n));
-    };
-    let shards = runs.datasets.totals();
-    set(&SHARDS, "state", "waiting", shards.waiting.into());
-    set(&SHARDS, "state", "leased", shards.leased.into());
-    for (stage, n) in runs.datasets.stages() {
-        set(&DATASETS, "stage", stage, n);
-    }
-    WORKERS.set(number(runs.datasets.workers().len() as u64));
-    let (agents, ..) = runs.status();
-    let devices = || agents.iter().flat_map(|agent| &agent.devices);
-    let free = devices().filter(|device| device.occupant.is_empty()).count() as u64;
-    set(&DEVICES, "state", "free", free);
-    set(&DEVICES, "state", "taken", devices().count() as u64 - free);
-    WANTED.set(number(runs.devices_wanted()));
-    for (state, n) in runs.states() {
-        set(&RUNS, "state", state, n);
-    }
-    let figures = runs.figures();
-    let there: HashSet<String> = figures.iter().map(|figures| figures.run.clone()).collect();
-    for figures in figures {
-        let RunFigures { run, step, checkpoint, generation, ranks, newest } = figures;
-        let ranks = u64::from(ranks);
-        let numbers = [(&STEP, step), (&CHECKPOINT, checkpoint), (&GENERATION, generation), (&RANKS, ranks)];
-        numbers.iter().for_each(|(family, n)| set(family, "run", &run, *n));
-        for point in newest {
-            let labels = of_run(&run, "kind", &point.kind);
-            LOSS.get_or_create(&labels).set(point.loss);
-            TOP1.get_or_create(&labels).set(point.top1);
-            if point.kind == "step" && point.images_per_second > 0.0 {
-                RATE.get_or_create(&vec![("run", run.clone())]).set(point.images_per_second);
-                let seconds = point.samples as f64 / point.images_per_second;
-                let data = seconds * point.data_wait;
-                for (part, seconds) in [("data", data), ("compute", seconds - data)] {
-                    STEP_SECONDS.get_or_create(&of_run(&run, "part", part)).set(seconds);
-                }
+fn show_run(figures: RunFigures) {
+    let RunFigures { run, step, checkpoint, generation, ranks, newest } = figures;
+    let ranks = u64::from(ranks);
+    let numbers = [(&STEP, step), (&CHECKPOINT, checkpoint), (&GENERATION, generation), (&RANKS, ranks)];
+    numbers.iter().for_each(|(family, n)| set(family, "run", &run, *n));
+    for point in newest {
+        let labels = of_run(&run, "kind", &point.kind);
+        LOSS.get_or_create(&labels).set(point.loss);
+        TOP1.get_or_create(&labels).set(point.top1);
+        if point.kind == "step" && point.images_per_second > 0.0 {
+            RATE.get_or_create(&vec![("run", run.clone())]).set(point.images_per_second);
+            let seconds = point.samples as f64 / point.images_per_second;
+            let data = seconds * point.data_wait;
+            for (part, seconds) in [("data", data), ("compute", seconds - data)] {
+                STEP_SECONDS.get_or_create(&of_run(&run, "part", part)).set(seconds);
             }
         }
     }
-    for run in known.difference(&there) {
-        forget(run);
-    }
-    *known = there;
 }
 
 /// Takes an ended run out, so that its labels do not stay for ever.
@@ -172,6 +166,10 @@ fn forget(run: &str) {
     for part in ["data", "compute"] {
         STEP_SECONDS.remove(&of_run(run, "part", part));
     }
+}
+
+fn set(family: &Gauges, label: &'static str, value: &str, n: u64) {
+    family.get_or_create(&vec![(label, value.to_owned())]).set(number(n));
 }
 
 fn of_run(run: &str, label: &'static str, value: &str) -> Labels {

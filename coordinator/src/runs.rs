@@ -1,9 +1,11 @@
 //! The runs: their stored history, the agents' connections, and the one task that feeds the roster and does what it says.
 //!
-//! `submit` makes new ones; `history` reads and removes what ranks have stored.
+//! `submit` makes new ones; `curve` and `history` hold and read what ranks have measured and stored; `view` is what readers see.
 
+mod curve;
 mod history;
 mod submit;
+mod view;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,15 +17,17 @@ use proto::run_event::{EventRecord, RunEvent};
 use proto::{RunSpec, keys};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
 use tonic::Status;
 use tracing::{error, info, warn};
 
 use crate::datasets::Datasets;
 use crate::error::Error;
-use crate::metrics::RunFigures;
 use crate::roster::{Action, Now, Roster, Run, Sources};
 use crate::store::{Created, Store, StoreError, nonce, wall_millis};
 use crate::term::Term;
+use curve::Curve;
+use view::no_run;
 
 /// How often the roster is asked what time calls for.
 const TICK: Duration = Duration::from_millis(100);
@@ -31,7 +35,7 @@ const TICK: Duration = Duration::from_millis(100);
 /// Between two tries to write an event, when the store fails.
 const WRITE_PAUSE: Duration = Duration::from_secs(1);
 
-/// Runs that are recovered at the same time.
+/// Runs that are read at the same time.
 const PARALLEL: usize = 8;
 
 /// `runs/<run>/spec.json`.
@@ -59,7 +63,8 @@ struct StoredRun {
 impl StoredRun {
     fn sources(&self) -> Sources {
         Sources {
-            manifest: (self.manifest_key.clone(), self.manifest_sha256.clone()),
+            manifest_key: self.manifest_key.clone(),
+            manifest_sha256: self.manifest_sha256.clone(),
             start: self.start.as_ref().map(submit::Start::checkpoint),
             traceparent: self.traceparent.clone(),
         }
@@ -70,8 +75,9 @@ impl StoredRun {
 #[derive(Debug, Clone, Default)]
 struct Record {
     request_id: String,
+    /// Those that are written.
     events: Vec<EventRecord>,
-    points: Vec<pb::Metric>,
+    curve: Curve,
     /// Whether the points that an earlier coordinator heard have been read from the store.
     loaded: bool,
 }
@@ -79,20 +85,49 @@ struct Record {
 /// Where an agent's messages go.
 pub(crate) type Outgoing = mpsc::Sender<Result<pb::CoordinatorMessage, Status>>;
 
+/// What the driving task is told.
 enum Input {
-    Hello { hello: pb::Hello, connection: u64, outgoing: Outgoing },
-    Gone { agent: String, connection: u64 },
-    Said { agent: String, connection: u64, message: agent_message::Message },
-    Submit { name: String, run: Box<Run>, submitted: RunEvent, request_id: String, done: oneshot::Sender<()> },
-    Cancel { name: String, done: oneshot::Sender<()> },
-    Resume { name: String, request_id: String, done: oneshot::Sender<()> },
+    Hello {
+        hello: pb::Hello,
+        connection: u64,
+        outgoing: Outgoing,
+    },
+    Disconnected {
+        agent: String,
+        connection: u64,
+    },
+    AgentMessage {
+        agent: String,
+        connection: u64,
+        message: agent_message::Message,
+    },
+    /// `done` is answered when the run has no event left to write.
+    Request {
+        run: String,
+        request: Request,
+        done: oneshot::Sender<()>,
+    },
+}
+
+/// What somebody asks of a run.
+enum Request {
+    Submit { run: Box<Run>, submitted: RunEvent, request_id: String },
+    Cancel,
+    Resume { request_id: String },
+}
+
+/// An agent's stream.
+struct Connection {
+    /// Tells it from later ones of the same agent.
+    number: u64,
+    outgoing: Outgoing,
 }
 
 #[derive(Default)]
-struct State {
+struct Inner {
     roster: Roster,
     records: BTreeMap<String, Record>,
-    connections: HashMap<String, (u64, Outgoing)>,
+    connections: HashMap<String, Connection>,
 }
 
 /// All runs of the store.
@@ -101,7 +136,7 @@ pub(crate) struct Runs {
     pub(crate) term: Arc<Term>,
     pub(crate) datasets: Arc<Datasets>,
     started: Instant,
-    state: Mutex<State>,
+    inner: Mutex<Inner>,
     inputs: mpsc::Sender<Input>,
     submitting: Arc<tokio::sync::Mutex<()>>,
 }
@@ -116,7 +151,7 @@ impl Runs {
         let (inputs, receiver) = mpsc::channel(1024);
         let started = Instant::now();
         let submitting = Arc::default();
-        let runs = Arc::new(Self { store, term, datasets, started, state: Mutex::default(), inputs, submitting });
+        let runs = Arc::new(Self { store, term, datasets, started, inner: Mutex::default(), inputs, submitting });
         let names = runs.store.folders(keys::RUNS).await?;
         let mut found: Vec<(String, StoredRun, Vec<EventRecord>)> = futures::stream::iter(names)
             .map(|name| {
@@ -135,12 +170,12 @@ impl Runs {
         found.sort_by_key(|(_, _, events)| queued(events));
         for (name, stored, events) in found {
             let sources = stored.sources();
-            let run = Run::recovered(runs.now(), stored.spec, sources, stored.steps_per_epoch, &events);
+            let run = Run::recovered(runs.now(), &name, stored.spec, sources, stored.steps_per_epoch, &events);
             info!(run = name, state = ?run.state(), events = events.len(), "run recovered");
-            let mut state = runs.state();
-            state.roster.add(name.clone(), run);
+            let mut inner = runs.lock();
+            inner.roster.add(run);
             let request_id = stored.request_id;
-            state.records.insert(name, Record { request_id, events, ..Record::default() });
+            inner.records.insert(name, Record { request_id, events, ..Record::default() });
         }
         let drive = Arc::clone(&runs).drive(receiver);
         Ok((runs, drive))
@@ -167,118 +202,107 @@ impl Runs {
         Now { at: self.started.elapsed(), wall: wall_millis() }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        // Nothing under the lock can leave the state half changed.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // Nothing under the lock can leave it half changed.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The one task that changes the roster: what it decides is done, in order, before the next input is looked at.
+    /// The one task that changes the roster. It waits for nothing but its inputs: events are written beside it.
     async fn drive(self: Arc<Self>, mut inputs: mpsc::Receiver<Input>) {
+        let mut writes: JoinSet<(String, EventRecord)> = JoinSet::new();
+        let mut requests: Vec<(String, oneshot::Sender<()>)> = Vec::new();
         let mut clock = tokio::time::interval(TICK);
         clock.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut ticked = self.now().at;
         loop {
-            // Inputs first: silence is judged only when everything that was said has been heard.
-            tokio::select! {
+            // Inputs first: silence counts only when everything that arrived has been handled.
+            let actions = tokio::select! {
                 biased;
-                Some(input) = inputs.recv() => self.take(input).await,
+                Some(written) = writes.join_next() => match written {
+                    Ok((run, record)) => self.written(&run, record),
+                    Err(error) => return self.term.end(format!("an event was not written: {error}")),
+                },
+                Some(input) = inputs.recv() => self.handle(input, &mut requests),
                 _ = clock.tick() => {
                     let now = self.now();
-                    let actions = {
-                        let mut state = self.state();
-                        // If this process itself was held up, nobody else was silent.
-                        state.roster.excuse(now, (now.at - ticked).saturating_sub(2 * TICK));
-                        state.roster.tick(now)
-                    };
+                    let mut inner = self.lock();
+                    // If this process itself was held up, nobody else was silent.
+                    inner.roster.discount_stall(now, (now.at - ticked).saturating_sub(2 * TICK));
                     ticked = now.at;
-                    self.perform(actions).await;
+                    inner.roster.tick(now)
                 }
+            };
+            self.perform(actions, &mut writes);
+            let inner = self.lock();
+            let is_idle = |run: &String| inner.roster.find(run).is_none_or(|run| run.unwritten.is_empty());
+            for (_, done) in requests.extract_if(.., |(run, _)| is_idle(run)) {
+                // The caller may have gone.
+                let _ = done.send(());
             }
         }
     }
 
-    async fn take(&self, input: Input) {
+    fn handle(&self, input: Input, requests: &mut Vec<(String, oneshot::Sender<()>)>) -> Vec<Action> {
         let now = self.now();
+        let mut inner = self.lock();
         match input {
             Input::Hello { hello, connection, outgoing } => {
-                info!(
-                    agent = hello.agent,
-                    devices = hello.devices.len(),
-                    occupied = hello.occupied.len(),
-                    "agent connected"
-                );
-                let actions = {
-                    let mut state = self.state();
-                    state.connections.insert(hello.agent.clone(), (connection, outgoing));
-                    state.roster.hello(now, &hello)
-                };
-                self.perform(actions).await;
+                let (devices, occupied) = (hello.devices.len(), hello.occupied.len());
+                info!(agent = hello.agent, devices, occupied, "agent connected");
+                inner.connections.insert(hello.agent.clone(), Connection { number: connection, outgoing });
+                inner.roster.hello(now, &hello)
             }
-            Input::Gone { agent, connection } => {
-                let mut state = self.state();
-                if state.connections.get(&agent).is_some_and(|(current, _)| *current == connection) {
+            Input::Disconnected { agent, connection } => {
+                if inner.is_current(&agent, connection) {
                     info!(agent, "agent disconnected");
-                    state.connections.remove(&agent);
-                    state.roster.disconnected(&agent);
+                    inner.connections.remove(&agent);
+                    inner.roster.disconnected(&agent);
                 }
+                Vec::new()
             }
-            Input::Said { agent, connection, message } => {
-                let actions = {
-                    let mut state = self.state();
-                    if state.connections.get(&agent).is_none_or(|(current, _)| *current != connection) {
-                        return;
+            Input::AgentMessage { agent, connection, .. } if !inner.is_current(&agent, connection) => Vec::new(),
+            Input::AgentMessage { agent, message, .. } => match &message {
+                agent_message::Message::Heartbeat(heartbeat) => {
+                    inner.roster.heartbeat(now, &agent, heartbeat);
+                    vec![Action::Send { agent, message: Message::HeartbeatAck(pb::HeartbeatAck {}) }]
+                }
+                agent_message::Message::Serving(serving) => inner.roster.serving(now, &agent, serving),
+                agent_message::Message::Rank(report) => {
+                    inner.keep_points(report);
+                    inner.roster.rank(now, &agent, report)
+                }
+                agent_message::Message::Hello(_) => Vec::new(),
+            },
+            Input::Request { run: name, request, done } => {
+                requests.push((name.clone(), done));
+                match request {
+                    Request::Submit { run, submitted, request_id } => {
+                        inner.records.insert(name, Record { request_id, loaded: true, ..Record::default() });
+                        inner.roster.submit(*run, submitted)
                     }
-                    match &message {
-                        agent_message::Message::Heartbeat(beat) => {
-                            state.roster.heartbeat(now, &agent, beat);
-                            vec![Action::Send {
-                                agent: agent.clone(),
-                                message: Message::HeartbeatAck(pb::HeartbeatAck {}),
-                            }]
-                        }
-                        agent_message::Message::Serving(serving) => state.roster.serving(now, &agent, serving),
-                        agent_message::Message::Rank(said) => {
-                            state.hear(said);
-                            state.roster.rank(now, &agent, said)
-                        }
-                        agent_message::Message::Hello(_) => Vec::new(),
-                    }
-                };
-                self.perform(actions).await;
-            }
-            Input::Submit { name, run, submitted, request_id, done } => {
-                self.state().records.insert(name.clone(), Record { request_id, loaded: true, ..Record::default() });
-                self.write(&name, submitted).await;
-                self.state().roster.add(name, *run);
-                let actions = self.state().roster.tick(now);
-                let _ = done.send(());
-                self.perform(actions).await;
-            }
-            Input::Cancel { name, done } => {
-                let actions = self.state().roster.cancel(now, &name);
-                self.perform(actions).await;
-                let _ = done.send(());
-            }
-            Input::Resume { name, request_id, done } => {
-                let actions = self.state().roster.resume(&name, request_id);
-                self.perform(actions).await;
-                let _ = done.send(());
+                    Request::Cancel => inner.roster.cancel(&name),
+                    Request::Resume { request_id } => inner.roster.resume(&name, request_id),
+                }
             }
         }
     }
 
-    async fn perform(&self, actions: Vec<Action>) {
+    fn perform(self: &Arc<Self>, actions: Vec<Action>, writes: &mut JoinSet<(String, EventRecord)>) {
         for action in actions {
             match action {
-                Action::Write { run, event } => self.write(&run, event).await,
+                Action::Write { run, event } => {
+                    let this = Arc::clone(self);
+                    writes.spawn(async move { this.write(run, event).await });
+                }
                 Action::Send { agent, message } => {
-                    let outgoing = self.state().connections.get(&agent).map(|(_, outgoing)| outgoing.clone());
+                    let mut inner = self.lock();
                     let message = pb::CoordinatorMessage { message: Some(message) };
+                    let connection = inner.connections.get(&agent);
                     // An agent that is away says what it has when it comes back.
-                    if outgoing.is_some_and(|outgoing| outgoing.try_send(Ok(message)).is_err()) {
+                    if connection.is_some_and(|connection| connection.outgoing.try_send(Ok(message)).is_err()) {
                         warn!(agent, "agent does not take its messages");
-                        self.state().connections.remove(&agent);
-                        self.state().roster.disconnected(&agent);
+                        inner.connections.remove(&agent);
+                        inner.roster.disconnected(&agent);
                     }
                 }
             }
@@ -286,20 +310,18 @@ impl Runs {
     }
 
     /// Puts the run's next event. Nothing may be done that is not written, so it tries until it can.
-    async fn write(&self, run: &str, event: RunEvent) {
-        let n = self.state().records.get(run).map_or(1, |record| record.events.len() as u64 + 1);
+    async fn write(&self, run: String, event: RunEvent) -> (String, EventRecord) {
+        let n = self.lock().records.get(&run).map_or(1, |record| record.events.len() as u64 + 1);
         let record = EventRecord { n, term: self.term.number, nonce: nonce(), at_millis: wall_millis(), event };
         let json = match serde_json::to_vec(&record) {
             Ok(json) => bytes::Bytes::from(json),
-            Err(error) => return self.term.end(format!("an event of run {run} cannot be encoded: {error}")),
+            Err(error) => return self.end_term(format!("an event of run {run} cannot be encoded: {error}")).await,
         };
         loop {
-            match self.store.create(&keys::event(run, n), json.clone(), &record.nonce).await {
+            match self.store.create(&keys::event(&run, n), json.clone(), &record.nonce).await {
                 Ok(Created::Won) => break,
                 Ok(Created::Lost(_)) => {
-                    self.term.end(format!("another coordinator has written event {n} of run {run}"));
-                    // The process ends; whatever was decided must not be done.
-                    return std::future::pending().await;
+                    return self.end_term(format!("another coordinator has written event {n} of run {run}")).await;
                 }
                 Err(error) => {
                     warn!(run, n, %error, "cannot write an event, trying again");
@@ -308,27 +330,46 @@ impl Runs {
             }
         }
         info!(run, n, event = %String::from_utf8_lossy(&json), "run event");
+        (run, record)
+    }
+
+    /// The process ends; what was decided must not be done.
+    async fn end_term<T>(&self, reason: String) -> T {
+        self.term.end(reason);
+        std::future::pending().await
+    }
+
+    /// An event is in the store.
+    fn written(&self, run: &str, record: EventRecord) -> Vec<Action> {
+        let now = Now { wall: record.at_millis, ..self.now() };
         let made = match &record.event {
             RunEvent::Checkpoint { key, .. } => keys::checkpoint_of(run, key).ok(),
             _ => None,
         };
-        self.state().records.entry(run.to_owned()).or_default().events.push(record);
+        let actions = {
+            let mut inner = self.lock();
+            inner.records.entry(run.to_owned()).or_default().events.push(record);
+            inner.roster.written(now, run)
+        };
         if let Some(made) = made {
-            self.forget_checkpoints(run, made);
+            self.remove_old_checkpoints(run, made);
         }
+        actions
     }
 
-    async fn input(&self, input: Input, told: oneshot::Receiver<()>) -> Result<(), Error> {
-        let ending = |()| Error::Local("this coordinator is ending".to_owned());
-        self.inputs.send(input).await.map_err(|_| ending(()))?;
-        told.await.map_err(|_| ending(()))
+    /// Hands a request to the driving task, and waits until what it led to is written.
+    async fn request(&self, run: &str, request: Request) -> Result<(), Error> {
+        let ending = || Error::Local("this coordinator is ending".to_owned());
+        let (done, answer) = oneshot::channel();
+        let input = Input::Request { run: run.to_owned(), request, done };
+        self.inputs.send(input).await.map_err(|_| ending())?;
+        answer.await.map_err(|_| ending())
     }
 
     /// Asks for the end of a run.
     pub(crate) async fn cancel(&self, name: &str) -> Result<(), Error> {
         self.find(name)?;
-        let (done, told) = oneshot::channel();
-        self.input(Input::Cancel { name: name.to_owned(), done }, told).await
+        self.request(name, Request::Cancel).await
     }
 
     /// Queues an ended run again.
@@ -337,84 +378,20 @@ impl Runs {
             return Err(Error::Invalid("request_id is empty".to_owned()));
         }
         let _one = self.submitting.lock().await;
-        self.find(name)?;
         {
-            let state = self.state();
+            let inner = self.lock();
+            let record = inner.records.get(name).ok_or_else(|| no_run(name))?;
             let same = |record: &EventRecord| matches!(&record.event, RunEvent::Resumed { request_id: id } if *id == request_id);
-            if state.records.get(name).is_some_and(|record| record.events.iter().any(same)) {
+            if record.events.iter().any(same) {
                 return Ok(());
             }
-            match state.roster.runs.get(name).map(Run::state) {
+            match inner.roster.find(name).map(Run::state) {
                 Some(pb::RunState::Cancelled | pb::RunState::Failed) => {}
                 Some(pb::RunState::Done) => return Err(Error::Precondition(format!("run {name:?} is done"))),
                 _ => return Err(Error::Precondition(format!("run {name:?} has not ended"))),
             }
         }
-        let (done, told) = oneshot::channel();
-        self.input(Input::Resume { name: name.to_owned(), request_id, done }, told).await
-    }
-
-    /// An error unless there is a run of that name.
-    pub(crate) fn find(&self, name: &str) -> Result<(), Error> {
-        let known = self.state().records.contains_key(name);
-        if known { Ok(()) } else { Err(Error::NotFound(format!("no run is called {name:?}"))) }
-    }
-
-    /// Whether the run has ended.
-    pub(crate) fn ended(&self, name: &str) -> bool {
-        use pb::RunState::{Cancelled, Done, Failed};
-        self.state().roster.runs.get(name).is_none_or(|run| matches!(run.state(), Cancelled | Done | Failed))
-    }
-
-    /// Names of all runs.
-    pub(crate) fn names(&self) -> Vec<String> {
-        self.state().records.keys().cloned().collect()
-    }
-
-    /// The run as people see it.
-    pub(crate) async fn describe(&self, name: &str) -> Result<pb::Run, Error> {
-        self.load(name).await?;
-        let state = self.state();
-        let (Some(run), Some(record)) = (state.roster.runs.get(name), state.records.get(name)) else {
-            return Err(Error::NotFound(format!("no run is called {name:?}")));
-        };
-        let newest = |kind: &str| record.points.iter().rfind(|point| point.kind == kind).cloned();
-        let reason = match &run.phase {
-            crate::roster::Phase::Ended(crate::roster::End::Failed(reason)) => reason.clone(),
-            crate::roster::Phase::Waiting => run.reason.clone(),
-            _ => String::new(),
-        };
-        Ok(pb::Run {
-            run: name.to_owned(),
-            state: run.state().into(),
-            reason,
-            spec_json: run.spec.to_json(),
-            dataset: run.spec.dataset.clone(),
-            manifest_version: run.spec.manifest.unwrap_or(0),
-            generation: run.generation,
-            world_size: run.world,
-            epochs: run.spec.train.epochs.into(),
-            steps_per_epoch: run.steps_per_epoch,
-            step: run.step,
-            last_step: newest("step"),
-            last_validation: newest("validation"),
-            test: newest("test"),
-            checkpoint_step: run.checkpoints.last().map_or(0, |checkpoint| checkpoint.step),
-            best_checkpoint_step: run.best().map_or(0, |checkpoint| checkpoint.step),
-            events: record.events.iter().filter_map(|event| serde_json::to_string(event).ok()).collect(),
-        })
-    }
-
-    /// The folder of a done run's model, and the digests of its files by name.
-    pub(crate) async fn model(&self, name: &str) -> Result<(String, BTreeMap<String, String>), Error> {
-        self.load(name).await?;
-        let state = self.state();
-        let record = state.records.get(name).ok_or_else(|| Error::NotFound(format!("no run is called {name:?}")))?;
-        let done = record.events.iter().rev().find_map(|record| match &record.event {
-            RunEvent::Done { model, digests } => Some((model.clone(), digests.clone())),
-            _ => None,
-        });
-        done.ok_or_else(|| Error::Precondition(format!("run {name:?} is not done: a model is written at its end")))
+        self.request(name, Request::Resume { request_id }).await
     }
 
     /// A new stream of an agent; the number tells it from later ones.
@@ -423,86 +400,29 @@ impl Runs {
         let _ = self.inputs.send(Input::Hello { hello, connection, outgoing }).await;
     }
 
-    /// What an agent says.
-    pub(crate) async fn said(&self, agent: &str, connection: u64, message: agent_message::Message) {
-        let _ = self.inputs.send(Input::Said { agent: agent.to_owned(), connection, message }).await;
+    /// What an agent sends after its hello.
+    pub(crate) async fn message(&self, agent: &str, connection: u64, message: agent_message::Message) {
+        let _ = self.inputs.send(Input::AgentMessage { agent: agent.to_owned(), connection, message }).await;
     }
 
     /// The end of an agent's stream.
-    pub(crate) async fn gone(&self, agent: &str, connection: u64) {
-        let _ = self.inputs.send(Input::Gone { agent: agent.to_owned(), connection }).await;
-    }
-
-    /// Devices that runs which have not ended would take, all together.
-    pub(crate) fn devices_wanted(&self) -> u64 {
-        use pb::RunState::{Running, Waiting};
-        let state = self.state();
-        let runs = state.roster.runs.values().filter(|run| matches!(run.state(), Waiting | Running));
-        runs.map(|run| u64::from(run.spec.ranks.max)).sum()
-    }
-
-    /// How many runs there are by state.
-    pub(crate) fn states(&self) -> BTreeMap<&'static str, u64> {
-        use pb::RunState::{Cancelled, Cancelling, Done, Failed, Running, Waiting};
-        let state = self.state();
-        let of = |wanted| state.roster.runs.values().filter(|run| run.state() == wanted).count() as u64;
-        let names = [
-            ("waiting", Waiting),
-            ("running", Running),
-            ("cancelling", Cancelling),
-            ("done", Done),
-            ("failed", Failed),
-            ("cancelled", Cancelled),
-        ];
-        names.into_iter().map(|(name, wanted)| (name, of(wanted))).collect()
-    }
-
-    /// The figures of every run that has not ended.
-    pub(crate) fn figures(&self) -> Vec<RunFigures> {
-        let state = self.state();
-        let going = state.roster.runs.iter().filter(|(_, run)| !matches!(run.phase, crate::roster::Phase::Ended(_)));
-        let figures = going.map(|(name, run)| {
-            let points = state.records.get(name).map_or(&[][..], |record| &record.points);
-            let newest = |kind: &&str| points.iter().rfind(|point| point.kind == *kind).cloned();
-            RunFigures {
-                run: name.clone(),
-                step: run.step,
-                checkpoint: run.checkpoints.last().map_or(0, |checkpoint| checkpoint.step),
-                generation: run.generation,
-                ranks: run.world,
-                newest: ["step", "train", "validation", "test"].iter().filter_map(newest).collect(),
-            }
-        });
-        figures.collect()
-    }
-
-    /// Connected agents with what sits on their devices, then how many runs wait and how many run.
-    pub(crate) fn status(&self) -> (Vec<pb::AgentStatus>, u64, u64) {
-        let state = self.state();
-        let device = |device: &crate::roster::Device| pb::DeviceStatus {
-            device: device.name.clone(),
-            occupant: device.occupant.as_ref().map_or_else(String::new, |o| format!("{}/{}", o.run, o.rank)),
-        };
-        let agents = state.roster.agents.iter().filter(|(_, agent)| agent.connected);
-        let agents = agents.map(|(name, agent)| pb::AgentStatus {
-            agent: name.clone(),
-            address: agent.address.clone(),
-            devices: agent.devices.iter().map(device).collect(),
-        });
-        let of = |wanted| state.roster.runs.values().filter(|run| run.state() == wanted).count() as u64;
-        (agents.collect(), of(pb::RunState::Waiting), of(pb::RunState::Running))
+    pub(crate) async fn disconnect(&self, agent: &str, connection: u64) {
+        let _ = self.inputs.send(Input::Disconnected { agent: agent.to_owned(), connection }).await;
     }
 }
 
-impl State {
-    /// Keeps the points of the curve that rank 0 tells.
-    fn hear(&mut self, said: &pb::RankMessage) {
-        let Some(record) = self.records.get_mut(&said.run) else { return };
-        let current = self.roster.runs.get(&said.run).is_some_and(|run| run.generation == said.generation);
-        if let (Some(rank_message::Message::Stepped(stepped)), true, 0) = (&said.message, current, said.rank) {
-            for point in &stepped.metrics {
-                history::add_point(&mut record.points, point.clone());
-            }
+impl Inner {
+    /// Whether this is the newest stream of the agent.
+    fn is_current(&self, agent: &str, connection: u64) -> bool {
+        self.connections.get(agent).is_some_and(|current| current.number == connection)
+    }
+
+    /// Keeps the points of the curve that rank 0 of the newest generation reports.
+    fn keep_points(&mut self, report: &pb::RankMessage) {
+        let Some(record) = self.records.get_mut(&report.run) else { return };
+        let current = self.roster.find(&report.run).is_some_and(|run| run.generation == report.generation);
+        if let (Some(rank_message::Message::Stepped(stepped)), true, 0) = (&report.message, current, report.rank) {
+            stepped.metrics.iter().for_each(|point| record.curve.add(point.clone()));
         }
     }
 }

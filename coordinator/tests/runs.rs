@@ -3,9 +3,18 @@
 #[allow(dead_code, unreachable_pub, reason = "each test file uses a part of it")]
 mod common;
 
+use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use common::{Cluster, PATIENCE, put};
+use futures::stream::BoxStream;
+use object_store::local::LocalFileSystem;
+use object_store::path::Path;
+use object_store::{
+    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, PutMultipartOptions,
+    PutOptions, PutPayload, PutResult,
+};
 use proto::pb::agent_message::Message as ToCoordinator;
 use proto::pb::coordinator_message::Message as ToAgent;
 use proto::pb::rank_message::Message as Said;
@@ -17,6 +26,61 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Code, Streaming};
+
+/// A store that does not answer puts under one folder while it is held up.
+#[derive(Debug)]
+struct Slow {
+    inner: LocalFileSystem,
+    folder: &'static str,
+    held: tokio::sync::watch::Sender<bool>,
+}
+
+impl fmt::Display for Slow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Slow")
+    }
+}
+
+#[tonic::async_trait]
+impl ObjectStore for Slow {
+    async fn put_opts(&self, at: &Path, payload: PutPayload, how: PutOptions) -> object_store::Result<PutResult> {
+        if at.as_ref().starts_with(self.folder) {
+            self.held.subscribe().wait_for(|held| !held).await.expect("the sender is here");
+        }
+        self.inner.put_opts(at, payload, how).await
+    }
+
+    async fn put_multipart_opts(
+        &self,
+        at: &Path,
+        how: PutMultipartOptions,
+    ) -> object_store::Result<Box<dyn MultipartUpload>> {
+        self.inner.put_multipart_opts(at, how).await
+    }
+
+    async fn get_opts(&self, at: &Path, options: GetOptions) -> object_store::Result<GetResult> {
+        self.inner.get_opts(at, options).await
+    }
+
+    fn delete_stream(
+        &self,
+        at: BoxStream<'static, object_store::Result<Path>>,
+    ) -> BoxStream<'static, object_store::Result<Path>> {
+        self.inner.delete_stream(at)
+    }
+
+    fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, object_store::Result<ObjectMeta>> {
+        self.inner.list(prefix)
+    }
+
+    async fn list_with_delimiter(&self, prefix: Option<&Path>) -> object_store::Result<ListResult> {
+        self.inner.list_with_delimiter(prefix).await
+    }
+
+    async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> object_store::Result<()> {
+        self.inner.copy_opts(from, to, options).await
+    }
+}
 
 struct Agent {
     to: mpsc::Sender<pb::AgentMessage>,
@@ -80,7 +144,12 @@ fn point(kind: &str, step: u64, loss: f64) -> pb::Metric {
 
 /// A cluster with a dataset of about a hundred images.
 async fn with_dataset(folder: &std::path::Path) -> Cluster {
-    let cluster = Cluster::start(folder, 30.0).await;
+    let store = LocalFileSystem::new_with_prefix(folder).expect("the folder exists");
+    with_dataset_on(Arc::new(store)).await
+}
+
+async fn with_dataset_on(store: Arc<dyn ObjectStore>) -> Cluster {
+    let cluster = Cluster::start_on(store, 30.0).await;
     let list: String = (0..120).map(|i| format!("n{}\thttp://h/picture{i}\n", i % 3)).collect();
     cluster.create("birds", "request-1", 50, &list).await.expect("a good list");
     cluster.work().await;
@@ -152,7 +221,7 @@ async fn a_run_goes_from_its_submission_to_its_end_over_a_restart_of_the_coordin
     agent.rank(Said::Finished(pb::Finished { key: keys::model("birds-1", 1, "x"), digests: Default::default() })).await;
     let left = pb::Left { cause: pb::left::Cause::Finished.into(), step: 3, detail: String::new() };
     agent.rank(Said::Left(left)).await;
-    assert!(matches!(agent.hear().await, ToAgent::Kill(pb::Kill { device: 0 })));
+    assert!(matches!(agent.hear().await, ToAgent::Kill(pb::Kill { device: 0, .. })));
     let run =
         runs(&cluster).get_run(pb::GetRunRequest { run: "birds-1".to_owned() }).await.expect("exists").into_inner();
     assert_eq!((run.state(), run.step, run.generation, run.steps_per_epoch), (RunState::Done, 3, 1, steps));
@@ -200,5 +269,45 @@ async fn a_cancelled_run_that_waits_ends_at_once_and_can_be_resumed() {
     assert!(run.reason.contains("needs 1 ranks"), "{}", run.reason);
     let missing = runs(&cluster).cancel_run(pb::CancelRunRequest { run: "no".to_owned() }).await;
     assert_eq!(missing.expect_err("no such run").code(), Code::NotFound);
+    cluster.stop().await;
+}
+
+#[tokio::test]
+async fn an_event_that_cannot_be_written_shows_nothing_of_its_run_and_holds_up_nobody_else() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let inner = LocalFileSystem::new_with_prefix(folder.path()).expect("the folder exists");
+    let slow = Arc::new(Slow { inner, folder: "runs/birds-1/events", held: tokio::sync::watch::Sender::new(false) });
+    let cluster = with_dataset_on(Arc::clone(&slow) as Arc<dyn ObjectStore>).await;
+    runs(&cluster).submit_run(submit(32)).await.expect("a good spec");
+    let mut agent = Agent::connect(&cluster, vec![]).await;
+    assert!(matches!(agent.hear().await, ToAgent::Serve(_)));
+    let serving = pb::Serving { run: "birds-1".to_owned(), generation: 1, port: 29500, error: String::new() };
+    agent.say(ToCoordinator::Serving(serving)).await;
+    assert!(matches!(agent.hear().await, ToAgent::Join(_)));
+    agent.rank(Said::Joined(pb::Joined { step: 0, steps_per_epoch: 3, damaged: vec![] })).await;
+
+    slow.held.send_replace(true);
+    let key = keys::checkpoint("birds-1", 1, 1, "x");
+    agent.rank(Said::Checkpointed(pb::Checkpointed { step: 1, key, digests: Default::default(), top1: None })).await;
+    agent.rank(Said::Finished(pb::Finished { key: keys::model("birds-1", 1, "x"), digests: Default::default() })).await;
+    for _ in 0..8 {
+        let message = tokio::time::timeout(PATIENCE, agent.from.message()).await.expect("in time").expect("streams");
+        let ack = message.and_then(|message| message.message);
+        assert!(matches!(ack, Some(ToAgent::HeartbeatAck(_))), "{ack:?}");
+    }
+    let get = || pb::GetRunRequest { run: "birds-1".to_owned() };
+    let run = runs(&cluster).get_run(get()).await.expect("exists").into_inner();
+    assert_eq!((run.state(), run.checkpoint_step, run.events.len()), (RunState::Running, 0, 2));
+    let other = pb::SubmitRunRequest { request_id: "run-2".to_owned(), ..submit(32) };
+    let other = runs(&cluster).submit_run(other).await.expect("its events can be written").into_inner();
+    assert_eq!((other.run.as_str(), other.events.len()), ("birds-2", 1));
+
+    slow.held.send_replace(false);
+    let mut watch = runs(&cluster).watch_run(get()).await.expect("exists").into_inner();
+    let mut last = run;
+    while let Some(run) = tokio::time::timeout(PATIENCE, watch.message()).await.expect("in time").expect("streams") {
+        last = run;
+    }
+    assert_eq!((last.state(), last.checkpoint_step, last.events.len()), (RunState::Done, 1, 4));
     cluster.stop().await;
 }

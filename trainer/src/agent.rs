@@ -201,7 +201,7 @@ impl Agent {
             Message::Serve(serve) => self.serve(serve),
             Message::Join(join) => self.join(join),
             Message::Leave(leave) => self.leave(&leave),
-            Message::Kill(kill) => self.kill(kill.device as usize),
+            Message::Kill(kill) => self.kill(&kill),
             Message::HeartbeatAck(ack) => {
                 for seat in self.slots.iter().filter_map(|slot| slot.seat.as_ref()) {
                     seat.process.order(Message::HeartbeatAck(ack));
@@ -328,11 +328,11 @@ impl Agent {
         self.slots.iter().filter_map(|slot| slot.seat.as_ref()).any(|seat| seat.joined)
     }
 
-    fn kill(&mut self, device: usize) {
-        let Some(Seat { id, run, generation, rank, .. }) = self.slots.get_mut(device).and_then(|slot| slot.seat.take())
-        else {
-            return;
-        };
+    fn kill(&mut self, kill: &pb::Kill) {
+        let device = kill.device as usize;
+        let is_it = |seat: &mut Seat| seat.run == kill.run && seat.generation <= kill.generation;
+        let seat = self.slots.get_mut(device).and_then(|slot| slot.seat.take_if(is_it));
+        let Some(Seat { id, run, generation, rank, .. }) = seat else { return };
         info!(run, generation, rank, device, process = id, "rank ended");
         let left =
             pb::Left { cause: Cause::Exited.into(), step: 0, detail: "killed as the coordinator asked".to_owned() };

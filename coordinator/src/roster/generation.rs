@@ -1,4 +1,22 @@
-//! One generation: who sits in it, who is lost, who has left, and whose fault it is.
+//! One generation: a fixed membership of ranks. This is its life:
+//!
+//! | phase | what happens | what follows | next phase |
+//! | --- | --- | --- | --- |
+//! | none | `schedule` chose devices, and the event `Generation` is written | `Serve` to the agent of rank 0 | `Opening` |
+//! | none | a new coordinator reads the event `Generation` | it waits for the agents' hellos | `Recovering` |
+//! | `Opening` | the agent answers `Serving` with a port | `Join` for every rank | `Training` |
+//! | `Opening` | no store, a lost member, or the run is cancelled | all depart: nobody has joined yet | `Leaving` |
+//! | `Recovering` | all agents are back with all ranks at work | | `Training` |
+//! | `Recovering` | a rank is not at work, or an agent is not back in time | that member departs | `Leaving` |
+//! | `Training` | a member departs in failure | `Leave` with abort | `Leaving` for `Failure` |
+//! | `Training` | a member departs because its agent ends | `Leave` to the others | `Leaving` for `AgentLeaving` |
+//! | `Training` | `schedule` finds devices for more ranks | `Leave` | `Leaving` for `Grow` |
+//! | `Training` | the run is cancelled | `Leave` with a checkpoint | `Leaving` for `Cancel` |
+//! | `Leaving` | a member departs in failure | `Leave` with abort | `Leaving` for `Failure`, unless for `Cancel` |
+//! | `Leaving` | members have not left after 120 s | `Leave` with abort | the same |
+//! | `Leaving` | members have not left `failure_detection` after an abort | they count as departed | the same |
+//! | `Leaving` | all have departed | `Failure`: that event is written; else the run waits, or is cancelled | none: it is closed |
+//! | any | rank 0 reports `Finished` | the event `Done` is written | none: it is closed |
 
 use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
@@ -6,77 +24,86 @@ use std::time::Duration;
 use proto::pb::{self, coordinator_message::Message, left::Cause};
 use proto::run_event::Culprit;
 
-use super::{Action, Agent, Now, Place, kill};
+use super::{Action, Agent, DeviceId, Now};
 
 /// A completed step, a validation, or a checkpoint may take so long before ranks that were asked to leave are aborted.
-const ASKED: Duration = Duration::from_secs(120);
-/// A process may take so long to start and to join its group.
-const JOINING: Duration = Duration::from_secs(120);
-/// An agent whose stream broke has so long to come back, if the ranks around it have felt a loss.
-const RECONNECT: Duration = Duration::from_secs(1);
-/// A new coordinator gives agents so long, beside the failure detection, to come back: on Kubernetes they find it only some seconds
-/// after it is ready.
-const RECOVERY_MARGIN: Duration = Duration::from_secs(10);
+const LEAVE_DEADLINE: Duration = Duration::from_secs(120);
 
 /// One fixed membership of ranks.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Generation {
     pub(super) n: u64,
-    pub(super) seats: Vec<Seat>,
-    pub(super) stage: Stage,
-    /// When its stage began.
+    /// In the order of the ranks.
+    pub(super) members: Vec<Member>,
+    pub(super) phase: GenerationPhase,
+    /// When its phase began.
     pub(super) since: Duration,
     pub(super) formed: Duration,
-    /// Where it began, once it is known.
+    /// The step at which it began, once that is known.
     pub(super) start: Option<u64>,
 }
 
+/// A rank of a generation.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Seat {
-    pub(super) place: Place,
+pub(super) struct Member {
+    pub(super) device: DeviceId,
     pub(super) joined: bool,
+    /// This coordinator has heard from its agent how it is.
     pub(super) confirmed: bool,
-    pub(super) left: Option<Departure>,
-    /// What a hello tells of a rank that is not at work. It counts from then on, unless the rank's own word, which may be on its
-    /// way behind the hello, comes first.
-    pub(super) missing: Option<(Duration, Cause)>,
+    pub(super) departure: Option<Departure>,
+    pub(super) absence: Option<Absence>,
+    /// For how long its agent had not heard of it.
     pub(super) silent: Duration,
-    /// What it was at when it was last heard of.
-    pub(super) alive: pb::RankHeartbeat,
+    /// The newest that its agent heard.
+    pub(super) heartbeat: pb::RankHeartbeat,
 }
 
-/// How a rank left.
+/// How a member left.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Departure {
-    /// `Unspecified`: it was given up, and must be ended.
+    pub(super) at: Duration,
+    /// `Unspecified`: it was given up, and must be killed.
     pub(super) cause: Cause,
     pub(super) detail: String,
-    /// How long it had not been heard of.
+    /// For how long it had not been heard of.
     pub(super) silent: Duration,
+    /// It follows from the departure of another one.
+    pub(super) induced: bool,
 }
 
+/// A hello did not have a member at work. It counts as departed from `due` on, unless the rank's own report, which may be on its way
+/// behind the hello, comes first.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Absence {
+    pub(super) due: Duration,
+    pub(super) cause: Cause,
+}
+
+/// See the table.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Stage {
+pub(super) enum GenerationPhase {
     /// The agent of rank 0 opens the TCPStore.
     Opening,
     /// Ranks join, then train.
-    Running,
+    Training,
     /// Formed under an older coordinator; its agents have yet to come back.
     Recovering,
     /// Ranks were asked to leave, or have begun to.
-    Leaving { cause: Leaving, aborted: bool },
+    Leaving { reason: LeaveReason, aborted: bool },
 }
 
+/// What a generation is left for.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Leaving {
-    /// With `grow` to take in more ranks; without it because one was asked to leave by its own agent.
-    Regroup {
-        grow: bool,
-    },
+pub(super) enum LeaveReason {
+    /// More ranks are to join the next one.
+    Grow,
+    /// An agent that shuts down had its ranks leave.
+    AgentLeaving,
     Cancel,
     Failure(Failure),
 }
 
+/// Why a generation cannot go on.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Failure {
     pub(super) culprit: Option<Culprit>,
@@ -84,210 +111,132 @@ pub(super) struct Failure {
     pub(super) reason: String,
 }
 
-impl Seat {
-    pub(super) fn new(place: Place) -> Self {
+/// What a generation's advance depends on.
+pub(super) struct Context<'a> {
+    pub(super) now: Now,
+    /// Whether silence counts.
+    pub(super) detect: bool,
+    pub(super) run: &'a str,
+    pub(super) detection: Duration,
+    pub(super) cancelling: bool,
+    pub(super) agents: &'a BTreeMap<String, Agent>,
+}
+
+impl Member {
+    pub(super) fn new(device: DeviceId, confirmed: bool) -> Self {
         Self {
-            place,
+            device,
             joined: false,
-            confirmed: false,
-            left: None,
-            missing: None,
+            confirmed,
+            departure: None,
+            absence: None,
             silent: Duration::ZERO,
-            alive: pb::RankHeartbeat::default(),
+            heartbeat: pb::RankHeartbeat::default(),
         }
     }
 
     /// Notes that it has left; what was noted before stands.
-    pub(super) fn leave(&mut self, cause: Cause, detail: String) {
+    pub(super) fn depart(&mut self, now: Now, cause: Cause, detail: String) {
         let silent = self.silent;
-        self.left.get_or_insert(Departure { cause, detail, silent });
+        self.departure.get_or_insert(Departure { at: now.at, cause, detail, silent, induced: false });
     }
 
-    fn cause(&self) -> Option<Cause> {
-        self.left.as_ref().map(|left| left.cause)
+    pub(super) fn cause(&self) -> Option<Cause> {
+        self.departure.as_ref().map(|departure| departure.cause)
+    }
+
+    /// A process that failed by itself, or was given up, has a training state that nobody can trust; one that exited has none.
+    pub(super) fn is_untrusted(&self) -> bool {
+        matches!(self.cause(), Some(Cause::Error | Cause::Unspecified))
     }
 }
 
 impl Generation {
-    pub(super) fn new(now: Now, n: u64, seats: Vec<Seat>, stage: Stage) -> Self {
-        Self { n, seats, stage, since: now.at, formed: now.at, start: None }
+    pub(super) fn new(now: Now, n: u64, members: Vec<Member>, phase: GenerationPhase) -> Self {
+        Self { n, members, phase, since: now.at, formed: now.at, start: None }
     }
 
-    pub(super) fn enter(&mut self, now: Now, stage: Stage) {
-        (self.stage, self.since) = (stage, now.at);
+    pub(super) fn enter(&mut self, now: Now, phase: GenerationPhase) {
+        (self.phase, self.since) = (phase, now.at);
     }
 
-    /// Looks after it: who is lost, who has left, what is asked. Silence counts only if `judge`.
-    pub(super) fn look(
-        &mut self,
-        now: Now,
-        judge: bool,
-        (run, detection, cancelling): (&str, Duration, bool),
-        agents: &BTreeMap<String, Agent>,
-        actions: &mut Vec<Action>,
-    ) {
-        if self.stage == Stage::Recovering && !self.recover(now, judge, detection) {
-            return;
-        }
-        if judge {
-            self.judge(now, detection, agents, actions);
-        }
-        let fault = self.fault(agents);
-        let asked = self.seats.iter().any(|seat| matches!(seat.cause(), Some(Cause::Asked | Cause::Terminated)));
-        match &mut self.stage {
-            Stage::Leaving { cause, aborted } => {
-                match (&cause, fault) {
-                    // The first word may come from a rank that only felt the other's death.
-                    (Leaving::Regroup { .. } | Leaving::Failure(_), Some(found)) => *cause = Leaving::Failure(found),
-                    (Leaving::Cancel, Some(_)) if !*aborted => {
-                        (*aborted, self.since) = (true, now.at);
-                        return self.tell_to_leave(run, false, true, actions);
-                    }
-                    _ => {}
-                }
-                let failed = matches!(cause, Leaving::Failure(_));
-                let deadline = if *aborted { detection } else { ASKED };
-                let late = now.at - self.since >= deadline;
-                if !*aborted && (failed || late) {
-                    (*aborted, self.since) = (true, now.at);
-                    self.tell_to_leave(run, false, true, actions);
-                } else if late {
-                    for seat in self.seats.iter_mut().filter(|seat| seat.left.is_none()) {
-                        seat.leave(Cause::Error, "did not leave in time".to_owned());
-                    }
-                }
-            }
-            Stage::Running if fault.is_none() && !cancelling && asked => {
-                // An agent that is shut down asks its ranks by itself, and the control word all others.
-                self.enter(now, Stage::Leaving { cause: Leaving::Regroup { grow: false }, aborted: false });
-                self.tell_to_leave(run, false, false, actions);
-            }
-            _ if fault.is_some() || cancelling => {
-                let opening = self.stage == Stage::Opening;
-                let (cause, abort) = match fault {
-                    Some(failure) if !cancelling => (Leaving::Failure(failure), true),
-                    other => (Leaving::Cancel, other.is_some()),
-                };
-                self.enter(now, Stage::Leaving { cause, aborted: abort });
-                if opening {
-                    // Nobody was told to join yet.
-                    self.seats.iter_mut().for_each(|seat| seat.leave(Cause::Asked, String::new()));
-                } else {
-                    self.tell_to_leave(run, !abort, abort, actions);
-                }
-            }
-            _ => {}
-        }
-    }
-
-    /// Whether it is known how an older coordinator's generation stands.
-    fn recover(&mut self, now: Now, judge: bool, detection: Duration) -> bool {
-        let back = self.seats.iter().all(|seat| seat.confirmed);
-        let at_work = |seat: &Seat| seat.joined && seat.left.is_none() && seat.missing.is_none();
-        if back && self.seats.iter().all(at_work) {
-            self.enter(now, Stage::Running);
-        } else if !back && (!judge || now.at - self.since < detection + RECOVERY_MARGIN) {
-            return false;
-        }
-        for seat in self.seats.iter_mut().filter(|seat| !seat.confirmed) {
-            seat.silent = now.at - self.since;
-            seat.leave(Cause::Exited, "its agent did not come back after the coordinator's restart".to_owned());
-        }
-        true
-    }
-
-    /// Finds out who is lost.
-    fn judge(&mut self, now: Now, detection: Duration, agents: &BTreeMap<String, Agent>, actions: &mut Vec<Action>) {
-        let running_for = now.at - self.since;
-        let patience = match self.stage {
-            Stage::Leaving { .. } => RECONNECT.min(detection),
-            _ => detection,
-        };
-        for seat in &mut self.seats {
-            if let Some((_, cause)) = seat.missing.filter(|(due, _)| now.at >= *due) {
-                let what = if cause == Cause::Exited { "was gone" } else { "had left" };
-                seat.leave(cause, format!("it {what} when its agent came back"));
-            }
-        }
-        for seat in self.seats.iter_mut().filter(|seat| seat.left.is_none()) {
-            let agent = agents.get(&seat.place.0);
-            let unheard = agent.map_or(now.at - self.formed, |agent| now.at - agent.heard);
-            let connected = agent.is_some_and(|agent| agent.connected);
-            // A process that has not spoken yet cannot be told from one that hangs.
-            let starting = !seat.joined && seat.alive.activity() == pb::rank_heartbeat::Activity::Starting;
-            let wait = if starting { detection.max(JOINING) } else { detection };
-            if unheard >= detection || (!connected && unheard >= patience) {
-                seat.silent = unheard + seat.silent;
-                let how = if connected { "was not heard of" } else { "is disconnected and was not heard of" };
-                seat.leave(Cause::Unspecified, format!("its agent {how} for {:.1} s", unheard.as_secs_f64()));
-            } else if self.stage != Stage::Opening && seat.silent >= wait {
-                let silent = seat.silent.as_secs_f64();
-                seat.leave(Cause::Unspecified, format!("the process was silent for {silent:.1} s"));
-            } else if self.stage == Stage::Running && !seat.joined && running_for >= detection.max(JOINING) {
-                seat.leave(Cause::Unspecified, "did not join in time".to_owned());
-            }
-            if seat.left.is_some() {
-                actions.push(kill(&seat.place));
-            }
-        }
-        if self.stage == Stage::Opening && running_for >= detection {
-            self.seats[0].leave(Cause::Unspecified, "the rendezvous was not opened in time".to_owned());
-        }
-    }
-
-    /// Who is at fault that it cannot go on: a rank that is gone or silent rather than one that only felt it.
-    fn fault(&self, agents: &BTreeMap<String, Agent>) -> Option<Failure> {
-        let weight = |cause: &Cause| match cause {
-            Cause::Exited | Cause::Unspecified => 3,
-            Cause::Error => 2,
-            Cause::Collective => 1,
-            Cause::Asked | Cause::Finished | Cause::Terminated => 0,
-        };
-        let all_finished = || self.seats.iter().all(|seat| seat.cause() == Some(Cause::Finished));
-        let left = (0u32..).zip(&self.seats).filter_map(|(rank, seat)| Some((rank, seat, seat.left.as_ref()?)));
-        match left.max_by_key(|(rank, _, left)| (weight(&left.cause), std::cmp::Reverse(*rank))) {
-            Some((rank, seat, left)) if weight(&left.cause) > 0 => {
-                let culprit = culprit(rank, seat, left.silent, agents);
-                let Culprit { agent, address, device, activity, step, .. } = &culprit;
-                let agent = agent.get(..8).unwrap_or(agent);
-                let reason = format!(
-                    "rank {rank} ({device} of agent {agent} at {address}): {}; it was at: {activity}, after step {step}",
-                    left.detail
-                );
-                Some(Failure { culprit: (weight(&left.cause) > 1).then_some(culprit), cause: left.cause, reason })
-            }
-            _ if all_finished() => {
-                let reason = "all ranks finished, but rank 0's word of it was lost".to_owned();
-                Some(Failure { culprit: None, cause: Cause::Finished, reason })
+    /// What it was left for, once all members have departed.
+    pub(super) fn closed(&self) -> Option<&LeaveReason> {
+        match &self.phase {
+            GenerationPhase::Leaving { reason, .. } if self.members.iter().all(|m| m.departure.is_some()) => {
+                Some(reason)
             }
             _ => None,
         }
     }
 
-    pub(super) fn tell_to_leave(&self, run: &str, checkpoint: bool, abort: bool, actions: &mut Vec<Action>) {
-        let mut told = HashSet::new();
-        for seat in self.seats.iter().filter(|seat| seat.left.is_none()) {
-            if told.insert(&seat.place.0) {
-                let leave = pb::Leave { run: run.to_owned(), generation: self.n, checkpoint, abort };
-                actions.push(Action::Send { agent: seat.place.0.clone(), message: Message::Leave(leave) });
-            }
+    /// Takes it to the next phase if that is due: see the table.
+    pub(super) fn advance(&mut self, context: &Context<'_>, actions: &mut Vec<Action>) {
+        let now = context.now;
+        if self.phase == GenerationPhase::Recovering && !self.is_recovered(context) {
+            return;
+        }
+        if context.detect {
+            self.detect_lost(context, actions);
+        }
+        let failure = self.failure(context.agents);
+        if matches!(self.phase, GenerationPhase::Leaving { .. }) {
+            return self.advance_leaving(context, failure, actions);
+        }
+        let asked = self.members.iter().any(|m| matches!(m.cause(), Some(Cause::Asked | Cause::Terminated)));
+        let opening = self.phase == GenerationPhase::Opening;
+        let (reason, abort) = match failure {
+            failure if context.cancelling => (LeaveReason::Cancel, failure.is_some()),
+            Some(failure) => (LeaveReason::Failure(failure), true),
+            // The agent asked its ranks by itself, and the control word all others.
+            None if asked && self.phase == GenerationPhase::Training => (LeaveReason::AgentLeaving, false),
+            None => return,
+        };
+        let checkpoint = reason == LeaveReason::Cancel && !abort;
+        self.enter(now, GenerationPhase::Leaving { reason, aborted: abort });
+        if opening {
+            self.members.iter_mut().for_each(|member| member.depart(now, Cause::Asked, String::new()));
+        } else {
+            self.order_leave(context.run, checkpoint, abort, actions);
         }
     }
-}
 
-fn culprit(rank: u32, seat: &Seat, silent: Duration, agents: &BTreeMap<String, Agent>) -> Culprit {
-    let (name, at) = &seat.place;
-    let agent = agents.get(name);
-    let device = agent.and_then(|agent| agent.devices.get(*at as usize));
-    let unknown = || "unknown".to_owned();
-    let activity = seat.alive.activity().as_str_name().trim_start_matches("ACTIVITY_").to_lowercase().replace('_', " ");
-    Culprit {
-        rank,
-        agent: name.clone(),
-        address: agent.map_or_else(unknown, |agent| agent.address.clone()),
-        device: device.map_or_else(unknown, |device| device.name.clone()),
-        activity,
-        step: seat.alive.step,
-        silent_millis: silent.as_millis() as u64,
+    fn advance_leaving(&mut self, context: &Context<'_>, failure: Option<Failure>, actions: &mut Vec<Action>) {
+        let now = context.now;
+        let failed = failure.is_some();
+        // The first word may come from a rank that only felt the other's death.
+        self.leave_for(failure);
+        let GenerationPhase::Leaving { aborted, .. } = &mut self.phase else { return };
+        let late = now.at - self.since >= if *aborted { context.detection } else { LEAVE_DEADLINE };
+        if !*aborted && (failed || late) {
+            (*aborted, self.since) = (true, now.at);
+            self.order_leave(context.run, false, true, actions);
+        } else if late {
+            for member in self.members.iter_mut().filter(|member| member.departure.is_none()) {
+                let (at, silent, detail) = (now.at, member.silent, "did not leave in time".to_owned());
+                member.departure = Some(Departure { at, cause: Cause::Error, detail, silent, induced: true });
+            }
+            self.leave_for(self.failure(context.agents));
+        }
+    }
+
+    /// A failure is what it is left for, unless the run is to end anyhow.
+    fn leave_for(&mut self, failure: Option<Failure>) {
+        if let (GenerationPhase::Leaving { reason, .. }, Some(failure)) = (&mut self.phase, failure)
+            && *reason != LeaveReason::Cancel
+        {
+            *reason = LeaveReason::Failure(failure);
+        }
+    }
+
+    /// Tells the agents of all members that are still there.
+    pub(super) fn order_leave(&self, run: &str, checkpoint: bool, abort: bool, actions: &mut Vec<Action>) {
+        let mut ordered = HashSet::new();
+        for member in self.members.iter().filter(|member| member.departure.is_none()) {
+            if ordered.insert(&member.device.agent) {
+                let leave = pb::Leave { run: run.to_owned(), generation: self.n, checkpoint, abort };
+                actions.push(Action::Send { agent: member.device.agent.clone(), message: Message::Leave(leave) });
+            }
+        }
     }
 }

@@ -8,42 +8,35 @@ use proto::{keys, pb};
 use tracing::warn;
 
 use super::Runs;
+use super::curve::Curve;
 use crate::error::Error;
-
-/// Points of the curve of steps that are held in memory for one run; beyond it every other one is dropped.
-const MOST_STEP_POINTS: usize = 4096;
 
 impl Runs {
     /// The points of the learning curve, of these kinds only unless there are none, in order.
     pub(crate) async fn points(&self, name: &str, kinds: &[String]) -> Result<Vec<pb::Metric>, Error> {
-        self.load(name).await?;
-        let state = self.state();
-        let points = state.records.get(name).map_or(&[][..], |record| &record.points);
-        Ok(points.iter().filter(|point| kinds.is_empty() || kinds.contains(&point.kind)).cloned().collect())
+        self.load_curve(name).await?;
+        Ok(self.lock().records.get(name).map_or_else(Vec::new, |record| record.curve.points(kinds)))
     }
 
     /// Reads what the store has of the run's curve, once.
-    pub(super) async fn load(&self, name: &str) -> Result<(), Error> {
-        match self.state().records.get(name) {
+    pub(super) async fn load_curve(&self, name: &str) -> Result<(), Error> {
+        match self.lock().records.get(name) {
             None => return Err(Error::NotFound(format!("no run is called {name:?}"))),
             Some(record) if record.loaded => return Ok(()),
             Some(_) => {}
         }
-        let mut stored = Vec::new();
+        let mut stored = Curve::default();
         for (key, lines) in self.store.get_all(self.store.list(&keys::metrics_of(name)).await?).await? {
             for line in lines.split(|&b| b == b'\n').filter(|line| !line.is_empty()) {
                 match serde_json::from_slice::<MetricPoint>(line) {
-                    Ok(point) => stored.push(point.into()),
+                    Ok(point) => stored.add(point.into()),
                     Err(error) => warn!(run = name, key, %error, "a line of the curve cannot be read"),
                 }
             }
         }
-        if let Some(record) = self.state().records.get_mut(name) {
-            stored.append(&mut record.points);
-            for point in stored {
-                add_point(&mut record.points, point);
-            }
-            record.loaded = true;
+        if let Some(record) = self.lock().records.get_mut(name) {
+            stored.merge(std::mem::take(&mut record.curve));
+            (record.curve, record.loaded) = (stored, true);
         }
         Ok(())
     }
@@ -80,8 +73,8 @@ impl Runs {
 
     /// Removes, beside everything else, the run's checkpoints that are not kept. `made`: step and generation of the newest; what a later
     /// generation is writing, no event names yet.
-    pub(super) fn forget_checkpoints(&self, run: &str, made: (u64, u64)) {
-        let kept: HashSet<String> = match self.state().roster.runs.get(run) {
+    pub(super) fn remove_old_checkpoints(&self, run: &str, made: (u64, u64)) {
+        let kept: HashSet<String> = match self.lock().roster.find(run) {
             Some(known) => known.checkpoints.iter().map(|checkpoint| checkpoint.key.clone()).collect(),
             None => return,
         };
@@ -100,29 +93,6 @@ impl Runs {
             if let Err(error) = removed.await {
                 warn!(run, %error, "cannot remove old checkpoints");
             }
-        });
-    }
-}
-
-/// Adds a point; of two of one kind and step the higher generation's stands. After a return to a checkpoint the steps are
-/// done again, so the new point goes where the old one was.
-pub(super) fn add_point(points: &mut Vec<pb::Metric>, point: pb::Metric) {
-    let at = points.partition_point(|other| other.step < point.step);
-    let same =
-        points[at..].iter().take_while(|other| other.step == point.step).position(|other| other.kind == point.kind);
-    match same.map(|same| &mut points[at + same]) {
-        Some(other) if other.generation <= point.generation => *other = point,
-        Some(_) => {}
-        None => {
-            let end = at + points[at..].partition_point(|other| other.step == point.step);
-            points.insert(end, point);
-        }
-    }
-    if points.iter().filter(|point| point.kind == "step").count() > MOST_STEP_POINTS {
-        let mut n = 0;
-        points.retain(|point| {
-            n += u64::from(point.kind == "step");
-            point.kind != "step" || n % 2 == 0
         });
     }
 }

@@ -8,9 +8,8 @@ use proto::manifest::Manifest;
 use proto::run_event::RunEvent;
 use proto::{RunSpec, Split, keys, pb};
 use serde::{Deserialize, Serialize};
-use tokio::sync::oneshot;
 
-use super::{Input, Runs, StoredRun};
+use super::{Request, Runs, StoredRun};
 use crate::datasets::Stage;
 use crate::error::Error;
 use crate::roster::Run;
@@ -60,7 +59,7 @@ impl Runs {
         }
         let mut spec = RunSpec::from_json(&spec_json)?;
         let one = Arc::clone(&self.submitting).lock_owned().await;
-        if let Some((name, _)) = self.state().records.iter().find(|(_, record)| record.request_id == request_id) {
+        if let Some((name, _)) = self.lock().records.iter().find(|(_, record)| record.request_id == request_id) {
             return Ok(name.clone());
         }
         let (dataset, _) = self.datasets.find(&spec.dataset)?;
@@ -89,7 +88,7 @@ impl Runs {
             }
             given => given.to_owned(),
         };
-        if self.state().records.contains_key(&name) {
+        if self.lock().records.contains_key(&name) {
             return Err(Error::Exists(format!("a run is called {name:?} already")));
         }
         let manifest_sha256 = proto::shard::sha256_hex(&json);
@@ -135,23 +134,22 @@ impl Runs {
         }
         let sources = stored.sources();
         let StoredRun { spec, request_id, steps_per_epoch, start, .. } = stored;
-        let run = Box::new(Run::recovered(self.now(), spec, sources, steps_per_epoch, &[]));
+        let run = Box::new(Run::recovered(self.now(), &name, spec, sources, steps_per_epoch, &[]));
         let start = start.map(|start| start.to_string());
         let submitted = RunEvent::Submitted { request_id: request_id.clone(), start };
-        let (done, told) = oneshot::channel();
-        self.input(Input::Submit { name: name.clone(), run, submitted, request_id, done }, told).await?;
+        self.request(&name, Request::Submit { run, submitted, request_id }).await?;
         Ok(name)
     }
 
     fn free_name(&self, dataset: &str) -> String {
-        let state = self.state();
+        let state = self.lock();
         let stem: String = dataset.chars().take(56).collect();
         (1u32..).map(|n| format!("{stem}-{n}")).find(|name| !state.records.contains_key(name)).unwrap_or(stem)
     }
 
     /// The checkpoint of run `from` to start from: that of `step`, or the newest.
     async fn start(&self, from: &str, step: Option<u64>, spec: &RunSpec, manifest: &Manifest) -> Result<Start, Error> {
-        let other = self.state().roster.runs.get(from).cloned();
+        let other = self.lock().roster.find(from).cloned();
         let other = other.ok_or_else(|| Error::NotFound(format!("no run to start from is called {from:?}")))?;
         let network = |spec: &RunSpec| (spec.model.arch, spec.model.width);
         if network(&other.spec) != network(spec) {
@@ -168,7 +166,7 @@ impl Runs {
             let wanted = step.map_or(String::new(), |step| format!(" at step {step}"));
             Error::NotFound(format!("run {from:?} has no checkpoint{wanted}; there are: {there}"))
         })?;
-        let (key, _) = other.manifest();
+        let key = other.manifest_key();
         let theirs = Manifest::from_json(&self.store.need(key).await?);
         let theirs = theirs.map_err(|error| Error::Local(format!("{key}: {error}")))?;
         Ok(Start {

@@ -48,16 +48,7 @@ impl RunService for RunApi {
     }
 
     async fn list_runs(&self, _: Request<pb::ListRunsRequest>) -> Result<Response<pb::ListRunsResponse>, Status> {
-        let mut runs = Vec::new();
-        for name in self.0.names() {
-            match self.0.describe(&name).await {
-                Ok(run) => runs.push(run),
-                // It is just being submitted.
-                Err(Error::NotFound(_)) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(Response::new(pb::ListRunsResponse { runs }))
+        Ok(Response::new(pb::ListRunsResponse { runs: self.0.list().await? }))
     }
 
     type WatchRunStream = ReceiverStream<Result<pb::Run, Status>>;
@@ -114,7 +105,7 @@ impl RunService for RunApi {
         request: Request<pb::GetModelFileRequest>,
     ) -> Result<Response<Self::GetModelFileStream>, Status> {
         let pb::GetModelFileRequest { run, file } = request.into_inner();
-        let (folder, digests) = self.0.model(&run).await?;
+        let (folder, digests) = self.0.model(&run)?;
         if !digests.contains_key(&file) {
             let files = digests.into_keys().collect::<Vec<_>>().join(", ");
             return Err(Status::not_found(format!("the model of run {run:?} has no file {file:?}, but: {files}")));
@@ -143,7 +134,6 @@ impl RunService for RunApi {
     }
 
     async fn get_status(&self, _: Request<pb::GetStatusRequest>) -> Result<Response<pb::Status>, Status> {
-        let (agents, runs_waiting, runs_running) = self.0.status();
         let datasets = &self.0.datasets;
         let (mut shards_waiting, mut shards_leased) = (0, 0);
         for (_, counts) in datasets.all() {
@@ -159,11 +149,11 @@ impl RunService for RunApi {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             store: self.0.store.name(),
             workers: datasets.workers().into_iter().map(worker).collect(),
-            agents,
+            agents: self.0.agents(),
             shards_waiting,
             shards_leased,
-            runs_waiting,
-            runs_running,
+            runs_waiting: self.0.count(pb::RunState::Waiting),
+            runs_running: self.0.count(pb::RunState::Running),
         }))
     }
 }
@@ -171,7 +161,7 @@ impl RunService for RunApi {
 async fn watch(runs: &Runs, name: &str, sender: &mpsc::Sender<Result<pb::Run, Status>>) {
     let mut last: Option<pb::Run> = None;
     loop {
-        let over = runs.ended(name);
+        let over = runs.is_over(name);
         let run = match runs.describe(name).await {
             Ok(run) => run,
             Err(error) => {
@@ -201,7 +191,7 @@ async fn logs(
     let mut sent = HashSet::new();
     let mut ended: Option<tokio::time::Instant> = None;
     loop {
-        if runs.ended(run) {
+        if runs.is_over(run) {
             ended.get_or_insert_with(tokio::time::Instant::now);
         } else {
             ended = None;

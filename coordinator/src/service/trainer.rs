@@ -57,9 +57,9 @@ impl TrainerService for TrainerApi {
             let agent = hello.agent.clone();
             runs.connect(hello, connection, outgoing).await;
             while let Ok(Some(message)) = next(&mut stream).await {
-                runs.said(&agent, connection, message).await;
+                runs.message(&agent, connection, message).await;
             }
-            runs.gone(&agent, connection).await;
+            runs.disconnect(&agent, connection).await;
         });
         Ok(Response::new(ReceiverStream::new(receiver)))
     }

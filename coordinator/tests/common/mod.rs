@@ -37,8 +37,12 @@ pub struct Cluster {
 impl Cluster {
     /// Starts on what is in the folder.
     pub async fn start(folder: &Path, lease_seconds: f64) -> Self {
-        let store: Arc<dyn ObjectStore> =
-            Arc::new(LocalFileSystem::new_with_prefix(folder).expect("the folder exists"));
+        let store = LocalFileSystem::new_with_prefix(folder).expect("the folder exists");
+        Self::start_on(Arc::new(store), lease_seconds).await
+    }
+
+    /// Starts on a store.
+    pub async fn start_on(store: Arc<dyn ObjectStore>, lease_seconds: f64) -> Self {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("bound");
         let shutdown = CancellationToken::new();

@@ -154,7 +154,15 @@ async fn ranks_outlive_the_coordinator_and_are_offered_to_the_next_one() {
     assert_eq!(hello.term_seen, 6);
     let occupied = pb::Occupied { device: 0, run: "r".into(), generation: 4, rank: 0, joined: true, step: 0 };
     assert_eq!(hello.occupied, [occupied]);
-    tell(&to, coordinator_message::Message::Kill(pb::Kill { device: 0 })).await;
+    let kill = |generation| pb::Kill { device: 0, run: "r".into(), generation };
+    let rank =
+        |message| if let agent_message::Message::Heartbeat(beat) = message { Some(beat.devices[0].rank) } else { None };
+    // This one was on its way for longer than the rank has been in its generation.
+    tell(&to, coordinator_message::Message::Kill(kill(3))).await;
+    for _ in 0..3 {
+        assert!(hear(&mut said, rank).await.is_some(), "it goes on");
+    }
+    tell(&to, coordinator_message::Message::Kill(kill(4))).await;
     assert_eq!(hear(&mut said, left).await.0, 0);
     stage.shutdown.cancel();
     stage.agent.await.expect("no panic").expect("an orderly end");
