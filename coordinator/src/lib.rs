@@ -136,7 +136,8 @@ pub async fn run(
         .add_service(health_service)
         .add_service(reflection)
         .add_service(
-            DatasetServiceServer::new(DatasetApi(Arc::clone(&datasets))).max_decoding_message_size(LARGEST_MESSAGE),
+            DatasetServiceServer::new(DatasetApi(Arc::clone(&datasets), Arc::clone(&runs)))
+                .max_decoding_message_size(LARGEST_MESSAGE),
         )
         .add_service(
             FetchServiceServer::new(FetchApi::new(Arc::clone(&datasets), config.hosts))

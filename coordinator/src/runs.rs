@@ -1,8 +1,9 @@
 //! The runs: their stored history, the agents' connections, and the one task that feeds the roster and does what it says.
 //!
-//! `submit` makes new ones; `curve` and `history` hold and read what ranks have measured and stored; `view` is what readers see.
+//! `submit` makes new ones, `delete` removes them; `curve` and `history` hold and read what ranks have measured and stored; `view` is what readers see.
 
 mod curve;
+mod delete;
 mod history;
 mod submit;
 mod view;
@@ -16,7 +17,7 @@ use proto::pb::{self, agent_message, coordinator_message::Message, rank_message}
 use proto::run_event::{EventRecord, RunEvent};
 use proto::{RunSpec, keys};
 use serde::{Deserialize, Serialize};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tonic::Status;
 use tracing::{error, info, warn};
@@ -27,6 +28,7 @@ use crate::roster::{Action, Now, Roster, Run, Sources};
 use crate::store::{Created, Store, StoreError, nonce, wall_millis};
 use crate::term::Term;
 use curve::Curve;
+use delete::LATE_WRITES;
 use view::no_run;
 
 /// How often the roster is asked what time calls for.
@@ -63,6 +65,7 @@ struct StoredRun {
 impl StoredRun {
     fn sources(&self) -> Sources {
         Sources {
+            dataset: self.dataset.clone(),
             manifest_key: self.manifest_key.clone(),
             manifest_sha256: self.manifest_sha256.clone(),
             start: self.start.as_ref().map(submit::Start::checkpoint),
@@ -111,9 +114,18 @@ enum Input {
 
 /// What somebody asks of a run.
 enum Request {
-    Submit { run: Box<Run>, submitted: RunEvent, request_id: String },
+    Submit {
+        run: Box<Run>,
+        submitted: RunEvent,
+        request_id: String,
+    },
     Cancel,
-    Resume { request_id: String },
+    /// Its tombstone is in the store.
+    Delete,
+    Resume {
+        request_id: String,
+        step: Option<u64>,
+    },
 }
 
 /// An agent's stream.
@@ -128,6 +140,8 @@ struct Inner {
     roster: Roster,
     records: BTreeMap<String, Record>,
     connections: HashMap<String, Connection>,
+    /// Runs whose objects are being removed, each until its sender is dropped.
+    deleting: HashMap<String, watch::Receiver<()>>,
 }
 
 /// All runs of the store.
@@ -138,7 +152,8 @@ pub(crate) struct Runs {
     started: Instant,
     inner: Mutex<Inner>,
     inputs: mpsc::Sender<Input>,
-    submitting: Arc<tokio::sync::Mutex<()>>,
+    /// Held by whoever submits, resumes or deletes.
+    changing: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Runs {
@@ -150,8 +165,8 @@ impl Runs {
     ) -> anyhow::Result<(Arc<Self>, impl Future<Output = ()> + Send + use<>)> {
         let (inputs, receiver) = mpsc::channel(1024);
         let started = Instant::now();
-        let submitting = Arc::default();
-        let runs = Arc::new(Self { store, term, datasets, started, inner: Mutex::default(), inputs, submitting });
+        let changing = Arc::default();
+        let runs = Arc::new(Self { store, term, datasets, started, inner: Mutex::default(), inputs, changing });
         let names = runs.store.folders(keys::RUNS).await?;
         let mut found: Vec<(String, StoredRun, Vec<EventRecord>)> = futures::stream::iter(names)
             .map(|name| {
@@ -181,7 +196,14 @@ impl Runs {
         Ok((runs, drive))
     }
 
-    async fn recover_one(&self, name: String) -> Result<Option<(String, StoredRun, Vec<EventRecord>)>, StoreError> {
+    async fn recover_one(
+        self: &Arc<Self>,
+        name: String,
+    ) -> Result<Option<(String, StoredRun, Vec<EventRecord>)>, StoreError> {
+        if self.store.get(&keys::run_tombstone(&name)).await?.is_some() {
+            self.remove(&name, LATE_WRITES);
+            return Ok(None);
+        }
         let Some(json) = self.store.get(&keys::run_spec(&name)).await? else { return Ok(None) };
         let events = self.store.get_all(self.store.list(&keys::events(&name)).await?).await?;
         let parse = || {
@@ -281,7 +303,12 @@ impl Runs {
                         inner.roster.submit(*run, submitted)
                     }
                     Request::Cancel => inner.roster.cancel(&name),
-                    Request::Resume { request_id } => inner.roster.resume(&name, request_id),
+                    Request::Delete => {
+                        inner.records.remove(&name);
+                        inner.roster.ended.remove(&name);
+                        Vec::new()
+                    }
+                    Request::Resume { request_id, step } => inner.roster.resume(&name, request_id, step),
                 }
             }
         }
@@ -372,26 +399,36 @@ impl Runs {
         self.request(name, Request::Cancel).await
     }
 
-    /// Queues an ended run again.
-    pub(crate) async fn resume(&self, name: &str, request_id: String) -> Result<(), Error> {
+    /// Queues an ended run again, from the checkpoint of this step or the newest.
+    pub(crate) async fn resume(&self, name: &str, request_id: String, step: Option<u64>) -> Result<(), Error> {
         if request_id.is_empty() {
             return Err(Error::Invalid("request_id is empty".to_owned()));
         }
-        let _one = self.submitting.lock().await;
-        {
+        let _one = self.changing.lock().await;
+        let dataset = {
             let inner = self.lock();
-            let record = inner.records.get(name).ok_or_else(|| no_run(name))?;
-            let same = |record: &EventRecord| matches!(&record.event, RunEvent::Resumed { request_id: id } if *id == request_id);
+            let (Some(run), Some(record)) = (inner.roster.find(name), inner.records.get(name)) else {
+                return Err(no_run(name));
+            };
+            let same = |record: &EventRecord| matches!(&record.event, RunEvent::Resumed { request_id: id, .. } if *id == request_id);
             if record.events.iter().any(same) {
                 return Ok(());
             }
-            match inner.roster.find(name).map(Run::state) {
-                Some(pb::RunState::Cancelled | pb::RunState::Failed) => {}
-                Some(pb::RunState::Done) => return Err(Error::Precondition(format!("run {name:?} is done"))),
+            match run.state() {
+                pb::RunState::Cancelled | pb::RunState::Failed => {}
+                pb::RunState::Done => return Err(Error::Precondition(format!("run {name:?} is done"))),
                 _ => return Err(Error::Precondition(format!("run {name:?} has not ended"))),
             }
+            if step.is_some() {
+                run.checkpoint(step)?;
+            }
+            run.dataset().to_owned()
+        };
+        if let Err(Error::NotFound(_)) = self.datasets.find(&dataset) {
+            let gone = format!("run {name:?} cannot go on: its dataset {dataset:?} was deleted");
+            return Err(Error::Precondition(gone));
         }
-        self.request(name, Request::Resume { request_id }).await
+        self.request(name, Request::Resume { request_id, step }).await
     }
 
     /// A new stream of an agent; the number tells it from later ones.

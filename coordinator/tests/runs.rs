@@ -239,7 +239,7 @@ async fn a_run_goes_from_its_submission_to_its_end_over_a_restart_of_the_coordin
         lines.push(line.line);
     }
     assert_eq!(lines, ["one", "two"]);
-    let done = pb::ResumeRunRequest { request_id: "x".to_owned(), run: "birds-1".to_owned() };
+    let done = pb::ResumeRunRequest { request_id: "x".to_owned(), run: "birds-1".to_owned(), step: None };
     assert_eq!(runs(&cluster).resume_run(done).await.expect_err("done").code(), Code::FailedPrecondition);
     let status = runs(&cluster).get_status(pb::GetStatusRequest {}).await.expect("answers").into_inner();
     assert_eq!((status.term, status.agents[0].devices[0].occupant.as_str()), (2, ""));
@@ -256,9 +256,9 @@ async fn a_cancelled_run_that_waits_ends_at_once_and_can_be_resumed() {
         let run = runs(&cluster).cancel_run(cancel()).await.expect("exists").into_inner();
         assert_eq!(run.state(), RunState::Cancelled);
     }
-    let nameless = pb::ResumeRunRequest { request_id: String::new(), run: "birds-1".to_owned() };
+    let nameless = pb::ResumeRunRequest { request_id: String::new(), run: "birds-1".to_owned(), step: None };
     assert_eq!(runs(&cluster).resume_run(nameless).await.expect_err("no id").code(), Code::InvalidArgument);
-    let resume = || pb::ResumeRunRequest { request_id: "again".to_owned(), run: "birds-1".to_owned() };
+    let resume = || pb::ResumeRunRequest { request_id: "again".to_owned(), run: "birds-1".to_owned(), step: None };
     for _ in 0..2 {
         let run = runs(&cluster).resume_run(resume()).await.expect("it was cancelled").into_inner();
         assert_eq!(run.state(), RunState::Waiting);
@@ -309,5 +309,62 @@ async fn an_event_that_cannot_be_written_shows_nothing_of_its_run_and_holds_up_n
         last = run;
     }
     assert_eq!((last.state(), last.checkpoint_step, last.events.len()), (RunState::Done, 1, 4));
+    cluster.stop().await;
+}
+
+fn named(name: &str, request_id: &str) -> pb::SubmitRunRequest {
+    pb::SubmitRunRequest { request_id: request_id.to_owned(), name: name.to_owned(), ..submit(32) }
+}
+
+#[tokio::test]
+async fn a_dataset_is_not_deleted_while_a_run_reads_it_and_a_run_does_not_outlive_it() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cluster = with_dataset(folder.path()).await;
+    runs(&cluster).submit_run(submit(32)).await.expect("a good spec");
+    let delete = || pb::DeleteDatasetRequest { name: "birds".to_owned() };
+    let refused = cluster.datasets().delete_dataset(delete()).await.expect_err("in use");
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert!(refused.message().contains("gleaner run cancel birds-1"), "{}", refused.message());
+    runs(&cluster).cancel_run(pb::CancelRunRequest { run: "birds-1".to_owned() }).await.expect("exists");
+    cluster.datasets().delete_dataset(delete()).await.expect("nobody reads it");
+    let resume = pb::ResumeRunRequest { request_id: "again".to_owned(), run: "birds-1".to_owned(), step: None };
+    let refused = runs(&cluster).resume_run(resume).await.expect_err("nothing to read");
+    assert!(refused.message().contains("was deleted"), "{}", refused.message());
+    cluster.stop().await;
+}
+
+#[tokio::test]
+async fn a_deleted_run_is_gone_with_its_objects_and_its_name_is_free() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cluster = with_dataset(folder.path()).await;
+    for (name, request) in [("old", "1"), ("doomed", "2"), ("new", "3")] {
+        runs(&cluster).submit_run(named(name, request)).await.expect("a good spec");
+    }
+    let delete = || pb::DeleteRunRequest { run: "doomed".to_owned() };
+    let refused = runs(&cluster).delete_run(delete()).await.expect_err("it waits");
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert!(refused.message().contains("gleaner run cancel doomed"), "{}", refused.message());
+    runs(&cluster).cancel_run(pb::CancelRunRequest { run: "doomed".to_owned() }).await.expect("exists");
+    put(&*cluster.store, &keys::logs("doomed", 1, 0, 1), "a line\n").await;
+    // Its agents could still write for a moment, so a coordinator that dies now leaves the rest to the next one.
+    let (mut first, mut second) = (runs(&cluster), runs(&cluster));
+    let calls = async { tokio::join!(first.delete_run(delete()), second.delete_run(delete())) };
+    assert!(tokio::time::timeout(Duration::from_secs(2), calls).await.is_err(), "it was cancelled just now");
+    let taken = runs(&cluster).submit_run(named("doomed", "4")).await.expect_err("still being deleted");
+    assert!(taken.code() == Code::AlreadyExists && taken.message().contains("deleted"), "{taken}");
+    let list = |limit| pb::ListRunsRequest { limit };
+    let names = |runs: Vec<pb::Run>| runs.into_iter().map(|run| run.run).collect::<Vec<_>>();
+    let listed = runs(&cluster).list_runs(list(0)).await.expect("lists").into_inner().runs;
+    assert_eq!(names(listed), ["new", "old"], "the newest first");
+    assert_eq!(names(runs(&cluster).list_runs(list(1)).await.expect("lists").into_inner().runs), ["new"]);
+    cluster.kill();
+
+    let cluster = Cluster::start(folder.path(), 30.0).await;
+    runs(&cluster).delete_run(delete()).await.expect("goes on");
+    let left = common::keys_under(&*cluster.store, "runs/doomed").await;
+    assert_eq!(left, Vec::<String>::new());
+    assert_eq!(runs(&cluster).delete_run(delete()).await.expect_err("gone").code(), Code::NotFound);
+    let run = runs(&cluster).submit_run(named("doomed", "5")).await.expect("the name is free").into_inner();
+    assert_eq!((run.state(), run.events.len()), (RunState::Waiting, 1));
     cluster.stop().await;
 }

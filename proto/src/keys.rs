@@ -11,7 +11,7 @@
 //! datasets/<dataset>/manifests/000003.json               Create = version 3 of the manifest
 //! datasets/<dataset>/manifests/000003/skips/000007.bits  which of shard 7's samples version 3 skips
 //! datasets/<dataset>/manifests/000003/findings/000007.parquet  why, and which of them look like another one
-//! runs/<run>/spec.json                                   Create: the resolved run spec
+//! runs/<run>/spec.json                                   Create: the resolved run spec; tombstone.json beside it once deleted
 //! runs/<run>/events/000012.json                          Create: the run's history, written by the coordinator alone
 //! runs/<run>/ledger/<generation>-<n>.json                what was really trained on
 //! runs/<run>/metrics/<generation>-<n>.jsonl              points of the learning curve
@@ -149,6 +149,16 @@ pub fn skips(dataset: &str, version: u32, shard: u32) -> String {
 /// `datasets/<dataset>/manifests/000003/findings/000007.parquet`
 pub fn findings(dataset: &str, version: u32, shard: u32) -> String {
     format!("{}/{version:06}/findings/{shard:06}.parquet", manifests(dataset))
+}
+
+/// `runs/<run>`
+pub fn run(run: &str) -> String {
+    format!("{RUNS}/{run}")
+}
+
+/// `runs/<run>/tombstone.json`
+pub fn run_tombstone(run: &str) -> String {
+    format!("{RUNS}/{run}/tombstone.json")
 }
 
 /// `runs/<run>/spec.json`

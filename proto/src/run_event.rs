@@ -82,6 +82,9 @@ pub enum RunEvent {
     Resumed {
         /// The caller's request id.
         request_id: String,
+        /// From the checkpoint of this step instead; those that were made later no longer exist.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        step: Option<u64>,
     },
     /// All epochs, the test and the model are done.
     Done {

@@ -90,7 +90,7 @@ impl Roster {
             RunPhase::Active(generation) if occupied.generation == generation.n => {
                 generation.members.get(occupied.rank as usize).is_some_and(|member| member.device == *device)
             }
-            _ => !occupied.joined,
+            _ => !occupied.joined && occupied.generation > run.resumed_after,
         }
     }
 

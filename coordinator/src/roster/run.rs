@@ -38,6 +38,8 @@ impl RunPhase {
 /// What a run's ranks read, and to what they belong.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Sources {
+    /// `<name>-<uid>` of its dataset.
+    pub(crate) dataset: String,
     pub(crate) manifest_key: String,
     pub(crate) manifest_sha256: String,
     /// Another run's weights, which this one begins with.
@@ -77,8 +79,10 @@ pub(crate) struct Run {
     pub(crate) checkpoints: Vec<pb::Checkpointed>,
     /// Events that are proposed; the first is being written.
     pub(crate) unwritten: VecDeque<RunEvent>,
+    /// The highest generation before it was resumed: training state of that and older ones is of no use any more.
+    pub(super) resumed_after: u64,
     /// When the first generation began, in milliseconds since 1970.
-    pub(super) began: Option<u64>,
+    pub(crate) began: Option<u64>,
     /// Generations that failed without a step between them.
     failures: u32,
     failed_step: u64,
@@ -113,6 +117,7 @@ impl Run {
             cancelling: false,
             checkpoints: Vec::new(),
             unwritten: VecDeque::new(),
+            resumed_after: 0,
             began: None,
             failures: 0,
             failed_step: 0,
@@ -171,9 +176,12 @@ impl Run {
             RunEvent::Cancelled => self.end(RunPhase::Cancelled),
             RunEvent::Failed { reason } => self.end(RunPhase::Failed(reason.clone())),
             RunEvent::Done { .. } => self.end(RunPhase::Done),
-            RunEvent::Resumed { .. } => {
+            RunEvent::Resumed { step, .. } => {
+                if let Some(at) = step.and_then(|step| self.checkpoints.iter().rposition(|made| made.step == step)) {
+                    self.checkpoints.truncate(at + 1);
+                }
                 self.wait(Reform::Gather);
-                (self.cancelling, self.failures) = (false, 0);
+                (self.cancelling, self.failures, self.resumed_after) = (false, 0, self.generation);
                 self.step = self.checkpoints.last().map_or(0, |checkpoint| checkpoint.step);
             }
         }
@@ -232,6 +240,11 @@ impl Run {
     pub(crate) fn best(&self) -> Option<&pb::Checkpointed> {
         let measured = self.checkpoints.iter().filter(|checkpoint| checkpoint.top1.is_some());
         measured.max_by(|a, b| a.top1.unwrap_or(0.0).total_cmp(&b.top1.unwrap_or(0.0)))
+    }
+
+    /// `<name>-<uid>` of its dataset.
+    pub(crate) fn dataset(&self) -> &str {
+        &self.sources.dataset
     }
 
     /// The manifest that it reads.

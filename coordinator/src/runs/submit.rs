@@ -58,7 +58,7 @@ impl Runs {
             return Err(Error::Invalid("request_id is empty".to_owned()));
         }
         let mut spec = RunSpec::from_json(&spec_json)?;
-        let one = Arc::clone(&self.submitting).lock_owned().await;
+        let one = Arc::clone(&self.changing).lock_owned().await;
         if let Some((name, _)) = self.lock().records.iter().find(|(_, record)| record.request_id == request_id) {
             return Ok(name.clone());
         }
@@ -88,8 +88,13 @@ impl Runs {
             }
             given => given.to_owned(),
         };
-        if self.lock().records.contains_key(&name) {
-            return Err(Error::Exists(format!("a run is called {name:?} already")));
+        let (taken, deleting) = {
+            let inner = self.lock();
+            (inner.records.contains_key(&name), inner.deleting.contains_key(&name))
+        };
+        if taken || deleting {
+            let why = if deleting { " and is still being deleted: try again in some seconds" } else { " already" };
+            return Err(Error::Exists(format!("a run is called {name:?}{why}")));
         }
         let manifest_sha256 = proto::shard::sha256_hex(&json);
         let dataset = dataset.id.to_string();
@@ -142,9 +147,10 @@ impl Runs {
     }
 
     fn free_name(&self, dataset: &str) -> String {
-        let state = self.lock();
+        let inner = self.lock();
+        let is_free = |name: &String| !inner.records.contains_key(name) && !inner.deleting.contains_key(name);
         let stem: String = dataset.chars().take(56).collect();
-        (1u32..).map(|n| format!("{stem}-{n}")).find(|name| !state.records.contains_key(name)).unwrap_or(stem)
+        (1u32..).map(|n| format!("{stem}-{n}")).find(is_free).unwrap_or(stem)
     }
 
     /// The checkpoint of run `from` to start from: that of `step`, or the newest.
@@ -159,13 +165,7 @@ impl Runs {
                 serde_json::to_string(&theirs).unwrap_or_default()
             )));
         }
-        let found = other.checkpoints.iter().rfind(|checkpoint| step.is_none_or(|step| checkpoint.step == step));
-        let found = found.ok_or_else(|| {
-            let there: Vec<String> = other.checkpoints.iter().map(|checkpoint| checkpoint.step.to_string()).collect();
-            let there = if there.is_empty() { "none".to_owned() } else { there.join(", ") };
-            let wanted = step.map_or(String::new(), |step| format!(" at step {step}"));
-            Error::NotFound(format!("run {from:?} has no checkpoint{wanted}; there are: {there}"))
-        })?;
+        let found = other.checkpoint(step)?;
         let key = other.manifest_key();
         let theirs = Manifest::from_json(&self.store.need(key).await?);
         let theirs = theirs.map_err(|error| Error::Local(format!("{key}: {error}")))?;
@@ -200,4 +200,17 @@ fn check(spec: &RunSpec, manifest: &Manifest) -> Result<u64, Error> {
         )));
     }
     Ok(steps)
+}
+
+impl Run {
+    /// The checkpoint of this step, or the newest.
+    pub(super) fn checkpoint(&self, step: Option<u64>) -> Result<&pb::Checkpointed, Error> {
+        let found = self.checkpoints.iter().rfind(|made| step.is_none_or(|step| made.step == step));
+        found.ok_or_else(|| {
+            let there: Vec<String> = self.checkpoints.iter().map(|checkpoint| checkpoint.step.to_string()).collect();
+            let there = if there.is_empty() { "none".to_owned() } else { there.join(", ") };
+            let wanted = step.map_or(String::new(), |step| format!(" at step {step}"));
+            Error::NotFound(format!("run {:?} has no checkpoint{wanted}; there are: {there}", self.name))
+        })
+    }
 }

@@ -1,5 +1,6 @@
 //! What readers see of the runs: people, the scaler, metrics.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,7 +10,7 @@ use proto::metric::MetricKind;
 use proto::pb;
 use proto::run_event::RunEvent;
 
-use super::{PARALLEL, Runs};
+use super::{PARALLEL, Record, Runs};
 use crate::error::Error;
 use crate::metrics::{self, ClusterFigures, RunFigures};
 use crate::roster::{Run, RunPhase};
@@ -29,9 +30,16 @@ impl Runs {
         self.lock().roster.find(name).is_none_or(|run| run.phase.is_over())
     }
 
-    /// All runs as people see them.
-    pub(crate) async fn list(&self) -> Result<Vec<pb::Run>, Error> {
-        let names: Vec<String> = self.lock().roster.all().map(|run| run.name.clone()).collect();
+    /// The newest runs as people see them, at most `limit` if that is not 0.
+    pub(crate) async fn list(&self, limit: usize) -> Result<Vec<pb::Run>, Error> {
+        let names = {
+            let inner = self.lock();
+            let mut names: Vec<(Reverse<u64>, &String)> =
+                inner.records.iter().map(|(name, record)| (Reverse(record.submitted()), name)).collect();
+            names.sort();
+            let most = if limit == 0 { names.len() } else { limit };
+            names.into_iter().take(most).map(|(_, name)| name.clone()).collect::<Vec<_>>()
+        };
         let runs = futures::stream::iter(names).map(|name| async move {
             match self.describe(&name).await {
                 Ok(run) => Ok(Some(run)),
@@ -72,6 +80,9 @@ impl Runs {
             test: record.curve.newest(MetricKind::Test),
             checkpoint_step: newest_checkpoint(run),
             best_checkpoint_step: run.best().map_or(0, |checkpoint| checkpoint.step),
+            submitted_millis: record.submitted(),
+            began_millis: run.began.unwrap_or(0),
+            ended_millis: if run.phase.is_over() { record.events.last().map_or(0, |event| event.at_millis) } else { 0 },
             events: record.events.iter().filter_map(|event| serde_json::to_string(event).ok()).collect(),
         })
     }
@@ -163,6 +174,13 @@ impl Runs {
             newest: inner.records.get(&run.name).map_or_else(Vec::new, |record| record.curve.newest_of_each()),
         });
         figures.collect()
+    }
+}
+
+impl Record {
+    /// When it was submitted, in milliseconds since 1970; 0 if no event of it is written yet.
+    fn submitted(&self) -> u64 {
+        self.events.first().map_or(0, |event| event.at_millis)
     }
 }
 

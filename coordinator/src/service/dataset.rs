@@ -20,6 +20,7 @@ use super::upload;
 use crate::datasets::{Dataset, Datasets, Stage};
 use crate::error::Error;
 use crate::ledger::Counts;
+use crate::runs::Runs;
 
 /// Bytes of an object in one message.
 const CHUNK: usize = 1 << 20;
@@ -31,7 +32,7 @@ const WATCH_PERIOD: Duration = Duration::from_secs(1);
 const WATCH_LOOK: Duration = Duration::from_millis(100);
 
 /// See `dataset.proto`.
-pub(crate) struct DatasetApi(pub(crate) Arc<Datasets>);
+pub(crate) struct DatasetApi(pub(crate) Arc<Datasets>, pub(crate) Arc<Runs>);
 
 #[tonic::async_trait]
 impl DatasetService for DatasetApi {
@@ -130,7 +131,7 @@ impl DatasetService for DatasetApi {
         &self,
         request: Request<pb::DeleteDatasetRequest>,
     ) -> Result<Response<pb::DeleteDatasetResponse>, Status> {
-        self.0.delete(&request.into_inner().name).await?;
+        self.1.delete_dataset(&request.into_inner().name).await?;
         Ok(Response::new(pb::DeleteDatasetResponse {}))
     }
 }

@@ -47,8 +47,9 @@ impl RunService for RunApi {
         self.describe(&request.into_inner().run).await
     }
 
-    async fn list_runs(&self, _: Request<pb::ListRunsRequest>) -> Result<Response<pb::ListRunsResponse>, Status> {
-        Ok(Response::new(pb::ListRunsResponse { runs: self.0.list().await? }))
+    async fn list_runs(&self, request: Request<pb::ListRunsRequest>) -> Result<Response<pb::ListRunsResponse>, Status> {
+        let limit = request.into_inner().limit as usize;
+        Ok(Response::new(pb::ListRunsResponse { runs: self.0.list(limit).await? }))
     }
 
     type WatchRunStream = ReceiverStream<Result<pb::Run, Status>>;
@@ -93,9 +94,17 @@ impl RunService for RunApi {
     }
 
     async fn resume_run(&self, request: Request<pb::ResumeRunRequest>) -> Result<Response<pb::Run>, Status> {
-        let pb::ResumeRunRequest { request_id, run } = request.into_inner();
-        self.0.resume(&run, request_id).await?;
+        let pb::ResumeRunRequest { request_id, run, step } = request.into_inner();
+        self.0.resume(&run, request_id, step).await?;
         self.describe(&run).await
+    }
+
+    async fn delete_run(
+        &self,
+        request: Request<pb::DeleteRunRequest>,
+    ) -> Result<Response<pb::DeleteRunResponse>, Status> {
+        self.0.delete(&request.into_inner().run).await?;
+        Ok(Response::new(pb::DeleteRunResponse {}))
     }
 
     type GetModelFileStream = BoxStream<'static, Result<pb::ModelPiece, Status>>;

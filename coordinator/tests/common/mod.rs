@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::TryStreamExt;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path as Key;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions};
@@ -209,6 +210,11 @@ fn requests(
         parts.extend(list.as_bytes().chunks(100).map(|piece| Part::Data(Bytes::copy_from_slice(piece))));
     }
     tokio_stream::iter(parts.into_iter().map(|part| pb::CreateDatasetRequest { part: Some(part) }))
+}
+
+pub async fn keys_under(store: &dyn ObjectStore, folder: &str) -> Vec<String> {
+    let listed: Vec<_> = store.list(Some(&Key::from(folder))).try_collect().await.expect("lists");
+    listed.into_iter().map(|meta| meta.location.to_string()).collect()
 }
 
 pub async fn get(store: &dyn ObjectStore, key: &str) -> Bytes {

@@ -10,7 +10,7 @@ use crate::output::{Format, Table, say_json};
 /// Runs the command.
 pub(super) async fn run(args: &ClusterArgs) -> Result<()> {
     let mut client = Cluster::new(args)?.runs;
-    let mut runs = answer(client.list_runs(ListRunsRequest {})).await?.runs;
+    let mut runs = answer(client.list_runs(ListRunsRequest { limit: 0 })).await?.runs;
     runs.sort_by(|a, b| a.run.cmp(&b.run));
     if args.output == Format::Json {
         return say_json(&runs.iter().map(view::to_json).collect::<Result<Vec<_>>>()?);
