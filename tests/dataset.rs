@@ -10,8 +10,8 @@ use bytes::Bytes;
 use demo_origin::list::{self, Entry};
 use demo_origin::origin::{Options, Origin};
 use demo_origin::rot::Rot;
-use proto::outcomes::{self, OutcomeRow};
-use proto::{Manifest, Outcome, Rejection, shard};
+use proto::outcomes::OutcomeRow;
+use proto::{Manifest, Outcome, Rejection, ShardIndex, Stored, table};
 use support::Cluster;
 
 /// The origin needs a runtime; everything else in a test waits for processes.
@@ -52,10 +52,10 @@ fn manifest(cluster: &Cluster) -> Manifest {
 fn rows(cluster: &Cluster, dataset: &str) -> Vec<OutcomeRow> {
     let store = Path::new(&cluster.store);
     let indexes = std::fs::read_dir(store.join(proto::keys::indexes(dataset))).expect("shards are committed");
-    let index = |path| shard::ShardIndex::from_json(&std::fs::read(path).expect("an index")).expect("an index");
+    let index = |path| ShardIndex::from_json(&std::fs::read(path).expect("an index")).expect("an index");
     let files = indexes.map(|entry| index(entry.expect("an index").path()).outcomes_file.expect("a worker made it"));
     let read =
-        |key: String| outcomes::read(Bytes::from(std::fs::read(store.join(key)).expect("outcomes"))).expect("Parquet");
+        |key: String| table::read(Bytes::from(std::fs::read(store.join(key)).expect("outcomes"))).expect("Parquet");
     files.flat_map(|file| read(file.key)).collect()
 }
 
@@ -82,7 +82,7 @@ fn every_url_of_a_rotted_list_has_its_outcome_and_no_poison_is_counted() {
     let list = list::rotted(7, 20, &web.origin);
     let mut cluster = Cluster::start();
     // A cluster's own list of placeholders; the demo's manifest finds this one by its many URLs.
-    let known = shard::sha256_hex(&Origin::large_placeholder());
+    let known = proto::shard::sha256_hex(&Origin::large_placeholder());
     let file = Path::new(&cluster.store).join(worker::PLACEHOLDERS_KEY);
     std::fs::create_dir_all(file.parent().expect("a folder")).expect("the store is a folder");
     std::fs::write(file, format!("{known} the origin's large one\n")).expect("the store is a folder");

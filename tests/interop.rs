@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use demo_origin::{list, origin, rot::Rot};
-use proto::{Manifest, RunSpec, shard};
+use proto::{Manifest, RunSpec, Stored, shard};
 use safetensors::{Dtype, tensor::TensorView};
 use support::{Cluster, PATIENCE, root};
 

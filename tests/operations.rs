@@ -12,7 +12,8 @@ use bytes::Bytes;
 use demo_origin::list::{self, Entry};
 use demo_origin::origin::{Options, Origin};
 use demo_origin::rot::Rot;
-use proto::{Manifest, outcomes, shard};
+use proto::outcomes::OutcomeRow;
+use proto::{Manifest, ShardIndex, Stored, table};
 use support::Cluster;
 
 /// The origin needs a runtime; everything else in a test waits for processes.
@@ -106,9 +107,9 @@ fn workers_come_and_go_in_the_middle_of_a_dataset_nothing_is_lost_and_throughput
     let mut seen = BTreeMap::<(String, String), u32>::new();
     for index in std::fs::read_dir(store.join(proto::keys::indexes(&manifest.dataset))).expect("shards are committed") {
         let index = std::fs::read(index.expect("an entry").path()).expect("an index");
-        let file = shard::ShardIndex::from_json(&index).expect("an index").outcomes_file.expect("a worker made it");
-        let rows =
-            outcomes::read(Bytes::from(std::fs::read(store.join(file.key)).expect("outcomes"))).expect("Parquet");
+        let file = ShardIndex::from_json(&index).expect("an index").outcomes_file.expect("a worker made it");
+        let rows: Vec<OutcomeRow> =
+            table::read(Bytes::from(std::fs::read(store.join(file.key)).expect("outcomes"))).expect("Parquet");
         rows.into_iter().for_each(|row| *seen.entry((row.url, row.outcome)).or_default() += 1);
     }
     let expected = |entry: Entry| {

@@ -4,13 +4,14 @@
 //! that hash, are the shuffled catalog. The order depends on nothing else, so the same list gives the same slices.
 
 use std::collections::{BTreeMap, HashSet};
-use std::io::{Read, Write};
+use std::io::Read;
 use std::path::PathBuf;
 
 use bytes::Bytes;
 use proto::DatasetSpec;
 use proto::dataset_spec::Class;
-use serde::{Deserialize, Serialize};
+use proto::round::{Round, Slice};
+use proto::slice::SliceWriter;
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 
@@ -23,53 +24,6 @@ const MOST_CLASSES: usize = 1_000_000;
 
 /// Bad lines that are shown.
 const EXAMPLES: usize = 10;
-
-/// `catalog/000001.json`: the commit of a round, a committed part of the catalog.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct Round {
-    /// Of this format: 1.
-    pub(crate) format: u32,
-    /// The writer's own random word.
-    pub(crate) nonce: String,
-    /// The caller's: a repeated request finds it here.
-    pub(crate) request_id: String,
-    /// The span of the request that opened it, if that was exported; see [`proto::trace`].
-    #[serde(default, skip_serializing_if = "String::is_empty")]
-    pub(crate) traceparent: String,
-    /// Counts the dataset's rounds from 1.
-    pub(crate) round: u32,
-    /// Number of the first slice.
-    pub(crate) first_slice: u32,
-    /// In the order of their numbers.
-    pub(crate) slices: Vec<Slice>,
-    /// The first key that this round gave; its other new URLs have the keys that follow.
-    pub(crate) first_key: u64,
-    /// URLs that came into the catalog with it.
-    pub(crate) new_urls: u64,
-    /// The same by synset.
-    pub(crate) urls_per_class: BTreeMap<String, u64>,
-    /// URLs of earlier rounds that it fetches again, by the outcome that they had.
-    pub(crate) retried: BTreeMap<String, u64>,
-    /// Lines of synsets that were not chosen.
-    pub(crate) not_chosen: u64,
-    /// Lines whose synset and URL were in the catalog already.
-    pub(crate) known: u64,
-    /// Lines without a synset or without a URL.
-    pub(crate) bad_lines: u64,
-    /// The first few of them.
-    pub(crate) bad_line_examples: Vec<String>,
-}
-
-/// One slice of a round.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct Slice {
-    /// In it.
-    pub(crate) urls: u32,
-    /// Of the object's bytes, in hex.
-    pub(crate) sha256: String,
-}
 
 /// Where a round begins: what earlier ones have used up.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -86,22 +40,6 @@ impl Begin {
     pub(crate) fn first(request_id: &str) -> Self {
         let traceparent = proto::trace::current();
         Self { round: 1, first_slice: 0, first_key: 0, request_id: request_id.to_owned(), traceparent }
-    }
-}
-
-impl Round {
-    pub(crate) fn from_json(json: &[u8]) -> Result<Self, serde_json::Error> {
-        serde_json::from_slice(json)
-    }
-
-    /// In all slices together.
-    pub(crate) fn urls(&self) -> u64 {
-        self.new_urls + self.retried.values().sum::<u64>()
-    }
-
-    /// Numbers of its slices.
-    pub(crate) fn shards(&self) -> std::ops::Range<u32> {
-        self.first_slice..self.first_slice + self.slices.len() as u32
     }
 }
 
@@ -344,13 +282,13 @@ fn records(mut bytes: &[u8]) -> Vec<Record<'_>> {
     std::iter::from_fn(next).collect()
 }
 
-/// Writes `KEY<TAB>synset<TAB>url` lines into one slice after the other.
+/// Writes one slice after the other.
 struct Cutter<'a> {
     per_slice: u32,
     first_slice: u32,
     slices: &'a mpsc::Sender<(u32, Bytes)>,
     done: Vec<Slice>,
-    open: Option<(zstd::Encoder<'static, Vec<u8>>, u32)>,
+    open: Option<SliceWriter>,
     /// Of the next new URL.
     key: u64,
 }
@@ -364,22 +302,18 @@ impl Cutter<'_> {
             }
             given => given,
         };
-        let (encoder, urls) = match &mut self.open {
+        let open = match &mut self.open {
             Some(open) => open,
-            None => self.open.insert((zstd::Encoder::new(Vec::new(), 3)?, 0)),
+            None => self.open.insert(SliceWriter::new()?),
         };
-        write!(encoder, "{key}\t")?;
-        encoder.write_all(synset)?;
-        encoder.write_all(b"\t")?;
-        encoder.write_all(url)?;
-        encoder.write_all(b"\n")?;
-        *urls += 1;
-        if *urls == self.per_slice { self.close() } else { Ok(()) }
+        open.push(key, synset, url)?;
+        if open.urls() == self.per_slice { self.close() } else { Ok(()) }
     }
 
     fn close(&mut self) -> Result<(), Error> {
-        let Some((encoder, urls)) = self.open.take() else { return Ok(()) };
-        let bytes = Bytes::from(encoder.finish()?);
+        let Some(open) = self.open.take() else { return Ok(()) };
+        let urls = open.urls();
+        let bytes = Bytes::from(open.finish()?);
         let number = self.first_slice + self.done.len() as u32;
         self.done.push(Slice { urls, sha256: proto::shard::sha256_hex(&bytes) });
         self.slices
@@ -404,8 +338,7 @@ mod tests {
         drop(sender);
         let mut lines = Vec::new();
         while let Some((number, bytes)) = receiver.blocking_recv() {
-            let text = zstd::decode_all(&bytes[..]).expect("own output");
-            let text = String::from_utf8(text).expect("own output");
+            let text = proto::slice::unpack(&bytes).expect("own output");
             assert_eq!(text.lines().count(), round.slices[(number - round.first_slice) as usize].urls as usize);
             lines.extend(text.lines().map(str::to_owned));
         }

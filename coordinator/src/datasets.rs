@@ -19,11 +19,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use proto::manifest::Manifest;
+use proto::round::Round;
 use proto::{DatasetSpec, ShardIndex, Split, keys};
 use tokio::sync::{Notify, OwnedMutexGuard, Semaphore};
 use tracing::info;
 
-use crate::catalog::Round;
 use crate::datasets::wanted::Wanted;
 use crate::error::Error;
 use crate::ledger::{Counts, Ledger, Now};
@@ -173,8 +173,7 @@ impl Datasets {
     pub(crate) async fn commit(self: &Arc<Self>, id: &str, spec: DatasetSpec, round: Round) -> Result<(), Error> {
         self.term.look(&self.store).await?;
         self.store.put(&keys::dataset_spec(id), spec.to_json().into()).await?;
-        let json = serde_json::to_vec_pretty(&round).map_err(|e| Error::Local(e.to_string()))?;
-        if let Created::Lost(_) = self.store.create(&keys::round(id, round.round), json.into(), &round.nonce).await? {
+        if let Created::Lost(_) = self.store.create(&keys::round(id, round.round), &round).await? {
             return Err(Error::Local(format!("somebody else wrote the catalog of {id}")));
         }
         // A later coordinator buries whatever has no round yet when it begins.

@@ -3,12 +3,13 @@
 
 use std::collections::BTreeMap;
 
-use proto::outcomes::{self, OutcomeRow};
-use proto::shard::{StoredFile, sha256_hex};
-use proto::{Rejection, ShardIndex, keys};
+use proto::index::StoredFile;
+use proto::outcomes::{OutcomeRow, failed_rows};
+use proto::round::Round;
+use proto::shard::sha256_hex;
+use proto::{ShardIndex, Stored, keys, slice, table};
 use tokio::runtime::Handle;
 
-use crate::catalog::Round;
 use crate::manifest::SealError;
 use crate::store::Store;
 
@@ -105,7 +106,7 @@ impl History<'_> {
                 let bytes = bytes?;
                 let rows = match &index.outcomes_file {
                     Some(file) => outcome_rows(file, bytes)?,
-                    None => failed_rows(&bytes).map_err(|what| corrupt(key, what))?,
+                    None => failed_rows(&bytes).map_err(|error| corrupt(key, error))?,
                 };
                 each(index, rows)?;
             }
@@ -123,11 +124,10 @@ impl History<'_> {
             let files: Vec<String> = group.iter().map(|&slice| keys::slice(self.dataset, slice)).collect();
             let reads = self.handle.block_on(futures::future::join_all(files.iter().map(|key| self.store.need(key))));
             for (key, bytes) in files.iter().zip(reads) {
-                let text = unpack(&bytes.map_err(SealError::from)?).map_err(|what| corrupt(key, what))?;
-                for line in text.lines() {
-                    let (_, synset, url) =
-                        listed(line).ok_or_else(|| corrupt(key, format!("{line:?} is no line of a slice")))?;
-                    each(synset, url)?;
+                let text = slice::unpack(&bytes.map_err(SealError::from)?).map_err(|error| corrupt(key, error))?;
+                for entry in slice::entries(&text) {
+                    let entry = entry.map_err(|error| corrupt(key, error))?;
+                    each(entry.synset, entry.url)?;
                 }
             }
         }
@@ -143,30 +143,5 @@ fn outcome_rows(file: &StoredFile, bytes: bytes::Bytes) -> Result<Vec<OutcomeRow
     if sha256_hex(&bytes) != file.sha256 {
         return Err(corrupt(&file.key, "its bytes are not those that the index names"));
     }
-    outcomes::read(bytes).map_err(|error| corrupt(&file.key, error))
-}
-
-fn unpack(slice: &[u8]) -> Result<String, String> {
-    String::from_utf8(zstd::decode_all(slice).map_err(|e| e.to_string())?).map_err(|e| e.to_string())
-}
-
-/// `KEY<TAB>synset<TAB>url`
-fn listed(line: &str) -> Option<(i64, &str, &str)> {
-    let (key, rest) = line.split_once('\t')?;
-    let (synset, url) = rest.split_once('\t')?;
-    Some((key.parse().ok()?, synset, url))
-}
-
-fn failed_rows(slice: &[u8]) -> Result<Vec<OutcomeRow>, String> {
-    let row = |line: &str| {
-        let (key, synset, url) = listed(line).ok_or_else(|| format!("{line:?} is no line of a slice"))?;
-        Ok(OutcomeRow {
-            key,
-            synset: synset.to_owned(),
-            url: url.to_owned(),
-            outcome: Rejection::SliceFailed.name().to_owned(),
-            ..OutcomeRow::default()
-        })
-    };
-    unpack(slice)?.lines().map(row).collect()
+    table::read(bytes).map_err(|error| corrupt(&file.key, error))
 }

@@ -4,13 +4,15 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 
 use bytes::Bytes;
+use proto::findings::Finding;
+use proto::index::StoredFile;
 use proto::manifest::{Manifest, ManifestBlock, ManifestClass, ManifestShard, ManifestTar};
 use proto::outcomes::OutcomeRow;
-use proto::shard::{Moments, StoredFile, sha256_hex};
-use proto::{DatasetSpec, ShardIndex, Split, findings, keys};
+use proto::round::Round;
+use proto::shard::{Moments, sha256_hex};
+use proto::{DatasetSpec, ShardIndex, Split, Stored, keys, table};
 use tokio::runtime::Handle;
 
-use crate::catalog::Round;
 use crate::duplicates::{Finder, Found, Place};
 use crate::history::{History, corrupt};
 use crate::store::{Created, Store, StoreError, nonce};
@@ -80,10 +82,9 @@ pub(crate) fn seal(handle: &Handle, store: &Store, sealing: &Sealing) -> Result<
     }
     let skipped_blocks = take_away(&history, &indexes, &found, &label, &mut totals)?;
     let (mean, std) = totals.train.mean_and_std();
-    let nonce = nonce();
     let mut manifest = Manifest {
         format: 1,
-        nonce: nonce.clone(),
+        nonce: nonce(),
         dataset: dataset.clone(),
         version: *version,
         rounds: rounds.len() as u32,
@@ -130,8 +131,8 @@ pub(crate) fn seal(handle: &Handle, store: &Store, sealing: &Sealing) -> Result<
                     None => manifest.near_duplicates += 1,
                 }
             }
-            let rows: Vec<findings::Finding> = rows.iter().map(crate::duplicates::Mark::finding).collect();
-            let file = findings::write(&rows).map_err(|error| SealError::Local(std::io::Error::other(error)))?;
+            let rows: Vec<Finding> = rows.iter().map(crate::duplicates::Mark::finding).collect();
+            let file = table::write(&rows).map_err(|error| SealError::Local(std::io::Error::other(error)))?;
             let file = put(keys::findings(dataset, *version, shard), file.into())?;
             if let Ok(at) = manifest.shards.binary_search_by_key(&shard, |named| named.shard) {
                 manifest.shards[at].findings = Some(file);
@@ -139,7 +140,7 @@ pub(crate) fn seal(handle: &Handle, store: &Store, sealing: &Sealing) -> Result<
         }
     }
     let key = keys::manifest(dataset, *version);
-    match handle.block_on(store.create(&key, manifest.to_json().into(), &nonce))? {
+    match handle.block_on(store.create(&key, &manifest))? {
         Created::Won => Ok(manifest),
         Created::Lost(theirs) => Manifest::from_json(&theirs).map_err(|error| corrupt(&key, error)),
     }

@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 use futures::{StreamExt, TryStreamExt};
 use proto::pb::{self, agent_message, coordinator_message::Message, rank_message};
 use proto::run_event::{EventRecord, RunEvent};
-use proto::{RunSpec, keys};
-use serde::{Deserialize, Serialize};
+use proto::stored_run::{StartWeights, StoredRun};
+use proto::{FormatError, Stored, keys};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tonic::Status;
@@ -40,37 +40,13 @@ const WRITE_PAUSE: Duration = Duration::from_secs(1);
 /// Runs that are read at the same time.
 const PARALLEL: usize = 8;
 
-/// `runs/<run>/spec.json`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct StoredRun {
-    nonce: String,
-    /// The caller's: a repeated request finds it here.
-    request_id: String,
-    /// `<name>-<uid>`.
-    dataset: String,
-    manifest_key: String,
-    manifest_sha256: String,
-    /// As the manifest's training images and the spec's batch make it.
-    steps_per_epoch: u64,
-    /// Whose weights it begins with.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    start: Option<submit::Start>,
-    /// The span of the request that submitted it, if that was exported; see [`proto::trace`].
-    #[serde(default, skip_serializing_if = "String::is_empty")]
-    traceparent: String,
-    spec: RunSpec,
-}
-
-impl StoredRun {
-    fn sources(&self) -> Sources {
-        Sources {
-            dataset: self.dataset.clone(),
-            manifest_key: self.manifest_key.clone(),
-            manifest_sha256: self.manifest_sha256.clone(),
-            start: self.start.as_ref().map(submit::Start::checkpoint),
-            traceparent: self.traceparent.clone(),
-        }
+fn sources(stored: &StoredRun) -> Sources {
+    Sources {
+        dataset: stored.dataset.clone(),
+        manifest_key: stored.manifest_key.clone(),
+        manifest_sha256: stored.manifest_sha256.clone(),
+        start: stored.start.as_ref().map(StartWeights::checkpoint),
+        traceparent: stored.traceparent.clone(),
     }
 }
 
@@ -184,7 +160,7 @@ impl Runs {
         };
         found.sort_by_key(|(_, _, events)| queued(events));
         for (name, stored, events) in found {
-            let sources = stored.sources();
+            let sources = sources(&stored);
             let run = Run::recovered(runs.now(), &name, stored.spec, sources, stored.steps_per_epoch, &events);
             info!(run = name, state = ?run.state(), events = events.len(), "run recovered");
             let mut inner = runs.lock();
@@ -207,8 +183,8 @@ impl Runs {
         let Some(json) = self.store.get(&keys::run_spec(&name)).await? else { return Ok(None) };
         let events = self.store.get_all(self.store.list(&keys::events(&name)).await?).await?;
         let parse = || {
-            let events = events.iter().map(|(_, json)| serde_json::from_slice(json)).collect::<Result<_, _>>()?;
-            Ok::<_, serde_json::Error>((name.clone(), serde_json::from_slice(&json)?, events))
+            let events = events.iter().map(|(_, json)| EventRecord::from_json(json)).collect::<Result<_, _>>()?;
+            Ok::<_, FormatError>((name.clone(), StoredRun::from_json(&json)?, events))
         };
         match parse() {
             Ok(found) => Ok(Some(found)),
@@ -339,13 +315,10 @@ impl Runs {
     /// Puts the run's next event. Nothing may be done that is not written, so it tries until it can.
     async fn write(&self, run: String, event: RunEvent) -> (String, EventRecord) {
         let n = self.lock().records.get(&run).map_or(1, |record| record.events.len() as u64 + 1);
-        let record = EventRecord { n, term: self.term.number, nonce: nonce(), at_millis: wall_millis(), event };
-        let json = match serde_json::to_vec(&record) {
-            Ok(json) => bytes::Bytes::from(json),
-            Err(error) => return self.end_term(format!("an event of run {run} cannot be encoded: {error}")).await,
-        };
+        let record =
+            EventRecord { format: 1, n, term: self.term.number, nonce: nonce(), at_millis: wall_millis(), event };
         loop {
-            match self.store.create(&keys::event(&run, n), json.clone(), &record.nonce).await {
+            match self.store.create(&keys::event(&run, n), &record).await {
                 Ok(Created::Won) => break,
                 Ok(Created::Lost(_)) => {
                     return self.end_term(format!("another coordinator has written event {n} of run {run}")).await;
@@ -356,7 +329,7 @@ impl Runs {
                 }
             }
         }
-        info!(run, n, event = %String::from_utf8_lossy(&json), "run event");
+        info!(run, n, event = %String::from_utf8_lossy(&record.to_json()), "run event");
         (run, record)
     }
 

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use object_store::path::Path;
 use object_store::{Error as Cause, GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutOptions};
+use proto::StoredOnce;
 use tracing::warn;
 
 /// Tries of one operation; with the pauses between them about 12 seconds, beside the client's own retries.
@@ -109,9 +110,14 @@ impl Store {
         retry("put", key, || async { self.0.put(&path, bytes.clone().into()).await.map(drop) }).await
     }
 
+    /// Put-if-absent.
+    pub(crate) async fn create(&self, key: &str, object: &impl StoredOnce) -> Result<Created, StoreError> {
+        self.create_bytes(key, object.to_json().into(), object.nonce()).await
+    }
+
     /// Put-if-absent. `nonce` must occur in `bytes`: after an error, or if the object turns out to be there already, it is read
     /// back, and our own nonce in it says that an earlier try of ours had won.
-    pub(crate) async fn create(&self, key: &str, bytes: Bytes, nonce: &str) -> Result<Created, StoreError> {
+    async fn create_bytes(&self, key: &str, bytes: Bytes, nonce: &str) -> Result<Created, StoreError> {
         let path = Path::from(key);
         retry("create", key, || async {
             let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
@@ -130,7 +136,7 @@ impl Store {
 
     /// Put-if-absent of bytes that are the same whoever writes them. False: other bytes are there.
     pub(crate) async fn create_same(&self, key: &str, bytes: Bytes) -> Result<bool, StoreError> {
-        Ok(match self.create(key, bytes.clone(), &nonce()).await? {
+        Ok(match self.create_bytes(key, bytes.clone(), &nonce()).await? {
             Created::Won => true,
             Created::Lost(found) => found == bytes,
         })
@@ -325,9 +331,9 @@ mod tests {
     #[tokio::test]
     async fn a_put_that_is_retried_after_it_won_has_won() {
         let store = Store::new(Arc::new(InMemory::new()));
-        assert_eq!(store.create("a/1", Bytes::from("x mine"), "mine").await.expect("works"), Created::Won);
-        assert_eq!(store.create("a/1", Bytes::from("y mine"), "mine").await.expect("works"), Created::Won);
-        let lost = store.create("a/1", Bytes::from("other"), "other").await.expect("works");
+        assert_eq!(store.create_bytes("a/1", Bytes::from("x mine"), "mine").await.expect("works"), Created::Won);
+        assert_eq!(store.create_bytes("a/1", Bytes::from("y mine"), "mine").await.expect("works"), Created::Won);
+        let lost = store.create_bytes("a/1", Bytes::from("other"), "other").await.expect("works");
         assert_eq!(lost, Created::Lost(Bytes::from("x mine")));
     }
 

@@ -4,23 +4,12 @@
 use std::sync::OnceLock;
 
 use anyhow::Context;
-use bytes::Bytes;
 use proto::keys;
-use serde::Serialize;
+use proto::term::TermRecord;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::Error;
 use crate::store::{Created, Store, nonce, wall_millis};
-
-/// The stored object.
-#[derive(Serialize)]
-struct TermRecord<'a> {
-    term: u64,
-    nonce: &'a str,
-    /// For people only.
-    at_millis: u64,
-    version: &'static str,
-}
 
 /// This coordinator's term, and what ends it.
 #[derive(Debug)]
@@ -39,13 +28,13 @@ impl Term {
         let highest = highest(store).await?;
         for number in highest + 1.. {
             let record = TermRecord {
+                format: 1,
                 term: number,
-                nonce: &nonce,
+                nonce: nonce.clone(),
                 at_millis: wall_millis(),
-                version: env!("CARGO_PKG_VERSION"),
+                version: env!("CARGO_PKG_VERSION").to_owned(),
             };
-            let json = Bytes::from(serde_json::to_vec_pretty(&record).context("failed to encode the term")?);
-            if store.create(&keys::term(number), json, &nonce).await? == Created::Won {
+            if store.create(&keys::term(number), &record).await? == Created::Won {
                 return Ok(Self { number, over: CancellationToken::new(), reason: OnceLock::new() });
             }
         }

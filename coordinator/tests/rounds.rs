@@ -7,9 +7,10 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use common::{Cluster, PATIENCE, get, put};
+use proto::findings::Finding;
 use proto::manifest::Skip;
 use proto::pb::{self, DatasetState};
-use proto::{DatasetSpec, Split, findings, keys};
+use proto::{DatasetSpec, Split, keys, table};
 use tonic::Code;
 
 fn counts(pairs: &[(&str, u64)]) -> std::collections::HashMap<String, u64> {
@@ -146,7 +147,7 @@ async fn pictures_that_look_alike_are_told_and_never_stand_in_train_and_test_bot
     let mut told = Vec::new();
     for shard in &manifest.shards {
         let file = shard.findings.as_ref().expect("each shard has some that are alike");
-        told.extend(findings::read(get(&*cluster.store, &file.key).await).expect("Parquet"));
+        told.extend(table::read::<Finding>(get(&*cluster.store, &file.key).await).expect("Parquet"));
     }
     assert_eq!(told.len() as u64, skipped + manifest.near_duplicates);
     assert_eq!(told.len(), 59, "all that look alike but the first that trains");

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use demo_origin::{list, origin, pictures};
-use proto::Manifest;
+use proto::{Manifest, Stored};
 use serde_json::Value;
 use tokio::process::{Child, Command};
 

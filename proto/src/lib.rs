@@ -4,34 +4,48 @@
 //! - [`keys`]: object keys, built and parsed here alone;
 //! - [`site`]: what has a budget;
 //! - [`dataset_spec`], [`run_spec`]: what people ask for;
+//! - [`format`], [`table`]: what stored objects have in common: numbered JSON documents, and rows as Parquet;
+//! - [`term`]: the begin of a coordinator's time in office;
+//! - [`round`], [`slice`], [`tombstone`]: the parts of a dataset's catalog, the URLs of one shard, and the end of a dataset or a run;
 //! - [`rejection`], [`outcomes`]: what became of each URL;
-//! - [`shard`]: tars, blocks and the index that commits them;
+//! - [`shard`], [`index`]: tars and their blocks, and the object that commits them;
 //! - [`manifest`], [`findings`]: an immutable version of a dataset, and what was found out when it was made;
-//! - [`run_event`], [`run_ledger`], [`metric`]: a run's history, what it was trained on, and its learning curve;
+//! - [`stored_run`], [`run_event`], [`run_ledger`], [`metric`]: what a run is, its history, what it was trained on, and its
+//!   learning curve;
 //! - [`trace`]: which span of another process a piece of work belongs to.
 
 pub mod dataset_spec;
 pub mod findings;
+pub mod format;
+pub mod index;
 pub mod keys;
 pub mod manifest;
 pub mod metric;
 pub mod outcomes;
 pub mod rejection;
+pub mod round;
 pub mod run_event;
 pub mod run_ledger;
 pub mod run_spec;
 pub mod shard;
 pub mod site;
+pub mod slice;
+pub mod stored_run;
+pub mod table;
+pub mod term;
+pub mod tombstone;
 pub mod trace;
 
 pub use dataset_spec::{
     Class, DatasetSpec, Duplicates, ImageFormat, Limits, Reencode, Resize, ResizeMode, SpecError, Split, Splits,
 };
+pub use format::{FormatError, Stored, StoredOnce};
+pub use index::ShardIndex;
 pub use keys::Attempt;
 pub use manifest::Manifest;
 pub use rejection::{Outcome, Rejection};
 pub use run_spec::RunSpec;
-pub use shard::{Sample, ShardIndex};
+pub use shard::Sample;
 
 /// Messages, clients and servers generated from the .proto files, and their descriptors.
 #[allow(missing_docs, unreachable_pub, clippy::all, reason = "generated; the .proto files hold the comments")]

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::shard::FormatError;
+use crate::format::stored;
+use crate::index::StoredFile;
 use crate::{Resize, Split};
 
 /// An immutable version of a dataset.
@@ -40,6 +41,8 @@ pub struct Manifest {
     /// All of its rounds, in order of their numbers.
     pub shards: Vec<ManifestShard>,
 }
+
+stored!(Manifest, "manifest", format, nonce);
 
 /// Why a kept sample does not count. A sample has one reason at the most, the first of these that holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -107,11 +110,11 @@ pub struct ManifestShard {
     /// The round of the catalog that its slice belongs to.
     pub round: u32,
     /// The Parquet file with one row per URL (see [`crate::outcomes`]); none for a slice that failed.
-    pub outcomes: Option<crate::shard::StoredFile>,
+    pub outcomes: Option<StoredFile>,
     /// The Parquet file of what was found about its samples (see [`crate::findings`]); none if nothing was.
-    pub findings: Option<crate::shard::StoredFile>,
+    pub findings: Option<StoredFile>,
     /// The bitmap of its samples that are skipped; none if all count. See [`Skips`].
-    pub skips: Option<crate::shard::StoredFile>,
+    pub skips: Option<StoredFile>,
     /// A tar for each split that has samples.
     pub tars: BTreeMap<Split, ManifestTar>,
 }
@@ -143,23 +146,6 @@ pub struct ManifestBlock {
 }
 
 impl Manifest {
-    /// Parses the stored form.
-    ///
-    /// # Errors
-    /// If it is not a manifest of a format that this program knows.
-    pub fn from_json(json: &[u8]) -> Result<Self, FormatError> {
-        let manifest: Self = serde_json::from_slice(json).map_err(|e| FormatError(format!("manifest: {e}")))?;
-        match manifest.format {
-            1 => Ok(manifest),
-            format => Err(FormatError(format!("manifest of format {format}: this program reads format 1"))),
-        }
-    }
-
-    /// The stored form.
-    pub fn to_json(&self) -> Vec<u8> {
-        serde_json::to_vec(self).expect("strings and numbers only")
-    }
-
     /// Samples of a split that count.
     pub fn samples(&self, split: Split) -> u64 {
         self.classes.iter().filter_map(|class| class.samples.get(&split)).sum()

@@ -1,19 +1,13 @@
 //! The outcomes of one shard as Parquet: one row per URL, readable by DuckDB, pandas and polars as is.
 
 use std::str::FromStr;
-use std::sync::Arc;
 
-use bytes::Bytes;
-use parquet::basic::{Compression, ZstdLevel};
-use parquet::errors::ParquetError;
-use parquet::file::properties::WriterProperties;
-use parquet::file::reader::{FileReader, SerializedFileReader};
-use parquet::file::writer::SerializedFileWriter;
-use parquet::record::{Field, RecordWriter, Row};
 use parquet_derive::ParquetRecordWriter;
 
-use crate::shard::{FormatError, Moments};
-use crate::{Outcome, Rejection, Split, rejection};
+use crate::format::FormatError;
+use crate::shard::Moments;
+use crate::table::{Row, Value};
+use crate::{Outcome, Rejection, Split, rejection, slice};
 
 /// A URL of more bytes than this is bad in a list, and not followed in a redirect: workers hold all those of a slice, with their rows.
 pub const LONGEST_URL: usize = 8 << 10;
@@ -105,94 +99,62 @@ impl OutcomeRow {
     pub fn split(&self) -> Option<Split> {
         self.split.as_deref().and_then(|name| name.parse().ok())
     }
+}
 
-    fn read(row: &Row) -> Self {
-        let mut out = Self::default();
-        for (name, field) in row.get_column_iter() {
-            match name.as_str() {
-                "key" => out.key = long(field).unwrap_or_default(),
-                "synset" => out.synset = text(field).unwrap_or_default(),
-                "url" => out.url = text(field).unwrap_or_default(),
-                "final_url" => out.final_url = text(field),
-                "outcome" => out.outcome = text(field).unwrap_or_default(),
-                "http_status" => out.http_status = int(field),
-                "bytes" => out.bytes = long(field),
-                "width" => out.width = int(field),
-                "height" => out.height = int(field),
-                "sha256" => out.sha256 = text(field),
-                "phash" => out.phash = text(field),
-                "split" => out.split = text(field),
-                "tar" => out.tar = text(field),
-                "offset" => out.offset = long(field),
-                "length" => out.length = long(field),
-                "pixels" => out.pixels = long(field),
-                "sum_red" => out.sum_red = long(field),
-                "sum_green" => out.sum_green = long(field),
-                "sum_blue" => out.sum_blue = long(field),
-                "sum_of_squares_red" => out.sum_of_squares_red = long(field),
-                "sum_of_squares_green" => out.sum_of_squares_green = long(field),
-                "sum_of_squares_blue" => out.sum_of_squares_blue = long(field),
-                "fetched_at" => out.fetched_at = long(field).unwrap_or_default(),
-                "millis" => out.millis = long(field).unwrap_or_default(),
-                // A column that a later version adds.
-                _ => {}
-            }
+impl Row for OutcomeRow {
+    const NAME: &'static str = "outcomes";
+
+    fn set(&mut self, column: &str, value: Value<'_>) {
+        match column {
+            "key" => self.key = value.long().unwrap_or_default(),
+            "synset" => self.synset = value.text().unwrap_or_default(),
+            "url" => self.url = value.text().unwrap_or_default(),
+            "final_url" => self.final_url = value.text(),
+            "outcome" => self.outcome = value.text().unwrap_or_default(),
+            "http_status" => self.http_status = value.int(),
+            "bytes" => self.bytes = value.long(),
+            "width" => self.width = value.int(),
+            "height" => self.height = value.int(),
+            "sha256" => self.sha256 = value.text(),
+            "phash" => self.phash = value.text(),
+            "split" => self.split = value.text(),
+            "tar" => self.tar = value.text(),
+            "offset" => self.offset = value.long(),
+            "length" => self.length = value.long(),
+            "pixels" => self.pixels = value.long(),
+            "sum_red" => self.sum_red = value.long(),
+            "sum_green" => self.sum_green = value.long(),
+            "sum_blue" => self.sum_blue = value.long(),
+            "sum_of_squares_red" => self.sum_of_squares_red = value.long(),
+            "sum_of_squares_green" => self.sum_of_squares_green = value.long(),
+            "sum_of_squares_blue" => self.sum_of_squares_blue = value.long(),
+            "fetched_at" => self.fetched_at = value.long().unwrap_or_default(),
+            "millis" => self.millis = value.long().unwrap_or_default(),
+            _ => {}
         }
-        out
     }
 }
 
-fn long(field: &Field) -> Option<i64> {
-    match field {
-        Field::Long(value) => Some(*value),
-        _ => None,
-    }
-}
-
-fn int(field: &Field) -> Option<i32> {
-    match field {
-        Field::Int(value) => Some(*value),
-        _ => None,
-    }
-}
-
-fn text(field: &Field) -> Option<String> {
-    match field {
-        Field::Str(value) => Some(value.clone()),
-        _ => None,
-    }
-}
-
-/// The rows of one shard as a Parquet file.
+/// The rows of a slice that failed, which has no file of them: each of its URLs as `slice_failed`. `slice` is the stored form.
 ///
 /// # Errors
-/// Only if the rows cannot be encoded at all.
-pub fn write(rows: &[OutcomeRow]) -> Result<Vec<u8>, FormatError> {
-    let encode = || -> Result<Vec<u8>, ParquetError> {
-        let properties = WriterProperties::builder().set_compression(Compression::ZSTD(ZstdLevel::try_new(3)?)).build();
-        let mut writer = SerializedFileWriter::new(Vec::new(), rows.schema()?, Arc::new(properties))?;
-        let mut group = writer.next_row_group()?;
-        rows.write_to_row_group(&mut group)?;
-        group.close()?;
-        writer.into_inner()
+/// If the bytes are no slice.
+pub fn failed_rows(slice: &[u8]) -> Result<Vec<OutcomeRow>, FormatError> {
+    let row = |entry: slice::Entry<'_>| OutcomeRow {
+        key: entry.key as i64,
+        synset: entry.synset.to_owned(),
+        url: entry.url.to_owned(),
+        outcome: Rejection::SliceFailed.name().to_owned(),
+        ..OutcomeRow::default()
     };
-    encode().map_err(|e| FormatError(format!("outcomes: {e}")))
-}
-
-/// The rows of a Parquet file that [`write`] made, in order.
-///
-/// # Errors
-/// If the bytes are no Parquet file, or a cut one.
-pub fn read(file: Bytes) -> Result<Vec<OutcomeRow>, FormatError> {
-    let decode = || -> Result<Vec<OutcomeRow>, ParquetError> {
-        SerializedFileReader::new(file)?.get_row_iter(None)?.map(|row| Ok(OutcomeRow::read(&row?))).collect()
-    };
-    decode().map_err(|e| FormatError(format!("outcomes: {e}")))
+    slice::entries(&slice::unpack(slice)?).map(|entry| entry.map(row)).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::table;
+    use bytes::Bytes;
 
     #[test]
     fn rows_are_read_back_and_a_cut_file_is_refused() {
@@ -209,11 +171,11 @@ mod tests {
         kept.set_moments(&Moments { pixels: 1, sum: [2, 3, 4], sum_of_squares: [5, 6, 7] });
         let dead = OutcomeRow { key: 8, outcome: Rejection::Dns.name().into(), ..OutcomeRow::default() };
         let rows = [kept, dead];
-        let file = Bytes::from(write(&rows).expect("encodes"));
-        let back = read(file.clone()).expect("own output");
+        let file = Bytes::from(table::write(&rows).expect("encodes"));
+        let back = table::read::<OutcomeRow>(file.clone()).expect("own output");
         assert_eq!(back, rows);
         assert_eq!(back[0].moments().sum_of_squares, [5, 6, 7]);
         assert_eq!(back[1].outcome().expect("a known name"), Err(Rejection::Dns));
-        assert!(read(file.slice(..file.len() - 9)).is_err());
+        assert!(table::read::<OutcomeRow>(file.slice(..file.len() - 9)).is_err());
     }
 }

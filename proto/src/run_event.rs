@@ -4,10 +4,15 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::format::{first, stored};
+
 /// One stored event.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EventRecord {
+    /// Of this format: 1.
+    #[serde(default = "first")]
+    pub format: u32,
     /// Counts the run's events from 1.
     pub n: u64,
     /// The term of the coordinator that wrote it.
@@ -19,6 +24,8 @@ pub struct EventRecord {
     /// What happened.
     pub event: RunEvent,
 }
+
+stored!(EventRecord, "run event", format, nonce);
 
 /// What happened to a run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -7,6 +7,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::format::stored;
+
 /// One step.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -30,6 +32,8 @@ pub struct Lines {
     /// In the order of the steps.
     pub lines: Vec<Line>,
 }
+
+stored!(Lines, "run ledger", format);
 
 /// What a whole ledger says: for each step its line, and the generation that it is from.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

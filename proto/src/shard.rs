@@ -1,16 +1,15 @@
-//! The shard format: tar files in WebDataset's layout, and the index that commits them. Bytes in, bytes out.
+//! A shard's tar files, in WebDataset's layout. Bytes in, bytes out.
 //!
 //! A sample is three members of a tar, one after the other: `KEY.jpg` or `KEY.png`, `KEY.cls` (its label in decimal), `KEY.json`
 //! (where it came from), KEY being 12 digits. A tar is cut into blocks of whole samples, a few MB each, which can be read by range and
 //! understood alone.
 
-use std::collections::BTreeMap;
-
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::{ImageFormat, Split};
+use crate::ImageFormat;
+use crate::format::FormatError;
 
 /// A tar's block is closed once it has this many bytes.
 pub const BLOCK_BYTES: u64 = 2 << 20;
@@ -117,25 +116,6 @@ struct OpenBlock {
     samples: u32,
 }
 
-/// What the writer knows of its finished tar.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Tar {
-    /// Object key.
-    pub key: String,
-    /// Length in bytes.
-    pub bytes: u64,
-    /// SHA-256 of its bytes, in hex.
-    pub sha256: String,
-    /// Its samples.
-    pub samples: u32,
-    /// Its samples by label; classes without any at the end may be missing.
-    pub per_class: Vec<u32>,
-    /// In order; every sample is in exactly one.
-    pub blocks: Vec<Block>,
-    /// Over all its samples.
-    pub moments: Moments,
-}
-
 impl TarWriter {
     /// A tar without samples.
     pub fn new() -> Self {
@@ -208,11 +188,6 @@ impl TarWriter {
         offset
     }
 }
-
-/// A block or index that is not what it must be.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct FormatError(pub(crate) String);
 
 /// Reads the samples of one block, in order, without copying the images.
 ///
@@ -308,59 +283,6 @@ pub fn split_block(block: &Bytes) -> Result<Vec<RawSample>, FormatError> {
         }
     }
     Ok(samples)
-}
-
-/// The object that commits a shard: names its files, their checksums, counts, moments and blocks. Put with put-if-absent;
-/// whatever it does not name is no part of the dataset.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ShardIndex {
-    /// Of this format: 1.
-    pub version: u32,
-    /// The writer's own random word: tells a put that was retried from one that lost.
-    pub nonce: String,
-    /// Who wrote it: a worker's name, or "coordinator" for a slice that failed.
-    pub writer: String,
-    /// The shard's number.
-    pub shard: u32,
-    /// `<term>.<n>`.
-    pub attempt: String,
-    /// URLs of the slice by outcome's name; they add up to the slice.
-    pub outcomes: BTreeMap<String, u64>,
-    /// A tar for each split that has samples.
-    pub tars: BTreeMap<Split, Tar>,
-    /// The Parquet file with one row per URL; none for a slice that failed.
-    pub outcomes_file: Option<StoredFile>,
-}
-
-/// An object with its checksum.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct StoredFile {
-    /// Object key.
-    pub key: String,
-    /// Length in bytes.
-    pub bytes: u64,
-    /// SHA-256 of its bytes, in hex.
-    pub sha256: String,
-}
-
-impl ShardIndex {
-    /// Parses the stored form.
-    ///
-    /// # Errors
-    /// If it is not an index of a version that this program knows.
-    pub fn from_json(json: &[u8]) -> Result<Self, FormatError> {
-        let index: Self = serde_json::from_slice(json).map_err(|e| FormatError(format!("shard index: {e}")))?;
-        match index.version {
-            1 => Ok(index),
-            version => Err(FormatError(format!("shard index of version {version}: this program reads version 1"))),
-        }
-    }
-
-    /// The stored form.
-    pub fn to_json(&self) -> Vec<u8> {
-        serde_json::to_vec_pretty(self).expect("strings and numbers only")
-    }
 }
 
 /// Lower-case hex.

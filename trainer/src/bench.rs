@@ -12,7 +12,7 @@ use object_store::{ObjectStore, ObjectStoreExt};
 use proto::manifest::{ManifestBlock, ManifestClass, ManifestShard, ManifestTar};
 use proto::pb::{self, left::Cause, rank_message::Message};
 use proto::shard::{Origin, TarWriter, sha256_hex};
-use proto::{Attempt, Manifest, Resize, RunSpec, Sample, Split, keys};
+use proto::{Attempt, Manifest, Resize, RunSpec, Sample, Split, Stored, keys};
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 

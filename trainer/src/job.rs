@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use object_store::ObjectStore;
 use proto::run_ledger::Line;
 use proto::run_spec::Compress;
-use proto::{Manifest, RunSpec, Split, pb};
+use proto::{Manifest, RunSpec, Split, Stored, pb};
 use tch::{Device, Kind, Tensor};
 use tracing::{info, warn};
 

@@ -10,11 +10,12 @@ use bytes::Bytes;
 use futures::TryStreamExt;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
+use proto::index::StoredFile;
 use proto::manifest::{ManifestBlock, ManifestClass, ManifestShard, ManifestTar, Skips};
 use proto::pb::{self, left::Cause, rank_message::Message};
 use proto::run_ledger::{Line, Lines};
-use proto::shard::{Origin, StoredFile, TarWriter, sha256_hex};
-use proto::{Attempt, Manifest, Resize, Sample, Split, keys};
+use proto::shard::{Origin, TarWriter, sha256_hex};
+use proto::{Attempt, Manifest, Resize, Sample, Split, Stored, keys};
 
 use crate::alexnet::Named;
 use crate::ipc::Setup;

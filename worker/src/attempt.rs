@@ -7,13 +7,13 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
-use proto::outcomes::{self, OutcomeRow};
+use proto::outcomes::OutcomeRow;
 use proto::rejection::{KEPT, outcome_name};
-use proto::shard::{Origin, Sample, ShardIndex, hex};
-use proto::{Attempt, DatasetSpec, Rejection, Split, keys, trace};
+use proto::shard::{Origin, hex};
+use proto::{Attempt, DatasetSpec, Rejection, Sample, ShardIndex, Split, keys, slice, table, trace};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -259,7 +259,7 @@ async fn fill<T: Send>(
     for (split, tar) in &mut files.tars {
         tars.insert(*split, tar.finish().await?);
     }
-    let parquet = tokio::task::spawn_blocking(move || outcomes::write(&rows)).await??;
+    let parquet = tokio::task::spawn_blocking(move || table::write(&rows)).await??;
     let outcomes_file = upload::put_file(&*tools.store, files.outcomes.clone(), parquet.into()).await?;
     Ok(ShardIndex {
         version: 1,
@@ -284,20 +284,14 @@ async fn read_slice(store: &dyn ObjectStore, of: &Assignment) -> anyhow::Result<
     let found = store.get(&Path::from(key.as_str())).await.with_context(|| format!("failed to read {key}"))?;
     let packed = found.bytes().await.with_context(|| format!("failed to read {key}"))?;
     let parse = move || -> anyhow::Result<Vec<Listed>> {
-        let text = String::from_utf8(zstd::decode_all(packed.as_ref())?).context("it is not UTF-8")?;
-        let lines = text.lines().enumerate();
-        lines.map(|(n, line)| parse_line(line).with_context(|| format!("line {}: {line:?}", n + 1))).collect()
+        let listed = |entry: slice::Entry<'_>| Listed {
+            key: entry.key as i64,
+            synset: entry.synset.to_owned(),
+            url: entry.url.to_owned(),
+        };
+        slice::entries(&slice::unpack(&packed)?).map(|entry| Ok(listed(entry?))).collect()
     };
     tokio::task::spawn_blocking(parse).await?.with_context(|| format!("failed to understand {key}"))
-}
-
-/// `KEY<TAB>synset<TAB>url`
-fn parse_line(line: &str) -> anyhow::Result<Listed> {
-    let mut fields = line.splitn(3, '\t');
-    let (Some(key), Some(synset), Some(url)) = (fields.next(), fields.next(), fields.next()) else {
-        bail!("a key, a synset and a URL with tabs between them are wanted");
-    };
-    Ok(Listed { key: key.parse().context("its key is no number")?, synset: synset.to_owned(), url: url.to_owned() })
 }
 
 /// What became of one URL.

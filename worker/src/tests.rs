@@ -4,13 +4,13 @@ use std::sync::{Mutex, PoisonError};
 use clap::Parser;
 use object_store::ObjectStoreExt;
 use object_store::memory::InMemory;
-use proto::keys;
 use proto::pb::fetch_service_server::{FetchService, FetchServiceServer};
 use proto::pb::{
     CompleteShardRequest, CompleteShardResponse, HostDemand, HostShare, LeaseShardRequest, LeaseShardResponse,
     ReleaseLeaseRequest, ReleaseLeaseResponse, RenewLeaseRequest, RenewLeaseResponse, ShareHostsRequest,
     ShareHostsResponse,
 };
+use proto::{Stored, keys};
 use tokio::net::TcpListener;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::TcpListenerStream;

@@ -8,8 +8,9 @@ use anyhow::Context;
 use bytes::Bytes;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload, WriteMultipart};
-use proto::keys;
-use proto::shard::{Moments, Origin, Sample, ShardIndex, StoredFile, Tar, TarWriter, sha256_hex};
+use proto::index::{StoredFile, Tar};
+use proto::shard::{Moments, Origin, TarWriter, sha256_hex};
+use proto::{Sample, ShardIndex, Stored, keys};
 
 /// Tars go up in parts of this size, which is the least that S3 wants: all open tars of all open shards hold as much in memory.
 const PART_BYTES: usize = 5 << 20;

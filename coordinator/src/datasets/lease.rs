@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
-use proto::{Attempt, Rejection, ShardIndex, keys};
+use proto::{Attempt, Rejection, ShardIndex, Stored, keys};
 use tracing::{error, info, warn};
 
 use super::wanted::Wanted;
@@ -209,7 +209,7 @@ impl Datasets {
             outcomes_file: None,
         };
         let key = keys::index(&id.dataset, id.shard);
-        if let Created::Lost(theirs) = self.store.create(&key, index.to_json().into(), &index.nonce).await? {
+        if let Created::Lost(theirs) = self.store.create(&key, &index).await? {
             index = ShardIndex::from_json(&theirs).map_err(|e| Error::Local(format!("{key}: {e}")))?;
         }
         warn!(dataset = &*id.dataset, shard = id.shard, urls, "slice failed too often and is closed");

@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use futures::{StreamExt, TryStreamExt};
 use proto::manifest::Manifest;
-use proto::{DatasetSpec, ShardIndex, keys};
+use proto::round::Round;
+use proto::{DatasetSpec, ShardIndex, Stored, keys};
 use tracing::{error, info, warn};
 
 use super::rounds::short;
 use super::seal::outcome;
 use super::{Dataset, Datasets, PARALLEL, Stage};
-use crate::catalog::Round;
 use crate::store::StoreError;
 
 impl Datasets {

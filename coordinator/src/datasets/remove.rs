@@ -2,22 +2,13 @@
 
 use std::sync::Arc;
 
-use bytes::Bytes;
 use proto::keys;
-use serde::Serialize;
+use proto::tombstone::Tombstone;
 use tracing::{info, warn};
 
 use super::Datasets;
 use crate::error::Error;
 use crate::store::{StoreError, nonce, wall_millis};
-
-/// `tombstone.json`.
-#[derive(Serialize)]
-struct Tombstone {
-    nonce: String,
-    /// For people only.
-    at_millis: u64,
-}
 
 impl Datasets {
     /// Puts the tombstone and forgets the dataset; its objects are removed in the background.
@@ -40,9 +31,8 @@ impl Datasets {
     }
 
     async fn bury(&self, id: &str) -> Result<(), StoreError> {
-        let tombstone = Tombstone { nonce: nonce(), at_millis: wall_millis() };
-        let json = serde_json::to_vec(&tombstone).unwrap_or_default();
-        self.store.create(&keys::tombstone(id), Bytes::from(json), &tombstone.nonce).await.map(drop)
+        let tombstone = Tombstone { format: 1, nonce: nonce(), at_millis: wall_millis() };
+        self.store.create(&keys::tombstone(id), &tombstone).await.map(drop)
     }
 
     /// Removes everything under a dataset, its tombstone last. Once more after a while: a worker that had not heard of the end

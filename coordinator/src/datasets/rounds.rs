@@ -10,14 +10,15 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use proto::manifest::Manifest;
 use proto::outcomes::OutcomeRow;
-use proto::{Rejection, keys};
+use proto::round::Round;
+use proto::{Rejection, Stored, keys};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tracing::info;
 
 use super::{Dataset, Datasets, Stage};
-use crate::catalog::{Begin, Catalog, Round};
+use crate::catalog::{Begin, Catalog};
 use crate::error::Error;
 use crate::history::History;
 use crate::manifest::SealError;
@@ -149,9 +150,8 @@ impl Datasets {
     /// Commits a later round whose slices are in the store, and opens its shards.
     pub(crate) async fn add_round(self: &Arc<Self>, id: &Arc<str>, round: Round) -> Result<(), Error> {
         self.term.look(&self.store).await?;
-        let json = serde_json::to_vec_pretty(&round).map_err(|e| Error::Local(e.to_string()))?;
         let key = keys::round(id, round.round);
-        if let Created::Lost(theirs) = self.store.create(&key, json.into(), &round.nonce).await? {
+        if let Created::Lost(theirs) = self.store.create(&key, &round).await? {
             let theirs = Round::from_json(&theirs).map_err(|e| Error::Local(format!("{key}: {e}")))?;
             let same = theirs.request_id == round.request_id;
             self.open_round(id, theirs, false);

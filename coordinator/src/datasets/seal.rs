@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use proto::manifest::Manifest;
-use proto::{DatasetSpec, ShardIndex, Split, keys};
+use proto::{DatasetSpec, ShardIndex, Split, Stored, keys};
 use tracing::{error, info, warn};
 
 use super::rounds::short;

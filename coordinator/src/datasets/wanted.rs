@@ -76,8 +76,8 @@ impl Wanted {
 mod tests {
     use super::*;
     use proto::Split;
+    use proto::index::Tar;
     use proto::manifest::ManifestClass;
-    use proto::shard::Tar;
 
     fn index(shard: u32, per_class: Vec<u32>) -> ShardIndex {
         let tar = Tar {

@@ -130,7 +130,7 @@ mod tests {
             url: url.to_owned(),
             ..proto::outcomes::OutcomeRow::default()
         };
-        let file = proto::outcomes::write(&[row("n1", "http://a"), row("", "http://b")]).expect("encodes");
+        let file = proto::table::write(&[row("n1", "http://a"), row("", "http://b")]).expect("encodes");
         let all = |options: &ListOptions| {
             let mut found = Vec::new();
             let read = super::super::read("l", Cursor::new(file.clone()), options, &mut |number, line| {

@@ -52,7 +52,7 @@ impl Scene {
 
     fn write(&mut self, run: String, event: RunEvent) {
         let (n, at_millis) = (self.history.len() as u64 + 1, self.now().wall);
-        self.history.push(EventRecord { n, term: 1, nonce: String::new(), at_millis, event });
+        self.history.push(EventRecord { format: 1, n, term: 1, nonce: String::new(), at_millis, event });
         let actions = self.roster.written(self.now(), &run);
         self.take(actions);
     }

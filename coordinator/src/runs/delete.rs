@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use proto::keys;
+use proto::tombstone::Tombstone;
 use tokio::sync::watch;
 use tracing::{info, warn};
 
@@ -48,9 +48,8 @@ impl Runs {
             LATE_WRITES.saturating_sub(Duration::from_millis(wall_millis().saturating_sub(ended)))
         };
         self.term.look(&self.store).await?;
-        let nonce = nonce();
-        let tombstone = serde_json::json!({ "nonce": nonce, "at_millis": wall_millis() });
-        self.store.create(&keys::run_tombstone(name), Bytes::from(tombstone.to_string()), &nonce).await?;
+        let tombstone = Tombstone { format: 1, nonce: nonce(), at_millis: wall_millis() };
+        self.store.create(&keys::run_tombstone(name), &tombstone).await?;
         let removed = self.remove(name, late);
         self.request(name, Request::Delete).await?;
         info!(run = name, "run deleted");

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use proto::metric::MetricPoint;
 use proto::run_ledger::{Ledger, Line, Lines};
-use proto::{keys, pb};
+use proto::{Stored, keys, pb};
 use tracing::warn;
 
 use super::Runs;
@@ -62,11 +62,7 @@ impl Runs {
         for (key, json) in self.store.get_all(self.store.list(&keys::ledgers(run)).await?).await? {
             let bad = |error: &dyn std::fmt::Display| Error::Local(format!("{key}: {error}"));
             let generation = keys::number(&key).map_err(|error| bad(&error))?;
-            let lines: Lines = serde_json::from_slice(&json).map_err(|error| bad(&error))?;
-            if lines.format != 1 {
-                return Err(bad(&format!("format {}: this program reads format 1", lines.format)));
-            }
-            ledger.add(generation, lines);
+            ledger.add(generation, Lines::from_json(&json).map_err(|error| bad(&error))?);
         }
         Ok(ledger)
     }

@@ -1,54 +1,17 @@
 //! New runs: a spec is resolved against its dataset, and perhaps against the run that it starts from, and stored.
 
-use std::collections::BTreeMap;
-use std::fmt;
 use std::sync::Arc;
 
 use proto::manifest::Manifest;
 use proto::run_event::RunEvent;
-use proto::{RunSpec, Split, keys, pb};
-use serde::{Deserialize, Serialize};
+use proto::stored_run::{StartWeights, StoredRun};
+use proto::{RunSpec, Split, Stored, keys, pb};
 
-use super::{Request, Runs, StoredRun};
+use super::{Request, Runs, sources};
 use crate::datasets::Stage;
 use crate::error::Error;
 use crate::roster::Run;
 use crate::store::{Created, nonce};
-
-/// The checkpoint of another run whose weights a run begins with.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct Start {
-    run: String,
-    step: u64,
-    /// Classes of that run.
-    from_classes: u64,
-    /// Classes of this one: with others the last layer is new.
-    classes: u64,
-    /// The copy's folder.
-    key: String,
-    /// File name -> SHA-256 in hex.
-    digests: BTreeMap<String, String>,
-}
-
-impl Start {
-    /// As ranks are told of it.
-    pub(super) fn checkpoint(&self) -> pb::Checkpointed {
-        let digests = self.digests.clone().into_iter().collect();
-        pb::Checkpointed { step: self.step, key: self.key.clone(), digests, top1: None }
-    }
-}
-
-impl fmt::Display for Start {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { run, step, from_classes, classes, .. } = self;
-        write!(f, "the weights of {run} at step {step}")?;
-        if from_classes != classes {
-            write!(f, "; the last layer is new, because that has {from_classes} classes and this {classes}")?;
-        }
-        Ok(())
-    }
-}
 
 impl Runs {
     /// Resolves a spec against the dataset, stores the run, and queues it. Returns its name.
@@ -99,6 +62,7 @@ impl Runs {
         let manifest_sha256 = proto::shard::sha256_hex(&json);
         let dataset = dataset.id.to_string();
         let stored = StoredRun {
+            format: 1,
             nonce: nonce(),
             request_id,
             dataset,
@@ -129,15 +93,14 @@ impl Runs {
             }
             start.key = folder;
         }
-        let json = serde_json::to_vec_pretty(&stored).map_err(|error| Error::Local(error.to_string()))?;
         // From here on a coordinator that recovers it queues it, and a repeated request finds it.
-        if let Created::Lost(theirs) = self.store.create(&keys::run_spec(&name), json.into(), &stored.nonce).await? {
+        if let Created::Lost(theirs) = self.store.create(&keys::run_spec(&name), &stored).await? {
             // It may be an earlier try of this request, whose answer from the store was lost.
-            let theirs = serde_json::from_slice(&theirs).ok();
-            let same = theirs.filter(|theirs: &StoredRun| theirs.request_id == stored.request_id);
+            let theirs = StoredRun::from_json(&theirs).ok();
+            let same = theirs.filter(|theirs| theirs.request_id == stored.request_id);
             stored = same.ok_or_else(|| Error::Exists(format!("a run is called {name:?} already")))?;
         }
-        let sources = stored.sources();
+        let sources = sources(&stored);
         let StoredRun { spec, request_id, steps_per_epoch, start, .. } = stored;
         let run = Box::new(Run::recovered(self.now(), &name, spec, sources, steps_per_epoch, &[]));
         let start = start.map(|start| start.to_string());
@@ -154,7 +117,13 @@ impl Runs {
     }
 
     /// The checkpoint of run `from` to start from: that of `step`, or the newest.
-    async fn start(&self, from: &str, step: Option<u64>, spec: &RunSpec, manifest: &Manifest) -> Result<Start, Error> {
+    async fn start(
+        &self,
+        from: &str,
+        step: Option<u64>,
+        spec: &RunSpec,
+        manifest: &Manifest,
+    ) -> Result<StartWeights, Error> {
         let other = self.lock().roster.find(from).cloned();
         let other = other.ok_or_else(|| Error::NotFound(format!("no run to start from is called {from:?}")))?;
         let network = |spec: &RunSpec| (spec.model.arch, spec.model.width);
@@ -169,7 +138,7 @@ impl Runs {
         let key = other.manifest_key();
         let theirs = Manifest::from_json(&self.store.need(key).await?);
         let theirs = theirs.map_err(|error| Error::Local(format!("{key}: {error}")))?;
-        Ok(Start {
+        Ok(StartWeights {
             run: from.to_owned(),
             step: found.step,
             from_classes: theirs.classes.len() as u64,

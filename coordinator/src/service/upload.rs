@@ -10,12 +10,13 @@ use bytes::{Buf, Bytes};
 use futures::StreamExt;
 use proto::pb::create_dataset_request::{Part, Start};
 use proto::pb::{self, CreateDatasetRequest};
+use proto::round::Round;
 use proto::{DatasetSpec, keys};
 use tokio::sync::mpsc;
 use tonic::Streaming;
 use tracing::{Instrument, warn};
 
-use crate::catalog::{Begin, Catalog, Round};
+use crate::catalog::{Begin, Catalog};
 use crate::datasets::{Again, Datasets, Stage, gather, put_slices};
 use crate::error::Error;
 use crate::history::History;

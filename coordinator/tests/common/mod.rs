@@ -10,14 +10,15 @@ use futures::TryStreamExt;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path as Key;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions};
-use proto::outcomes::{self, OutcomeRow};
+use proto::index::{StoredFile, Tar};
+use proto::outcomes::OutcomeRow;
 use proto::pb::create_dataset_request::{Part, Source, Start};
 use proto::pb::dataset_service_client::DatasetServiceClient;
 use proto::pb::fetch_service_client::FetchServiceClient;
 use proto::pb::{self, DatasetState};
 use proto::rejection::KEPT;
-use proto::shard::{Moments, Origin, StoredFile, Tar, TarWriter, hex, sha256_hex};
-use proto::{Attempt, DatasetSpec, Rejection, Sample, ShardIndex, Split, keys};
+use proto::shard::{Moments, Origin, TarWriter, hex, sha256_hex};
+use proto::{Attempt, DatasetSpec, Rejection, Sample, ShardIndex, Split, Stored, keys, table};
 use sha2::{Digest, Sha256};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -297,7 +298,7 @@ pub async fn put_shard(store: &dyn ObjectStore, lease: &pb::Lease) {
         let samples = per_class.iter().sum();
         index.tars.insert(split, Tar { key, bytes: length, sha256, samples, per_class, blocks, moments });
     }
-    let file = outcomes::write(&rows).expect("encodes");
+    let file = table::write(&rows).expect("encodes");
     let key = keys::outcomes(&lease.dataset, lease.shard, attempt);
     index.outcomes_file = Some(StoredFile { key: key.clone(), bytes: file.len() as u64, sha256: sha256_hex(&file) });
     put(store, &key, file).await;

@@ -11,12 +11,12 @@ use bytes::{Bytes, BytesMut};
 use futures::{StreamExt, TryStreamExt, stream};
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
-use proto::findings::{self, Finding};
+use proto::findings::Finding;
+use proto::index::StoredFile;
 use proto::manifest::{ManifestShard, Skips};
-use proto::outcomes::{self, OutcomeRow};
+use proto::outcomes::{OutcomeRow, failed_rows};
 use proto::pb::ReadObjectRequest;
-use proto::shard::StoredFile;
-use proto::{Manifest, Rejection, keys};
+use proto::{Manifest, Stored, keys, table};
 use tonic::Status;
 
 use crate::client::{Cluster, ClusterArgs, answer, insist};
@@ -154,22 +154,10 @@ impl Reader {
     pub(super) async fn rows(&self, dataset: &str, shard: &ManifestShard) -> Result<Vec<OutcomeRow>> {
         let Some(file) = &shard.outcomes else {
             let key = keys::slice(dataset, shard.shard);
-            let text = String::from_utf8(zstd::decode_all(&self.get(&key).await?[..])?)?;
-            let row = |line: &str| {
-                let (number, rest) = line.split_once('\t')?;
-                let (synset, url) = rest.split_once('\t')?;
-                Some(OutcomeRow {
-                    key: number.parse().ok()?,
-                    synset: synset.to_owned(),
-                    url: url.to_owned(),
-                    outcome: Rejection::SliceFailed.name().to_owned(),
-                    ..OutcomeRow::default()
-                })
-            };
-            return text.lines().map(|line| row(line).with_context(|| format!("{key}: bad line {line:?}"))).collect();
+            return failed_rows(&self.get(&key).await?).with_context(|| key);
         };
         let bytes = self.file(file).await?;
-        Ok(tokio::task::spawn_blocking(move || outcomes::read(bytes)).await??)
+        Ok(tokio::task::spawn_blocking(move || table::read(bytes)).await??)
     }
 
     /// Hands out each URL once, with its latest outcome and what was found about it, shard by shard, the last round first.
@@ -182,7 +170,7 @@ impl Reader {
         shards.sort_by_key(|shard| (std::cmp::Reverse(shard.round), shard.shard));
         let files = stream::iter(shards).map(async |shard| {
             let found = match &shard.findings {
-                Some(file) => findings::read(self.file(file).await?)?,
+                Some(file) => table::read::<Finding>(self.file(file).await?)?,
                 None => Vec::new(),
             };
             anyhow::Ok((shard.round, self.rows(&manifest.dataset, shard).await?, found))

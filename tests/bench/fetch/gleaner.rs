@@ -6,9 +6,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 use demo_origin::list;
-use proto::Manifest;
 use proto::manifest::Skips;
-use proto::outcomes::{self, OutcomeRow};
+use proto::outcomes::OutcomeRow;
+use proto::{Manifest, Stored, table};
 use tokio::process::{Child, Command};
 
 use crate::{DEADLINE, Job, Measured, TIMEOUT_SECONDS, process, seconds};
@@ -88,7 +88,7 @@ fn read(store: &Path, manifest: &Manifest) -> Result<(Vec<OutcomeRow>, Vec<Strin
     let (mut all, mut counted) = (Vec::new(), Vec::new());
     let folder = store.join(format!("datasets/{}/outcomes", manifest.dataset));
     for file in std::fs::read_dir(&folder).with_context(|| folder.display().to_string())? {
-        let rows = outcomes::read(std::fs::read(file?.path())?.into())?;
+        let rows: Vec<OutcomeRow> = table::read(std::fs::read(file?.path())?.into())?;
         all.extend(rows);
     }
     for shard in &manifest.shards {

@@ -2,7 +2,9 @@
 #![no_main]
 
 use bytes::Bytes;
-use proto::shard::{ShardIndex, read_block};
+use proto::outcomes::OutcomeRow;
+use proto::shard::read_block;
+use proto::{ShardIndex, Stored, table};
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     let Some((&kind, rest)) = data.split_first() else { return };
@@ -15,7 +17,7 @@ libfuzzer_sys::fuzz_target!(|data: &[u8]| {
             }
         }
         2 => drop(proto::Manifest::from_json(rest)),
-        3 => drop(proto::outcomes::read(Bytes::copy_from_slice(rest))),
+        3 => drop(table::read::<OutcomeRow>(Bytes::copy_from_slice(rest))),
         _ => {
             if let Ok(Ok(spec)) = std::str::from_utf8(rest).map(proto::DatasetSpec::from_json) {
                 proto::DatasetSpec::from_json(&spec.to_json()).expect("what is written can be read");

@@ -3,7 +3,7 @@ use std::net::SocketAddr;
 use bytes::Bytes;
 use object_store::local::LocalFileSystem;
 use proto::shard::read_block;
-use proto::{Class, Limits, Rejection, Resize};
+use proto::{Class, Limits, Rejection, Resize, Stored};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -238,7 +238,7 @@ async fn every_url_gets_its_one_outcome_and_index_outcomes_and_tars_agree() {
     let file = index.outcomes_file.as_ref().expect("an attempt has outcomes");
     let parquet = get(&*store, &file.key).await;
     assert_eq!((file.bytes, &file.sha256), (parquet.len() as u64, &proto::shard::sha256_hex(&parquet)));
-    let rows = outcomes::read(parquet).expect("own output");
+    let rows: Vec<OutcomeRow> = table::read(parquet).expect("own output");
     for ((i, (url, outcome)), row) in wanted.iter().enumerate().zip(&rows) {
         assert_eq!((row.key, &row.url), (i as i64 * 3, url));
         assert_eq!(row.outcome().expect("a known name"), *outcome, "{url}");
@@ -339,7 +339,7 @@ async fn urls_of_a_class_that_is_full_are_left_unfetched_and_are_told_of() {
     make_shard(&tools, &assignment(1), &progress, (), &CancellationToken::new()).await.expect("a good store");
     let index = ShardIndex::from_json(&get(&*store, &keys::index("birds-1", 7)).await).expect("own output");
     let file = index.outcomes_file.expect("an attempt has outcomes");
-    let rows = outcomes::read(get(&*store, &file.key).await).expect("own output");
+    let rows: Vec<OutcomeRow> = table::read(get(&*store, &file.key).await).expect("own output");
     assert_eq!(rows.len(), 40);
     let (mut full, mut kept) = (0, 0);
     for row in &rows {

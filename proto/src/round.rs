@@ -1,0 +1,100 @@
+//! The object that commits a round, a part of the catalog (see [`crate::keys::round`]).
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
+
+use crate::format::stored;
+
+/// One round. Slices that no round names are no part of the dataset.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Round {
+    /// Of this format: 1.
+    pub format: u32,
+    /// The writer's own random word.
+    pub nonce: String,
+    /// The caller's: a repeated request finds it here.
+    pub request_id: String,
+    /// The span of the request that opened it, if that was exported; see [`crate::trace`].
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub traceparent: String,
+    /// Counts the dataset's rounds from 1.
+    pub round: u32,
+    /// Number of the first slice.
+    pub first_slice: u32,
+    /// In the order of their numbers.
+    pub slices: Vec<Slice>,
+    /// The first key that this round gave; its other new URLs have the keys that follow.
+    pub first_key: u64,
+    /// URLs that came into the catalog with it.
+    pub new_urls: u64,
+    /// The same by synset.
+    pub urls_per_class: BTreeMap<String, u64>,
+    /// URLs of earlier rounds that it fetches again, by the outcome that they had.
+    pub retried: BTreeMap<String, u64>,
+    /// Lines of synsets that were not chosen.
+    pub not_chosen: u64,
+    /// Lines whose synset and URL were in the catalog already.
+    pub known: u64,
+    /// Lines without a synset or without a URL.
+    pub bad_lines: u64,
+    /// The first few of them.
+    pub bad_line_examples: Vec<String>,
+}
+
+stored!(Round, "round", format, nonce);
+
+/// One slice of a round.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Slice {
+    /// In it.
+    pub urls: u32,
+    /// Of the object's bytes, in hex.
+    pub sha256: String,
+}
+
+impl Round {
+    /// URLs of all slices together.
+    pub fn urls(&self) -> u64 {
+        self.new_urls + self.retried.values().sum::<u64>()
+    }
+
+    /// Numbers of its slices, which are those of its shards.
+    pub fn shards(&self) -> Range<u32> {
+        self.first_slice..self.first_slice + self.slices.len() as u32
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::Stored;
+
+    #[test]
+    fn a_round_is_read_back_and_knows_its_shards() {
+        let slice = |urls| Slice { urls, sha256: "00ff".to_owned() };
+        let round = Round {
+            format: 1,
+            nonce: "n".to_owned(),
+            request_id: "r".to_owned(),
+            traceparent: String::new(),
+            round: 2,
+            first_slice: 7,
+            slices: vec![slice(10), slice(3)],
+            first_key: 70,
+            new_urls: 9,
+            urls_per_class: [("n1".to_owned(), 9)].into(),
+            retried: [("timeout".to_owned(), 4)].into(),
+            not_chosen: 1,
+            known: 2,
+            bad_lines: 1,
+            bad_line_examples: vec!["list:4: no tab".to_owned()],
+        };
+        assert_eq!((round.urls(), round.shards()), (13, 7..9));
+        assert_eq!(Round::from_json(&round.to_json()).expect("own output"), round);
+        assert!(Round::from_json(&Round { format: 2, ..round }.to_json()).is_err());
+    }
+}

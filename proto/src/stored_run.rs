@@ -1,0 +1,97 @@
+//! What a run is and stands on: `runs/<run>/spec.json` (see [`crate::keys::run_spec`]).
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::format::{first, stored};
+use crate::{RunSpec, pb};
+
+/// A run as it was submitted, with all that its spec left open.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StoredRun {
+    /// Of this format: 1.
+    #[serde(default = "first")]
+    pub format: u32,
+    /// The writer's own random word.
+    pub nonce: String,
+    /// The caller's: a repeated request finds it here.
+    pub request_id: String,
+    /// `<name>-<uid>`.
+    pub dataset: String,
+    /// Object key of the manifest.
+    pub manifest_key: String,
+    /// SHA-256 of its bytes, in hex.
+    pub manifest_sha256: String,
+    /// As the manifest's training images and the spec's batch make it.
+    pub steps_per_epoch: u64,
+    /// Whose weights it begins with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start: Option<StartWeights>,
+    /// The span of the request that submitted it, if that was exported; see [`crate::trace`].
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub traceparent: String,
+    /// Resolved: it names the manifest's version.
+    pub spec: RunSpec,
+}
+
+stored!(StoredRun, "run", format, nonce);
+
+/// The checkpoint of another run whose weights a run begins with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StartWeights {
+    /// That run.
+    pub run: String,
+    /// Steps applied in the checkpoint.
+    pub step: u64,
+    /// Classes of that run.
+    pub from_classes: u64,
+    /// Classes of this one: with others the last layer is new.
+    pub classes: u64,
+    /// The copy's folder.
+    pub key: String,
+    /// File name -> SHA-256 in hex.
+    pub digests: BTreeMap<String, String>,
+}
+
+impl StartWeights {
+    /// As ranks are told of it.
+    pub fn checkpoint(&self) -> pb::Checkpointed {
+        let digests = self.digests.clone().into_iter().collect();
+        pb::Checkpointed { step: self.step, key: self.key.clone(), digests, top1: None }
+    }
+}
+
+impl fmt::Display for StartWeights {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { run, step, from_classes, classes, .. } = self;
+        write!(f, "the weights of {run} at step {step}")?;
+        if from_classes != classes {
+            write!(f, "; the last layer is new, because that has {from_classes} classes and this {classes}")?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::Stored;
+
+    #[test]
+    fn a_run_that_does_not_say_its_format_is_of_the_first() {
+        let old =
+            br#"{"nonce": "n", "request_id": "r", "dataset": "birds-1", "manifest_key": "k", "manifest_sha256": "00",
+            "steps_per_epoch": 3, "spec": {"dataset": "birds"},
+            "start": {"run": "a", "step": 7, "from_classes": 2, "classes": 3, "key": "k", "digests": {"f": "00"}}}"#;
+        let run = StoredRun::from_json(old).expect("as it was written once");
+        assert_eq!((run.format, run.steps_per_epoch), (1, 3));
+        let start = run.start.as_ref().expect("it is there").to_string();
+        assert_eq!(start, "the weights of a at step 7; the last layer is new, because that has 2 classes and this 3");
+        assert_eq!(StoredRun::from_json(&run.to_json()).expect("own output"), run);
+        assert!(StoredRun::from_json(&StoredRun { format: 2, ..run }.to_json()).is_err());
+    }
+}

@@ -1,0 +1,81 @@
+//! Rows of one type as a Parquet file, and back. Readable by DuckDB, pandas and polars as is.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use parquet::basic::{Compression, ZstdLevel};
+use parquet::errors::ParquetError;
+use parquet::file::properties::WriterProperties;
+use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::file::writer::SerializedFileWriter;
+use parquet::record::{Field, RecordWriter};
+
+use crate::format::FormatError;
+
+/// A row. What is written is derived from its fields (`ParquetRecordWriter`); what is read is set column by column.
+pub trait Row: Default {
+    /// What the file is, for errors.
+    const NAME: &'static str;
+
+    /// Takes in the value of a column that is not null. Columns that a later version adds are passed over.
+    fn set(&mut self, column: &str, value: Value<'_>);
+}
+
+/// The value of one column of one row, as long as it has the type that is asked for.
+#[derive(Debug, Clone, Copy)]
+pub struct Value<'a>(&'a Field);
+
+impl Value<'_> {
+    /// Of 64 bits.
+    pub fn long(self) -> Option<i64> {
+        if let Field::Long(value) = self.0 { Some(*value) } else { None }
+    }
+
+    /// Of 32 bits.
+    pub fn int(self) -> Option<i32> {
+        if let Field::Int(value) = self.0 { Some(*value) } else { None }
+    }
+
+    /// A text.
+    pub fn text(self) -> Option<String> {
+        if let Field::Str(value) = self.0 { Some(value.clone()) } else { None }
+    }
+}
+
+/// The rows as a Parquet file.
+///
+/// # Errors
+/// Only if they cannot be encoded at all.
+pub fn write<T: Row>(rows: &[T]) -> Result<Vec<u8>, FormatError>
+where
+    for<'a> &'a [T]: RecordWriter<T>,
+{
+    let encode = || -> Result<Vec<u8>, ParquetError> {
+        let properties = WriterProperties::builder().set_compression(Compression::ZSTD(ZstdLevel::try_new(3)?)).build();
+        let mut writer = SerializedFileWriter::new(Vec::new(), rows.schema()?, Arc::new(properties))?;
+        let mut group = writer.next_row_group()?;
+        rows.write_to_row_group(&mut group)?;
+        group.close()?;
+        writer.into_inner()
+    };
+    encode().map_err(|error| FormatError(format!("{}: {error}", T::NAME)))
+}
+
+/// The rows of a file that [`write`] made, in order.
+///
+/// # Errors
+/// If the bytes are no Parquet file, or a cut one.
+pub fn read<T: Row>(file: Bytes) -> Result<Vec<T>, FormatError> {
+    let decode = || -> Result<Vec<T>, ParquetError> {
+        let rows = SerializedFileReader::new(file)?;
+        let row = |row: Result<parquet::record::Row, ParquetError>| {
+            let (row, mut out) = (row?, T::default());
+            for (column, field) in row.get_column_iter() {
+                out.set(column, Value(field));
+            }
+            Ok(out)
+        };
+        rows.get_row_iter(None)?.map(row).collect()
+    };
+    decode().map_err(|error| FormatError(format!("{}: {error}", T::NAME)))
+}
