@@ -8,10 +8,10 @@ use std::io::Read;
 use std::path::PathBuf;
 
 use bytes::Bytes;
-use proto::DatasetSpec;
 use proto::dataset_spec::Class;
 use proto::round::{Round, Slice};
 use proto::slice::SliceWriter;
+use proto::{DatasetSpec, Outcome, OutcomeCounts};
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 
@@ -54,7 +54,7 @@ pub(crate) struct Catalog {
     compared: Option<Spool>,
     urls_per_class: BTreeMap<String, u64>,
     new_urls: u64,
-    retried: BTreeMap<String, u64>,
+    retried: OutcomeCounts,
     not_chosen: u64,
     known: u64,
     bad_lines: u64,
@@ -76,7 +76,7 @@ impl Catalog {
             chosen: (!chosen.is_empty()).then_some(chosen),
             urls_per_class: BTreeMap::new(),
             new_urls: 0,
-            retried: BTreeMap::new(),
+            retried: OutcomeCounts::default(),
             not_chosen: 0,
             known: 0,
             bad_lines: 0,
@@ -124,8 +124,8 @@ impl Catalog {
     }
 
     /// Takes in an entry of an earlier round, which is to be fetched again; `outcome` is what became of it last.
-    pub(crate) fn retry(&mut self, key: u64, synset: &str, url: &str, outcome: &str) -> Result<(), Error> {
-        *self.retried.entry(outcome.to_owned()).or_default() += 1;
+    pub(crate) fn retry(&mut self, key: u64, synset: &str, url: &str, outcome: Outcome) -> Result<(), Error> {
+        self.retried.add(outcome, 1);
         self.enter(key, synset.as_bytes(), url.as_bytes())
     }
 
@@ -181,7 +181,7 @@ impl Catalog {
     /// the classes of `spec`, and returns the round that names the slices: without any if a later round has nothing to fetch.
     pub(crate) fn cut(mut self, spec: &mut DatasetSpec, slices: &mpsc::Sender<(u32, Bytes)>) -> Result<Round, Error> {
         self.compare()?;
-        let (entered, begin) = (self.new_urls + self.retried.values().sum::<u64>(), self.begin);
+        let (entered, begin) = (self.new_urls + self.retried.total(), self.begin);
         let all_bad = self.bad_lines > 0 && self.new_urls + self.known + self.not_chosen == 0;
         if all_bad || begin.round == 1 && entered == 0 {
             let mut message =
@@ -325,6 +325,7 @@ impl Cutter<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proto::Rejection;
     use std::io::Cursor;
 
     fn options() -> ListOptions {
@@ -362,7 +363,7 @@ mod tests {
         for url in ["http://a", "http://b"] {
             catalog.earlier("n1", url).expect("in memory");
         }
-        catalog.retry(41, "n1", "http://b", "timeout").expect("in memory");
+        catalog.retry(41, "n1", "http://b", Err(Rejection::Timeout)).expect("in memory");
         let list = "n1\thttp://c\nn1\thttp://a\nn2\thttp://a\nn1\thttp://c\nn1\thttp://d\nbad\n";
         catalog.read("list", Cursor::new(list), &options()).expect("reads");
         let (round, mut slices) = lines(catalog, &mut spec).expect("cuts");
@@ -374,7 +375,7 @@ mod tests {
             (round.first_slice, round.new_urls, round.known, round.not_chosen, round.bad_lines),
             (7, 2, 2, 1, 1)
         );
-        assert_eq!((round.urls(), round.retried), (3, BTreeMap::from([("timeout".to_owned(), 1)])));
+        assert_eq!((round.urls(), round.retried), (3, OutcomeCounts::from_iter([(Err(Rejection::Timeout), 1)])));
 
         let nothing = lines(Catalog::new(&spec, begin, None), &mut spec).expect("no error");
         assert_eq!((nothing.0.urls(), nothing.1.len()), (0, 0));

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use proto::manifest::Manifest;
 use proto::round::Round;
-use proto::{DatasetSpec, ShardIndex, Split, keys};
+use proto::{DatasetSpec, OutcomeCounts, ShardIndex, Split, keys};
 use tokio::sync::{Notify, OwnedMutexGuard, Semaphore};
 use tracing::info;
 
@@ -65,9 +65,9 @@ pub(crate) struct Dataset {
     pub(crate) spec_json: String,
     pub(crate) rounds: Arc<Vec<Round>>,
     /// URLs by outcome, of the committed shards; one that was fetched in two rounds has two.
-    outcomes: BTreeMap<String, u64>,
+    outcomes: OutcomeCounts,
     /// The same of the leased ones, as far as workers have told.
-    progress: BTreeMap<u32, BTreeMap<String, u64>>,
+    progress: BTreeMap<u32, OutcomeCounts>,
     /// With `per_class` in the spec.
     wanted: Option<Wanted>,
     /// The latest one.
@@ -101,17 +101,10 @@ impl Dataset {
 
     /// URLs by their latest outcome, the workers' progress included. One that a later round fetches again has none until it has
     /// been fetched.
-    pub(crate) fn outcomes_so_far(&self) -> BTreeMap<String, u64> {
-        let mut all = self.outcomes.clone();
-        for (outcome, urls) in self.progress.values().flatten() {
-            *all.entry(outcome.clone()).or_default() += urls;
-        }
-        for (outcome, urls) in self.rounds.iter().flat_map(|round| &round.retried) {
-            if let Some(had) = all.get_mut(outcome) {
-                *had = had.saturating_sub(*urls);
-            }
-        }
-        all.retain(|_, urls| *urls > 0);
+    pub(crate) fn outcomes_so_far(&self) -> OutcomeCounts {
+        let mut all = self.outcomes;
+        self.progress.values().for_each(|made| all.merge(made));
+        self.rounds.iter().for_each(|round| all.subtract(&round.retried));
         all
     }
 
@@ -270,7 +263,7 @@ impl Dataset {
             spec_json: spec.to_json(),
             spec: spec.into(),
             rounds: rounds.into(),
-            outcomes: BTreeMap::new(),
+            outcomes: OutcomeCounts::default(),
             progress: BTreeMap::new(),
             wanted,
             manifest: None,
@@ -280,7 +273,7 @@ impl Dataset {
     }
 
     /// Takes note of what a worker has made of a shard so far: URLs by outcome, samples by label.
-    fn progressed(&mut self, shard: u32, outcomes: BTreeMap<String, u64>, kept: &HashMap<u32, u64>) {
+    fn progressed(&mut self, shard: u32, outcomes: OutcomeCounts, kept: &HashMap<u32, u64>) {
         self.progress.insert(shard, outcomes);
         if let Some(wanted) = &mut self.wanted {
             wanted.progressed(shard, kept);
@@ -314,9 +307,7 @@ impl Dataset {
         if let Some(wanted) = self.wanted.as_mut().filter(|_| later) {
             wanted.committed(index);
         }
-        for (outcome, urls) in &index.outcomes {
-            *self.outcomes.entry(outcome.clone()).or_default() += urls;
-        }
+        self.outcomes.merge(&index.outcomes);
         self.revision += 1;
     }
 }

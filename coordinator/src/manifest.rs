@@ -10,7 +10,7 @@ use proto::manifest::{Manifest, ManifestBlock, ManifestClass, ManifestShard, Man
 use proto::outcomes::OutcomeRow;
 use proto::round::Round;
 use proto::shard::{Moments, sha256_hex};
-use proto::{DatasetSpec, ShardIndex, Split, Stored, keys, table};
+use proto::{DatasetSpec, OutcomeCounts, ShardIndex, Split, Stored, keys, table};
 use tokio::runtime::Handle;
 
 use crate::duplicates::{Finder, Found, Place};
@@ -64,7 +64,8 @@ pub(crate) fn seal(handle: &Handle, store: &Store, sealing: &Sealing) -> Result<
     let mut finder = Finder::new(spec.duplicates, spec.per_class, sealing.folder.clone());
     history.latest_first(&indexes, |index, rows| {
         for (row, _) in rows.iter().filter(|(_, latest)| *latest) {
-            totals.count(label(index, row)?, &row.outcome);
+            let outcome = row.outcome().map_err(|error| corrupt(&name(dataset, index), error))?;
+            totals.outcomes[label(index, row)? as usize].add(outcome, 1);
         }
         let samples = samples(index, rows).map_err(|what| corrupt(&name(dataset, index), what))?;
         for (ordinal, (row, latest)) in (0u32..).zip(&samples) {
@@ -90,7 +91,7 @@ pub(crate) fn seal(handle: &Handle, store: &Store, sealing: &Sealing) -> Result<
         rounds: rounds.len() as u32,
         resize: spec.resize,
         smallest_side: spec.resize.smallest_side(&spec.limits),
-        outcomes: totals.outcomes(),
+        outcomes: totals.all_outcomes(),
         classes: classes(sealing, totals),
         skipped: BTreeMap::new(),
         near_duplicates: 0,
@@ -204,7 +205,7 @@ fn samples(index: &ShardIndex, rows: Vec<(OutcomeRow, bool)>) -> Result<Vec<(Out
 /// Sums over all shards.
 struct Totals {
     /// By label and outcome.
-    outcomes: Vec<BTreeMap<String, u64>>,
+    outcomes: Vec<OutcomeCounts>,
     /// By label and split.
     samples: Vec<[u64; 3]>,
     train: Moments,
@@ -212,31 +213,21 @@ struct Totals {
 
 impl Totals {
     fn new(classes: usize) -> Self {
-        Self { outcomes: vec![BTreeMap::new(); classes], samples: vec![[0; 3]; classes], train: Moments::default() }
+        Self { outcomes: vec![OutcomeCounts::default(); classes], samples: vec![[0; 3]; classes], train: Moments::default() }
     }
 
-    fn count(&mut self, label: u32, outcome: &str) {
-        let of_class = &mut self.outcomes[label as usize];
-        match of_class.get_mut(outcome) {
-            Some(urls) => *urls += 1,
-            None => drop(of_class.insert(outcome.to_owned(), 1)),
-        }
-    }
-
-    fn outcomes(&self) -> BTreeMap<String, u64> {
-        let mut all = BTreeMap::new();
-        for (outcome, urls) in self.outcomes.iter().flatten() {
-            *all.entry(outcome.clone()).or_default() += urls;
-        }
+    fn all_outcomes(&self) -> OutcomeCounts {
+        let mut all = OutcomeCounts::default();
+        self.outcomes.iter().for_each(|of_class| all.merge(of_class));
         all
     }
 
     fn add(&mut self, index: &ShardIndex) -> Result<(), String> {
         for (&split, tar) in &index.tars {
-            if tar.per_class.len() > self.samples.len() {
-                return Err(format!("{} classes, but the dataset has {}", tar.per_class.len(), self.samples.len()));
-            }
-            for (class, &samples) in self.samples.iter_mut().zip(&tar.per_class) {
+            let classes = self.samples.len();
+            for (label, samples) in tar.per_class.iter() {
+                let class = self.samples.get_mut(label as usize);
+                let class = class.ok_or_else(|| format!("label {label}, but the dataset has {classes} classes"))?;
                 class[split as usize] += u64::from(samples);
             }
         }
@@ -261,7 +252,7 @@ fn classes(sealing: &Sealing, totals: Totals) -> Vec<ManifestClass> {
         *urls.entry(synset).or_default() += more;
     }
     let counts = totals.samples.into_iter().zip(totals.outcomes);
-    let class = |(class, (samples, outcomes)): (&proto::Class, ([u64; 3], BTreeMap<String, u64>))| ManifestClass {
+    let class = |(class, (samples, outcomes)): (&proto::Class, ([u64; 3], OutcomeCounts))| ManifestClass {
         synset: class.synset.clone(),
         name: class.name.clone(),
         urls: urls.get(class.synset.as_str()).copied().unwrap_or(0),

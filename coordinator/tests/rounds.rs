@@ -74,8 +74,8 @@ async fn a_refresh_fetches_what_may_come_back_and_what_is_new_and_outlives_a_kil
     assert_eq!(last.outcomes, counts(&[("kept", 35), ("not_found", 5)]));
     let (one, two) = (cluster.manifest_version("birds", 1).await, cluster.manifest("birds").await);
     assert_eq!((one.rounds, two.rounds, two.version), (1, 2, 2));
-    assert_eq!(two.outcomes, BTreeMap::from([("kept".to_owned(), 35), ("not_found".to_owned(), 5)]));
-    let of_class = |class: usize, outcome: &str| two.classes[class].outcomes.get(outcome).copied();
+    assert_eq!(two.outcomes.by_name(), BTreeMap::from([("kept", 35), ("not_found", 5)]));
+    let of_class = |class: usize, outcome: &str| two.classes[class].outcomes.by_name().get(outcome).copied();
     assert_eq!((of_class(0, "kept"), of_class(1, "not_found"), of_class(0, "timeout")), (Some(19), Some(5), None));
     assert_eq!(Split::ALL.map(|split| two.samples(split)).iter().sum::<u64>(), 35);
     let nothing = cluster.refresh("birds", "request-3", None).await.expect("nothing is left");

@@ -1,12 +1,14 @@
 //! The index of a shard: the object that commits it (see [`crate::keys::index`]).
 
 use std::collections::BTreeMap;
+use std::fmt;
 
-use serde::{Deserialize, Serialize};
+use serde::de::{MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 
-use crate::Split;
 use crate::format::stored;
 use crate::shard::{Block, Moments};
+use crate::{OutcomeCounts, Split};
 
 /// The object that commits a shard: names its files, their checksums, counts, moments and blocks. Put with put-if-absent;
 /// whatever it does not name is no part of the dataset.
@@ -23,8 +25,8 @@ pub struct ShardIndex {
     pub shard: u32,
     /// `<term>.<n>`.
     pub attempt: String,
-    /// URLs of the slice by outcome's name; they add up to the slice.
-    pub outcomes: BTreeMap<String, u64>,
+    /// URLs of the slice by outcome; they add up to the slice.
+    pub outcomes: OutcomeCounts,
     /// A tar for each split that has samples.
     pub tars: BTreeMap<Split, Tar>,
     /// The Parquet file with one row per URL; none for a slice that failed.
@@ -44,8 +46,8 @@ pub struct Tar {
     pub sha256: String,
     /// Its samples.
     pub samples: u32,
-    /// Its samples by label; classes without any at the end may be missing.
-    pub per_class: Vec<u32>,
+    /// Its samples by label.
+    pub per_class: ClassCounts,
     /// In order; every sample is in exactly one.
     pub blocks: Vec<Block>,
     /// Over all its samples.
@@ -61,4 +63,97 @@ pub struct StoredFile {
     pub bytes: u64,
     /// SHA-256 of its bytes, in hex.
     pub sha256: String,
+}
+
+/// Samples by label. Of a thousand classes most have none in one shard, and are left out.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[serde(transparent)]
+pub struct ClassCounts(BTreeMap<u32, u32>);
+
+impl ClassCounts {
+    /// Counts one more sample of a class.
+    pub fn add(&mut self, label: u32) {
+        *self.0.entry(label).or_default() += 1;
+    }
+
+    /// The labels that have samples, in order, and how many.
+    pub fn iter(&self) -> impl Iterator<Item = (u32, u32)> {
+        self.0.iter().map(|(&label, &samples)| (label, samples))
+    }
+
+    /// Samples of all classes.
+    pub fn total(&self) -> u32 {
+        self.0.values().sum()
+    }
+}
+
+impl FromIterator<(u32, u32)> for ClassCounts {
+    fn from_iter<T: IntoIterator<Item = (u32, u32)>>(counts: T) -> Self {
+        Self(counts.into_iter().filter(|(_, samples)| *samples > 0).collect())
+    }
+}
+
+impl<'de> Deserialize<'de> for ClassCounts {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Counts;
+
+        impl<'de> Visitor<'de> for Counts {
+            type Value = ClassCounts;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("samples by label")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<ClassCounts, A::Error> {
+                std::iter::from_fn(|| map.next_entry().transpose()).collect()
+            }
+
+            /// Older indexes have a number for each class, also for those without samples.
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<ClassCounts, A::Error> {
+                let samples = std::iter::from_fn(|| list.next_element().transpose());
+                (0..).zip(samples).map(|(label, samples)| Ok((label, samples?))).collect()
+            }
+        }
+
+        deserializer.deserialize_any(Counts)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Rejection;
+    use crate::format::Stored;
+
+    #[test]
+    fn an_index_is_read_back_also_one_that_names_every_class() {
+        let moments = Moments { pixels: 2, sum: [1, 2, 3], sum_of_squares: [4, 5, 6] };
+        let tar = Tar {
+            key: "k".to_owned(),
+            bytes: 1024,
+            sha256: "00ff".to_owned(),
+            samples: 3,
+            per_class: [(1, 2), (900, 1)].into_iter().collect(),
+            blocks: vec![Block { offset: 0, length: 512, samples: 3 }],
+            moments,
+        };
+        let index = ShardIndex {
+            version: 1,
+            nonce: "n".to_owned(),
+            writer: "w1".to_owned(),
+            shard: 7,
+            attempt: "9.2".to_owned(),
+            outcomes: [(Ok(()), 3), (Err(Rejection::Dns), 1)].into_iter().collect(),
+            tars: [(Split::Train, tar)].into(),
+            outcomes_file: Some(StoredFile { key: "o".to_owned(), bytes: 5, sha256: "00".to_owned() }),
+        };
+        let json = String::from_utf8(index.to_json()).expect("JSON");
+        assert!(json.contains(r#""per_class":{"1":2,"900":1}"#) && !json.contains('\n'), "{json}");
+        assert_eq!(ShardIndex::from_json(json.as_bytes()).expect("own output"), index);
+        let old = json.replace(r#"{"1":2,"900":1}"#, "[0, 3, 0, 0]");
+        let counts = &ShardIndex::from_json(old.as_bytes()).expect("as it was written once").tars[&Split::Train].per_class;
+        assert_eq!((counts.iter().collect::<Vec<_>>(), counts.total()), (vec![(1, 3)], 3));
+        let other = json.replace(r#""version":1"#, r#""version":2"#);
+        assert!(ShardIndex::from_json(other.as_bytes()).expect_err("another").to_string().contains("of format 2"));
+    }
 }

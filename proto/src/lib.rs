@@ -6,8 +6,8 @@
 //! - [`dataset_spec`], [`run_spec`]: what people ask for;
 //! - [`format`], [`table`]: what stored objects have in common: numbered JSON documents, and rows as Parquet;
 //! - [`term`]: the begin of a coordinator's time in office;
-//! - [`round`], [`slice`], [`tombstone`]: the parts of a dataset's catalog, the URLs of one shard, and the end of a dataset or a run;
-//! - [`rejection`], [`outcomes`]: what became of each URL;
+//! - [`round`], [`slice`], [`tombstone`]: the parts of a dataset's catalog, the URLs of one shard, and the end of a dataset;
+//! - [`rejection`], [`outcome_counts`], [`outcomes`]: what became of each URL;
 //! - [`shard`], [`index`]: tars and their blocks, and the object that commits them;
 //! - [`manifest`], [`findings`]: an immutable version of a dataset, and what was found out when it was made;
 //! - [`stored_run`], [`run_event`], [`run_ledger`], [`metric`]: what a run is, its history, what it was trained on, and its
@@ -21,6 +21,7 @@ pub mod index;
 pub mod keys;
 pub mod manifest;
 pub mod metric;
+pub mod outcome_counts;
 pub mod outcomes;
 pub mod rejection;
 pub mod round;
@@ -43,6 +44,7 @@ pub use format::{FormatError, Stored, StoredOnce};
 pub use index::ShardIndex;
 pub use keys::Attempt;
 pub use manifest::Manifest;
+pub use outcome_counts::OutcomeCounts;
 pub use rejection::{Outcome, Rejection};
 pub use run_spec::RunSpec;
 pub use shard::Sample;

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::format::stored;
 use crate::index::StoredFile;
-use crate::{Resize, Split};
+use crate::{OutcomeCounts, Resize, Split};
 
 /// An immutable version of a dataset.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -28,8 +28,8 @@ pub struct Manifest {
     pub smallest_side: u32,
     /// In the order of the labels.
     pub classes: Vec<ManifestClass>,
-    /// URLs by outcome's name, each by that of the latest round in which it was fetched.
-    pub outcomes: BTreeMap<String, u64>,
+    /// URLs by outcome, each by that of the latest round in which it was fetched.
+    pub outcomes: OutcomeCounts,
     /// Kept samples that are skipped, by reason.
     pub skipped: BTreeMap<Skip, u64>,
     /// Samples that count although they look like another one with a lower key; the shards' findings name both.
@@ -89,8 +89,8 @@ pub struct ManifestClass {
     pub name: String,
     /// URLs that were listed for it.
     pub urls: u64,
-    /// Its URLs by outcome's name.
-    pub outcomes: BTreeMap<String, u64>,
+    /// Its URLs by outcome.
+    pub outcomes: OutcomeCounts,
     /// Samples by split.
     pub samples: BTreeMap<Split, u64>,
 }

@@ -1,13 +1,12 @@
 //! The outcomes of one shard as Parquet: one row per URL, readable by DuckDB, pandas and polars as is.
 
-use std::str::FromStr;
-
 use parquet_derive::ParquetRecordWriter;
 
 use crate::format::FormatError;
+use crate::rejection::parse_outcome;
 use crate::shard::Moments;
 use crate::table::{Row, Value};
-use crate::{Outcome, Rejection, Split, rejection, slice};
+use crate::{Outcome, Rejection, Split, slice};
 
 /// A URL of more bytes than this is bad in a list, and not followed in a redirect: workers hold all those of a slice, with their rows.
 pub const LONGEST_URL: usize = 8 << 10;
@@ -71,10 +70,7 @@ impl OutcomeRow {
     /// # Errors
     /// If the column names no outcome that this program knows.
     pub fn outcome(&self) -> Result<Outcome, FormatError> {
-        match self.outcome.as_str() {
-            rejection::KEPT => Ok(Ok(())),
-            name => Rejection::from_str(name).map(Err).map_err(|e| FormatError(format!("outcomes: {e}"))),
-        }
+        parse_outcome(&self.outcome).map_err(|error| FormatError(format!("outcomes: row {}: {error}", self.key)))
     }
 
     /// The stored image's moments; zero if it was not kept.
@@ -162,7 +158,7 @@ mod tests {
             key: 7,
             synset: "n02084071".into(),
             url: "http://a/".into(),
-            outcome: rejection::KEPT.into(),
+            outcome: crate::rejection::KEPT.into(),
             http_status: Some(200),
             sha256: Some("00ff".into()),
             split: Some("test".into()),

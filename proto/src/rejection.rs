@@ -16,6 +16,14 @@ pub fn outcome_name(outcome: Outcome) -> &'static str {
 /// The name of the outcome of a URL that gave a sample.
 pub const KEPT: &str = "kept";
 
+/// The outcome of that name.
+///
+/// # Errors
+/// If there is none that this program knows.
+pub fn parse_outcome(name: &str) -> Result<Outcome, UnknownOutcome> {
+    if name == KEPT { Ok(Ok(())) } else { name.parse().map(Err) }
+}
+
 macro_rules! rejections {
     ($($(#[doc = $doc:literal])+ $variant:ident = $name:literal,)+) => {
         /// One reason why a URL gave no sample. The names are stable: they stand in Parquet files and dashboards.
@@ -31,6 +39,17 @@ macro_rules! rejections {
             /// The stable name.
             pub fn name(self) -> &'static str {
                 match self { $(Rejection::$variant => $name),+ }
+            }
+        }
+
+        impl FromStr for Rejection {
+            type Err = UnknownOutcome;
+
+            fn from_str(name: &str) -> Result<Self, Self::Err> {
+                match name {
+                    $($name => Ok(Rejection::$variant),)+
+                    _ => Err(UnknownOutcome(name.to_owned())),
+                }
             }
         }
     };
@@ -128,18 +147,10 @@ impl fmt::Display for Rejection {
     }
 }
 
-/// A text that names no rejection.
+/// A text that names no outcome.
 #[derive(Debug, thiserror::Error)]
-#[error("{0:?} is no rejection's name")]
-pub struct UnknownRejection(String);
-
-impl FromStr for Rejection {
-    type Err = UnknownRejection;
-
-    fn from_str(name: &str) -> Result<Self, Self::Err> {
-        Self::ALL.iter().copied().find(|r| r.name() == name).ok_or_else(|| UnknownRejection(name.to_owned()))
-    }
-}
+#[error("{0:?} is no outcome's name")]
+pub struct UnknownOutcome(String);
 
 #[cfg(test)]
 mod tests {

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
+use crate::OutcomeCounts;
 use crate::format::stored;
 
 /// One round. Slices that no round names are no part of the dataset.
@@ -33,7 +34,7 @@ pub struct Round {
     /// The same by synset.
     pub urls_per_class: BTreeMap<String, u64>,
     /// URLs of earlier rounds that it fetches again, by the outcome that they had.
-    pub retried: BTreeMap<String, u64>,
+    pub retried: OutcomeCounts,
     /// Lines of synsets that were not chosen.
     pub not_chosen: u64,
     /// Lines whose synset and URL were in the catalog already.
@@ -59,7 +60,7 @@ pub struct Slice {
 impl Round {
     /// URLs of all slices together.
     pub fn urls(&self) -> u64 {
-        self.new_urls + self.retried.values().sum::<u64>()
+        self.new_urls + self.retried.total()
     }
 
     /// Numbers of its slices, which are those of its shards.
@@ -71,6 +72,7 @@ impl Round {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Rejection;
     use crate::format::Stored;
 
     #[test]
@@ -87,7 +89,7 @@ mod tests {
             first_key: 70,
             new_urls: 9,
             urls_per_class: [("n1".to_owned(), 9)].into(),
-            retried: [("timeout".to_owned(), 4)].into(),
+            retried: [(Err(Rejection::Timeout), 4)].into_iter().collect(),
             not_chosen: 1,
             known: 2,
             bad_lines: 1,

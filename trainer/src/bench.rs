@@ -12,7 +12,7 @@ use object_store::{ObjectStore, ObjectStoreExt};
 use proto::manifest::{ManifestBlock, ManifestClass, ManifestShard, ManifestTar};
 use proto::pb::{self, left::Cause, rank_message::Message};
 use proto::shard::{Origin, TarWriter, sha256_hex};
-use proto::{Attempt, Manifest, Resize, RunSpec, Sample, Split, Stored, keys};
+use proto::{Attempt, Manifest, OutcomeCounts, Resize, RunSpec, Sample, Split, Stored, keys};
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
@@ -122,7 +122,7 @@ pub fn write_dataset(store: &Path, images: u64, size: u32) -> Result<()> {
         synset: format!("n{i}"),
         name: String::new(),
         urls: images / 10,
-        outcomes: BTreeMap::new(),
+        outcomes: OutcomeCounts::default(),
         samples: BTreeMap::from([(Split::Train, (images + 9 - i) / 10)]),
     };
     let manifest = Manifest {
@@ -134,7 +134,7 @@ pub fn write_dataset(store: &Path, images: u64, size: u32) -> Result<()> {
         resize: Resize { size, quality: 90, ..Resize::default() },
         smallest_side: size,
         classes: (0..10).map(class).collect(),
-        outcomes: BTreeMap::new(),
+        outcomes: OutcomeCounts::default(),
         skipped: BTreeMap::new(),
         near_duplicates: 0,
         mean: MEAN,

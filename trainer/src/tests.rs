@@ -15,7 +15,7 @@ use proto::manifest::{ManifestBlock, ManifestClass, ManifestShard, ManifestTar, 
 use proto::pb::{self, left::Cause, rank_message::Message};
 use proto::run_ledger::{Line, Lines};
 use proto::shard::{Origin, TarWriter, sha256_hex};
-use proto::{Attempt, Manifest, Resize, Sample, Split, Stored, keys};
+use proto::{Attempt, Manifest, OutcomeCounts, Resize, Sample, Split, Stored, keys};
 
 use crate::alexnet::Named;
 use crate::ipc::Setup;
@@ -100,7 +100,7 @@ impl World {
             synset: format!("n{i}"),
             name: format!("class {i}"),
             urls: 60,
-            outcomes: BTreeMap::new(),
+            outcomes: OutcomeCounts::default(),
             samples: samples.clone(),
         };
         let manifest = Manifest {
@@ -112,7 +112,7 @@ impl World {
             resize: Resize { size: SIZE as u32, quality: 90, ..Resize::default() },
             smallest_side: SIZE as u32,
             classes: counted.iter().enumerate().map(class).collect(),
-            outcomes: BTreeMap::new(),
+            outcomes: OutcomeCounts::default(),
             skipped: BTreeMap::new(),
             near_duplicates: 0,
             mean: [0.5; 3],

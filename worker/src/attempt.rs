@@ -11,9 +11,11 @@ use anyhow::Context;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
 use proto::outcomes::OutcomeRow;
-use proto::rejection::{KEPT, outcome_name};
+use proto::rejection::outcome_name;
 use proto::shard::{Origin, hex};
-use proto::{Attempt, DatasetSpec, Rejection, Sample, ShardIndex, Split, keys, slice, table, trace};
+use proto::{
+    Attempt, DatasetSpec, Outcome, OutcomeCounts, Rejection, Sample, ShardIndex, Split, keys, slice, table, trace,
+};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -54,7 +56,7 @@ pub(crate) struct Progress(Mutex<Made>);
 #[derive(Debug, Default)]
 struct Made {
     /// URLs by outcome.
-    outcomes: BTreeMap<&'static str, u64>,
+    outcomes: OutcomeCounts,
     /// Samples by label.
     kept: HashMap<u32, u64>,
     /// The same at which a class is full; classes that are not named have no limit.
@@ -69,8 +71,9 @@ impl Progress {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn count(&self, outcome: &'static str) {
-        *self.made().outcomes.entry(outcome).or_default() += 1;
+    fn count(&self, outcome: Outcome) {
+        self.made().outcomes.add(outcome, 1);
+        metrics::outcome(outcome_name(outcome));
     }
 
     fn keep(&self, label: u32) {
@@ -100,8 +103,8 @@ impl Progress {
     }
 
     /// URLs by outcome.
-    pub(crate) fn so_far(&self) -> BTreeMap<&'static str, u64> {
-        self.made().outcomes.clone()
+    pub(crate) fn so_far(&self) -> OutcomeCounts {
+        self.made().outcomes
     }
 
     /// Samples by label, if any class has a limit.
@@ -157,8 +160,7 @@ pub(crate) async fn make_shard<T: Send>(
         files.take_back().await;
         return Ok(End::LostTo(standing.attempt));
     }
-    let urls: u64 = index.outcomes.values().sum();
-    let kept = index.outcomes.get(KEPT).copied().unwrap_or(0);
+    let (urls, kept) = (index.outcomes.total(), index.outcomes.of(Ok(())));
     let seconds = start.elapsed().as_secs_f32();
     tracing::info!(urls, kept, rejected = urls - kept, seconds, outcomes = ?index.outcomes, "shard committed");
     Span::current().record("urls", trace::integer(urls)).record("kept", trace::integer(kept));
@@ -217,10 +219,8 @@ async fn fill<T: Send>(
     let mut rows = Vec::with_capacity(urls);
     let is_full = |at: &Listed| labels.get(at.synset.as_str()).is_some_and(|&label| progress.is_full(label));
     let leave = |left: Listed| {
-        let outcome = Rejection::ClassFull.name();
-        progress.count(outcome);
-        metrics::outcome(outcome);
-        OutcomeRow { outcome: outcome.to_owned(), fetched_at: now(), ..left.row() }
+        progress.count(Err(Rejection::ClassFull));
+        OutcomeRow { outcome: Rejection::ClassFull.name().to_owned(), fetched_at: now(), ..left.row() }
     };
     let (full, listed): (Vec<_>, _) = listed.into_iter().partition(&is_full);
     rows.extend(full.into_iter().map(leave));
@@ -267,7 +267,7 @@ async fn fill<T: Send>(
         writer: tools.worker.clone(),
         shard: assignment.shard,
         attempt: assignment.attempt.to_string(),
-        outcomes: progress.so_far().into_iter().map(|(name, n)| (name.to_owned(), n)).collect(),
+        outcomes: progress.so_far(),
         tars,
         outcomes_file: Some(outcomes_file),
     })
@@ -299,7 +299,7 @@ async fn read_slice(store: &dyn ObjectStore, of: &Assignment) -> anyhow::Result<
 struct Fetched {
     /// Whole but for the place in a tar.
     row: OutcomeRow,
-    outcome: &'static str,
+    outcome: Outcome,
     /// The picture, with the hash of the bytes that it was fetched as.
     kept: Option<(Stored, [u8; 32])>,
 }
@@ -329,10 +329,12 @@ async fn judge(tools: &Tools, rules: Arc<Rules>, landed: Landed) -> anyhow::Resu
             verdict.outcome.map(|stored| (stored, verdict.sha256))
         }
     };
-    let name = outcome_name(outcome.as_ref().map(|_| ()).map_err(|rejection| *rejection));
-    row.outcome = name.to_owned();
-    metrics::outcome(name);
-    Ok(Fetched { row, outcome: name, kept: outcome.ok() })
+    let (outcome, kept) = match outcome {
+        Ok(kept) => (Ok(()), Some(kept)),
+        Err(rejection) => (Err(rejection), None),
+    };
+    row.outcome = outcome_name(outcome).to_owned();
+    Ok(Fetched { row, outcome, kept })
 }
 
 /// Appends a sample to the tar of its split.

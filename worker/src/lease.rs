@@ -130,7 +130,7 @@ impl Coordinator {
             dataset: id.dataset.clone(),
             shard: id.shard,
             attempt: id.attempt.clone(),
-            outcomes: progress.so_far().into_iter().map(|(name, n)| (name.to_owned(), n)).collect(),
+            outcomes: (&progress.so_far()).into(),
             kept: kept.clone(),
         };
         let mut client = self.client();

@@ -10,7 +10,7 @@ use proto::pb::{
     ReleaseLeaseRequest, ReleaseLeaseResponse, RenewLeaseRequest, RenewLeaseResponse, ShareHostsRequest,
     ShareHostsResponse,
 };
-use proto::{Stored, keys};
+use proto::{Rejection, Stored, keys};
 use tokio::net::TcpListener;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::TcpListenerStream;
@@ -187,7 +187,7 @@ async fn leased_shards_are_made_committed_and_told_of() {
         let key = keys::index("birds-1", shard);
         let index = cluster.store.get(&key.into()).await.expect("committed").bytes().await.expect("memory");
         let index = proto::ShardIndex::from_json(&index).expect("own output");
-        assert_eq!((index.outcomes["kept"], index.outcomes["not_found"]), (5, 1));
+        assert_eq!((index.outcomes.of(Ok(())), index.outcomes.of(Err(Rejection::NotFound))), (5, 1));
         assert_eq!(index.writer, "worker-1");
     }
     cluster.ends().await;

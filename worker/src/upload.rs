@@ -8,7 +8,7 @@ use anyhow::Context;
 use bytes::Bytes;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload, WriteMultipart};
-use proto::index::{StoredFile, Tar};
+use proto::index::{ClassCounts, StoredFile, Tar};
 use proto::shard::{Moments, Origin, TarWriter, sha256_hex};
 use proto::{Sample, ShardIndex, Stored, keys};
 
@@ -29,7 +29,7 @@ pub(crate) struct TarUpload {
     /// Begun with the first full part: a small tar is one plain put.
     multipart: Option<WriteMultipart>,
     samples: u32,
-    per_class: Vec<u32>,
+    per_class: ClassCounts,
     moments: Moments,
 }
 
@@ -41,7 +41,7 @@ impl TarUpload {
             writer: TarWriter::new(),
             multipart: None,
             samples: 0,
-            per_class: Vec::new(),
+            per_class: ClassCounts::default(),
             moments: Moments::default(),
         }
     }
@@ -59,11 +59,7 @@ impl TarUpload {
     ) -> anyhow::Result<(u64, u64)> {
         let place = self.writer.append(sample, origin);
         self.samples += 1;
-        let label = sample.label as usize;
-        if self.per_class.len() <= label {
-            self.per_class.resize(label + 1, 0);
-        }
-        self.per_class[label] += 1;
+        self.per_class.add(sample.label);
         self.moments.add(moments);
         if self.writer.pending() >= PART_BYTES {
             self.send_part().await.with_context(|| format!("failed to upload {}", self.key))?;

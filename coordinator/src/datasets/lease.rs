@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
-use proto::{Attempt, Rejection, ShardIndex, Stored, keys};
+use proto::{Attempt, OutcomeCounts, Rejection, ShardIndex, Stored, keys};
 use tracing::{error, info, warn};
 
 use super::wanted::Wanted;
@@ -80,7 +80,7 @@ impl Datasets {
         worker: &str,
         id: (&str, u32),
         attempt: Attempt,
-        outcomes: BTreeMap<String, u64>,
+        outcomes: OutcomeCounts,
         kept: &HashMap<u32, u64>,
     ) -> Option<Renewed> {
         let now = self.now();
@@ -204,7 +204,7 @@ impl Datasets {
             writer: "coordinator".to_owned(),
             shard: id.shard,
             attempt: Attempt { term: self.term.number, n: 0 }.to_string(),
-            outcomes: BTreeMap::from([(Rejection::SliceFailed.name().to_owned(), urls)]),
+            outcomes: [(Err(Rejection::SliceFailed), urls)].into_iter().collect(),
             tars: BTreeMap::new(),
             outcomes_file: None,
         };

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
-use proto::manifest::Manifest;
+use proto::manifest::{Manifest, ManifestClass};
 use proto::outcomes::OutcomeRow;
 use proto::round::Round;
 use proto::{Rejection, Stored, keys};
@@ -45,23 +45,22 @@ impl Again {
         Self::MayComeBack { full: full.map(|class| class.synset.clone()).collect() }
     }
 
-    /// Whether a URL is fetched again that has this latest outcome.
-    fn wants(&self, row: &OutcomeRow) -> bool {
-        let Ok(Err(rejection)) = row.outcome() else { return false };
-        match self {
+    /// The latest outcome of a URL that is fetched again; None: it is not.
+    fn wants(&self, row: &OutcomeRow) -> Option<Rejection> {
+        let rejection = row.outcome().ok()?.err()?;
+        let wanted = match self {
             Self::MayComeBack { full } => rejection.may_come_back(row.http_status) && !full.contains(&row.synset),
             Self::Unfetched { short } => rejection == Rejection::ClassFull && short.contains(&row.synset),
-        }
+        };
+        wanted.then_some(rejection)
     }
 }
 
 /// Synsets of which a manifest counts fewer than `per_class` samples although some of their URLs were left unfetched.
 pub(crate) fn short(manifest: &Manifest, per_class: u32) -> HashSet<String> {
-    let unfetched = |outcomes: &std::collections::BTreeMap<String, u64>| {
-        outcomes.get(Rejection::ClassFull.name()).is_some_and(|&urls| urls > 0)
-    };
+    let unfetched = |class: &ManifestClass| class.outcomes.of(Err(Rejection::ClassFull)) > 0;
     let classes = manifest.classes.iter();
-    let short = classes.filter(|class| class.total() < u64::from(per_class) && unfetched(&class.outcomes));
+    let short = classes.filter(|class| class.total() < u64::from(per_class) && unfetched(class));
     short.map(|class| class.synset.clone()).collect()
 }
 
@@ -69,8 +68,9 @@ pub(crate) fn short(manifest: &Manifest, per_class: u32) -> HashSet<String> {
 pub(crate) fn gather(history: &History<'_>, again: &Again, compared: bool, catalog: &mut Catalog) -> Result<(), Error> {
     let indexes = history.indexes()?;
     history.latest_first(&indexes, |_, rows| {
-        for (row, _) in rows.iter().filter(|(row, latest)| *latest && again.wants(row)) {
-            let taken = catalog.retry(row.key.max(0) as u64, &row.synset, &row.url, &row.outcome);
+        for (row, _) in rows.iter().filter(|(_, latest)| *latest) {
+            let Some(rejection) = again.wants(row) else { continue };
+            let taken = catalog.retry(row.key.max(0) as u64, &row.synset, &row.url, Err(rejection));
             taken.map_err(|error| SealError::Local(std::io::Error::other(error.to_string())))?;
         }
         Ok(())
@@ -205,19 +205,19 @@ mod tests {
     #[test]
     fn what_may_come_back_is_tried_again_unless_its_class_has_enough() {
         let again = Again::MayComeBack { full: HashSet::from(["n2".to_owned()]) };
-        assert!(again.wants(&row(Rejection::Timeout, None, "n1")));
-        assert!(again.wants(&row(Rejection::HttpStatus, Some(503), "n1")));
-        assert!(!again.wants(&row(Rejection::Timeout, None, "n2")));
-        assert!(!again.wants(&row(Rejection::NotFound, Some(404), "n1")));
-        assert!(!again.wants(&row(Rejection::ClassFull, None, "n1")));
-        assert!(!again.wants(&OutcomeRow { outcome: "kept".into(), ..row(Rejection::Dns, None, "n1") }));
+        assert!(again.wants(&row(Rejection::Timeout, None, "n1")).is_some());
+        assert!(again.wants(&row(Rejection::HttpStatus, Some(503), "n1")).is_some());
+        assert!(again.wants(&row(Rejection::Timeout, None, "n2")).is_none());
+        assert!(again.wants(&row(Rejection::NotFound, Some(404), "n1")).is_none());
+        assert!(again.wants(&row(Rejection::ClassFull, None, "n1")).is_none());
+        assert!(again.wants(&OutcomeRow { outcome: "kept".into(), ..row(Rejection::Dns, None, "n1") }).is_none());
     }
 
     #[test]
     fn urls_that_were_left_are_opened_for_short_classes_alone() {
         let again = Again::Unfetched { short: HashSet::from(["n1".to_owned()]) };
-        assert!(again.wants(&row(Rejection::ClassFull, None, "n1")));
-        assert!(!again.wants(&row(Rejection::ClassFull, None, "n2")));
-        assert!(!again.wants(&row(Rejection::Timeout, None, "n1")));
+        assert!(again.wants(&row(Rejection::ClassFull, None, "n1")).is_some());
+        assert!(again.wants(&row(Rejection::ClassFull, None, "n2")).is_none());
+        assert!(again.wants(&row(Rejection::Timeout, None, "n1")).is_none());
     }
 }

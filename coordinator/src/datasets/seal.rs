@@ -132,7 +132,7 @@ pub(super) fn outcome(manifest: &Manifest) -> Stage {
     if manifest.samples(Split::Train) > 0 {
         return Stage::Ready;
     }
-    let counts = manifest.outcomes.iter().map(|(outcome, urls)| format!("{outcome} {urls}"));
+    let counts = manifest.outcomes.by_name().into_iter().map(|(outcome, urls)| format!("{outcome} {urls}"));
     let counts: Vec<String> =
         counts.chain(manifest.skipped.iter().map(|(skip, n)| format!("{} {n}", skip.name()))).collect();
     Stage::Failed(format!("no training image is left: of the dataset's URLs came {}", counts.join(", ")))

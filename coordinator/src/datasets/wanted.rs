@@ -41,8 +41,10 @@ impl Wanted {
     pub(super) fn committed(&mut self, index: &ShardIndex) {
         self.dropped(index.shard);
         for tar in index.tars.values() {
-            for (class, &samples) in self.committed.iter_mut().zip(&tar.per_class) {
-                *class += u64::from(samples);
+            for (label, samples) in tar.per_class.iter() {
+                if let Some(class) = self.committed.get_mut(label as usize) {
+                    *class += u64::from(samples);
+                }
             }
         }
     }
@@ -75,16 +77,16 @@ impl Wanted {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proto::Split;
-    use proto::index::Tar;
+    use proto::{OutcomeCounts, Split};
     use proto::manifest::ManifestClass;
+    use proto::index::{ClassCounts, Tar};
 
-    fn index(shard: u32, per_class: Vec<u32>) -> ShardIndex {
+    fn index(shard: u32, per_class: ClassCounts) -> ShardIndex {
         let tar = Tar {
             key: String::new(),
             bytes: 0,
             sha256: String::new(),
-            samples: per_class.iter().sum(),
+            samples: per_class.total(),
             per_class,
             blocks: Vec::new(),
             moments: Default::default(),
@@ -95,7 +97,7 @@ mod tests {
             writer: String::new(),
             shard,
             attempt: String::new(),
-            outcomes: BTreeMap::new(),
+            outcomes: OutcomeCounts::default(),
             tars: BTreeMap::from([(Split::Train, tar.clone()), (Split::Test, tar)]),
             outcomes_file: None,
         }
@@ -110,14 +112,14 @@ mod tests {
         wanted.progressed(4, &[(0, 10)].into());
         assert_eq!(wanted.by_label(), [(0, 70), (1, 104)].into());
         wanted.dropped(4);
-        wanted.committed(&index(3, vec![60]));
+        wanted.committed(&index(3, [(0, 60)].into_iter().collect()));
         assert_eq!(wanted.by_label(), [(0, 0), (1, 105)].into(), "a class that has more than enough is full");
 
         let class = |samples| ManifestClass {
             synset: String::new(),
             name: String::new(),
             urls: 0,
-            outcomes: BTreeMap::new(),
+            outcomes: OutcomeCounts::default(),
             samples: [(Split::Train, samples)].into(),
         };
         let manifest = Manifest {
@@ -129,7 +131,7 @@ mod tests {
             resize: Default::default(),
             smallest_side: 0,
             classes: vec![class(98), class(100)],
-            outcomes: BTreeMap::new(),
+            outcomes: OutcomeCounts::default(),
             skipped: BTreeMap::new(),
             near_duplicates: 0,
             mean: [0.0; 3],

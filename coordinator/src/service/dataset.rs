@@ -180,7 +180,7 @@ fn message(dataset: &Dataset, counts: Counts) -> pb::Dataset {
         shards,
         shards_committed: shards - counts.waiting - counts.leased,
         shards_leased: counts.leased,
-        outcomes: dataset.outcomes_so_far().into_iter().collect(),
+        outcomes: (&dataset.outcomes_so_far()).into(),
         manifest_version: manifest.map_or(0, |manifest| manifest.version),
         classes: match manifest {
             Some(manifest) => {
@@ -199,7 +199,7 @@ fn message(dataset: &Dataset, counts: Counts) -> pb::Dataset {
 }
 
 fn sealed_class(class: &proto::manifest::ManifestClass, per_class: u32) -> pb::ClassCount {
-    let unfetched = class.outcomes.get(Rejection::ClassFull.name()).copied().unwrap_or(0);
+    let unfetched = class.outcomes.of(Err(Rejection::ClassFull));
     let samples = |split| class.samples.get(&split).copied().unwrap_or(0);
     pb::ClassCount {
         synset: class.synset.clone(),

@@ -3,9 +3,9 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use proto::Attempt;
 use proto::pb::fetch_service_server::FetchService;
 use proto::pb::{self};
+use proto::{Attempt, OutcomeCounts};
 use tonic::{Request, Response, Status};
 
 use crate::datasets::Datasets;
@@ -69,7 +69,8 @@ impl FetchService for FetchApi {
         let pb::RenewLeaseRequest { term_seen, worker, dataset, shard, attempt: text, outcomes, kept } =
             request.into_inner();
         self.datasets.term.hear(term_seen)?;
-        let outcomes = outcomes.into_iter().collect();
+        let outcomes =
+            OutcomeCounts::from_names(outcomes).map_err(|error| Error::Invalid(format!("outcomes: {error}")))?;
         let renewed = self.datasets.renew(&worker, (&dataset, shard), attempt(&text)?, outcomes, &kept);
         let (duration_millis, wanted) =
             renewed.map_or_else(Default::default, |renewed| (millis(renewed.duration), renewed.wanted));

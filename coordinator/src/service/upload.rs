@@ -319,7 +319,7 @@ fn response(id: &str, round: &Round) -> pb::CreateDatasetResponse {
         bad_line_examples: round.bad_line_examples.clone(),
         shards: round.slices.len() as u32,
         round: round.round,
-        retried: round.retried.clone().into_iter().collect(),
+        retried: (&round.retried).into(),
         known: round.known,
     }
 }

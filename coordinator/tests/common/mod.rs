@@ -10,7 +10,7 @@ use futures::TryStreamExt;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path as Key;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions};
-use proto::index::{StoredFile, Tar};
+use proto::index::{ClassCounts, StoredFile, Tar};
 use proto::outcomes::OutcomeRow;
 use proto::pb::create_dataset_request::{Part, Source, Start};
 use proto::pb::dataset_service_client::DatasetServiceClient;
@@ -18,7 +18,7 @@ use proto::pb::fetch_service_client::FetchServiceClient;
 use proto::pb::{self, DatasetState};
 use proto::rejection::KEPT;
 use proto::shard::{Moments, Origin, TarWriter, hex, sha256_hex};
-use proto::{Attempt, DatasetSpec, Rejection, Sample, ShardIndex, Split, Stored, keys, table};
+use proto::{Attempt, DatasetSpec, OutcomeCounts, Rejection, Sample, ShardIndex, Split, Stored, keys, table};
 use sha2::{Digest, Sha256};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -242,9 +242,9 @@ pub async fn put_shard(store: &dyn ObjectStore, lease: &pb::Lease) {
     let attempt: Attempt = lease.attempt.parse().expect("the coordinator's");
     let slice = get(store, &keys::slice(&lease.dataset, lease.shard)).await;
     let text = String::from_utf8(zstd::decode_all(&slice[..]).expect("zstd")).expect("UTF-8");
-    let mut tars: BTreeMap<Split, (TarWriter, Vec<u32>, Moments)> = BTreeMap::new();
+    let mut tars: BTreeMap<Split, (TarWriter, ClassCounts, Moments)> = BTreeMap::new();
     let mut wanted = lease.wanted.clone();
-    let (mut rows, mut counts) = (Vec::new(), BTreeMap::<String, u64>::new());
+    let (mut rows, mut counts) = (Vec::new(), OutcomeCounts::default());
     for line in text.lines() {
         let [key, synset, url] = line.splitn(3, '\t').collect::<Vec<_>>()[..] else { panic!("{line}") };
         let key: u64 = key.parse().expect("a number");
@@ -263,8 +263,7 @@ pub async fn put_shard(store: &dyn ObjectStore, lease: &pb::Lease) {
             let origin =
                 Origin { synset: synset.to_owned(), url: url.to_owned(), sha256: hex(&sha), width: 1, height: 1 };
             let (offset, length) = writer.append(&sample, &origin);
-            per_class.resize(per_class.len().max(label as usize + 1), 0);
-            per_class[label as usize] += 1;
+            per_class.add(label);
             let of_one = Moments { pixels: 1, sum: [key; 3], sum_of_squares: [key * key; 3] };
             moments.add(&of_one);
             row.set_moments(&of_one);
@@ -276,7 +275,7 @@ pub async fn put_shard(store: &dyn ObjectStore, lease: &pb::Lease) {
             row.offset = Some(offset as i64);
             row.length = Some(length as i64);
         }
-        *counts.entry(row.outcome.clone()).or_default() += 1;
+        counts.add(fetched.map(drop), 1);
         rows.push(row);
     }
     let mut index = ShardIndex {
@@ -295,7 +294,7 @@ pub async fn put_shard(store: &dyn ObjectStore, lease: &pb::Lease) {
         bytes.extend_from_slice(&rest);
         let key = keys::tar(&lease.dataset, split, lease.shard, attempt);
         put(store, &key, bytes).await;
-        let samples = per_class.iter().sum();
+        let samples = per_class.total();
         index.tars.insert(split, Tar { key, bytes: length, sha256, samples, per_class, blocks, moments });
     }
     let file = table::write(&rows).expect("encodes");

@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use anyhow::Result;
-use proto::Manifest;
 use proto::manifest::{ManifestShard, Skips};
+use proto::rejection::outcome_name;
+use proto::{Manifest, OutcomeCounts};
 use serde::Serialize;
 
 use super::reader::{From, Reader, samples};
@@ -125,11 +126,10 @@ fn diff(one: &Manifest, other: &Manifest, moved: &HashMap<String, (u64, u64)>) -
     }
 }
 
-fn changes(before: &BTreeMap<String, u64>, after: &BTreeMap<String, u64>) -> BTreeMap<String, Change> {
-    let names: BTreeSet<&String> = before.keys().chain(after.keys()).collect();
-    let of = |counts: &BTreeMap<String, u64>, name: &str| counts.get(name).copied().unwrap_or(0);
-    let change = |name: &String| (name.clone(), Change { from: of(before, name), to: of(after, name) });
-    names.into_iter().map(change).filter(|(_, change)| change.from != change.to).collect()
+fn changes(before: &OutcomeCounts, after: &OutcomeCounts) -> BTreeMap<String, Change> {
+    let outcomes = before.iter().chain(after.iter()).map(|(outcome, _)| outcome);
+    let change = |outcome| (outcome_name(outcome).to_owned(), Change { from: before.of(outcome), to: after.of(outcome) });
+    outcomes.map(change).filter(|(_, change)| change.from != change.to).collect()
 }
 
 /// For people.
@@ -168,11 +168,13 @@ fn lines(name: &str, diff: &Diff) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proto::Rejection;
 
     #[test]
     fn counts_that_are_the_same_are_left_out() {
-        let counts = |pairs: &[(&str, u64)]| pairs.iter().map(|&(name, n)| (name.to_owned(), n)).collect();
-        let changes = changes(&counts(&[("kept", 3), ("dns", 2), ("timeout", 4)]), &counts(&[("kept", 7), ("dns", 2)]));
+        let before = [(Ok(()), 3), (Err(Rejection::Dns), 2), (Err(Rejection::Timeout), 4)];
+        let after = [(Ok(()), 7), (Err(Rejection::Dns), 2)];
+        let changes = changes(&before.into_iter().collect(), &after.into_iter().collect());
         let expected = [("kept", Change { from: 3, to: 7 }), ("timeout", Change { from: 4, to: 0 })];
         assert_eq!(changes, expected.map(|(name, change)| (name.to_owned(), change)).into());
     }

@@ -3,6 +3,7 @@ use std::net::SocketAddr;
 use bytes::Bytes;
 use object_store::local::LocalFileSystem;
 use proto::shard::read_block;
+use proto::index::ClassCounts;
 use proto::{Class, Limits, Rejection, Resize, Stored};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -246,10 +247,7 @@ async fn every_url_gets_its_one_outcome_and_index_outcomes_and_tars_agree() {
     assert_eq!(rows.len(), wanted.len());
     assert_eq!(rows[0].final_url, Some(format!("{base}/good/90")));
     assert_eq!((rows[10].http_status, rows[23].http_status), (Some(503), None));
-    let counted: BTreeMap<String, u64> = rows.iter().fold(BTreeMap::new(), |mut counts, row| {
-        *counts.entry(row.outcome.clone()).or_default() += 1;
-        counts
-    });
+    let counted: OutcomeCounts = rows.iter().map(|row| (row.outcome().expect("own output"), 1)).collect();
     assert_eq!(index.outcomes, counted);
 
     let mut samples = 0;
@@ -257,7 +255,7 @@ async fn every_url_gets_its_one_outcome_and_index_outcomes_and_tars_agree() {
         let bytes = get(&*store, &tar.key).await;
         assert_eq!((tar.bytes, &tar.sha256), (bytes.len() as u64, &proto::shard::sha256_hex(&bytes)));
         let mut moments = proto::shard::Moments::default();
-        let mut per_class = vec![0; tar.per_class.len()];
+        let mut per_class = ClassCounts::default();
         for block in &tar.blocks {
             let block = bytes.slice(block.offset as usize..(block.offset + block.length) as usize);
             for sample in read_block(&block).expect("own output") {
@@ -269,7 +267,7 @@ async fn every_url_gets_its_one_outcome_and_index_outcomes_and_tars_agree() {
                 let header = turbojpeg::read_header(&sample.image).expect("a JPEG");
                 assert_eq!((header.width, header.height), (64, 64));
                 moments.add(&row.moments());
-                per_class[sample.label as usize] += 1;
+                per_class.add(sample.label);
                 samples += 1;
             }
         }
@@ -310,7 +308,7 @@ async fn a_cancelled_attempt_and_one_whose_slice_is_no_slice_leave_nothing() {
     let assignment = assignment(1);
     let attempt = make_shard(&tools, &assignment, &progress, (), &cancel);
     let cancelling = async {
-        while progress.so_far().get(KEPT) != Some(&20) {
+        while progress.so_far().of(Ok(())) != 20 {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         cancel.cancel();
@@ -352,7 +350,7 @@ async fn urls_of_a_class_that_is_full_are_left_unfetched_and_are_told_of() {
     }
     assert!(full > 0 && kept > 0);
     assert_eq!(progress.kept(), HashMap::from([(1, kept)]));
-    assert_eq!(index.outcomes, BTreeMap::from([("class_full".to_owned(), full), (KEPT.to_owned(), kept)]));
+    assert_eq!(index.outcomes, [(Err(Rejection::ClassFull), full), (Ok(()), kept)].into_iter().collect());
     progress.limit(HashMap::from([(1, 3)]), &progress.kept());
     assert!(!progress.is_full(1), "three more are wanted");
 }
