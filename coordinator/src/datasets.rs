@@ -7,11 +7,9 @@
 mod lease;
 mod recover;
 mod remove;
-mod rounds;
+pub(crate) mod rounds;
 mod seal;
 mod wanted;
-
-pub(crate) use self::rounds::{Again, gather, put_slices};
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
@@ -88,6 +86,17 @@ pub(crate) enum Stage {
     Ready,
     /// There is nothing to train on, or the manifest cannot be made.
     Failed(String),
+}
+
+impl Stage {
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::Fetching => "fetching",
+            Self::Sealing => "sealing",
+            Self::Ready => "ready",
+            Self::Failed(_) => "failed",
+        }
+    }
 }
 
 impl Dataset {
@@ -210,7 +219,7 @@ impl Datasets {
     pub(crate) fn stages(&self) -> BTreeMap<&'static str, u64> {
         let mut stages = BTreeMap::from(["fetching", "sealing", "ready", "failed"].map(|stage| (stage, 0)));
         for dataset in self.state().live.values() {
-            *stages.entry(recover::stage_name(&dataset.stage)).or_default() += 1;
+            *stages.entry(dataset.stage.name()).or_default() += 1;
         }
         stages
     }

@@ -39,15 +39,6 @@ impl From<std::io::Error> for Error {
     }
 }
 
-impl From<crate::manifest::SealError> for Error {
-    fn from(error: crate::manifest::SealError) -> Self {
-        match error {
-            crate::manifest::SealError::Store(error) => Self::Store(error),
-            error => Self::Local(error.to_string()),
-        }
-    }
-}
-
 impl From<proto::SpecError> for Error {
     fn from(error: proto::SpecError) -> Self {
         Self::Invalid(error.to_string())

@@ -10,11 +10,31 @@ use proto::shard::sha256_hex;
 use proto::{ShardIndex, Stored, keys, slice, table};
 use tokio::runtime::Handle;
 
-use crate::manifest::SealError;
-use crate::store::Store;
+use crate::error::Error;
+use crate::store::{Store, StoreError};
 
 /// Shards whose outcomes are read at the same time.
 const PARALLEL: usize = 8;
+
+/// Why what became of URLs cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum HistoryError {
+    /// What was committed is not what it must be; it would be the same each time.
+    #[error("{key}: {what}")]
+    Corrupt { key: String, what: String },
+    /// Worth another try.
+    #[error("{0}")]
+    Store(#[from] StoreError),
+}
+
+impl From<HistoryError> for Error {
+    fn from(error: HistoryError) -> Self {
+        match error {
+            HistoryError::Store(error) => Self::Store(error),
+            error @ HistoryError::Corrupt { .. } => Self::Local(error.to_string()),
+        }
+    }
+}
 
 /// A dataset's committed shards.
 pub(crate) struct History<'a> {
@@ -48,7 +68,7 @@ impl Seen {
 
 impl History<'_> {
     /// The indexes of all shards, by number.
-    pub(crate) fn indexes(&self) -> Result<BTreeMap<u32, ShardIndex>, SealError> {
+    pub(crate) fn indexes(&self) -> Result<BTreeMap<u32, ShardIndex>, HistoryError> {
         let shards = || self.rounds.iter().flat_map(Round::shards);
         let wanted = shards().map(|shard| keys::index(self.dataset, shard)).collect();
         let mut indexes = BTreeMap::new();
@@ -63,11 +83,11 @@ impl History<'_> {
     }
 
     /// Hands out the rows of each shard, rounds from the last to the first. Of each row, whether it is its URL's latest.
-    pub(crate) fn latest_first(
+    pub(crate) fn latest_first<E: From<HistoryError>>(
         &self,
         indexes: &BTreeMap<u32, ShardIndex>,
-        mut each: impl FnMut(&ShardIndex, Vec<(OutcomeRow, bool)>) -> Result<(), SealError>,
-    ) -> Result<(), SealError> {
+        mut each: impl FnMut(&ShardIndex, Vec<(OutcomeRow, bool)>) -> Result<(), E>,
+    ) -> Result<(), E> {
         let mut seen = Seen::new(self.rounds);
         for round in self.rounds.iter().rev() {
             let mut keys = Vec::new();
@@ -89,11 +109,11 @@ impl History<'_> {
     }
 
     /// Hands out the rows of some shards; those of a slice that failed are made of its URLs.
-    pub(crate) fn each<'a>(
+    pub(crate) fn each<'a, E: From<HistoryError>>(
         &self,
         indexes: impl Iterator<Item = &'a ShardIndex>,
-        mut each: impl FnMut(&ShardIndex, Vec<OutcomeRow>) -> Result<(), SealError>,
-    ) -> Result<(), SealError> {
+        mut each: impl FnMut(&ShardIndex, Vec<OutcomeRow>) -> Result<(), E>,
+    ) -> Result<(), E> {
         let indexes: Vec<&ShardIndex> = indexes.collect();
         let key = |index: &ShardIndex| match &index.outcomes_file {
             Some(file) => file.key.clone(),
@@ -103,7 +123,7 @@ impl History<'_> {
             let files: Vec<String> = group.iter().map(|index| key(index)).collect();
             let reads = self.handle.block_on(futures::future::join_all(files.iter().map(|key| self.store.need(key))));
             for ((&index, key), bytes) in group.iter().zip(&files).zip(reads) {
-                let bytes = bytes?;
+                let bytes = bytes.map_err(HistoryError::from)?;
                 let rows = match &index.outcomes_file {
                     Some(file) => outcome_rows(file, bytes)?,
                     None => failed_rows(&bytes).map_err(|error| corrupt(key, error))?,
@@ -115,7 +135,7 @@ impl History<'_> {
     }
 
     /// Hands out the synset and URL of every entry of every slice; one that was fetched again comes again.
-    pub(crate) fn each_listed<E: From<SealError>>(
+    pub(crate) fn each_listed<E: From<HistoryError>>(
         &self,
         mut each: impl FnMut(&str, &str) -> Result<(), E>,
     ) -> Result<(), E> {
@@ -124,7 +144,7 @@ impl History<'_> {
             let files: Vec<String> = group.iter().map(|&slice| keys::slice(self.dataset, slice)).collect();
             let reads = self.handle.block_on(futures::future::join_all(files.iter().map(|key| self.store.need(key))));
             for (key, bytes) in files.iter().zip(reads) {
-                let text = slice::unpack(&bytes.map_err(SealError::from)?).map_err(|error| corrupt(key, error))?;
+                let text = slice::unpack(&bytes.map_err(HistoryError::from)?).map_err(|error| corrupt(key, error))?;
                 for entry in slice::entries(&text) {
                     let entry = entry.map_err(|error| corrupt(key, error))?;
                     each(entry.synset, entry.url)?;
@@ -135,11 +155,11 @@ impl History<'_> {
     }
 }
 
-pub(crate) fn corrupt(key: &str, what: impl std::fmt::Display) -> SealError {
-    SealError::Corrupt { key: key.to_owned(), what: what.to_string() }
+pub(crate) fn corrupt(key: &str, what: impl std::fmt::Display) -> HistoryError {
+    HistoryError::Corrupt { key: key.to_owned(), what: what.to_string() }
 }
 
-fn outcome_rows(file: &StoredFile, bytes: bytes::Bytes) -> Result<Vec<OutcomeRow>, SealError> {
+fn outcome_rows(file: &StoredFile, bytes: bytes::Bytes) -> Result<Vec<OutcomeRow>, HistoryError> {
     if sha256_hex(&bytes) != file.sha256 {
         return Err(corrupt(&file.key, "its bytes are not those that the index names"));
     }

@@ -1,54 +1,24 @@
 //! Parses URL lists: lines of several formats, plain or compressed, as a stream in bounded memory. Parquet, which is read from
 //! its end, goes through a temporary file.
 //!
-//! Formats with named columns need two of them. Unless they are named by the caller, the usual names are looked for ([`SYNSETS`],
-//! [`URLS`]), whatever their case and punctuation: `image_url`, `ImageURL` and `image-url` are one.
+//! Formats with named columns need two of them. Unless they are named by the caller, the usual names are looked for (`SYNSETS`,
+//! `URLS`), whatever their case and punctuation: `image_url`, `ImageURL` and `image-url` are one.
 
 mod columns;
+mod entry;
 
 use std::cell::Cell;
 use std::io::{self, BufRead, BufReader, Cursor, Read};
-use std::path::PathBuf;
 use std::rc::Rc;
 
-use proto::outcomes::LONGEST_URL;
 use proto::pb::ListFormat;
 
+pub(crate) use self::entry::ListOptions;
+use self::entry::{Each, LONGEST_LINE, entry, find_columns, no_column, unreadable};
 use crate::error::Error;
-
-/// Columns that hold the class, the most telling first. `LabelName` is Open Images'.
-const SYNSETS: &[&str] =
-    &["synset", "wnid", "synsetid", "labelname", "class", "classid", "label", "labelid", "category", "target"];
-
-/// Columns that hold the URL. `OriginalURL` is Open Images'; `Thumbnail300KURL` beside it is not wanted.
-const URLS: &[&str] = &["url", "imageurl", "imgurl", "originalurl", "photoimageurl", "imagelink", "link", "uri", "src"];
-
-/// A class of more bytes than this is bad: all of them are held in memory.
-const LONGEST_SYNSET: usize = 128;
-
-/// A line of more bytes than this is bad.
-const LONGEST_LINE: usize = 64 << 10;
 
 /// A CSV record of more bytes than this ends the reading: a quote was never closed.
 const LONGEST_RECORD: usize = 4 << 20;
-
-/// How the lines of a list are to be read.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct ListOptions {
-    pub(crate) format: ListFormat,
-    /// Name of the column, in formats that have any; empty: one of the usual names.
-    pub(crate) synset_column: String,
-    /// Likewise.
-    pub(crate) url_column: String,
-    /// For temporary files; None: the system's folder.
-    pub(crate) folder: Option<PathBuf>,
-}
-
-/// One line: synset and URL, or what is wrong with it.
-pub(crate) type Line<'a> = Result<(&'a str, &'a str), String>;
-
-/// Takes the lines of a source with their numbers.
-pub(crate) type Each<'a> = &'a mut dyn FnMut(u64, Line<'_>) -> Result<(), Error>;
 
 /// Reads one source and hands each entry or bad line to `each`. Blank lines and lines that begin with `#` are passed over.
 ///
@@ -92,44 +62,6 @@ pub(crate) fn read(name: &str, source: impl Read, options: &ListOptions, each: E
         ListFormat::SynsetUrl | ListFormat::Auto | ListFormat::Parquet => {
             lines(name, source, each, |line| pair(line, false))
         }
-    }
-}
-
-/// The places of the synset's and the URL's column among `there`; what is missing is said by the name that was wanted.
-fn find_columns<'a>(
-    there: impl Iterator<Item = &'a str> + Clone,
-    options: &ListOptions,
-) -> Result<(usize, usize), &'static str> {
-    let plain = |name: &str| -> String {
-        name.chars().filter(char::is_ascii_alphanumeric).map(|c| c.to_ascii_lowercase()).collect()
-    };
-    let find = |given: &str, usual: &[&str]| match given {
-        "" => usual.iter().find_map(|usual| there.clone().position(|column| plain(column) == *usual)),
-        given => there.clone().position(|column| column == given),
-    };
-    match (find(&options.synset_column, SYNSETS), find(&options.url_column, URLS)) {
-        (Some(synset), Some(url)) => Ok((synset, url)),
-        (None, _) => Err("class"),
-        (_, None) => Err("URL"),
-    }
-}
-
-/// That a column is not there, which are, and what to do.
-fn no_column<'a>(name: &str, what: &str, there: impl Iterator<Item = &'a str>, options: &ListOptions) -> Error {
-    let (given, flag) = match what {
-        "class" => (&options.synset_column, "--synset-column"),
-        _ => (&options.url_column, "--url-column"),
-    };
-    let wanted = if given.is_empty() { format!("for the {what}") } else { format!("{given:?}") };
-    let there: Vec<&str> = there.collect();
-    Error::Invalid(format!("{name}: no column {wanted}; it has {}. Name the right one with {flag}", there.join(", ")))
-}
-
-fn unreadable(name: &str, error: &io::Error) -> Error {
-    match error.kind() {
-        // What the channel to the caller's stream says when the caller went away.
-        io::ErrorKind::ConnectionAborted => Error::Aborted(format!("{name}: {error}")),
-        _ => Error::Invalid(format!("{name}: cannot be read: {error}")),
     }
 }
 
@@ -242,25 +174,6 @@ fn pair(line: &str, with_id: bool) -> Result<(String, String), String> {
     Ok((synset.to_owned(), url.to_owned()))
 }
 
-fn entry<'a>(synset: &'a str, url: &'a str) -> Line<'a> {
-    let (synset, url) = (synset.trim(), url.trim());
-    if synset.is_empty() {
-        Err("no synset".to_owned())
-    } else if synset.contains(char::is_whitespace) {
-        Err(format!("synset {synset:?} has white space in it"))
-    } else if synset.len() > LONGEST_SYNSET {
-        Err(format!("a synset of {} bytes; {LONGEST_SYNSET} are allowed", synset.len()))
-    } else if url.len() > LONGEST_URL {
-        Err(format!("a URL of {} bytes; {LONGEST_URL} are allowed", url.len()))
-    } else if url.is_empty() {
-        Err("no URL".to_owned())
-    } else if url.contains(['\n', '\r']) {
-        Err("a line break in the URL".to_owned())
-    } else {
-        Ok((synset, url))
-    }
-}
-
 fn with_header(
     name: &str,
     source: impl BufRead,
@@ -324,7 +237,9 @@ impl<R: Read> Read for Budgeted<R> {
 
 #[cfg(test)]
 mod tests {
+    use super::entry::LONGEST_SYNSET;
     use super::*;
+    use proto::outcomes::LONGEST_URL;
     use std::io::Write;
 
     fn auto() -> ListOptions {

@@ -10,28 +10,35 @@ use proto::manifest::{Manifest, ManifestBlock, ManifestClass, ManifestShard, Man
 use proto::outcomes::OutcomeRow;
 use proto::round::Round;
 use proto::shard::{Moments, sha256_hex};
-use proto::{DatasetSpec, OutcomeCounts, ShardIndex, Split, Stored, keys, table};
+use proto::{DatasetSpec, FormatError, OutcomeCounts, ShardIndex, Split, Stored, keys, table};
 use tokio::runtime::Handle;
 
 use crate::duplicates::{Finder, Found, Place};
-use crate::history::{History, corrupt};
+use crate::error::Error;
+use crate::history::{History, HistoryError, corrupt};
 use crate::store::{Created, Store, StoreError, nonce};
 
 /// Why there is no manifest.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SealError {
-    /// What a worker committed is not what it must be; it would be the same each time.
-    #[error("{key}: {what}")]
-    Corrupt { key: String, what: String },
-    /// Worth another try.
+    /// What workers committed cannot be read.
     #[error("{0}")]
-    Store(#[from] StoreError),
+    History(#[from] HistoryError),
     /// Worth another try.
     #[error("another round: {0}")]
-    Round(String),
+    Round(Error),
+    /// Findings cannot be encoded.
+    #[error("{0}")]
+    Format(#[from] FormatError),
     /// Worth another try.
     #[error("temporary file: {0}")]
     Local(#[from] std::io::Error),
+}
+
+impl From<StoreError> for SealError {
+    fn from(error: StoreError) -> Self {
+        Self::History(error.into())
+    }
 }
 
 /// What is to be sealed.
@@ -62,7 +69,7 @@ pub(crate) fn seal(handle: &Handle, store: &Store, sealing: &Sealing) -> Result<
 
     let mut totals = Totals::new(spec.classes.len());
     let mut finder = Finder::new(spec.duplicates, spec.per_class, sealing.folder.clone());
-    history.latest_first(&indexes, |index, rows| {
+    history.latest_first(&indexes, |index, rows| -> Result<(), SealError> {
         for (row, _) in rows.iter().filter(|(_, latest)| *latest) {
             let outcome = row.outcome().map_err(|error| corrupt(&name(dataset, index), error))?;
             totals.outcomes[label(index, row)? as usize].add(outcome, 1);
@@ -133,8 +140,7 @@ pub(crate) fn seal(handle: &Handle, store: &Store, sealing: &Sealing) -> Result<
                 }
             }
             let rows: Vec<Finding> = rows.iter().map(crate::duplicates::Mark::finding).collect();
-            let file = table::write(&rows).map_err(|error| SealError::Local(std::io::Error::other(error)))?;
-            let file = put(keys::findings(dataset, *version, shard), file.into())?;
+            let file = put(keys::findings(dataset, *version, shard), table::write(&rows)?.into())?;
             if let Ok(at) = manifest.shards.binary_search_by_key(&shard, |named| named.shard) {
                 manifest.shards[at].findings = Some(file);
             }
@@ -143,7 +149,7 @@ pub(crate) fn seal(handle: &Handle, store: &Store, sealing: &Sealing) -> Result<
     let key = keys::manifest(dataset, *version);
     match handle.block_on(store.create(&key, &manifest))? {
         Created::Won => Ok(manifest),
-        Created::Lost(theirs) => Manifest::from_json(&theirs).map_err(|error| corrupt(&key, error)),
+        Created::Lost(theirs) => Ok(Manifest::from_json(&theirs).map_err(|error| corrupt(&key, error))?),
     }
 }
 
@@ -158,12 +164,12 @@ fn take_away(
     history: &History<'_>,
     indexes: &BTreeMap<u32, ShardIndex>,
     found: &Found,
-    label: &impl Fn(&ShardIndex, &OutcomeRow) -> Result<u32, SealError>,
+    label: &impl Fn(&ShardIndex, &OutcomeRow) -> Result<u32, HistoryError>,
     totals: &mut Totals,
 ) -> Result<HashMap<(u32, Split), Vec<u32>>, SealError> {
     let mut skipped_blocks: HashMap<(u32, Split), Vec<u32>> = HashMap::new();
     let with_skips = indexes.values().filter(|index| found.skips.contains_key(&index.shard));
-    history.each(with_skips, |index, rows| {
+    history.each(with_skips, |index, rows| -> Result<(), SealError> {
         let skips = &found.skips[&index.shard];
         let rows = rows.into_iter().map(|row| (row, true)).collect();
         let samples = samples(index, rows).map_err(|what| corrupt(&name(history.dataset, index), what))?;

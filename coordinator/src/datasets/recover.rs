@@ -26,7 +26,7 @@ impl Datasets {
             .try_collect()
             .await?;
         for (dataset, open) in found.into_iter().flatten() {
-            info!(dataset = &*dataset.id, open = open.len(), stage = stage_name(&dataset.stage), "dataset recovered");
+            info!(dataset = &*dataset.id, open = open.len(), stage = dataset.stage.name(), "dataset recovered");
             self.admit(dataset, open, false);
         }
         Ok(())
@@ -97,14 +97,5 @@ impl Datasets {
         let keys = self.store.list(&keys::manifests(id)).await?;
         let versions = keys.iter().filter(|key| key.ends_with(".json")).filter_map(|key| keys::number(key).ok());
         Ok(versions.max().and_then(|version| u32::try_from(version).ok()).unwrap_or(0))
-    }
-}
-
-pub(super) fn stage_name(stage: &Stage) -> &'static str {
-    match stage {
-        Stage::Fetching => "fetching",
-        Stage::Sealing => "sealing",
-        Stage::Ready => "ready",
-        Stage::Failed(_) => "failed",
     }
 }

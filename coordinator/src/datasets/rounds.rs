@@ -21,7 +21,6 @@ use super::{Dataset, Datasets, Stage};
 use crate::catalog::{Begin, Catalog};
 use crate::error::Error;
 use crate::history::History;
-use crate::manifest::SealError;
 use crate::store::{Created, Store};
 
 /// Slices that are uploaded at the same time.
@@ -67,11 +66,10 @@ pub(crate) fn short(manifest: &Manifest, per_class: u32) -> HashSet<String> {
 /// Takes into `catalog` what is to be fetched again, and, if new lines are to be `compared`, what is known. Blocks its thread.
 pub(crate) fn gather(history: &History<'_>, again: &Again, compared: bool, catalog: &mut Catalog) -> Result<(), Error> {
     let indexes = history.indexes()?;
-    history.latest_first(&indexes, |_, rows| {
+    history.latest_first(&indexes, |_, rows| -> Result<(), Error> {
         for (row, _) in rows.iter().filter(|(_, latest)| *latest) {
             let Some(rejection) = again.wants(row) else { continue };
-            let taken = catalog.retry(row.key.max(0) as u64, &row.synset, &row.url, Err(rejection));
-            taken.map_err(|error| SealError::Local(std::io::Error::other(error.to_string())))?;
+            catalog.retry(row.key.max(0) as u64, &row.synset, &row.url, Err(rejection))?;
         }
         Ok(())
     })?;

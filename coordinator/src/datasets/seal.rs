@@ -10,6 +10,7 @@ use tracing::{error, info, warn};
 
 use super::rounds::short;
 use super::{Dataset, Datasets, Stage};
+use crate::history::HistoryError;
 use crate::ledger::Counts;
 use crate::manifest::{SealError, Sealing, seal};
 use crate::store::StoreError;
@@ -29,7 +30,7 @@ impl Datasets {
                 match settled {
                     Ok(Some(stage)) => break stage,
                     Ok(None) => return,
-                    Err(error @ SealError::Corrupt { .. }) => break Stage::Failed(error.to_string()),
+                    Err(error @ SealError::History(HistoryError::Corrupt { .. })) => break Stage::Failed(error.to_string()),
                     Err(error) => warn!(dataset = &*id, %error, "cannot seal, trying again"),
                 }
                 tokio::time::sleep(SEAL_PAUSE).await;
@@ -71,7 +72,7 @@ impl Datasets {
         if !short.is_empty() {
             let dataset = Dataset { manifest: Some(Arc::clone(&manifest)), ..dataset };
             let opened = self.open_unfetched(&dataset, short).await;
-            if opened.map_err(|error| SealError::Round(error.to_string()))? {
+            if opened.map_err(SealError::Round)? {
                 return Ok(None);
             }
         }

@@ -10,7 +10,7 @@ use parquet::record::Field;
 use parquet::schema::types::Type;
 use serde_json::{Map, Value};
 
-use super::{Each, LONGEST_LINE, ListOptions, entry, find_columns, no_column, unreadable};
+use super::entry::{Each, LONGEST_LINE, ListOptions, entry, find_columns, no_column, unreadable};
 use crate::error::Error;
 
 /// One object. `at` remembers what the columns were called in the last line.

@@ -17,7 +17,8 @@ use tonic::Streaming;
 use tracing::{Instrument, warn};
 
 use crate::catalog::{Begin, Catalog};
-use crate::datasets::{Again, Datasets, Stage, gather, put_slices};
+use crate::datasets::rounds::{Again, gather, put_slices};
+use crate::datasets::{Datasets, Stage};
 use crate::error::Error;
 use crate::history::History;
 use crate::list::ListOptions;
