@@ -11,7 +11,7 @@ use demo_origin::list::{self, Entry};
 use demo_origin::origin::{Options, Origin};
 use demo_origin::rot::Rot;
 use proto::outcomes::OutcomeRow;
-use proto::{Manifest, Outcome, Rejection, ShardIndex, Stored, table};
+use proto::{DatasetId, Manifest, Outcome, Rejection, ShardIndex, Stored, table};
 use support::Cluster;
 
 /// The origin needs a runtime; everything else in a test waits for processes.
@@ -49,7 +49,7 @@ fn manifest(cluster: &Cluster) -> Manifest {
 }
 
 /// Every row of every committed shard.
-fn rows(cluster: &Cluster, dataset: &str) -> Vec<OutcomeRow> {
+fn rows(cluster: &Cluster, dataset: &DatasetId) -> Vec<OutcomeRow> {
     let store = Path::new(&cluster.store);
     let indexes = std::fs::read_dir(store.join(proto::keys::indexes(dataset))).expect("shards are committed");
     let index = |path| ShardIndex::from_json(&std::fs::read(path).expect("an index")).expect("an index");

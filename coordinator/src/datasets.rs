@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use proto::manifest::Manifest;
 use proto::round::Round;
-use proto::{DatasetSpec, OutcomeCounts, ShardIndex, Split, keys};
+use proto::{DatasetId, DatasetSpec, OutcomeCounts, ShardIndex, Split, keys};
 use tokio::sync::{Notify, OwnedMutexGuard, Semaphore};
 use tracing::info;
 
@@ -49,16 +49,14 @@ pub(crate) struct Datasets {
 
 struct State {
     ledger: Ledger,
-    live: BTreeMap<Arc<str>, Dataset>,
+    live: BTreeMap<DatasetId, Dataset>,
     workers: HashMap<String, Instant>,
 }
 
 /// One live dataset.
 #[derive(Debug, Clone)]
 pub(crate) struct Dataset {
-    /// `<name>-<uid>`.
-    pub(crate) id: Arc<str>,
-    pub(crate) name: String,
+    pub(crate) id: DatasetId,
     pub(crate) spec: Arc<DatasetSpec>,
     pub(crate) spec_json: String,
     pub(crate) rounds: Arc<Vec<Round>>,
@@ -172,7 +170,7 @@ impl Datasets {
     }
 
     /// Commits a new dataset: its slices are in the store; its spec and round are put here. `fresh` leases at once.
-    pub(crate) async fn commit(self: &Arc<Self>, id: &str, spec: DatasetSpec, round: Round) -> Result<(), Error> {
+    pub(crate) async fn commit(self: &Arc<Self>, id: &DatasetId, spec: DatasetSpec, round: Round) -> Result<(), Error> {
         self.term.look(&self.store).await?;
         self.store.put(&keys::dataset_spec(id), spec.to_json().into()).await?;
         if let Created::Lost(_) = self.store.create(&keys::round(id, round.round), &round).await? {
@@ -182,21 +180,21 @@ impl Datasets {
         if self.store.get(&keys::tombstone(id)).await?.is_some() {
             return Err(Error::Aborted(format!("a later coordinator has removed {id} before it was complete")));
         }
-        let dataset = Dataset::new(id, spec, vec![round]).map_err(|e| Error::Local(e.to_string()))?;
+        let dataset = Dataset::new(id, spec, vec![round]);
         let open = dataset.shards();
-        info!(dataset = id, urls = dataset.urls(), shards = open.len(), "dataset created");
+        info!(dataset = &**id, urls = dataset.urls(), shards = open.len(), "dataset created");
         self.admit(dataset, open, true);
         Ok(())
     }
 
     fn admit(self: &Arc<Self>, dataset: Dataset, open: Vec<u32>, fresh: bool) {
-        let id = Arc::clone(&dataset.id);
+        let id = dataset.id.clone();
         let seal = matches!(dataset.stage, Stage::Sealing);
         {
             let mut state = self.state();
             let now = self.now();
             state.ledger.add(now, &id, open, fresh);
-            state.live.insert(Arc::clone(&id), dataset);
+            state.live.insert(id.clone(), dataset);
         }
         self.free.notify_waiters();
         if seal {
@@ -227,22 +225,22 @@ impl Datasets {
     /// The live dataset of that name (or `<name>-<uid>`).
     pub(crate) fn find(&self, name: &str) -> Result<(Dataset, Counts), Error> {
         let state = self.state();
-        let found = state.live.values().find(|dataset| dataset.name == name || &*dataset.id == name);
+        let found = state.live.values().find(|dataset| dataset.id.name() == name || &*dataset.id == name);
         let dataset = found.ok_or_else(|| Error::NotFound(format!("no dataset is called {name:?}")))?;
         Ok((dataset.clone(), state.ledger.counts(&dataset.id)))
     }
 
     /// The revision of a live dataset; a cheap question whether anything has changed.
-    pub(crate) fn revision(&self, id: &str) -> Option<u64> {
+    pub(crate) fn revision(&self, id: &DatasetId) -> Option<u64> {
         self.state().live.get(id).map(|dataset| dataset.revision)
     }
 
     /// The dataset and the round that a request made.
-    pub(crate) fn by_request(&self, request_id: &str) -> Option<(Arc<str>, Round)> {
+    pub(crate) fn by_request(&self, request_id: &str) -> Option<(DatasetId, Round)> {
         let state = self.state();
         let round = |dataset: &Dataset| {
             let round = dataset.rounds.iter().find(|round| round.request_id == request_id)?;
-            Some((Arc::clone(&dataset.id), round.clone()))
+            Some((dataset.id.clone(), round.clone()))
         };
         state.live.values().find_map(round)
     }
@@ -262,13 +260,10 @@ impl Datasets {
 }
 
 impl Dataset {
-    fn new(id: &str, spec: DatasetSpec, rounds: Vec<Round>) -> anyhow::Result<Self> {
-        let name = id.rsplit_once('-').map(|(name, _)| name.to_owned());
-        let name = name.ok_or_else(|| anyhow::anyhow!("{id:?} is not <name>-<uid>"))?;
+    fn new(id: &DatasetId, spec: DatasetSpec, rounds: Vec<Round>) -> Self {
         let wanted = (spec.per_class > 0).then(|| Wanted::new(spec.per_class, spec.classes.len()));
-        Ok(Self {
-            id: id.into(),
-            name,
+        Self {
+            id: id.clone(),
             spec_json: spec.to_json(),
             spec: spec.into(),
             rounds: rounds.into(),
@@ -278,7 +273,7 @@ impl Dataset {
             manifest: None,
             stage: Stage::Fetching,
             revision: 0,
-        })
+        }
     }
 
     /// Takes note of what a worker has made of a shard so far: URLs by outcome, samples by label.

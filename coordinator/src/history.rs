@@ -7,7 +7,7 @@ use proto::index::StoredFile;
 use proto::outcomes::{OutcomeRow, failed_rows};
 use proto::round::Round;
 use proto::shard::sha256_hex;
-use proto::{ShardIndex, Stored, keys, slice, table};
+use proto::{DatasetId, ShardIndex, Stored, keys, slice, table};
 use tokio::runtime::Handle;
 
 use crate::error::Error;
@@ -40,8 +40,7 @@ impl From<HistoryError> for Error {
 pub(crate) struct History<'a> {
     pub(crate) handle: &'a Handle,
     pub(crate) store: &'a Store,
-    /// `<name>-<uid>`.
-    pub(crate) dataset: &'a str,
+    pub(crate) dataset: &'a DatasetId,
     pub(crate) rounds: &'a [Round],
 }
 
@@ -70,14 +69,14 @@ impl History<'_> {
     /// The indexes of all shards, by number.
     pub(crate) fn indexes(&self) -> Result<BTreeMap<u32, ShardIndex>, HistoryError> {
         let shards = || self.rounds.iter().flat_map(Round::shards);
-        let wanted = shards().map(|shard| keys::index(self.dataset, shard)).collect();
+        let wanted = shards().map(|shard| keys::index(&self.dataset.shard(shard))).collect();
         let mut indexes = BTreeMap::new();
         for (key, json) in self.handle.block_on(self.store.get_all(wanted))? {
             let index = ShardIndex::from_json(&json).map_err(|error| corrupt(&key, error))?;
             indexes.insert(index.shard, index);
         }
         if let Some(missing) = shards().find(|shard| !indexes.contains_key(shard)) {
-            self.handle.block_on(self.store.need(&keys::index(self.dataset, missing)))?;
+            self.handle.block_on(self.store.need(&keys::index(&self.dataset.shard(missing))))?;
         }
         Ok(indexes)
     }
@@ -117,7 +116,7 @@ impl History<'_> {
         let indexes: Vec<&ShardIndex> = indexes.collect();
         let key = |index: &ShardIndex| match &index.outcomes_file {
             Some(file) => file.key.clone(),
-            None => keys::slice(self.dataset, index.shard),
+            None => keys::slice(&self.dataset.shard(index.shard)),
         };
         for group in indexes.chunks(PARALLEL) {
             let files: Vec<String> = group.iter().map(|index| key(index)).collect();
@@ -141,7 +140,7 @@ impl History<'_> {
     ) -> Result<(), E> {
         let slices: Vec<u32> = self.rounds.iter().flat_map(Round::shards).collect();
         for group in slices.chunks(PARALLEL) {
-            let files: Vec<String> = group.iter().map(|&slice| keys::slice(self.dataset, slice)).collect();
+            let files: Vec<String> = group.iter().map(|&slice| keys::slice(&self.dataset.shard(slice))).collect();
             let reads = self.handle.block_on(futures::future::join_all(files.iter().map(|key| self.store.need(key))));
             for (key, bytes) in files.iter().zip(reads) {
                 let text = slice::unpack(&bytes.map_err(HistoryError::from)?).map_err(|error| corrupt(key, error))?;

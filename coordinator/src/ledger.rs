@@ -4,20 +4,13 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
-use proto::Attempt;
+use proto::{Attempt, DatasetId, ShardId};
 
 /// Attempts after which the coordinator closes a slice itself.
 pub(crate) const MOST_FAILURES: u32 = 5;
 
 /// Since the coordinator's start, by its monotonic clock.
 pub(crate) type Now = Duration;
-
-/// One shard of one dataset.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) struct ShardId {
-    pub(crate) dataset: Arc<str>,
-    pub(crate) shard: u32,
-}
 
 /// All shards that are not committed.
 ///
@@ -29,7 +22,7 @@ pub(crate) struct Ledger {
     lease: Duration,
     granted: u64,
     /// Oldest first: it is served first.
-    datasets: Vec<(Arc<str>, BTreeMap<u32, Open>)>,
+    datasets: Vec<(DatasetId, BTreeMap<u32, Open>)>,
 }
 
 /// An uncommitted shard.
@@ -84,19 +77,19 @@ impl Ledger {
     }
 
     /// Adds uncommitted shards of a dataset: all of a new one, or those of another round. `fresh`: it was created in this term, so nobody of an older one can hold a lease.
-    pub(crate) fn add(&mut self, now: Now, dataset: &Arc<str>, shards: impl IntoIterator<Item = u32>, fresh: bool) {
+    pub(crate) fn add(&mut self, now: Now, dataset: &DatasetId, shards: impl IntoIterator<Item = u32>, fresh: bool) {
         let state = if fresh { State::Pending { from: now } } else { State::Unknown { until: now + self.lease } };
         let open = Open { failures: 0, attempt: None, state };
         let shards = shards.into_iter().map(|shard| (shard, open.clone()));
-        match self.datasets.iter_mut().find(|(name, _)| name == dataset) {
+        match self.datasets.iter_mut().find(|(id, _)| id == dataset) {
             Some((_, there)) => there.extend(shards),
-            None => self.datasets.push((Arc::clone(dataset), shards.collect())),
+            None => self.datasets.push((dataset.clone(), shards.collect())),
         }
     }
 
     /// Forgets a dataset and all its leases.
-    pub(crate) fn remove(&mut self, dataset: &str) {
-        self.datasets.retain(|(name, _)| &**name != dataset);
+    pub(crate) fn remove(&mut self, dataset: &DatasetId) {
+        self.datasets.retain(|(id, _)| id != dataset);
     }
 
     /// Grants the first shard of the oldest dataset that has one.
@@ -108,16 +101,16 @@ impl Ledger {
             let attempt = Attempt { term: self.term, n: self.granted };
             open.attempt = Some(attempt);
             open.state = State::Leased { worker: worker.into(), until: now + self.lease };
-            return Some((ShardId { dataset: Arc::clone(dataset), shard }, attempt));
+            return Some((dataset.shard(shard), attempt));
         }
         None
     }
 
     /// Prolongs a lease. An attempt that was late keeps its shard if nobody else has got it meanwhile, which undoes the failure
     /// that its expiry was, and one of an older term is adopted. False: the lease is over.
-    pub(crate) fn renew(&mut self, now: Now, dataset: &str, shard: u32, attempt: Attempt, worker: &str) -> bool {
+    pub(crate) fn renew(&mut self, now: Now, id: &ShardId, attempt: Attempt, worker: &str) -> bool {
         let (term, until) = (self.term, now + self.lease);
-        let Some(open) = self.open(dataset, shard) else { return false };
+        let Some(open) = self.open(id) else { return false };
         let known = match open.attempt {
             Some(known) => known == attempt,
             None => attempt.term < term,
@@ -134,8 +127,8 @@ impl Ledger {
 
     /// Takes a lease back before its end. After a failure the shard is over at the next [`Ledger::expire`] and is checked: the
     /// answer of the attempt's last put may have been lost.
-    pub(crate) fn release(&mut self, now: Now, dataset: &str, shard: u32, attempt: Attempt, failed: bool) {
-        let Some(open) = self.open(dataset, shard) else { return };
+    pub(crate) fn release(&mut self, now: Now, id: &ShardId, attempt: Attempt, failed: bool) {
+        let Some(open) = self.open(id) else { return };
         if open.attempt != Some(attempt) || !matches!(open.state, State::Leased { .. }) {
             return;
         }
@@ -160,7 +153,7 @@ impl Ledger {
                     _ => continue,
                 }
                 open.state = State::Checking;
-                over.push(ShardId { dataset: Arc::clone(dataset), shard });
+                over.push(dataset.shard(shard));
             }
         }
         over
@@ -169,7 +162,7 @@ impl Ledger {
     /// Decides about a shard that was checked and has no index. None: its attempt has come back meanwhile.
     pub(crate) fn settle(&mut self, now: Now, id: &ShardId) -> Option<Settled> {
         let lease = self.lease;
-        let open = self.open(&id.dataset, id.shard)?;
+        let open = self.open(id)?;
         if open.state != State::Checking {
             return None;
         }
@@ -184,7 +177,7 @@ impl Ledger {
     /// The check of a shard failed: it is to be checked again after another lease time.
     pub(crate) fn postpone(&mut self, now: Now, id: &ShardId) {
         let until = now + self.lease;
-        if let Some(open) = self.open(&id.dataset, id.shard)
+        if let Some(open) = self.open(id)
             && open.state == State::Checking
         {
             open.state = State::Unknown { until };
@@ -192,13 +185,13 @@ impl Ledger {
     }
 
     /// Its index is in the store. True: it was not known before.
-    pub(crate) fn commit(&mut self, dataset: &str, shard: u32) -> bool {
-        self.shards(dataset).is_some_and(|shards| shards.remove(&shard).is_some())
+    pub(crate) fn commit(&mut self, id: &ShardId) -> bool {
+        self.shards(&id.dataset).is_some_and(|shards| shards.remove(&id.shard).is_some())
     }
 
     /// A dataset's uncommitted shards.
-    pub(crate) fn counts(&self, dataset: &str) -> Counts {
-        self.count(|name| name == dataset)
+    pub(crate) fn counts(&self, dataset: &DatasetId) -> Counts {
+        self.count(|id| id == dataset)
     }
 
     /// All uncommitted shards.
@@ -206,9 +199,9 @@ impl Ledger {
         self.count(|_| true)
     }
 
-    fn count(&self, which: impl Fn(&str) -> bool) -> Counts {
+    fn count(&self, which: impl Fn(&DatasetId) -> bool) -> Counts {
         let mut counts = Counts::default();
-        for open in self.datasets.iter().filter(|(name, _)| which(name)).flat_map(|(_, shards)| shards.values()) {
+        for open in self.datasets.iter().filter(|(id, _)| which(id)).flat_map(|(_, shards)| shards.values()) {
             match open.state {
                 State::Leased { .. } => counts.leased += 1,
                 _ => counts.waiting += 1,
@@ -228,12 +221,12 @@ impl Ledger {
         workers
     }
 
-    fn shards(&mut self, dataset: &str) -> Option<&mut BTreeMap<u32, Open>> {
-        self.datasets.iter_mut().find(|(name, _)| &**name == dataset).map(|(_, shards)| shards)
+    fn shards(&mut self, dataset: &DatasetId) -> Option<&mut BTreeMap<u32, Open>> {
+        self.datasets.iter_mut().find(|(id, _)| id == dataset).map(|(_, shards)| shards)
     }
 
-    fn open(&mut self, dataset: &str, shard: u32) -> Option<&mut Open> {
-        self.shards(dataset)?.get_mut(&shard)
+    fn open(&mut self, id: &ShardId) -> Option<&mut Open> {
+        self.shards(&id.dataset)?.get_mut(&id.shard)
     }
 }
 
@@ -249,9 +242,9 @@ mod tests {
         Duration::from_secs(seconds)
     }
 
-    fn ledger(fresh: bool) -> (Ledger, Arc<str>) {
+    fn ledger(fresh: bool) -> (Ledger, DatasetId) {
         let mut ledger = Ledger::new(9, LEASE);
-        let dataset: Arc<str> = "birds-1".into();
+        let dataset: DatasetId = "birds-1".parse().expect("an id");
         ledger.add(at(0), &dataset, 0..2, fresh);
         (ledger, dataset)
     }
@@ -261,7 +254,7 @@ mod tests {
         let (mut ledger, _) = ledger(true);
         let (id, attempt) = ledger.grant(at(0), "w1").expect("two are free");
         assert_eq!((id.shard, attempt), (0, Attempt { term: 9, n: 1 }));
-        assert!(ledger.renew(at(20), &id.dataset, 0, attempt, "w1"));
+        assert!(ledger.renew(at(20), &id, attempt, "w1"));
         assert!(ledger.expire(at(49)).is_empty());
         assert_eq!(ledger.expire(at(50)), std::slice::from_ref(&id));
         assert_eq!(ledger.grant(at(50), "w2").expect("the other one").0.shard, 1);
@@ -269,7 +262,7 @@ mod tests {
         assert_eq!(ledger.settle(at(50), &id), Some(Settled::Again));
         let (again, second) = ledger.grant(at(50), "w2").expect("free again");
         assert_eq!((again, second.n), (id.clone(), 3));
-        assert!(!ledger.renew(at(51), &id.dataset, 0, attempt, "w1"), "the first attempt is over");
+        assert!(!ledger.renew(at(51), &id, attempt, "w1"), "the first attempt is over");
     }
 
     #[test]
@@ -277,8 +270,8 @@ mod tests {
         let (mut ledger, dataset) = ledger(false);
         let old = Attempt { term: 8, n: 5 };
         assert_eq!(ledger.grant(at(29), "w"), None);
-        assert!(ledger.renew(at(29), &dataset, 1, old, "w1"));
-        assert!(!ledger.renew(at(29), &dataset, 1, Attempt { term: 8, n: 4 }, "w0"), "it is another's");
+        assert!(ledger.renew(at(29), &dataset.shard(1), old, "w1"));
+        assert!(!ledger.renew(at(29), &dataset.shard(1), Attempt { term: 8, n: 4 }, "w0"), "it is another's");
         let unheard = ledger.expire(at(30));
         assert_eq!(unheard.iter().map(|id| id.shard).collect::<Vec<_>>(), [0]);
         assert_eq!(ledger.settle(at(30), &unheard[0]), Some(Settled::Again));
@@ -289,11 +282,11 @@ mod tests {
     #[test]
     fn a_slice_that_fails_its_workers_is_given_up_after_five_attempts_with_growing_pauses() {
         let (mut ledger, dataset) = ledger(true);
-        ledger.commit(&dataset, 1);
+        ledger.commit(&dataset.shard(1));
         let mut now = at(0);
         for failures in 1..=MOST_FAILURES {
             let (id, attempt) = ledger.grant(now, "w").expect("after the pause");
-            ledger.release(now, &dataset, 0, attempt, true);
+            ledger.release(now, &dataset.shard(0), attempt, true);
             assert_eq!(ledger.expire(now), std::slice::from_ref(&id));
             let settled = ledger.settle(now, &id);
             assert_eq!(settled, Some(if failures == MOST_FAILURES { Settled::GiveUp } else { Settled::Again }));
@@ -305,14 +298,14 @@ mod tests {
     fn an_orderly_release_costs_nothing_and_a_late_attempt_keeps_what_nobody_took() {
         let (mut ledger, dataset) = ledger(true);
         let (id, first) = ledger.grant(at(0), "w").expect("free");
-        ledger.release(at(1), &dataset, 0, first, false);
-        assert!(!ledger.renew(at(1), &dataset, 0, first, "w"), "it was given back");
+        ledger.release(at(1), &id, first, false);
+        assert!(!ledger.renew(at(1), &id, first, "w"), "it was given back");
         let (_, second) = ledger.grant(at(1), "w").expect("free again at once");
         ledger.expire(at(31));
         ledger.settle(at(31), &id);
-        assert!(ledger.renew(at(32), &dataset, 0, second, "w"));
+        assert!(ledger.renew(at(32), &id, second, "w"));
         assert_eq!(ledger.counts(&dataset), Counts { waiting: 1, leased: 1 });
-        assert_eq!(ledger.open(&dataset, 0).expect("open").failures, 0, "it was late, no more");
+        assert_eq!(ledger.open(&id).expect("open").failures, 0, "it was late, no more");
     }
 
     #[derive(Debug, Clone)]
@@ -343,7 +336,7 @@ mod tests {
             events in prop::collection::vec(event(), 1..200), fresh: bool,
         ) {
             let mut ledger = Ledger::new(2, LEASE);
-            let dataset: Arc<str> = "d".into();
+            let dataset: DatasetId = "d-1".parse().expect("an id");
             ledger.add(at(0), &dataset, 0..6, fresh);
             let mut now = at(0);
             let mut known: Vec<(u32, Attempt)> =
@@ -360,7 +353,7 @@ mod tests {
                         leases.insert((id.shard, attempt), now + LEASE);
                     },
                     Event::Renew(which) => if let Some(&(shard, attempt)) = known.get(which) {
-                        if ledger.renew(now, &dataset, shard, attempt, "w") {
+                        if ledger.renew(now, &dataset.shard(shard), attempt, "w") {
                             leases.insert((shard, attempt), now + LEASE);
                         } else {
                             leases.remove(&(shard, attempt));
@@ -368,14 +361,14 @@ mod tests {
                     },
                     Event::Release(which, failed) => if let Some(&(shard, attempt)) = known.get(which) {
                         leases.remove(&(shard, attempt));
-                        ledger.release(now, &dataset, shard, attempt, failed);
+                        ledger.release(now, &dataset.shard(shard), attempt, failed);
                     },
                     Event::Tick => for id in ledger.expire(now) {
                         if ledger.settle(now, &id) == Some(Settled::GiveUp) {
                             given_up.insert(id.shard);
                         }
                     },
-                    Event::Commit(shard) => if ledger.commit(&dataset, shard) {
+                    Event::Commit(shard) => if ledger.commit(&dataset.shard(shard)) {
                         committed.insert(shard);
                         leases.retain(|&(of, _), _| of != shard);
                     },

@@ -237,8 +237,8 @@ impl<R: Read> Read for Budgeted<R> {
 
 #[cfg(test)]
 mod tests {
-    use super::entry::LONGEST_SYNSET;
     use super::*;
+    use proto::Synset;
     use proto::outcomes::LONGEST_URL;
     use std::io::Write;
 
@@ -289,7 +289,7 @@ mod tests {
     #[test]
     fn lines_without_synset_or_url_are_bad_and_say_why() {
         let long = "x".repeat(LONGEST_LINE * 3);
-        let more = format!("\n{0}\tu\nn1\t{1}\nn2\t::\n", &long[..LONGEST_SYNSET + 1], &long[..LONGEST_URL + 1]);
+        let more = format!("\n{0}\tu\nn1\t{1}\nn2\t::\n", &long[..Synset::LONGEST + 1], &long[..LONGEST_URL + 1]);
         let some = b"n1\thttp://a\nnothing\n\tu\nn1\t \na b\tu\n\xff\tu\n".as_slice();
         let list = [some, long.as_bytes(), more.as_bytes()].concat();
         let found = all("l", &list, &auto()).expect("reads");

@@ -10,7 +10,7 @@ use proto::manifest::{Manifest, ManifestBlock, ManifestClass, ManifestShard, Man
 use proto::outcomes::OutcomeRow;
 use proto::round::Round;
 use proto::shard::{Moments, sha256_hex};
-use proto::{DatasetSpec, FormatError, OutcomeCounts, ShardIndex, Split, Stored, keys, table};
+use proto::{DatasetId, DatasetSpec, FormatError, OutcomeCounts, ShardIndex, Split, Stored, keys, table};
 use tokio::runtime::Handle;
 
 use crate::duplicates::{Finder, Found, Place};
@@ -44,7 +44,7 @@ impl From<StoreError> for SealError {
 /// What is to be sealed.
 #[derive(Debug, Clone)]
 pub(crate) struct Sealing {
-    pub(crate) dataset: String,
+    pub(crate) dataset: DatasetId,
     pub(crate) spec: DatasetSpec,
     /// Of the manifest.
     pub(crate) version: u32,
@@ -86,7 +86,7 @@ pub(crate) fn seal(handle: &Handle, store: &Store, sealing: &Sealing) -> Result<
     let found = finder.find()?;
 
     for index in indexes.values() {
-        totals.add(index).map_err(|error| corrupt(&keys::index(dataset, index.shard), error))?;
+        totals.add(index).map_err(|error| corrupt(&keys::index(&dataset.shard(index.shard)), error))?;
     }
     let skipped_blocks = take_away(&history, &indexes, &found, &label, &mut totals)?;
     let (mean, std) = totals.train.mean_and_std();
@@ -117,7 +117,7 @@ pub(crate) fn seal(handle: &Handle, store: &Store, sealing: &Sealing) -> Result<
             let skips = match skips.remove(&index.shard) {
                 Some(skips) => {
                     let bytes = Bytes::copy_from_slice(skips.as_bytes());
-                    Some(put(keys::skips(dataset, *version, index.shard), bytes)?)
+                    Some(put(keys::skips(&dataset.shard(index.shard), *version), bytes)?)
                 }
                 None => None,
             };
@@ -140,7 +140,7 @@ pub(crate) fn seal(handle: &Handle, store: &Store, sealing: &Sealing) -> Result<
                 }
             }
             let rows: Vec<Finding> = rows.iter().map(crate::duplicates::Mark::finding).collect();
-            let file = put(keys::findings(dataset, *version, shard), table::write(&rows)?.into())?;
+            let file = put(keys::findings(&dataset.shard(shard), *version), table::write(&rows)?.into())?;
             if let Ok(at) = manifest.shards.binary_search_by_key(&shard, |named| named.shard) {
                 manifest.shards[at].findings = Some(file);
             }
@@ -154,8 +154,8 @@ pub(crate) fn seal(handle: &Handle, store: &Store, sealing: &Sealing) -> Result<
 }
 
 /// For errors about a shard's rows.
-fn name(dataset: &str, index: &ShardIndex) -> String {
-    index.outcomes_file.as_ref().map_or_else(|| keys::slice(dataset, index.shard), |file| file.key.clone())
+fn name(dataset: &DatasetId, index: &ShardIndex) -> String {
+    index.outcomes_file.as_ref().map_or_else(|| keys::slice(&dataset.shard(index.shard)), |file| file.key.clone())
 }
 
 /// Reads the shards with skipped samples a second time, to take those samples' part away from the totals. Returns how many are
@@ -219,7 +219,11 @@ struct Totals {
 
 impl Totals {
     fn new(classes: usize) -> Self {
-        Self { outcomes: vec![OutcomeCounts::default(); classes], samples: vec![[0; 3]; classes], train: Moments::default() }
+        Self {
+            outcomes: vec![OutcomeCounts::default(); classes],
+            samples: vec![[0; 3]; classes],
+            train: Moments::default(),
+        }
     }
 
     fn all_outcomes(&self) -> OutcomeCounts {

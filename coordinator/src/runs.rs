@@ -42,7 +42,7 @@ const PARALLEL: usize = 8;
 
 fn sources(stored: &StoredRun) -> Sources {
     Sources {
-        dataset: stored.dataset.clone(),
+        dataset: stored.dataset.to_string(),
         manifest_key: stored.manifest_key.clone(),
         manifest_sha256: stored.manifest_sha256.clone(),
         start: stored.start.as_ref().map(StartWeights::checkpoint),

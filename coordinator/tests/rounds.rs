@@ -6,7 +6,7 @@ mod common;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use common::{Cluster, PATIENCE, get, put};
+use common::{Cluster, PATIENCE, get, put, shard_id};
 use proto::findings::Finding;
 use proto::manifest::Skip;
 use proto::pb::{self, DatasetState};
@@ -25,7 +25,7 @@ fn list() -> String {
 }
 
 async fn slice(cluster: &Cluster, dataset: &str, shard: u32) -> Vec<String> {
-    let bytes = get(&*cluster.store, &keys::slice(dataset, shard)).await;
+    let bytes = get(&*cluster.store, &keys::slice(&shard_id(dataset, shard))).await;
     let text = String::from_utf8(zstd::decode_all(&bytes[..]).expect("zstd")).expect("UTF-8");
     let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
     lines.sort();
@@ -43,7 +43,7 @@ async fn a_refresh_fetches_what_may_come_back_and_what_is_new_and_outlives_a_kil
     let first = cluster.sealed("birds").await;
     assert_eq!(first.outcomes, counts(&[("kept", 30), ("timeout", 3), ("not_found", 5)]));
     // What a coordinator that died in the middle of a refresh has left.
-    put(&*cluster.store, &keys::slice(&created.dataset, 1), "rubbish").await;
+    put(&*cluster.store, &keys::slice(&shard_id(&created.dataset, 1)), "rubbish").await;
 
     let more = "n0\thttp://h/new\nn0\thttp://h/0\nn9\thttp://h/new\nn1\thttp://h/new-too\n";
     let refreshed = cluster.refresh("birds", "request-2", Some(more)).await.expect("it is ready");
@@ -82,7 +82,7 @@ async fn a_refresh_fetches_what_may_come_back_and_what_is_new_and_outlives_a_kil
     assert_eq!((nothing.round, nothing.urls), (0, 0));
     let swept = async {
         use object_store::ObjectStoreExt;
-        while cluster.store.head(&keys::slice(&created.dataset, 1).into()).await.is_ok() {
+        while cluster.store.head(&keys::slice(&shard_id(&created.dataset, 1)).into()).await.is_ok() {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     };
@@ -172,11 +172,11 @@ async fn objects_of_a_dataset_are_read_through_the_coordinator_and_no_others() {
             Ok::<_, tonic::Status>(bytes)
         }
     };
-    let key = keys::dataset_spec(&created.dataset);
+    let key = keys::dataset_spec(&shard_id(&created.dataset, 0).dataset);
     let whole = get(&*cluster.store, &key).await;
     assert_eq!(read(key.clone(), 0, 0).await.expect("exists"), whole);
     assert_eq!(read(key.clone(), 3, 7).await.expect("exists"), whole[3..10]);
-    let missing = keys::index(&created.dataset, 0);
+    let missing = keys::index(&shard_id(&created.dataset, 0));
     assert_eq!(read(missing, 0, 0).await.expect_err("not yet").code(), Code::NotFound);
     for other in
         [keys::term(1), format!("datasets/{}/../x", created.dataset), format!("datasets/{}x/y", created.dataset)]

@@ -8,7 +8,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::format::stored;
 use crate::shard::{Block, Moments};
-use crate::{OutcomeCounts, Split};
+use crate::{Attempt, OutcomeCounts, Split};
 
 /// The object that commits a shard: names its files, their checksums, counts, moments and blocks. Put with put-if-absent;
 /// whatever it does not name is no part of the dataset.
@@ -23,8 +23,8 @@ pub struct ShardIndex {
     pub writer: String,
     /// The shard's number.
     pub shard: u32,
-    /// `<term>.<n>`.
-    pub attempt: String,
+    /// That made it.
+    pub attempt: Attempt,
     /// URLs of the slice by outcome; they add up to the slice.
     pub outcomes: OutcomeCounts,
     /// A tar for each split that has samples.
@@ -142,7 +142,7 @@ mod tests {
             nonce: "n".to_owned(),
             writer: "w1".to_owned(),
             shard: 7,
-            attempt: "9.2".to_owned(),
+            attempt: Attempt { term: 9, n: 2 },
             outcomes: [(Ok(()), 3), (Err(Rejection::Dns), 1)].into_iter().collect(),
             tars: [(Split::Train, tar)].into(),
             outcomes_file: Some(StoredFile { key: "o".to_owned(), bytes: 5, sha256: "00".to_owned() }),
@@ -151,7 +151,8 @@ mod tests {
         assert!(json.contains(r#""per_class":{"1":2,"900":1}"#) && !json.contains('\n'), "{json}");
         assert_eq!(ShardIndex::from_json(json.as_bytes()).expect("own output"), index);
         let old = json.replace(r#"{"1":2,"900":1}"#, "[0, 3, 0, 0]");
-        let counts = &ShardIndex::from_json(old.as_bytes()).expect("as it was written once").tars[&Split::Train].per_class;
+        let counts =
+            &ShardIndex::from_json(old.as_bytes()).expect("as it was written once").tars[&Split::Train].per_class;
         assert_eq!((counts.iter().collect::<Vec<_>>(), counts.total()), (vec![(1, 3)], 3));
         let other = json.replace(r#""version":1"#, r#""version":2"#);
         assert!(ShardIndex::from_json(other.as_bytes()).expect_err("another").to_string().contains("of format 2"));

@@ -23,10 +23,8 @@
 //!
 //! `<dataset>` is `<name>-<uid>`: a name that is deleted and made again never meets its old objects.
 
-use std::fmt;
-use std::str::FromStr;
-
 use crate::Split;
+use crate::ids::{Attempt, DatasetId, ShardId};
 
 /// Folder of the coordinators' terms.
 pub const TERMS: &str = "coordinator/terms";
@@ -35,40 +33,12 @@ pub const DATASETS: &str = "datasets";
 /// Folder of all runs.
 pub const RUNS: &str = "runs";
 
-/// The number of one attempt at a shard: the term of the coordinator that granted it, and a counter inside that term.
-/// It is in every key that the attempt writes and is never reused, so no late writer can overwrite what somebody else committed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Attempt {
-    /// The granting coordinator's term.
-    pub term: u64,
-    /// Counts the grants of that term, from 1.
-    pub n: u64,
-}
-
-impl fmt::Display for Attempt {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}.{}", self.term, self.n)
-    }
-}
-
-/// A text that is not what a key or an attempt must be.
+/// A text that is not what a key must be.
 #[derive(Debug, thiserror::Error)]
 #[error("{text:?} is no {what}")]
 pub struct KeyError {
     what: &'static str,
     text: String,
-}
-
-impl FromStr for Attempt {
-    type Err = KeyError;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let parse = || {
-            let (term, n) = text.split_once('.')?;
-            Some(Attempt { term: term.parse().ok()?, n: n.parse().ok()? })
-        };
-        parse().ok_or_else(|| KeyError { what: "attempt (<term>.<n>)", text: text.to_owned() })
-    }
 }
 
 /// `coordinator/terms/000009.json`
@@ -77,78 +47,78 @@ pub fn term(term: u64) -> String {
 }
 
 /// `datasets/<dataset>`
-pub fn dataset(dataset: &str) -> String {
+pub fn dataset(dataset: &DatasetId) -> String {
     format!("{DATASETS}/{dataset}")
 }
 
 /// `datasets/<dataset>/spec.json`
-pub fn dataset_spec(dataset: &str) -> String {
+pub fn dataset_spec(dataset: &DatasetId) -> String {
     format!("{DATASETS}/{dataset}/spec.json")
 }
 
 /// `datasets/<dataset>/tombstone.json`
-pub fn tombstone(dataset: &str) -> String {
+pub fn tombstone(dataset: &DatasetId) -> String {
     format!("{DATASETS}/{dataset}/tombstone.json")
 }
 
 /// `datasets/<dataset>/slices/000007.tsv.zst`
-pub fn slice(dataset: &str, shard: u32) -> String {
-    format!("{DATASETS}/{dataset}/slices/{shard:06}.tsv.zst")
+pub fn slice(of: &ShardId) -> String {
+    format!("{}/{:06}.tsv.zst", slices(&of.dataset), of.shard)
 }
 
 /// `datasets/<dataset>/slices`
-pub fn slices(dataset: &str) -> String {
+pub fn slices(dataset: &DatasetId) -> String {
     format!("{DATASETS}/{dataset}/slices")
 }
 
 /// `datasets/<dataset>/catalog`
-pub fn rounds(dataset: &str) -> String {
+pub fn rounds(dataset: &DatasetId) -> String {
     format!("{DATASETS}/{dataset}/catalog")
 }
 
 /// `datasets/<dataset>/catalog/000001.json`
-pub fn round(dataset: &str, round: u32) -> String {
+pub fn round(dataset: &DatasetId, round: u32) -> String {
     format!("{}/{round:06}.json", rounds(dataset))
 }
 
 /// `datasets/<dataset>/shards/<split>/000007-9.2.tar`
-pub fn tar(dataset: &str, split: Split, shard: u32, attempt: Attempt) -> String {
-    format!("{DATASETS}/{dataset}/shards/{split}/{shard:06}-{attempt}.tar")
+pub fn tar(of: &ShardId, split: Split, attempt: Attempt) -> String {
+    format!("{DATASETS}/{}/shards/{split}/{:06}-{attempt}.tar", of.dataset, of.shard)
 }
 
 /// `datasets/<dataset>/outcomes/000007-9.2.parquet`
-pub fn outcomes(dataset: &str, shard: u32, attempt: Attempt) -> String {
-    format!("{DATASETS}/{dataset}/outcomes/{shard:06}-{attempt}.parquet")
+pub fn outcomes(of: &ShardId, attempt: Attempt) -> String {
+    format!("{DATASETS}/{}/outcomes/{:06}-{attempt}.parquet", of.dataset, of.shard)
 }
 
 /// `datasets/<dataset>/index`
-pub fn indexes(dataset: &str) -> String {
+pub fn indexes(dataset: &DatasetId) -> String {
     format!("{DATASETS}/{dataset}/index")
 }
 
 /// `datasets/<dataset>/index/000007.json`
-pub fn index(dataset: &str, shard: u32) -> String {
-    format!("{}/{shard:06}.json", indexes(dataset))
+pub fn index(of: &ShardId) -> String {
+    format!("{}/{:06}.json", indexes(&of.dataset), of.shard)
 }
 
 /// `datasets/<dataset>/manifests`
-pub fn manifests(dataset: &str) -> String {
+pub fn manifests(dataset: &DatasetId) -> String {
     format!("{DATASETS}/{dataset}/manifests")
 }
 
 /// `datasets/<dataset>/manifests/000003.json`
-pub fn manifest(dataset: &str, version: u32) -> String {
+pub fn manifest(dataset: &DatasetId, version: u32) -> String {
     format!("{}/{version:06}.json", manifests(dataset))
 }
 
 /// `datasets/<dataset>/manifests/000003/skips/000007.bits`
-pub fn skips(dataset: &str, version: u32, shard: u32) -> String {
-    format!("{}/{version:06}/skips/{shard:06}.bits", manifests(dataset))
+pub fn skips(of: &ShardId, version: u32) -> String {
+    format!("{}/{version:06}/skips/{:06}.bits", manifests(&of.dataset), of.shard)
 }
 
 /// `datasets/<dataset>/manifests/000003/findings/000007.parquet`
-pub fn findings(dataset: &str, version: u32, shard: u32) -> String {
-    format!("{}/{version:06}/findings/{shard:06}.parquet", manifests(dataset))
+pub fn findings(of: &ShardId, version: u32) -> String {
+    format!("{}/{version:06}/findings/{:06}.parquet", manifests(&of.dataset), of.shard)
 }
 
 /// `runs/<run>`
@@ -254,16 +224,6 @@ pub fn attempt_of(key: &str) -> Result<(u32, Attempt), KeyError> {
     parse().ok_or_else(|| KeyError { what: "key of an attempt", text: key.to_owned() })
 }
 
-/// Whether `name` may name a dataset or a run: 1 to 63 of `a-z 0-9 - .`, beginning with a letter or digit, so that it can
-/// stand in keys, URLs and Kubernetes labels alike.
-pub fn is_name(name: &str) -> bool {
-    let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
-    name.len() <= 63
-        && name.starts_with(plain)
-        && name.ends_with(plain)
-        && name.chars().all(|c| plain(c) || c == '-' || c == '.')
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -273,10 +233,11 @@ mod tests {
         #[test]
         fn keys_are_parsed_back(shard: u32, term: u64, n: u64) {
             let attempt = Attempt { term, n };
-            for key in [tar("birds-1", Split::Train, shard, attempt), outcomes("birds-1", shard, attempt)] {
+            let of = "birds-1".parse::<DatasetId>().expect("an id").shard(shard);
+            for key in [tar(&of, Split::Train, attempt), outcomes(&of, attempt)] {
                 prop_assert_eq!(attempt_of(&key).expect("built above"), (shard, attempt));
             }
-            prop_assert_eq!(number(&slice("birds-1", shard)).expect("built above"), u64::from(shard));
+            prop_assert_eq!(number(&slice(&of)).expect("built above"), u64::from(shard));
             prop_assert_eq!(number(&event("r", n)).expect("built above"), n);
         }
     }
@@ -287,13 +248,5 @@ mod tests {
         assert_eq!(checkpoint_of("r", &folder).expect("built above"), (120, 3));
         assert_eq!(checkpoint_of("r", &format!("{folder}/state.json")).expect("built above"), (120, 3));
         assert!(checkpoint_of("r", &start("r", "ab12")).is_err());
-    }
-
-    #[test]
-    fn names_with_slashes_dots_first_or_capitals_are_refused() {
-        assert!(is_name("birds-2.v1"));
-        for bad in ["", "../x", "a/b", "Birds", "-a", "a-", ".a", &"a".repeat(64)] {
-            assert!(!is_name(bad), "{bad}");
-        }
     }
 }

@@ -1,7 +1,7 @@
 //! The contracts of Gleaner: all that two roles must agree on. No I/O and no runtime.
 //!
 //! - [`pb`]: the gRPC services, generated from `proto/gleaner/v1/*.proto`, which are their specification; [`keda`]: the one that KEDA asks;
-//! - [`keys`]: object keys, built and parsed here alone;
+//! - [`ids`], [`keys`]: names of what lasts, and the keys of its objects, built and parsed here alone;
 //! - [`site`]: what has a budget;
 //! - [`dataset_spec`], [`run_spec`]: what people ask for;
 //! - [`format`], [`table`]: what stored objects have in common: numbered JSON documents, and rows as Parquet;
@@ -17,6 +17,7 @@
 pub mod dataset_spec;
 pub mod findings;
 pub mod format;
+pub mod ids;
 pub mod index;
 pub mod keys;
 pub mod manifest;
@@ -41,8 +42,8 @@ pub use dataset_spec::{
     Class, DatasetSpec, Duplicates, ImageFormat, Limits, Reencode, Resize, ResizeMode, SpecError, Split, Splits,
 };
 pub use format::{FormatError, Stored, StoredOnce};
+pub use ids::{Attempt, DatasetId, RunName, ShardId, Synset};
 pub use index::ShardIndex;
-pub use keys::Attempt;
 pub use manifest::Manifest;
 pub use outcome_counts::OutcomeCounts;
 pub use rejection::{Outcome, Rejection};

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::format::stored;
 use crate::index::StoredFile;
-use crate::{OutcomeCounts, Resize, Split};
+use crate::{DatasetId, OutcomeCounts, Resize, Split};
 
 /// An immutable version of a dataset.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -16,8 +16,8 @@ pub struct Manifest {
     pub format: u32,
     /// The writer's own random word.
     pub nonce: String,
-    /// `<name>-<uid>`.
-    pub dataset: String,
+    /// Of which it is a version.
+    pub dataset: DatasetId,
     /// Counts the dataset's manifests from 1.
     pub version: u32,
     /// Rounds of the catalog that it covers, from the first.

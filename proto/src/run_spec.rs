@@ -279,7 +279,7 @@ impl RunSpec {
 
     fn check(&self) -> Result<(), SpecError> {
         let Self { model, input, train, ranks, checkpoint, .. } = self;
-        check("dataset", format!("{:?}", self.dataset), crate::keys::is_name(&self.dataset), "a dataset's name")?;
+        check("dataset", format!("{:?}", self.dataset), crate::ids::is_name(&self.dataset), "a dataset's name")?;
         check("model.width", model.width, (0.1..=4.0).contains(&model.width), "0.1 to 4")?;
         check("model.dropout", model.dropout, (0.0..=0.9).contains(&model.dropout), "0 to 0.9")?;
         check("input.crop", input.crop, (64..=1024).contains(&input.crop), "64 to 1024")?;

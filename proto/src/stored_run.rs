@@ -6,7 +6,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::format::{first, stored};
-use crate::{RunSpec, pb};
+use crate::{DatasetId, RunSpec, pb};
 
 /// A run as it was submitted, with all that its spec left open.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -19,8 +19,8 @@ pub struct StoredRun {
     pub nonce: String,
     /// The caller's: a repeated request finds it here.
     pub request_id: String,
-    /// `<name>-<uid>`.
-    pub dataset: String,
+    /// That it is trained on.
+    pub dataset: DatasetId,
     /// Object key of the manifest.
     pub manifest_key: String,
     /// SHA-256 of its bytes, in hex.

@@ -12,7 +12,7 @@ use object_store::{ObjectStore, ObjectStoreExt};
 use proto::manifest::{ManifestBlock, ManifestClass, ManifestShard, ManifestTar};
 use proto::pb::{self, left::Cause, rank_message::Message};
 use proto::shard::{Origin, TarWriter, sha256_hex};
-use proto::{Attempt, Manifest, OutcomeCounts, Resize, RunSpec, Sample, Split, Stored, keys};
+use proto::{Attempt, DatasetId, Manifest, OutcomeCounts, Resize, RunSpec, Sample, Split, Stored, keys};
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
@@ -77,6 +77,10 @@ fn peak_mebibytes() -> Result<f64> {
     Ok(line.trim().trim_end_matches("kB").trim().parse::<f64>()? / 1024.0)
 }
 
+fn dataset() -> DatasetId {
+    "bench-1".parse().expect("an id")
+}
+
 /// Writes a dataset of `images` training samples of `size` x `size` pixels in ten classes into the folder `store`, its manifest to
 /// `manifest.json` there, and the names of its tars to `tars.txt`.
 pub fn write_dataset(store: &Path, images: u64, size: u32) -> Result<()> {
@@ -102,7 +106,7 @@ pub fn write_dataset(store: &Path, images: u64, size: u32) -> Result<()> {
         let mut bytes = tar.take().to_vec();
         let (rest, _, sha256, blocks) = tar.finish();
         bytes.extend_from_slice(&rest);
-        let name = keys::tar("bench-1", Split::Train, shard, Attempt { term: 1, n: 1 });
+        let name = keys::tar(&dataset().shard(shard), Split::Train, Attempt { term: 1, n: 1 });
         let path = store.join(&name);
         std::fs::create_dir_all(path.parent().context("a key has a folder")?)?;
         std::fs::write(&path, bytes)?;
@@ -128,7 +132,7 @@ pub fn write_dataset(store: &Path, images: u64, size: u32) -> Result<()> {
     let manifest = Manifest {
         format: 1,
         nonce: "0".to_owned(),
-        dataset: "bench-1".to_owned(),
+        dataset: dataset(),
         version: 1,
         rounds: 1,
         resize: Resize { size, quality: 90, ..Resize::default() },
@@ -264,7 +268,7 @@ pub fn run(store: &Path, spec: &RunSpec, cache_bytes: u64) -> Result<Figures> {
     let runtime = tokio::runtime::Runtime::new()?;
     let folder: Arc<dyn ObjectStore> = Arc::new(LocalFileSystem::new_with_prefix(store)?);
     let manifest = std::fs::read(store.join("manifest.json"))?;
-    let manifest_key = keys::manifest("bench-1", 1);
+    let manifest_key = keys::manifest(&dataset(), 1);
     runtime.block_on(folder.put(&manifest_key.as_str().into(), manifest.clone().into()))?;
     let setup = Setup {
         device: "cpu".to_owned(),

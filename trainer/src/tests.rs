@@ -15,7 +15,7 @@ use proto::manifest::{ManifestBlock, ManifestClass, ManifestShard, ManifestTar, 
 use proto::pb::{self, left::Cause, rank_message::Message};
 use proto::run_ledger::{Line, Lines};
 use proto::shard::{Origin, TarWriter, sha256_hex};
-use proto::{Attempt, Manifest, OutcomeCounts, Resize, Sample, Split, Stored, keys};
+use proto::{Attempt, DatasetId, Manifest, OutcomeCounts, Resize, Sample, Split, Stored, keys};
 
 use crate::alexnet::Named;
 use crate::ipc::Setup;
@@ -25,6 +25,10 @@ use crate::{c10d, checkpoint};
 
 const SIZE: usize = 72;
 const DEADLINE: Duration = Duration::from_secs(120);
+
+fn dataset() -> DatasetId {
+    "d-1".parse().expect("an id")
+}
 
 /// A store with a dataset of three classes, which differ in colour: 150 samples to train on, 12 each to validate and to test.
 struct World {
@@ -81,7 +85,7 @@ impl World {
                 let mut bytes = tar.take().to_vec();
                 let (rest, _, sha256, blocks) = tar.finish();
                 bytes.extend_from_slice(&rest);
-                let name = keys::tar("d-1", split, shard, Attempt { term: 1, n: 1 });
+                let name = keys::tar(&dataset().shard(shard), split, Attempt { term: 1, n: 1 });
                 self.put(&name, bytes);
                 let kept = |samples| if split == Split::Train { samples - 1 } else { samples };
                 let blocks = blocks.iter().map(|b| ManifestBlock {
@@ -93,7 +97,7 @@ impl World {
                 tars.insert(split, ManifestTar { key: name, sha256, first, blocks: blocks.collect() });
                 first += samples;
             }
-            let skips = Some(self.put(&keys::skips("d-1", 1, shard), skips.as_bytes().to_vec()));
+            let skips = Some(self.put(&keys::skips(&dataset().shard(shard), 1), skips.as_bytes().to_vec()));
             shards.push(ManifestShard { shard, round: 1, outcomes: None, findings: None, skips, tars });
         }
         let class = |(i, samples): (usize, &BTreeMap<Split, u64>)| ManifestClass {
@@ -106,7 +110,7 @@ impl World {
         let manifest = Manifest {
             format: 1,
             nonce: "0".to_owned(),
-            dataset: "d-1".to_owned(),
+            dataset: dataset(),
             version: 1,
             rounds: 1,
             resize: Resize { size: SIZE as u32, quality: 90, ..Resize::default() },
@@ -119,7 +123,7 @@ impl World {
             std: [0.25; 3],
             shards,
         };
-        self.manifest = self.put(&keys::manifest("d-1", 1), manifest.to_json());
+        self.manifest = self.put(&keys::manifest(&dataset(), 1), manifest.to_json());
     }
 
     fn rank(&self) -> Rank {
@@ -458,7 +462,7 @@ fn what_cannot_be_trained_is_refused_in_words() {
     let said = refused(&spec("f32").replace("\"batch\": 30", "\"batch\": 12"));
     assert!(said.contains("train.batch"), "{said}");
     // A block of the right length with other bytes in it.
-    let tar = Path::from(keys::tar("d-1", Split::Train, 2, Attempt { term: 1, n: 1 }));
+    let tar = Path::from(keys::tar(&dataset().shard(2), Split::Train, Attempt { term: 1, n: 1 }));
     let length = world.runtime.block_on(world.store.head(&tar)).expect("it is there").size as usize;
     world.put(tar.as_ref(), vec![b'x'; length]);
     let said = refused(&spec("f32"));

@@ -14,7 +14,8 @@ use proto::outcomes::OutcomeRow;
 use proto::rejection::outcome_name;
 use proto::shard::{Origin, hex};
 use proto::{
-    Attempt, DatasetSpec, Outcome, OutcomeCounts, Rejection, Sample, ShardIndex, Split, keys, slice, table, trace,
+    Attempt, DatasetSpec, Outcome, OutcomeCounts, Rejection, Sample, ShardId, ShardIndex, Split, keys, slice, table,
+    trace,
 };
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -43,8 +44,7 @@ pub(crate) struct Tools {
 /// Which shard is to be made.
 #[derive(Debug, Clone)]
 pub(crate) struct Assignment {
-    pub(crate) dataset: String,
-    pub(crate) shard: u32,
+    pub(crate) shard: ShardId,
     pub(crate) attempt: Attempt,
     pub(crate) spec: DatasetSpec,
 }
@@ -120,7 +120,7 @@ pub(crate) enum End {
     /// Its index stands.
     Won,
     /// Another attempt's index stood first; this one's files are gone.
-    LostTo(String),
+    LostTo(Attempt),
     /// It was cancelled before it committed; its files are gone.
     Cancelled,
 }
@@ -155,7 +155,7 @@ pub(crate) async fn make_shard<T: Send>(
             return Err(error);
         }
     };
-    let standing = upload::commit(&*tools.store, &assignment.dataset, &index).await?;
+    let standing = upload::commit(&*tools.store, &assignment.shard, &index).await?;
     if standing.nonce != index.nonce {
         files.take_back().await;
         return Ok(End::LostTo(standing.attempt));
@@ -176,14 +176,14 @@ struct Files {
 
 impl Files {
     fn new(store: &Arc<dyn ObjectStore>, of: &Assignment) -> Self {
-        let outcomes = keys::outcomes(&of.dataset, of.shard, of.attempt);
+        let outcomes = keys::outcomes(&of.shard, of.attempt);
         Self { store: Arc::clone(store), tars: BTreeMap::new(), outcomes }
     }
 
     fn tar(&mut self, of: &Assignment, split: Split) -> &mut TarUpload {
-        self.tars.entry(split).or_insert_with(|| {
-            TarUpload::new(Arc::clone(&self.store), keys::tar(&of.dataset, split, of.shard, of.attempt))
-        })
+        self.tars
+            .entry(split)
+            .or_insert_with(|| TarUpload::new(Arc::clone(&self.store), keys::tar(&of.shard, split, of.attempt)))
     }
 
     async fn take_back(self) {
@@ -265,8 +265,8 @@ async fn fill<T: Send>(
         version: 1,
         nonce: uuid::Uuid::new_v4().simple().to_string(),
         writer: tools.worker.clone(),
-        shard: assignment.shard,
-        attempt: assignment.attempt.to_string(),
+        shard: assignment.shard.shard,
+        attempt: assignment.attempt,
         outcomes: progress.so_far(),
         tars,
         outcomes_file: Some(outcomes_file),
@@ -280,7 +280,7 @@ fn now() -> i64 {
 }
 
 async fn read_slice(store: &dyn ObjectStore, of: &Assignment) -> anyhow::Result<Vec<Listed>> {
-    let key = keys::slice(&of.dataset, of.shard);
+    let key = keys::slice(&of.shard);
     let found = store.get(&Path::from(key.as_str())).await.with_context(|| format!("failed to read {key}"))?;
     let packed = found.bytes().await.with_context(|| format!("failed to read {key}"))?;
     let parse = move || -> anyhow::Result<Vec<Listed>> {

@@ -37,7 +37,7 @@ use anyhow::{Context, ensure};
 pub use ipnet::IpNet;
 use object_store::ObjectStore;
 use proto::pb::Lease;
-use proto::{DatasetSpec, trace};
+use proto::{DatasetId, DatasetSpec, trace};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -296,7 +296,7 @@ async fn work_on(
         }
         Ok(End::LostTo(attempt)) => {
             ended("lost");
-            tracing::info!(committed = attempt, "another attempt committed first");
+            tracing::info!(committed = %attempt, "another attempt committed first");
             coordinator.complete(&id, shutdown).await;
         }
         Ok(End::Cancelled) => {
@@ -319,8 +319,7 @@ async fn work_on(
 
 fn assignment(lease: &Lease) -> anyhow::Result<Assignment> {
     Ok(Assignment {
-        dataset: lease.dataset.clone(),
-        shard: lease.shard,
+        shard: lease.dataset.parse::<DatasetId>().context("the lease's dataset")?.shard(lease.shard),
         attempt: lease.attempt.parse().context("the lease's attempt")?,
         spec: DatasetSpec::from_json(&lease.spec_json).context("the lease's dataset spec")?,
     })

@@ -18,7 +18,7 @@ use tonic::transport::Server;
 use tonic::{Request, Response, Status};
 
 use super::*;
-use crate::attempt::tests::{origin, put_slice, spec};
+use crate::attempt::tests::{birds, origin, put_slice, spec};
 
 /// A double of the coordinator: grants what it was given, and writes down what it hears.
 #[derive(Debug, Clone, Default)]
@@ -184,7 +184,7 @@ async fn leased_shards_are_made_committed_and_told_of() {
     let cluster = start(vec![lease(1, 60_000), lease(2, 60_000)], false, 60_000).await;
     cluster.coordinator.until(|heard| heard.completed.len() == 2).await;
     for shard in [1, 2] {
-        let key = keys::index("birds-1", shard);
+        let key = keys::index(&birds(shard));
         let index = cluster.store.get(&key.into()).await.expect("committed").bytes().await.expect("memory");
         let index = proto::ShardIndex::from_json(&index).expect("own output");
         assert_eq!((index.outcomes.of(Ok(())), index.outcomes.of(Err(Rejection::NotFound))), (5, 1));
@@ -225,7 +225,7 @@ async fn renewals_carry_progress_and_a_lease_that_is_over_is_dropped() {
     let before = cluster.coordinator.heard(|heard| heard.renewals.len());
     tokio::time::sleep(Duration::from_millis(200)).await;
     assert_eq!(cluster.coordinator.heard(|heard| (heard.renewals.len(), heard.completed.len())), (before, 0));
-    assert!(cluster.store.head(&keys::index("birds-1", 1).into()).await.is_err());
+    assert!(cluster.store.head(&keys::index(&birds(1)).into()).await.is_err());
     cluster.ends().await;
 }
 

@@ -10,7 +10,7 @@ use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload, WriteMultipart};
 use proto::index::{ClassCounts, StoredFile, Tar};
 use proto::shard::{Moments, Origin, TarWriter, sha256_hex};
-use proto::{Sample, ShardIndex, Stored, keys};
+use proto::{Sample, ShardId, ShardIndex, Stored, keys};
 
 /// Tars go up in parts of this size, which is the least that S3 wants: all open tars of all open shards hold as much in memory.
 const PART_BYTES: usize = 5 << 20;
@@ -142,8 +142,8 @@ pub(crate) async fn delete(store: &dyn ObjectStore, key: &str) -> object_store::
 /// Puts the index if there is none, and returns the one that stands: this one if its nonce is this one's.
 ///
 /// An error means that nobody knows: the index may stand, so nothing that it names may be deleted.
-pub(crate) async fn commit(store: &dyn ObjectStore, dataset: &str, index: &ShardIndex) -> anyhow::Result<ShardIndex> {
-    let key = keys::index(dataset, index.shard);
+pub(crate) async fn commit(store: &dyn ObjectStore, of: &ShardId, index: &ShardIndex) -> anyhow::Result<ShardIndex> {
+    let key = keys::index(of);
     let path = Path::from(key.as_str());
     let payload = PutPayload::from(index.to_json());
     let mut pause = COMMIT_PAUSE;

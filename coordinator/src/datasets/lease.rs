@@ -5,13 +5,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
-use proto::{Attempt, OutcomeCounts, Rejection, ShardIndex, Stored, keys};
+use proto::{Attempt, DatasetId, OutcomeCounts, Rejection, ShardId, ShardIndex, Stored, keys};
 use tracing::{error, info, warn};
 
 use super::wanted::Wanted;
 use super::{Datasets, PARALLEL, Stage};
 use crate::error::Error;
-use crate::ledger::{Counts, Settled, ShardId};
+use crate::ledger::{Counts, Settled};
 use crate::metrics;
 use crate::store::{Created, nonce};
 
@@ -78,7 +78,7 @@ impl Datasets {
     pub(crate) fn renew(
         &self,
         worker: &str,
-        id: (&str, u32),
+        id: &ShardId,
         attempt: Attempt,
         outcomes: OutcomeCounts,
         kept: &HashMap<u32, u64>,
@@ -86,56 +86,57 @@ impl Datasets {
         let now = self.now();
         let mut state = self.state();
         state.workers.insert(worker.to_owned(), Instant::now());
-        if !state.ledger.renew(now, id.0, id.1, attempt, worker) {
+        if !state.ledger.renew(now, id, attempt, worker) {
             return None;
         }
-        let dataset = state.live.get_mut(id.0)?;
-        dataset.progressed(id.1, outcomes, kept);
+        let dataset = state.live.get_mut(&id.dataset)?;
+        dataset.progressed(id.shard, outcomes, kept);
         let wanted = dataset.wanted.as_ref().map(Wanted::by_label).unwrap_or_default();
         Some(Renewed { duration: state.ledger.lease(), wanted })
     }
 
     /// Takes a lease back.
-    pub(crate) fn release(&self, worker: &str, id: (&str, u32), attempt: Attempt, failure: &str) {
+    pub(crate) fn release(&self, worker: &str, id: &ShardId, attempt: Attempt, failure: &str) {
         let failed = !failure.is_empty();
         if !failed {
             metrics::lease_over();
         } else {
-            warn!(dataset = id.0, shard = id.1, %attempt, worker, failure, "attempt failed");
+            warn!(dataset = &*id.dataset, shard = id.shard, %attempt, worker, failure, "attempt failed");
         }
         {
             let now = self.now();
             let mut state = self.state();
             state.workers.insert(worker.to_owned(), Instant::now());
-            state.ledger.release(now, id.0, id.1, attempt, failed);
-            if let Some(dataset) = state.live.get_mut(id.0) {
-                dataset.dropped(id.1);
+            state.ledger.release(now, id, attempt, failed);
+            if let Some(dataset) = state.live.get_mut(&id.dataset) {
+                dataset.dropped(id.shard);
             }
         }
         self.free.notify_waiters();
     }
 
     /// Reads the index of a shard that a worker says is committed, and returns the attempt that stands in it.
-    pub(crate) async fn complete(self: &Arc<Self>, worker: &str, id: (&str, u32)) -> Result<String, Error> {
-        let dataset = {
+    pub(crate) async fn complete(self: &Arc<Self>, worker: &str, id: &ShardId) -> Result<Attempt, Error> {
+        {
             let mut state = self.state();
             state.workers.insert(worker.to_owned(), Instant::now());
-            let dataset = state.live.get(id.0).map(|dataset| Arc::clone(&dataset.id));
-            dataset.ok_or_else(|| Error::NotFound(format!("no dataset {:?}", id.0)))?
-        };
-        let key = keys::index(id.0, id.1);
+            if !state.live.contains_key(&id.dataset) {
+                return Err(Error::NotFound(format!("no dataset {:?}", id.dataset)));
+            }
+        }
+        let key = keys::index(id);
         let json = self.store.get(&key).await?;
         let json = json.ok_or_else(|| Error::Precondition(format!("{key} does not exist: put it first")))?;
         let index = ShardIndex::from_json(&json).map_err(|e| Error::Local(format!("{key}: {e}")))?;
-        self.committed(&dataset, &index);
+        self.committed(&id.dataset, &index);
         Ok(index.attempt)
     }
 
     /// Takes note of a shard's index.
-    fn committed(self: &Arc<Self>, id: &Arc<str>, index: &ShardIndex) {
+    fn committed(self: &Arc<Self>, id: &DatasetId, index: &ShardIndex) {
         let all = {
             let mut state = self.state();
-            if !state.ledger.commit(id, index.shard) {
+            if !state.ledger.commit(&id.shard(index.shard)) {
                 return;
             }
             let counts = state.ledger.counts(id);
@@ -145,7 +146,7 @@ impl Datasets {
             info!(
                 dataset = &**id,
                 shard = index.shard,
-                attempt = index.attempt,
+                attempt = %index.attempt,
                 writer = index.writer,
                 "shard committed"
             );
@@ -156,13 +157,13 @@ impl Datasets {
             all
         };
         if all {
-            self.spawn_seal(Arc::clone(id));
+            self.spawn_seal(id.clone());
         }
     }
 
     /// Reads whether the last attempt at a shard has left an index, and decides what becomes of the shard.
     async fn check(self: &Arc<Self>, id: ShardId) -> Result<(), Error> {
-        let key = keys::index(&id.dataset, id.shard);
+        let key = keys::index(&id);
         let read = self.store.get(&key).await;
         let json = read.inspect_err(|_| self.state().ledger.postpone(self.now(), &id))?;
         if let Some(json) = json {
@@ -203,12 +204,12 @@ impl Datasets {
             nonce: nonce(),
             writer: "coordinator".to_owned(),
             shard: id.shard,
-            attempt: Attempt { term: self.term.number, n: 0 }.to_string(),
+            attempt: Attempt { term: self.term.number, n: 0 },
             outcomes: [(Err(Rejection::SliceFailed), urls)].into_iter().collect(),
             tars: BTreeMap::new(),
             outcomes_file: None,
         };
-        let key = keys::index(&id.dataset, id.shard);
+        let key = keys::index(id);
         if let Created::Lost(theirs) = self.store.create(&key, &index).await? {
             index = ShardIndex::from_json(&theirs).map_err(|e| Error::Local(format!("{key}: {e}")))?;
         }

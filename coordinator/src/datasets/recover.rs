@@ -5,7 +5,7 @@ use std::sync::Arc;
 use futures::{StreamExt, TryStreamExt};
 use proto::manifest::Manifest;
 use proto::round::Round;
-use proto::{DatasetSpec, ShardIndex, Stored, keys};
+use proto::{DatasetId, DatasetSpec, ShardIndex, Stored, keys};
 use tracing::{error, info, warn};
 
 use super::rounds::short;
@@ -16,7 +16,9 @@ use crate::store::StoreError;
 impl Datasets {
     /// Rebuilds the state from the store, and goes on with what an earlier coordinator had begun.
     pub(crate) async fn recover(self: &Arc<Self>) -> anyhow::Result<()> {
-        let ids = self.store.folders(keys::DATASETS).await?;
+        let folders = self.store.folders(keys::DATASETS).await?;
+        let id = |folder: String| folder.parse().inspect_err(|error| warn!(%error, "a folder is no dataset's")).ok();
+        let ids: Vec<DatasetId> = folders.into_iter().filter_map(id).collect();
         let found: Vec<Option<(Dataset, Vec<u32>)>> = futures::stream::iter(ids)
             .map(|id| {
                 let this = Arc::clone(self);
@@ -33,7 +35,7 @@ impl Datasets {
     }
 
     /// One dataset and its uncommitted shards; None if there is nothing to go on with.
-    async fn recover_one(self: &Arc<Self>, id: String) -> anyhow::Result<Option<(Dataset, Vec<u32>)>> {
+    async fn recover_one(self: &Arc<Self>, id: DatasetId) -> anyhow::Result<Option<(Dataset, Vec<u32>)>> {
         let rounds = self.store.get_all(self.store.list(&keys::rounds(&id)).await?).await?;
         let dead = self.store.get(&keys::tombstone(&id)).await?.is_some();
         if dead || rounds.is_empty() {
@@ -41,7 +43,7 @@ impl Datasets {
             let this = Arc::clone(self);
             tokio::spawn(async move {
                 if let Err(error) = this.remove(&id).await {
-                    warn!(dataset = id, %error, "cannot remove a dead dataset; the next coordinator will try again");
+                    warn!(dataset = &*id, %error, "cannot remove a dead dataset; the next coordinator will try again");
                 }
             });
             return Ok(None);
@@ -50,7 +52,7 @@ impl Datasets {
             let rounds = rounds.iter().map(|(_, json)| Round::from_json(json)).collect::<Result<Vec<_>, _>>()?;
             let spec_json = String::from_utf8(self.store.need(&keys::dataset_spec(&id)).await?.to_vec())?;
             let spec = DatasetSpec::from_json(&spec_json)?;
-            let mut dataset = Dataset::new(&id, spec, rounds)?;
+            let mut dataset = Dataset::new(&id, spec, rounds);
             if let Some(manifest) = self.latest_manifest(&id).await? {
                 dataset.sealed(manifest.into());
             }
@@ -77,13 +79,13 @@ impl Datasets {
             Err(error) if error.is::<StoreError>() => Err(error),
             // One broken dataset must not keep the cluster from starting.
             Err(error) => {
-                error!(dataset = id, error = format!("{error:#}"), "dataset cannot be read; it is left out");
+                error!(dataset = &*id, error = format!("{error:#}"), "dataset cannot be read; it is left out");
                 Ok(None)
             }
         }
     }
 
-    async fn latest_manifest(&self, id: &str) -> anyhow::Result<Option<Manifest>> {
+    async fn latest_manifest(&self, id: &DatasetId) -> anyhow::Result<Option<Manifest>> {
         match self.latest_version(id).await? {
             0 => Ok(None),
             version => {
@@ -93,7 +95,7 @@ impl Datasets {
         }
     }
 
-    pub(super) async fn latest_version(&self, id: &str) -> Result<u32, StoreError> {
+    pub(super) async fn latest_version(&self, id: &DatasetId) -> Result<u32, StoreError> {
         let keys = self.store.list(&keys::manifests(id)).await?;
         let versions = keys.iter().filter(|key| key.ends_with(".json")).filter_map(|key| keys::number(key).ok());
         Ok(versions.max().and_then(|version| u32::try_from(version).ok()).unwrap_or(0))

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use proto::keys;
 use proto::tombstone::Tombstone;
+use proto::{DatasetId, keys};
 use tracing::{info, warn};
 
 use super::Datasets;
@@ -30,14 +30,14 @@ impl Datasets {
         Ok(())
     }
 
-    async fn bury(&self, id: &str) -> Result<(), StoreError> {
+    async fn bury(&self, id: &DatasetId) -> Result<(), StoreError> {
         let tombstone = Tombstone { format: 1, nonce: nonce(), at_millis: wall_millis() };
         self.store.create(&keys::tombstone(id), &tombstone).await.map(drop)
     }
 
     /// Removes everything under a dataset, its tombstone last. Once more after a while: a worker that had not heard of the end
     /// may have written meanwhile.
-    pub(crate) async fn remove(&self, id: &str) -> Result<(), StoreError> {
+    pub(crate) async fn remove(&self, id: &DatasetId) -> Result<(), StoreError> {
         self.bury(id).await?;
         let tombstone = keys::tombstone(id);
         let lease = self.state().ledger.lease();
@@ -53,7 +53,7 @@ impl Datasets {
     }
 
     /// Removes the slices of a list that failed before anything was committed.
-    pub(crate) async fn remove_unborn(&self, id: &str) -> Result<(), StoreError> {
+    pub(crate) async fn remove_unborn(&self, id: &DatasetId) -> Result<(), StoreError> {
         let keys = self.store.list(&keys::dataset(id)).await?;
         if keys.is_empty() { Ok(()) } else { self.remove(id).await }
     }

@@ -11,7 +11,7 @@ use futures::{StreamExt, TryStreamExt};
 use proto::manifest::{Manifest, ManifestClass};
 use proto::outcomes::OutcomeRow;
 use proto::round::Round;
-use proto::{Rejection, Stored, keys};
+use proto::{DatasetId, Rejection, Stored, keys};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -79,14 +79,14 @@ pub(crate) fn gather(history: &History<'_>, again: &Again, compared: bool, catal
 /// Runs `cut` on a thread and stores the slices that it sends.
 pub(crate) async fn put_slices<T: Send + 'static>(
     store: &Store,
-    dataset: &str,
+    dataset: &DatasetId,
     cut: impl FnOnce(&mpsc::Sender<(u32, Bytes)>) -> Result<T, Error> + Send + 'static,
 ) -> Result<T, Error> {
     let (sender, slices) = mpsc::channel(UPLOADS);
     let cut = tokio::task::spawn_blocking(move || cut(&sender));
     let put = ReceiverStream::new(slices)
         .map(|(number, bytes)| async move {
-            let key = keys::slice(dataset, number);
+            let key = keys::slice(&dataset.shard(number));
             match store.create_same(&key, bytes).await? {
                 true => Ok(()),
                 false => Err(Error::Aborted(format!("{key} is there already: another coordinator opens a round"))),
@@ -124,10 +124,10 @@ impl Datasets {
         dataset: &Dataset,
         short: HashSet<String>,
     ) -> Result<bool, Error> {
-        let _name = self.lock_name(&dataset.name).await;
+        let _name = self.lock_name(dataset.id.name()).await;
         let begin = self.next_round(dataset, &crate::store::nonce()).await?;
         let (handle, store, folder) = (Handle::current(), self.store.clone(), self.folder.clone());
-        let (id, spec) = (Arc::clone(&dataset.id), Arc::clone(&dataset.spec));
+        let (id, spec) = (dataset.id.clone(), Arc::clone(&dataset.spec));
         let (rounds, classes) = (Arc::clone(&dataset.rounds), short.len());
         let round = put_slices(&self.store, &dataset.id, move |slices| {
             let mut spec = (*spec).clone();
@@ -146,7 +146,7 @@ impl Datasets {
     }
 
     /// Commits a later round whose slices are in the store, and opens its shards.
-    pub(crate) async fn add_round(self: &Arc<Self>, id: &Arc<str>, round: Round) -> Result<(), Error> {
+    pub(crate) async fn add_round(self: &Arc<Self>, id: &DatasetId, round: Round) -> Result<(), Error> {
         self.term.look(&self.store).await?;
         let key = keys::round(id, round.round);
         if let Created::Lost(theirs) = self.store.create(&key, &round).await? {
@@ -169,7 +169,7 @@ impl Datasets {
     }
 
     /// Takes a committed round into the state. `fresh`: it was committed in this term.
-    fn open_round(&self, id: &Arc<str>, round: Round, fresh: bool) {
+    fn open_round(&self, id: &DatasetId, round: Round, fresh: bool) {
         {
             let now = self.now();
             let mut state = self.state();

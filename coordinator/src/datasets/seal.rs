@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use proto::manifest::Manifest;
-use proto::{DatasetSpec, ShardIndex, Split, Stored, keys};
+use proto::{Attempt, DatasetId, DatasetSpec, ShardIndex, Split, Stored, keys};
 use tracing::{error, info, warn};
 
 use super::rounds::short;
@@ -19,7 +19,7 @@ use crate::store::StoreError;
 const SEAL_PAUSE: Duration = Duration::from_secs(5);
 
 impl Datasets {
-    pub(super) fn spawn_seal(self: &Arc<Self>, id: Arc<str>) {
+    pub(super) fn spawn_seal(self: &Arc<Self>, id: DatasetId) {
         let this = Arc::clone(self);
         tokio::spawn(async move {
             let stage = loop {
@@ -30,7 +30,9 @@ impl Datasets {
                 match settled {
                     Ok(Some(stage)) => break stage,
                     Ok(None) => return,
-                    Err(error @ SealError::History(HistoryError::Corrupt { .. })) => break Stage::Failed(error.to_string()),
+                    Err(error @ SealError::History(HistoryError::Corrupt { .. })) => {
+                        break Stage::Failed(error.to_string());
+                    }
                     Err(error) => warn!(dataset = &*id, %error, "cannot seal, trying again"),
                 }
                 tokio::time::sleep(SEAL_PAUSE).await;
@@ -51,7 +53,7 @@ impl Datasets {
 
     /// Makes the manifest, unless the latest one names all; if that shows that classes are short, opens what was left of them.
     /// None: there is nothing to settle (any more).
-    async fn settle(self: &Arc<Self>, id: &Arc<str>) -> Result<Option<Stage>, SealError> {
+    async fn settle(self: &Arc<Self>, id: &DatasetId) -> Result<Option<Stage>, SealError> {
         let dataset = {
             let state = self.state();
             let Some(dataset) = state.live.get(id) else { return Ok(None) };
@@ -81,7 +83,7 @@ impl Datasets {
 
     async fn seal(&self, dataset: &Dataset) -> Result<Manifest, SealError> {
         let sealing = Sealing {
-            dataset: dataset.id.to_string(),
+            dataset: dataset.id.clone(),
             version: self.latest_version(&dataset.id).await? + 1,
             rounds: dataset.rounds.to_vec(),
             folder: self.folder.clone(),
@@ -94,9 +96,9 @@ impl Datasets {
 
     /// Removes the files of attempts whose shard has an index that names another attempt, and the slices of rounds that were
     /// never committed: those whose numbers lie between the ones that the catalog names. (Behind them, a round may be on its way.)
-    async fn sweep(&self, id: &str) -> Result<(), StoreError> {
+    async fn sweep(&self, id: &DatasetId) -> Result<(), StoreError> {
         let indexes = self.store.get_all(self.store.list(&keys::indexes(id)).await?).await?;
-        let winners: HashMap<u32, String> = indexes
+        let winners: HashMap<u32, Attempt> = indexes
             .iter()
             .filter_map(|(_, json)| ShardIndex::from_json(json).ok())
             .map(|index| (index.shard, index.attempt))
@@ -115,12 +117,11 @@ impl Datasets {
         for folder in folders {
             let mut garbage = self.store.list(&folder).await?;
             garbage.retain(|key| {
-                keys::attempt_of(key).is_ok_and(|(shard, attempt)| {
-                    winners.get(&shard).is_some_and(|winner| *winner != attempt.to_string())
-                })
+                keys::attempt_of(key)
+                    .is_ok_and(|(shard, attempt)| winners.get(&shard).is_some_and(|winner| *winner != attempt))
             });
             if !garbage.is_empty() {
-                info!(dataset = id, folder, objects = garbage.len(), "removing what lost attempts left");
+                info!(dataset = &**id, folder, objects = garbage.len(), "removing what lost attempts left");
                 self.store.delete_all(garbage).await?;
             }
         }

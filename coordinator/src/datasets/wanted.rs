@@ -77,9 +77,9 @@ impl Wanted {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proto::{OutcomeCounts, Split};
-    use proto::manifest::ManifestClass;
     use proto::index::{ClassCounts, Tar};
+    use proto::manifest::ManifestClass;
+    use proto::{Attempt, OutcomeCounts, Split};
 
     fn index(shard: u32, per_class: ClassCounts) -> ShardIndex {
         let tar = Tar {
@@ -96,7 +96,7 @@ mod tests {
             nonce: String::new(),
             writer: String::new(),
             shard,
-            attempt: String::new(),
+            attempt: Attempt { term: 1, n: 1 },
             outcomes: OutcomeCounts::default(),
             tars: BTreeMap::from([(Split::Train, tar.clone()), (Split::Test, tar)]),
             outcomes_file: None,
@@ -125,7 +125,7 @@ mod tests {
         let manifest = Manifest {
             format: 1,
             nonce: String::new(),
-            dataset: String::new(),
+            dataset: "birds-1".parse().expect("an id"),
             version: 1,
             rounds: 1,
             resize: Default::default(),

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use proto::Synset;
 use proto::outcomes::LONGEST_URL;
 use proto::pb::ListFormat;
 
@@ -14,9 +15,6 @@ const SYNSETS: &[&str] =
 
 /// Columns that hold the URL. `OriginalURL` is Open Images'; `Thumbnail300KURL` beside it is not wanted.
 const URLS: &[&str] = &["url", "imageurl", "imgurl", "originalurl", "photoimageurl", "imagelink", "link", "uri", "src"];
-
-/// A class of more bytes than this is bad: all of them are held in memory.
-pub(super) const LONGEST_SYNSET: usize = 128;
 
 /// A line of more bytes than this is bad.
 pub(super) const LONGEST_LINE: usize = 64 << 10;
@@ -46,8 +44,8 @@ pub(super) fn entry<'a>(synset: &'a str, url: &'a str) -> Line<'a> {
         Err("no synset".to_owned())
     } else if synset.contains(char::is_whitespace) {
         Err(format!("synset {synset:?} has white space in it"))
-    } else if synset.len() > LONGEST_SYNSET {
-        Err(format!("a synset of {} bytes; {LONGEST_SYNSET} are allowed", synset.len()))
+    } else if synset.len() > Synset::LONGEST {
+        Err(format!("a synset of {} bytes; {} are allowed", synset.len(), Synset::LONGEST))
     } else if url.len() > LONGEST_URL {
         Err(format!("a URL of {} bytes; {LONGEST_URL} are allowed", url.len()))
     } else if url.is_empty() {
@@ -79,7 +77,12 @@ pub(super) fn find_columns<'a>(
 }
 
 /// That a column is not there, which are, and what to do.
-pub(super) fn no_column<'a>(name: &str, what: &str, there: impl Iterator<Item = &'a str>, options: &ListOptions) -> Error {
+pub(super) fn no_column<'a>(
+    name: &str,
+    what: &str,
+    there: impl Iterator<Item = &'a str>,
+    options: &ListOptions,
+) -> Error {
     let (given, flag) = match what {
         "class" => (&options.synset_column, "--synset-column"),
         _ => (&options.url_column, "--url-column"),

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use proto::ids::is_name;
 use proto::manifest::Manifest;
 use proto::run_event::RunEvent;
 use proto::stored_run::{StartWeights, StoredRun};
@@ -45,7 +46,7 @@ impl Runs {
         };
         let name = match name.as_str() {
             "" => self.free_name(&spec.dataset),
-            given if !keys::is_name(given) => {
+            given if !is_name(given) => {
                 let rule = "1 to 63 of a-z 0-9 - . , beginning and ending with a letter or digit";
                 return Err(Error::Invalid(format!("name = {given:?}: must be {rule}")));
             }
@@ -60,7 +61,7 @@ impl Runs {
             return Err(Error::Exists(format!("a run is called {name:?}{why}")));
         }
         let manifest_sha256 = proto::shard::sha256_hex(&json);
-        let dataset = dataset.id.to_string();
+        let dataset = dataset.id.clone();
         let stored = StoredRun {
             format: 1,
             nonce: nonce(),

@@ -11,7 +11,7 @@ use object_store::GetRange;
 use proto::manifest::Manifest;
 use proto::pb::dataset_service_server::DatasetService;
 use proto::pb::{self, DatasetState};
-use proto::{Rejection, Split, keys};
+use proto::{DatasetId, Rejection, Split, keys};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -136,7 +136,7 @@ impl DatasetService for DatasetApi {
     }
 }
 
-async fn watch(datasets: &Datasets, id: &str, sender: &mpsc::Sender<Result<pb::Dataset, Status>>) {
+async fn watch(datasets: &Datasets, id: &DatasetId, sender: &mpsc::Sender<Result<pb::Dataset, Status>>) {
     let mut sent: Option<(u64, tokio::time::Instant)> = None;
     loop {
         let revision = datasets.revision(id);
@@ -171,7 +171,7 @@ fn message(dataset: &Dataset, counts: Counts) -> pb::Dataset {
     let manifest = dataset.manifest.as_ref();
     let mean_and_std = |of: fn(&Manifest) -> [f64; 3]| manifest.map_or_else(Vec::new, |m| of(m).to_vec());
     pb::Dataset {
-        name: dataset.name.clone(),
+        name: dataset.id.name().to_owned(),
         dataset: dataset.id.to_string(),
         state: state.into(),
         error: error.to_owned(),

@@ -3,9 +3,10 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use proto::ids::IdError;
 use proto::pb::fetch_service_server::FetchService;
 use proto::pb::{self};
-use proto::{Attempt, OutcomeCounts};
+use proto::{Attempt, DatasetId, OutcomeCounts, ShardId};
 use tonic::{Request, Response, Status};
 
 use crate::datasets::Datasets;
@@ -34,7 +35,13 @@ impl FetchApi {
 }
 
 fn attempt(text: &str) -> Result<Attempt, Error> {
-    text.parse().map_err(|error: proto::keys::KeyError| Error::Invalid(format!("attempt: {error}")))
+    text.parse().map_err(|error: IdError| Error::Invalid(format!("attempt: {error}")))
+}
+
+fn shard_id(dataset: String, shard: u32) -> Result<ShardId, Error> {
+    let dataset: DatasetId =
+        dataset.try_into().map_err(|error: IdError| Error::Invalid(format!("dataset: {error}")))?;
+    Ok(dataset.shard(shard))
 }
 
 fn millis(duration: Duration) -> u64 {
@@ -71,7 +78,7 @@ impl FetchService for FetchApi {
         self.datasets.term.hear(term_seen)?;
         let outcomes =
             OutcomeCounts::from_names(outcomes).map_err(|error| Error::Invalid(format!("outcomes: {error}")))?;
-        let renewed = self.datasets.renew(&worker, (&dataset, shard), attempt(&text)?, outcomes, &kept);
+        let renewed = self.datasets.renew(&worker, &shard_id(dataset, shard)?, attempt(&text)?, outcomes, &kept);
         let (duration_millis, wanted) =
             renewed.map_or_else(Default::default, |renewed| (millis(renewed.duration), renewed.wanted));
         Ok(Response::new(pb::RenewLeaseResponse { term: self.term(), duration_millis, wanted }))
@@ -83,7 +90,7 @@ impl FetchService for FetchApi {
     ) -> Result<Response<pb::CompleteShardResponse>, Status> {
         let pb::CompleteShardRequest { term_seen, worker, dataset, shard, attempt: _ } = request.into_inner();
         self.datasets.term.hear(term_seen)?;
-        let committed = self.datasets.complete(&worker, (&dataset, shard)).await?;
+        let committed = self.datasets.complete(&worker, &shard_id(dataset, shard)?).await?.to_string();
         Ok(Response::new(pb::CompleteShardResponse { term: self.term(), committed }))
     }
 
@@ -94,7 +101,7 @@ impl FetchService for FetchApi {
         let pb::ReleaseLeaseRequest { term_seen, worker, dataset, shard, attempt: text, failure } =
             request.into_inner();
         self.datasets.term.hear(term_seen)?;
-        self.datasets.release(&worker, (&dataset, shard), attempt(&text)?, &failure);
+        self.datasets.release(&worker, &shard_id(dataset, shard)?, attempt(&text)?, &failure);
         Ok(Response::new(pb::ReleaseLeaseResponse { term: self.term() }))
     }
 

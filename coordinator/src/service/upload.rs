@@ -8,10 +8,11 @@ use std::time::Duration;
 
 use bytes::{Buf, Bytes};
 use futures::StreamExt;
+use proto::ids::{IdError, is_name};
 use proto::pb::create_dataset_request::{Part, Start};
 use proto::pb::{self, CreateDatasetRequest};
 use proto::round::Round;
-use proto::{DatasetSpec, keys};
+use proto::{DatasetId, DatasetSpec};
 use tokio::sync::mpsc;
 use tonic::Streaming;
 use tracing::{Instrument, warn};
@@ -33,7 +34,7 @@ pub(super) async fn create(
     mut stream: Streaming<CreateDatasetRequest>,
 ) -> Result<pb::CreateDatasetResponse, Error> {
     let start = first(&mut stream).await?;
-    if !keys::is_name(&start.name) || start.name.len() > 54 {
+    if !is_name(&start.name) || start.name.len() > 54 {
         let rule = "1 to 54 of a-z 0-9 - . , beginning and ending with a letter or digit";
         return Err(Error::Invalid(format!("name = {:?}: must be {rule}", start.name)));
     }
@@ -46,6 +47,7 @@ pub(super) async fn create(
         return Err(Error::Exists(format!("a dataset is called {:?} already", start.name)));
     }
     let id = format!("{}-{}", start.name, &crate::store::nonce()[..8]);
+    let id: DatasetId = id.parse().map_err(|error: IdError| Error::Invalid(format!("name: {error}")))?;
     let (pieces, received) = mpsc::channel(32);
     let begin = Begin::first(&start.request_id);
     let made = put_slices(&datasets.store, &id, {
@@ -71,7 +73,7 @@ pub(super) async fn create(
         committed.map(|round| response(&id, &round)).inspect_err(|_| {
             tokio::spawn(async move {
                 if let Err(error) = datasets.remove_unborn(&id).await {
-                    warn!(dataset = id, %error, "cannot remove slices of a list that failed");
+                    warn!(dataset = &*id, %error, "cannot remove slices of a list that failed");
                 }
             });
         })
@@ -91,13 +93,13 @@ pub(super) async fn refresh(
         return Err(Error::Invalid(message.to_owned()));
     }
     let (found, _) = datasets.find(&start.name)?;
-    let name = datasets.lock_name(&found.name).await;
+    let name = datasets.lock_name(found.id.name()).await;
     if let Some((id, round)) = datasets.by_request(&start.request_id) {
         return Ok(response(&id, &round));
     }
     let (dataset, _) = datasets.find(&found.id)?;
     if !matches!(dataset.stage, Stage::Ready | Stage::Failed(_)) {
-        let message = format!("dataset {:?} is still being fetched: wait until it is ready", dataset.name);
+        let message = format!("dataset {:?} is still being fetched: wait until it is ready", dataset.id.name());
         return Err(Error::Precondition(message));
     }
     let begin = datasets.next_round(&dataset, &start.request_id).await?;
@@ -110,7 +112,7 @@ pub(super) async fn refresh(
             let mut spec = (*dataset.spec).clone();
             let mut catalog = Catalog::new(&spec, begin, folder.clone());
             let lists = read_lists(&mut catalog, &start, Pieces::new(received), folder)?;
-            let (dataset_id, rounds) = (&*dataset.id, &dataset.rounds[..]);
+            let (dataset_id, rounds) = (&dataset.id, &dataset.rounds[..]);
             let history = History { handle: &handle, store: &store, dataset: dataset_id, rounds };
             gather(&history, &Again::may_come_back(&dataset), lists > 0, &mut catalog)?;
             catalog.cut(&mut spec, slices)
@@ -311,9 +313,9 @@ impl Read for Pieces {
     }
 }
 
-fn response(id: &str, round: &Round) -> pb::CreateDatasetResponse {
+fn response(id: &DatasetId, round: &Round) -> pb::CreateDatasetResponse {
     pb::CreateDatasetResponse {
-        dataset: id.to_owned(),
+        dataset: id.to_string(),
         urls: round.urls(),
         not_chosen: round.not_chosen,
         bad_lines: round.bad_lines,

@@ -18,7 +18,9 @@ use proto::pb::fetch_service_client::FetchServiceClient;
 use proto::pb::{self, DatasetState};
 use proto::rejection::KEPT;
 use proto::shard::{Moments, Origin, TarWriter, hex, sha256_hex};
-use proto::{Attempt, DatasetSpec, OutcomeCounts, Rejection, Sample, ShardIndex, Split, Stored, keys, table};
+use proto::{
+    Attempt, DatasetId, DatasetSpec, OutcomeCounts, Rejection, Sample, ShardId, ShardIndex, Split, Stored, keys, table,
+};
 use sha2::{Digest, Sha256};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -236,11 +238,17 @@ fn content(url: &str, shard: u32) -> Result<&str, Rejection> {
     }
 }
 
+/// The shard of a message.
+pub fn shard_id(dataset: &str, shard: u32) -> ShardId {
+    dataset.parse::<DatasetId>().expect("the coordinator's").shard(shard)
+}
+
 /// Makes a shard as a worker does: tars, outcomes, then the index.
 pub async fn put_shard(store: &dyn ObjectStore, lease: &pb::Lease) {
     let spec = DatasetSpec::from_json(&lease.spec_json).expect("the coordinator's");
     let attempt: Attempt = lease.attempt.parse().expect("the coordinator's");
-    let slice = get(store, &keys::slice(&lease.dataset, lease.shard)).await;
+    let of = shard_id(&lease.dataset, lease.shard);
+    let slice = get(store, &keys::slice(&of)).await;
     let text = String::from_utf8(zstd::decode_all(&slice[..]).expect("zstd")).expect("UTF-8");
     let mut tars: BTreeMap<Split, (TarWriter, ClassCounts, Moments)> = BTreeMap::new();
     let mut wanted = lease.wanted.clone();
@@ -271,7 +279,7 @@ pub async fn put_shard(store: &dyn ObjectStore, lease: &pb::Lease) {
             row.phash = content.split_once('~').map(|(_, look)| look.to_owned());
             row.sha256 = Some(hex(&sha));
             row.split = Some(split.name().to_owned());
-            row.tar = Some(keys::tar(&lease.dataset, split, lease.shard, attempt));
+            row.tar = Some(keys::tar(&of, split, attempt));
             row.offset = Some(offset as i64);
             row.length = Some(length as i64);
         }
@@ -283,7 +291,7 @@ pub async fn put_shard(store: &dyn ObjectStore, lease: &pb::Lease) {
         nonce: format!("{:032x}", attempt.n),
         writer: "w1".to_owned(),
         shard: lease.shard,
-        attempt: lease.attempt.clone(),
+        attempt,
         outcomes: counts,
         tars: BTreeMap::new(),
         outcomes_file: None,
@@ -292,17 +300,17 @@ pub async fn put_shard(store: &dyn ObjectStore, lease: &pb::Lease) {
         let mut bytes = writer.take().to_vec();
         let (rest, length, sha256, blocks) = writer.finish();
         bytes.extend_from_slice(&rest);
-        let key = keys::tar(&lease.dataset, split, lease.shard, attempt);
+        let key = keys::tar(&of, split, attempt);
         put(store, &key, bytes).await;
         let samples = per_class.total();
         index.tars.insert(split, Tar { key, bytes: length, sha256, samples, per_class, blocks, moments });
     }
     let file = table::write(&rows).expect("encodes");
-    let key = keys::outcomes(&lease.dataset, lease.shard, attempt);
+    let key = keys::outcomes(&of, attempt);
     index.outcomes_file = Some(StoredFile { key: key.clone(), bytes: file.len() as u64, sha256: sha256_hex(&file) });
     put(store, &key, file).await;
     let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
-    let key = Key::from(keys::index(&lease.dataset, lease.shard));
+    let key = Key::from(keys::index(&of));
     // Somebody else may have been first; that is the coordinator's to say.
     let _ = store.put_opts(&key, index.to_json().into(), options).await;
 }

@@ -285,7 +285,7 @@ impl ListArgs {
 
 /// The request and the lists, checked as far as they can be without the cluster.
 fn prepare(args: &CreateArgs) -> Result<(Start, Vec<Source>)> {
-    if !proto::keys::is_name(&args.name) {
+    if !proto::ids::is_name(&args.name) {
         let rule = "1 to 63 of a-z 0-9 - . , beginning and ending with a letter or digit";
         return Err(Ended::usage(format!("{:?} is no name: {rule}", args.name)));
     }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use anyhow::Result;
 use proto::manifest::{ManifestShard, Skips};
 use proto::rejection::outcome_name;
-use proto::{Manifest, OutcomeCounts};
+use proto::{DatasetId, Manifest, OutcomeCounts};
 use serde::Serialize;
 
 use super::reader::{From, Reader, samples};
@@ -46,7 +46,7 @@ struct ClassDiff {
 /// Two versions compared.
 #[derive(Debug, Serialize)]
 struct Diff {
-    dataset: String,
+    dataset: DatasetId,
     from: u32,
     to: u32,
     added: u64,
@@ -128,7 +128,8 @@ fn diff(one: &Manifest, other: &Manifest, moved: &HashMap<String, (u64, u64)>) -
 
 fn changes(before: &OutcomeCounts, after: &OutcomeCounts) -> BTreeMap<String, Change> {
     let outcomes = before.iter().chain(after.iter()).map(|(outcome, _)| outcome);
-    let change = |outcome| (outcome_name(outcome).to_owned(), Change { from: before.of(outcome), to: after.of(outcome) });
+    let change =
+        |outcome| (outcome_name(outcome).to_owned(), Change { from: before.of(outcome), to: after.of(outcome) });
     outcomes.map(change).filter(|(_, change)| change.from != change.to).collect()
 }
 
@@ -185,7 +186,15 @@ mod tests {
         let samples = Change { from: 3, to: 7 };
         let (synset, name) = ("n1".to_owned(), "dog".to_owned());
         let class = ClassDiff { synset, name, added: 4, removed: 0, samples, outcomes: outcomes.clone() };
-        let diff = Diff { dataset: "d-1".into(), from: 1, to: 2, added: 4, removed: 0, outcomes, classes: vec![class] };
+        let diff = Diff {
+            dataset: "d-1".parse().expect("an id"),
+            from: 1,
+            to: 2,
+            added: 4,
+            removed: 0,
+            outcomes,
+            classes: vec![class],
+        };
         assert_eq!(
             lines("d", &diff),
             [

@@ -16,7 +16,7 @@ use proto::index::StoredFile;
 use proto::manifest::{ManifestShard, Skips};
 use proto::outcomes::{OutcomeRow, failed_rows};
 use proto::pb::ReadObjectRequest;
-use proto::{Manifest, Stored, keys, table};
+use proto::{DatasetId, Manifest, Stored, keys, table};
 use tonic::Status;
 
 use crate::client::{Cluster, ClusterArgs, answer, insist};
@@ -45,7 +45,7 @@ pub(super) struct From {
 #[derive(Debug, Clone)]
 pub(super) enum Reader {
     Coordinator { cluster: Box<Cluster>, name: String },
-    Store { store: Arc<dyn ObjectStore>, dataset: String },
+    Store { store: Arc<dyn ObjectStore>, dataset: DatasetId },
 }
 
 impl Reader {
@@ -58,8 +58,8 @@ impl Reader {
         let listed = store.list_with_delimiter(Some(&Path::from(keys::DATASETS))).await;
         let listed = listed.with_context(|| format!("cannot list {location}"))?;
         for folder in listed.common_prefixes {
-            let dataset = folder.filename().unwrap_or_default().to_owned();
-            if dataset != name && dataset.rsplit_once('-').is_none_or(|(of, _)| of != name) {
+            let Ok(dataset) = folder.filename().unwrap_or_default().parse::<DatasetId>() else { continue };
+            if *dataset != *name && dataset.name() != name {
                 continue;
             }
             if store.head(&Path::from(keys::tombstone(&dataset))).await.is_err()
@@ -151,9 +151,9 @@ impl Reader {
     }
 
     /// What became of the URLs of a shard; a slice that failed has no file, only its URLs.
-    pub(super) async fn rows(&self, dataset: &str, shard: &ManifestShard) -> Result<Vec<OutcomeRow>> {
+    pub(super) async fn rows(&self, dataset: &DatasetId, shard: &ManifestShard) -> Result<Vec<OutcomeRow>> {
         let Some(file) = &shard.outcomes else {
-            let key = keys::slice(dataset, shard.shard);
+            let key = keys::slice(&dataset.shard(shard.shard));
             return failed_rows(&self.get(&key).await?).with_context(|| key);
         };
         let bytes = self.file(file).await?;

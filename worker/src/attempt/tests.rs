@@ -2,9 +2,9 @@ use std::net::SocketAddr;
 
 use bytes::Bytes;
 use object_store::local::LocalFileSystem;
-use proto::shard::read_block;
 use proto::index::ClassCounts;
-use proto::{Class, Limits, Rejection, Resize, Stored};
+use proto::shard::read_block;
+use proto::{Class, DatasetId, Limits, Rejection, Resize, Stored};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -143,7 +143,7 @@ pub(crate) fn spec() -> DatasetSpec {
 pub(crate) async fn put_slice(store: &dyn ObjectStore, shard: u32, urls: &[String]) {
     let lines: String = urls.iter().enumerate().map(|(i, url)| format!("{}\tn{}\t{url}\n", i * 3, i % 2 + 1)).collect();
     let packed = zstd::encode_all(lines.as_bytes(), 1).expect("memory");
-    store.put(&keys::slice("birds-1", shard).into(), packed.into()).await.expect("a writable store");
+    store.put(&keys::slice(&birds(shard)).into(), packed.into()).await.expect("a writable store");
 }
 
 pub(crate) async fn tools(store: Arc<dyn ObjectStore>) -> Arc<Tools> {
@@ -168,8 +168,12 @@ async fn coordinator() -> Arc<Coordinator> {
     Arc::new(Coordinator::new(&address, "worker-test".into()).expect("a good address"))
 }
 
+pub(crate) fn birds(shard: u32) -> ShardId {
+    "birds-1".parse::<DatasetId>().expect("an id").shard(shard)
+}
+
 fn assignment(n: u64) -> Assignment {
-    Assignment { dataset: "birds-1".into(), shard: 7, attempt: Attempt { term: 9, n }, spec: spec() }
+    Assignment { shard: birds(7), attempt: Attempt { term: 9, n }, spec: spec() }
 }
 
 async fn get(store: &dyn ObjectStore, key: &str) -> Bytes {
@@ -235,7 +239,7 @@ async fn every_url_gets_its_one_outcome_and_index_outcomes_and_tars_agree() {
     let end = make_shard(&tools, &assignment(1), &progress, (), &never).await.expect("a good store");
     assert_eq!(end, End::Won);
 
-    let index = ShardIndex::from_json(&get(&*store, &keys::index("birds-1", 7)).await).expect("own output");
+    let index = ShardIndex::from_json(&get(&*store, &keys::index(&birds(7))).await).expect("own output");
     let file = index.outcomes_file.as_ref().expect("an attempt has outcomes");
     let parquet = get(&*store, &file.key).await;
     assert_eq!((file.bytes, &file.sha256), (parquet.len() as u64, &proto::shard::sha256_hex(&parquet)));
@@ -289,7 +293,7 @@ async fn the_second_of_two_attempts_loses_and_leaves_nothing() {
     assert_eq!(first.expect("a good store"), End::Won);
     let before = keys_in(&*store, "datasets").await;
     let second = make_shard(&tools, &assignment(2), &Progress::default(), (), &never).await;
-    assert_eq!(second.expect("a good store"), End::LostTo("9.1".into()));
+    assert_eq!(second.expect("a good store"), End::LostTo(Attempt { term: 9, n: 1 }));
     assert_eq!(keys_in(&*store, "datasets").await, before);
 }
 
@@ -318,7 +322,7 @@ async fn a_cancelled_attempt_and_one_whose_slice_is_no_slice_leave_nothing() {
     assert_eq!(keys_in(&*store, "datasets").await, before);
 
     let packed = zstd::encode_all(&b"1\tn1\thttp://a/\nnonsense\n"[..], 1).expect("memory");
-    store.put(&keys::slice("birds-1", 7).into(), packed.into()).await.expect("a writable store");
+    store.put(&keys::slice(&birds(7)).into(), packed.into()).await.expect("a writable store");
     let never = CancellationToken::new();
     let error = make_shard(&tools, &assignment, &Progress::default(), (), &never).await.expect_err("no slice");
     assert!(format!("{error:#}").contains("line 2"), "{error:#}");
@@ -335,7 +339,7 @@ async fn urls_of_a_class_that_is_full_are_left_unfetched_and_are_told_of() {
     progress.limit(HashMap::from([(0, 0)]), &HashMap::new());
     assert!(progress.is_full(0) && !progress.is_full(1));
     make_shard(&tools, &assignment(1), &progress, (), &CancellationToken::new()).await.expect("a good store");
-    let index = ShardIndex::from_json(&get(&*store, &keys::index("birds-1", 7)).await).expect("own output");
+    let index = ShardIndex::from_json(&get(&*store, &keys::index(&birds(7))).await).expect("own output");
     let file = index.outcomes_file.expect("an attempt has outcomes");
     let rows: Vec<OutcomeRow> = table::read(get(&*store, &file.key).await).expect("own output");
     assert_eq!(rows.len(), 40);
