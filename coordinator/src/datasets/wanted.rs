@@ -17,7 +17,9 @@ pub(crate) struct Wanted {
     /// Of committed shards that it does not name.
     committed: Vec<u64>,
     /// Of leased shards, as far as workers have told.
-    leased: BTreeMap<u32, HashMap<u32, u64>>,
+    leased: Vec<u64>,
+    /// The same by shard: what is taken away again.
+    by_shard: BTreeMap<u32, HashMap<u32, u64>>,
 }
 
 impl Wanted {
@@ -26,16 +28,27 @@ impl Wanted {
             per_class: per_class.into(),
             counted: vec![0; classes],
             committed: vec![0; classes],
-            leased: BTreeMap::new(),
+            leased: vec![0; classes],
+            by_shard: BTreeMap::new(),
         }
     }
 
     pub(super) fn progressed(&mut self, shard: u32, kept: &HashMap<u32, u64>) {
-        self.leased.insert(shard, kept.clone());
+        self.dropped(shard);
+        for (&label, samples) in kept {
+            if let Some(class) = self.leased.get_mut(label as usize) {
+                *class += samples;
+            }
+        }
+        self.by_shard.insert(shard, kept.clone());
     }
 
     pub(super) fn dropped(&mut self, shard: u32) {
-        self.leased.remove(&shard);
+        for (label, samples) in self.by_shard.remove(&shard).unwrap_or_default() {
+            if let Some(class) = self.leased.get_mut(label as usize) {
+                *class -= samples;
+            }
+        }
     }
 
     pub(super) fn committed(&mut self, index: &ShardIndex) {
@@ -59,16 +72,10 @@ impl Wanted {
 
     /// What each class still wants beyond all that is known of; 0: it is full.
     pub(super) fn by_label(&self) -> HashMap<u32, u64> {
-        let mut leased = vec![0; self.counted.len()];
-        for (&label, kept) in self.leased.values().flatten() {
-            if let Some(class) = leased.get_mut(label as usize) {
-                *class += kept;
-            }
-        }
         let wanted = |(label, counted): (u32, &u64)| {
             let lacking = self.per_class.saturating_sub(*counted);
             let goal = lacking + lacking.div_ceil(SPARE);
-            (label, goal.saturating_sub(self.committed[label as usize] + leased[label as usize]))
+            (label, goal.saturating_sub(self.committed[label as usize] + self.leased[label as usize]))
         };
         (0..).zip(&self.counted).map(wanted).collect()
     }
