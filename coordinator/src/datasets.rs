@@ -60,7 +60,8 @@ pub(crate) struct Dataset {
     pub(crate) spec: Arc<DatasetSpec>,
     pub(crate) spec_json: String,
     pub(crate) rounds: Arc<Vec<Round>>,
-    /// URLs by outcome, of the committed shards; one that was fetched in two rounds has two.
+    /// URLs by outcome: those of the rounds that the latest manifest names, each by its latest one, and those of the committed
+    /// shards of later rounds.
     outcomes: OutcomeCounts,
     /// The same of the leased ones, as far as workers have told.
     progress: BTreeMap<u32, OutcomeCounts>,
@@ -111,7 +112,7 @@ impl Dataset {
     pub(crate) fn outcomes_so_far(&self) -> OutcomeCounts {
         let mut all = self.outcomes;
         self.progress.values().for_each(|made| all.merge(made));
-        self.rounds.iter().for_each(|round| all.subtract(&round.retried));
+        self.unnamed_rounds().for_each(|round| all.subtract(&round.retried));
         all
     }
 
@@ -126,6 +127,12 @@ impl Dataset {
             *all.entry(synset.clone()).or_default() += urls;
         }
         all
+    }
+
+    /// The rounds that the latest manifest does not name.
+    fn unnamed_rounds(&self) -> impl Iterator<Item = &Round> {
+        let named = self.manifest.as_ref().map_or(0, |manifest| manifest.rounds as usize);
+        self.rounds.iter().skip(named)
     }
 
     fn urls_of(&self, shard: u32) -> u64 {
@@ -299,16 +306,15 @@ impl Dataset {
         if let Some(wanted) = &mut self.wanted {
             wanted.sealed(&manifest);
         }
+        self.outcomes = manifest.outcomes;
         self.manifest = Some(manifest);
         self.revision += 1;
     }
 
-    /// Counts a committed shard.
+    /// Counts a committed shard of a round that the latest manifest does not name.
     fn count(&mut self, index: &ShardIndex) {
         self.dropped(index.shard);
-        let named = self.manifest.as_ref().map_or(0, |manifest| manifest.rounds as usize);
-        let later = self.rounds.iter().skip(named).any(|round| round.shards().any(|shard| shard == index.shard));
-        if let Some(wanted) = self.wanted.as_mut().filter(|_| later) {
+        if let Some(wanted) = &mut self.wanted {
             wanted.committed(index);
         }
         self.outcomes.merge(&index.outcomes);

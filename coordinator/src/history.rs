@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use futures::TryStreamExt;
 use proto::index::StoredFile;
 use proto::outcomes::{OutcomeRow, failed_rows};
 use proto::round::Round;
@@ -71,7 +72,8 @@ impl History<'_> {
         let shards = || self.rounds.iter().flat_map(Round::shards);
         let wanted = shards().map(|shard| keys::index(&self.dataset.shard(shard))).collect();
         let mut indexes = BTreeMap::new();
-        for (key, json) in self.handle.block_on(self.store.get_all(wanted))? {
+        let mut stored = std::pin::pin!(self.store.get_each(wanted));
+        while let Some((key, json)) = self.handle.block_on(stored.try_next())? {
             let index = ShardIndex::from_json(&json).map_err(|error| corrupt(&key, error))?;
             indexes.insert(index.shard, index);
         }

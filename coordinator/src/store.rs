@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::{StreamExt, TryStreamExt};
+use futures::{Stream, StreamExt, TryStreamExt};
 use object_store::path::Path;
 use object_store::{Error as Cause, GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutOptions};
 use proto::StoredOnce;
@@ -163,14 +163,26 @@ impl Store {
         Ok(names)
     }
 
-    /// Reads many objects at once; those that do not exist are left out.
-    pub(crate) async fn get_all(&self, keys: Vec<String>) -> Result<Vec<(String, Bytes)>, StoreError> {
+    /// Keys of the objects that are in a folder itself, in order.
+    pub(crate) async fn files(&self, folder: &str) -> Result<Vec<String>, StoreError> {
+        let path = Path::from(folder);
+        let listed = retry("list", folder, || async { self.0.list_with_delimiter(Some(&path)).await }).await?;
+        let mut keys: Vec<String> = listed.objects.iter().map(|meta| meta.location.to_string()).collect();
+        keys.sort_unstable();
+        Ok(keys)
+    }
+
+    /// Reads objects in the order of their keys, some ahead of what is taken; those that do not exist are left out.
+    pub(crate) fn get_each(&self, keys: Vec<String>) -> impl Stream<Item = Result<(String, Bytes), StoreError>> {
         futures::stream::iter(keys)
-            .map(|key| async move { Ok(self.get(&key).await?.map(|bytes| (key, bytes))) })
+            .map(move |key| async move { Ok(self.get(&key).await?.map(|bytes| (key, bytes))) })
             .buffered(PARALLEL)
             .try_filter_map(|found| async move { Ok(found) })
-            .try_collect()
-            .await
+    }
+
+    /// Reads a few objects at once; those that do not exist are left out.
+    pub(crate) async fn get_all(&self, keys: Vec<String>) -> Result<Vec<(String, Bytes)>, StoreError> {
+        self.get_each(keys).try_collect().await
     }
 
     /// Copies an object that must exist, whatever is there.

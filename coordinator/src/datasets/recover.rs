@@ -1,7 +1,9 @@
 //! A new coordinator's view of the datasets: all of it comes from listing the store.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use anyhow::Context;
 use futures::{StreamExt, TryStreamExt};
 use proto::manifest::Manifest;
 use proto::round::Round;
@@ -56,13 +58,15 @@ impl Datasets {
             if let Some(manifest) = self.latest_manifest(&id).await? {
                 dataset.sealed(manifest.into());
             }
-            let mut open = dataset.shards();
-            for (key, json) in self.store.get_all(self.store.list(&keys::indexes(&id)).await?).await? {
-                let index = ShardIndex::from_json(&json).map_err(|e| anyhow::anyhow!("{key}: {e}"))?;
+            // What the manifest names is committed, and its totals are known.
+            let mut open: BTreeSet<u32> = dataset.unnamed_rounds().flat_map(Round::shards).collect();
+            let mut committed = if open.is_empty() { Vec::new() } else { self.store.list(&keys::indexes(&id)).await? };
+            committed.retain(|key| number(key).is_some_and(|shard| open.contains(&shard)));
+            let mut indexes = std::pin::pin!(self.store.get_each(committed));
+            while let Some((key, json)) = indexes.try_next().await? {
+                let index = ShardIndex::from_json(&json).with_context(|| key)?;
                 dataset.count(&index);
-                if let Ok(at) = open.binary_search(&index.shard) {
-                    open.remove(at);
-                }
+                open.remove(&index.shard);
             }
             if open.is_empty() {
                 let complete = |manifest: &&Arc<Manifest>| {
@@ -72,7 +76,7 @@ impl Datasets {
                 let manifest = dataset.manifest.as_ref().filter(complete);
                 dataset.stage = manifest.map_or(Stage::Sealing, |manifest| outcome(manifest));
             }
-            anyhow::Ok((dataset, open))
+            anyhow::Ok((dataset, open.into_iter().collect()))
         };
         match recovered.await {
             Ok(found) => Ok(Some(found)),
@@ -96,8 +100,12 @@ impl Datasets {
     }
 
     pub(super) async fn latest_version(&self, id: &DatasetId) -> Result<u32, StoreError> {
-        let keys = self.store.list(&keys::manifests(id)).await?;
-        let versions = keys.iter().filter(|key| key.ends_with(".json")).filter_map(|key| keys::number(key).ok());
-        Ok(versions.max().and_then(|version| u32::try_from(version).ok()).unwrap_or(0))
+        // A version's skips and findings are in folders beside it, and many.
+        let keys = self.store.files(&keys::manifests(id)).await?;
+        Ok(keys.iter().filter_map(|key| number(key)).max().unwrap_or(0))
     }
+}
+
+fn number(key: &str) -> Option<u32> {
+    keys::number(key).ok().and_then(|number| u32::try_from(number).ok())
 }

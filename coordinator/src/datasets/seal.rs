@@ -4,6 +4,8 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
+use futures::TryStreamExt;
 use proto::manifest::Manifest;
 use proto::{Attempt, DatasetId, DatasetSpec, ShardIndex, Split, Stored, keys};
 use tracing::{error, info, warn};
@@ -97,12 +99,13 @@ impl Datasets {
     /// Removes the files of attempts whose shard has an index that names another attempt, and the slices of rounds that were
     /// never committed: those whose numbers lie between the ones that the catalog names. (Behind them, a round may be on its way.)
     async fn sweep(&self, id: &DatasetId) -> Result<(), StoreError> {
-        let indexes = self.store.get_all(self.store.list(&keys::indexes(id)).await?).await?;
-        let winners: HashMap<u32, Attempt> = indexes
-            .iter()
-            .filter_map(|(_, json)| ShardIndex::from_json(json).ok())
-            .map(|index| (index.shard, index.attempt))
-            .collect();
+        let indexes = self.store.get_each(self.store.list(&keys::indexes(id)).await?);
+        let winner = |(_, json): (String, Bytes)| {
+            let index = ShardIndex::from_json(&json).ok()?;
+            Some((index.shard, index.attempt))
+        };
+        let winners: HashMap<u32, Attempt> =
+            indexes.try_filter_map(|found| async move { Ok(winner(found)) }).try_collect().await?;
         let Ok((dataset, _)) = self.find(id) else { return Ok(()) };
         let named: HashSet<u32> = dataset.shards().into_iter().collect();
         let last = dataset.rounds.last().map_or(0, |round| round.first_slice);
