@@ -71,7 +71,7 @@ pub(crate) struct Dataset {
     pub(crate) manifest: Option<Arc<Manifest>>,
     pub(crate) stage: Stage,
     /// Grows with each change.
-    pub(crate) revision: u64,
+    revision: u64,
 }
 
 /// How far a dataset is.
@@ -87,6 +87,14 @@ pub(crate) enum Stage {
     Failed(String),
 }
 
+/// Differs whenever a dataset has changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Revision {
+    number: u64,
+    /// Whether it is ready or has failed.
+    pub(crate) is_final: bool,
+}
+
 impl Stage {
     pub(crate) fn name(&self) -> &'static str {
         match self {
@@ -99,6 +107,10 @@ impl Stage {
 }
 
 impl Dataset {
+    pub(crate) fn revision(&self) -> Revision {
+        Revision { number: self.revision, is_final: matches!(self.stage, Stage::Ready | Stage::Failed(_)) }
+    }
+
     pub(crate) fn urls(&self) -> u64 {
         self.rounds.iter().map(|round| round.new_urls).sum()
     }
@@ -237,9 +249,9 @@ impl Datasets {
         Ok((dataset.clone(), state.ledger.counts(&dataset.id)))
     }
 
-    /// The revision of a live dataset; a cheap question whether anything has changed.
-    pub(crate) fn revision(&self, id: &DatasetId) -> Option<u64> {
-        self.state().live.get(id).map(|dataset| dataset.revision)
+    /// The revision of a live dataset: a cheap question whether anything has changed.
+    pub(crate) fn revision(&self, id: &DatasetId) -> Option<Revision> {
+        self.state().live.get(id).map(Dataset::revision)
     }
 
     /// The dataset and the round that a request made.

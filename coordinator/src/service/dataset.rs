@@ -17,7 +17,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::upload;
-use crate::datasets::{Dataset, Datasets, Stage};
+use crate::datasets::{Dataset, Datasets, Revision, Stage};
 use crate::error::Error;
 use crate::ledger::Counts;
 use crate::runs::Runs;
@@ -137,18 +137,18 @@ impl DatasetService for DatasetApi {
 }
 
 async fn watch(datasets: &Datasets, id: &DatasetId, sender: &mpsc::Sender<Result<pb::Dataset, Status>>) {
-    let mut sent: Option<(u64, tokio::time::Instant)> = None;
+    let mut sent: Option<(Revision, tokio::time::Instant)> = None;
     loop {
         let revision = datasets.revision(id);
         let due = sent.is_none_or(|(last, at)| revision != Some(last) && at.elapsed() >= WATCH_PERIOD);
-        let found = datasets.find(id);
-        let over = !matches!(&found, Ok((dataset, _)) if matches!(dataset.stage, Stage::Fetching | Stage::Sealing));
-        if due || over {
-            let (revision, told) = match found {
-                Ok((dataset, counts)) => (dataset.revision, Ok(message(&dataset, counts))),
-                Err(_) => (0, Err(Error::NotFound(format!("dataset {id} has been deleted")).into())),
+        // A dataset is large: it is copied only to be sent.
+        if due || revision.is_none_or(|revision| revision.is_final) {
+            let Ok((dataset, counts)) = datasets.find(id) else {
+                let _ = sender.send(Err(Error::NotFound(format!("dataset {id} has been deleted")).into())).await;
+                return;
             };
-            if sender.send(told).await.is_err() || over {
+            let revision = dataset.revision();
+            if sender.send(Ok(message(&dataset, counts))).await.is_err() || revision.is_final {
                 return;
             }
             sent = Some((revision, tokio::time::Instant::now()));
