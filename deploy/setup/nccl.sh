@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Does the NCCL backend compile, link and start? Without a GPU nothing more can be asked of it.
-# Only c10d is built, as a package of its own from the trainer's files, because the whole trainer would have to be
+# Only the room `torch` is built, as a package of its own from the trainer's files, because the whole trainer would have to be
 # compiled once more: torch-sys is another one with another libtorch. Barely optimised: nothing here is slow.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -9,7 +9,7 @@ cd "$(dirname "$0")/../.."
 package=target/nccl
 rm -rf $package/src
 mkdir -p $package/src
-ln -s ../../../trainer/src/{c10d,c10d.rs} $package/src/
+ln -s ../../../trainer/src/{torch,torch.rs} $package/src/
 ln -sf ../../trainer/build.rs $package/build.rs
 cp Cargo.lock $package/
 dependency() { grep -E "^($1) = " Cargo.toml; }
@@ -27,6 +27,6 @@ $(dependency 'tch|torch-sys|thiserror')
 [build-dependencies]
 $(dependency cc)
 TOML
-echo '#![allow(unused)] pub mod c10d;' >$package/src/lib.rs
+echo '#![allow(unused)] pub mod torch;' >$package/src/lib.rs
 LIBTORCH=$PWD/target/libtorch-cuda CARGO_TARGET_DIR=$package/target \
     cargo test --lib --features nccl --manifest-path $package/Cargo.toml -- --test-threads 1

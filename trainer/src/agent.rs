@@ -21,7 +21,8 @@ use crate::ipc::Setup;
 use crate::link::{self, Link};
 use crate::logs::Logs;
 use crate::process::{Heard, Process, What};
-use crate::{CacheConfig, Config, c10d, devices, metrics};
+use crate::torch::c10d;
+use crate::{CacheConfig, Config, devices, metrics};
 
 const HEARTBEAT: Duration = Duration::from_millis(250);
 /// Log lines are in the store after so long.

@@ -23,7 +23,8 @@ mod export;
 use proto::run_spec::{Arch, Model};
 use tch::{Device, Kind, Tensor};
 
-use crate::{random, tensor};
+use crate::random;
+use crate::torch::tensor;
 
 /// Weight of one step's statistics in the running ones, and the floor of a variance (PyTorch's defaults).
 const NORM_MOMENTUM: f64 = 0.1;

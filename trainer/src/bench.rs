@@ -18,7 +18,6 @@ use tch::{Device, Kind, Tensor};
 
 use crate::alexnet::AlexNet;
 use crate::batch::Pixels;
-use crate::c10d::{Group, Member, Op, Reducer, Store};
 use crate::cache::Cache;
 use crate::ipc::Setup;
 use crate::job::Home;
@@ -29,6 +28,7 @@ use crate::random;
 use crate::rank::{Pulse, Wishes, serve};
 use crate::step::{self, Sgd};
 use crate::stream::Blocks;
+use crate::torch::c10d::{Group, Member, Op, Reducer, Store};
 
 const MEAN: [f64; 3] = [0.48, 0.46, 0.41];
 const STD: [f64; 3] = [0.23, 0.22, 0.23];

@@ -7,7 +7,6 @@ use anyhow::anyhow;
 use proto::Split;
 use tch::{Kind, Tensor};
 
-use crate::c10d::Op;
 use crate::cache::Again;
 use crate::history::Sums;
 use crate::job::Job;
@@ -15,6 +14,7 @@ use crate::loader;
 use crate::plan;
 use crate::rank::Wishes;
 use crate::step;
+use crate::torch::c10d::Op;
 use crate::train::{Failure, Seat};
 
 /// The sums over `split` on all ranks, and how long it took; None if the split has no samples.

@@ -11,7 +11,6 @@ use tch::{Device, Kind, Tensor};
 use tracing::{info, warn};
 
 use crate::alexnet::{AlexNet, Named};
-use crate::c10d::{Group, Op};
 use crate::cache::Cache;
 use crate::checkpoint::{self, Progress};
 use crate::history::Sums;
@@ -21,6 +20,7 @@ use crate::normalise::Normalise;
 use crate::plan::{EpochPlan, steps_per_epoch};
 use crate::step::{self, Sgd};
 use crate::stream::{Blocks, get_checked, is_damage};
+use crate::torch::c10d::{Group, Op};
 use crate::train::{Failure, Seat};
 
 /// Where all of a process' work runs.

@@ -17,7 +17,6 @@ mod alexnet;
 mod batch;
 #[cfg(feature = "bench")]
 pub mod bench;
-mod c10d;
 mod cache;
 mod checkpoint;
 mod devices;
@@ -39,8 +38,8 @@ mod rank;
 mod ready;
 mod step;
 mod stream;
-mod tensor;
 mod timing;
+mod torch;
 mod train;
 
 #[cfg(test)]

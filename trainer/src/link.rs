@@ -11,7 +11,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Endpoint;
 use tracing::warn;
 
-use crate::c10d;
+use crate::torch::c10d;
 
 /// For the connection, and for the answer to `Connect`.
 const DEADLINE: Duration = Duration::from_secs(10);

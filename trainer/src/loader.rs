@@ -28,7 +28,7 @@ use crate::normalise::Light;
 use crate::plan::{EpochPlan, Lane, Place, steps_per_epoch};
 use crate::ready::Ready;
 use crate::stream::Blocks;
-use crate::tensor::{Chunk, Slab};
+use crate::torch::tensor::{Chunk, Slab};
 
 /// Blocks may be read, or on their way, that come to so many bytes before the first of their samples is needed.
 const AHEAD_BYTES: u64 = 64 << 20;

@@ -3,7 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::batch::Pixels;
-use crate::tensor::{self, Element};
+use crate::torch::tensor::{self, Element};
 
 /// What red, green and blue give to the grey of a pixel (ITU-R BT.601, as Pillow and torchvision have it).
 pub(crate) const GREY: [f32; 3] = [0.299, 0.587, 0.114];

@@ -11,8 +11,8 @@ use tokio::process::Command;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::RANK_ENVIRONMENT;
-use crate::c10d::NCCL_ENVIRONMENT;
 use crate::ipc::{self, Setup};
+use crate::torch::c10d::NCCL_ENVIRONMENT;
 
 /// The variable by which NCCL chooses its network interface.
 const NCCL_INTERFACE: &str = "NCCL_SOCKET_IFNAME";

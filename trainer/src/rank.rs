@@ -18,9 +18,9 @@ use proto::trace;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{error, info, warn};
 
-use crate::c10d::Aborter;
 use crate::ipc::{self, Setup};
 use crate::job::{Home, Job};
+use crate::torch::c10d::Aborter;
 use crate::train::{Ending, Failure, generation};
 
 /// A rank is heard at least this often.

@@ -10,10 +10,10 @@ use proto::run_spec::{Compress, Precision, Schedule, Train};
 use tch::{Device, Kind, Reduction, Tensor};
 
 use crate::alexnet::{AlexNet, Named};
-use crate::c10d::{self, Half, Reducer};
 use crate::loader::Batch;
 use crate::normalise::Normalise;
 use crate::random;
+use crate::torch::c10d::{self, Half, Reducer};
 use crate::train::Failure;
 
 /// What one rank's forward and backward gave, beside the gradients.

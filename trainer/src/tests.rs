@@ -18,10 +18,11 @@ use proto::shard::{Origin, TarWriter, sha256_hex};
 use proto::{Attempt, DatasetId, Manifest, OutcomeCounts, Resize, Sample, Split, Stored, keys};
 
 use crate::alexnet::Named;
+use crate::checkpoint;
 use crate::ipc::Setup;
 use crate::job::Home;
 use crate::rank::{Pulse, Wishes, serve};
-use crate::{c10d, checkpoint};
+use crate::torch::c10d;
 
 const SIZE: usize = 72;
 const DEADLINE: Duration = Duration::from_secs(120);

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use tch::{Kind, Tensor};
 
-use crate::c10d::{Group, Op};
+use crate::torch::c10d::{Group, Op};
 use crate::train::Failure;
 
 /// What is sent to measure the link between ranks.

@@ -14,7 +14,6 @@ use proto::{Split, pb};
 use tch::Tensor;
 use tracing::info;
 
-use crate::c10d::{self, Group, Member, Op, Reducer};
 use crate::checkpoint::{self, Snapshot};
 use crate::evaluate::evaluate;
 use crate::history::{History, Sums, digest};
@@ -24,6 +23,7 @@ use crate::plan::lanes_of;
 use crate::rank::{Reports, Wishes};
 use crate::step;
 use crate::timing::{self, Timing};
+use crate::torch::c10d::{self, Group, Member, Op, Reducer};
 
 /// Gradients that travel together (PyTorch's default).
 const BUCKET_BYTES: usize = 25 << 20;
