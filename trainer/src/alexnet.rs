@@ -23,7 +23,7 @@ mod export;
 use proto::run_spec::{Arch, Model};
 use tch::{Device, Kind, Tensor};
 
-use crate::random;
+use crate::data::random;
 use crate::torch::tensor;
 
 /// Weight of one step's statistics in the running ones, and the floor of a variance (PyTorch's defaults).

@@ -17,17 +17,17 @@ use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
 use crate::alexnet::AlexNet;
-use crate::batch::Pixels;
-use crate::cache::Cache;
+use crate::data::batch::Pixels;
+use crate::data::cache::Cache;
+use crate::data::loader::{Batch, Loader};
+use crate::data::normalise::{Light, Normalise};
+use crate::data::plan::lanes_of;
+use crate::data::random;
+use crate::data::stream::Blocks;
 use crate::ipc::Setup;
 use crate::job::Home;
-use crate::loader::{Batch, Loader};
-use crate::normalise::{Light, Normalise};
-use crate::plan::lanes_of;
-use crate::random;
 use crate::rank::{Pulse, Wishes, serve};
 use crate::step::{self, Sgd};
-use crate::stream::Blocks;
 use crate::torch::c10d::{Group, Member, Op, Reducer, Store};
 
 const MEAN: [f64; 3] = [0.48, 0.46, 0.41];

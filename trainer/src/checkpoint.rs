@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::alexnet::{AlexNet, Named};
+use crate::data::stream::{get_checked, put};
 use crate::history::Sums;
-use crate::stream::{get_checked, put};
 
 const TENSORS: &str = "state.safetensors";
 const POSITION: &str = "state.json";

@@ -7,11 +7,11 @@ use anyhow::anyhow;
 use proto::Split;
 use tch::{Kind, Tensor};
 
-use crate::cache::Again;
+use crate::data::cache::Again;
+use crate::data::loader;
+use crate::data::plan;
 use crate::history::Sums;
 use crate::job::Job;
-use crate::loader;
-use crate::plan;
 use crate::rank::Wishes;
 use crate::step;
 use crate::torch::c10d::Op;

@@ -12,8 +12,8 @@ use serde::{Deserialize, Serialize};
 use tokio::task::JoinHandle;
 use tracing::warn;
 
-use crate::random;
-use crate::stream::put;
+use crate::data::random;
+use crate::data::stream::put;
 
 /// Lines and points are in the store after so long, whatever happens.
 const FLUSH: Duration = Duration::from_secs(60);

@@ -11,15 +11,15 @@ use tch::{Device, Kind, Tensor};
 use tracing::{info, warn};
 
 use crate::alexnet::{AlexNet, Named};
-use crate::cache::Cache;
 use crate::checkpoint::{self, Progress};
+use crate::data::cache::Cache;
+use crate::data::loader::Loader;
+use crate::data::normalise::Normalise;
+use crate::data::plan::{EpochPlan, steps_per_epoch};
+use crate::data::stream::{Blocks, get_checked, is_damage};
 use crate::history::Sums;
 use crate::ipc::Setup;
-use crate::loader::Loader;
-use crate::normalise::Normalise;
-use crate::plan::{EpochPlan, steps_per_epoch};
 use crate::step::{self, Sgd};
-use crate::stream::{Blocks, get_checked, is_damage};
 use crate::torch::c10d::{Group, Op};
 use crate::train::{Failure, Seat};
 

@@ -14,30 +14,22 @@
 
 mod agent;
 mod alexnet;
-mod batch;
 #[cfg(feature = "bench")]
 pub mod bench;
-mod cache;
 mod checkpoint;
+mod data;
 mod devices;
 mod evaluate;
 mod history;
 mod ipc;
 mod job;
-mod jpeg;
 mod link;
-mod loader;
 mod logs;
 pub mod metrics;
-mod normalise;
 mod onnx;
-mod plan;
 mod process;
-mod random;
 mod rank;
-mod ready;
 mod step;
-mod stream;
 mod timing;
 mod torch;
 mod train;

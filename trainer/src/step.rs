@@ -10,9 +10,9 @@ use proto::run_spec::{Compress, Precision, Schedule, Train};
 use tch::{Device, Kind, Reduction, Tensor};
 
 use crate::alexnet::{AlexNet, Named};
-use crate::loader::Batch;
-use crate::normalise::Normalise;
-use crate::random;
+use crate::data::loader::Batch;
+use crate::data::normalise::Normalise;
+use crate::data::random;
 use crate::torch::c10d::{self, Half, Reducer};
 use crate::train::Failure;
 
@@ -199,7 +199,7 @@ pub fn reference_step(spec: &RunSpec, classes: i64, batch: &Path, out: &Path) ->
     let (images, labels) = (get("images")?.to_kind(kind), get("labels")?);
     let (samples, lanes) = (images.size()[0], i64::from(spec.ranks.lanes));
     let shares: Vec<i64> = (0..lanes).map(|lane| samples * (lane + 1) / lanes - samples * lane / lanes).collect();
-    let keys: Vec<u64> = (0..samples as u64).map(|sample| crate::random::key(&[spec.seed, sample])).collect();
+    let keys: Vec<u64> = (0..samples as u64).map(|sample| crate::data::random::key(&[spec.seed, sample])).collect();
 
     let crop = i64::from(spec.input.crop);
     let model = AlexNet::new(&spec.model, classes, crop, spec.seed, kind, Device::Cpu);

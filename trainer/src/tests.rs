@@ -324,7 +324,7 @@ fn origin() -> Origin {
 
 fn picture(key: u64, label: u32) -> Bytes {
     let value = |i: usize| {
-        let noise = crate::random::below(crate::random::key(&[key]), i as u64, 120) as u8;
+        let noise = crate::data::random::below(crate::data::random::key(&[key]), i as u64, 120) as u8;
         if i % 3 == label as usize { noise + 130 } else { noise }
     };
     let pixels: Vec<u8> = (0..3 * SIZE * SIZE).map(value).collect();

@@ -15,11 +15,11 @@ use tch::Tensor;
 use tracing::info;
 
 use crate::checkpoint::{self, Snapshot};
+use crate::data::loader::Batch;
+use crate::data::plan::lanes_of;
 use crate::evaluate::evaluate;
 use crate::history::{History, Sums, digest};
 use crate::job::Job;
-use crate::loader::Batch;
-use crate::plan::lanes_of;
 use crate::rank::{Reports, Wishes};
 use crate::step;
 use crate::timing::{self, Timing};

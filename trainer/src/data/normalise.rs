@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::batch::Pixels;
+use crate::data::batch::Pixels;
 use crate::torch::tensor::{self, Element};
 
 /// What red, green and blue give to the grey of a pixel (ITU-R BT.601, as Pillow and torchvision have it).

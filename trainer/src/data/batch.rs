@@ -11,9 +11,9 @@ use proto::run_spec::{Cut, Input};
 use proto::{ImageFormat, Sample};
 use tch::Tensor;
 
-use crate::jpeg::{self, Area};
-use crate::normalise::{GREY, Light};
-use crate::random;
+use crate::data::jpeg::{self, Area};
+use crate::data::normalise::{GREY, Light};
+use crate::data::random;
 
 /// A decoded image.
 #[derive(Debug)]

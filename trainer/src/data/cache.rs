@@ -14,8 +14,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use proto::Split;
 use tracing::warn;
 
-use crate::batch::Image;
-use crate::plan::{Place, Turns};
+use crate::data::batch::Image;
+use crate::data::plan::{Place, Turns};
 
 /// Images in the file take whole pages of so many bytes.
 const PAGE: usize = 64 << 10;
@@ -307,7 +307,7 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::random;
+    use crate::data::random;
 
     fn image(n: u32) -> Arc<Image> {
         Arc::new(Image::new(u64::from(n), n, (100, 10), vec![n as u8; 3000]))

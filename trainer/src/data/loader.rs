@@ -22,12 +22,12 @@ use tch::{Device, Tensor};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::batch::{Cutter, Pixels, Views};
-use crate::cache::{Again, Cache, Id, Moment};
-use crate::normalise::Light;
-use crate::plan::{EpochPlan, Lane, Place, steps_per_epoch};
-use crate::ready::Ready;
-use crate::stream::Blocks;
+use crate::data::batch::{Cutter, Pixels, Views};
+use crate::data::cache::{Again, Cache, Id, Moment};
+use crate::data::normalise::Light;
+use crate::data::plan::{EpochPlan, Lane, Place, steps_per_epoch};
+use crate::data::ready::Ready;
+use crate::data::stream::Blocks;
 use crate::torch::tensor::{Chunk, Slab};
 
 /// Blocks may be read, or on their way, that come to so many bytes before the first of their samples is needed.
