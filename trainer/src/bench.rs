@@ -16,7 +16,6 @@ use proto::{Attempt, DatasetId, Manifest, OutcomeCounts, Resize, RunSpec, Sample
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
-use crate::alexnet::AlexNet;
 use crate::data::batch::Pixels;
 use crate::data::cache::Cache;
 use crate::data::loader::{Batch, Loader};
@@ -25,9 +24,10 @@ use crate::data::plan::lanes_of;
 use crate::data::random;
 use crate::data::stream::Blocks;
 use crate::ipc::Setup;
-use crate::job::Home;
+use crate::learn::alexnet::AlexNet;
+use crate::learn::job::Home;
+use crate::learn::step::{self, Sgd};
 use crate::rank::{Pulse, Wishes, serve};
-use crate::step::{self, Sgd};
 use crate::torch::c10d::{Group, Member, Op, Reducer, Store};
 
 const MEAN: [f64; 3] = [0.48, 0.46, 0.41];

@@ -13,26 +13,18 @@
 //! Whatever is random comes from `random`, as a function of what it is for.
 
 mod agent;
-mod alexnet;
 #[cfg(feature = "bench")]
 pub mod bench;
-mod checkpoint;
 mod data;
 mod devices;
-mod evaluate;
-mod history;
 mod ipc;
-mod job;
+mod learn;
 mod link;
 mod logs;
 pub mod metrics;
-mod onnx;
 mod process;
 mod rank;
-mod step;
-mod timing;
 mod torch;
-mod train;
 
 #[cfg(test)]
 mod tests;
@@ -44,8 +36,8 @@ use object_store::ObjectStore;
 use tokio_util::sync::CancellationToken;
 
 pub use devices::{describe, devices};
+pub use learn::step::reference_step;
 pub use rank::run_rank;
-pub use step::reference_step;
 
 /// Environment of every rank process: glibc keeps the memory that a step gives back for the next one. By default it returns large pieces to
 /// the system at once, and a batch costs more in page faults than in all that is done to its pixels.

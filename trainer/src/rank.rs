@@ -19,9 +19,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing::{error, info, warn};
 
 use crate::ipc::{self, Setup};
-use crate::job::{Home, Job};
+use crate::learn::job::{Home, Job};
+use crate::learn::train::{Ending, Failure, generation};
 use crate::torch::c10d::Aborter;
-use crate::train::{Ending, Failure, generation};
 
 /// A rank is heard at least this often.
 const SIGN_OF_LIFE: Duration = Duration::from_millis(250);

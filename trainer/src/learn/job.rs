@@ -10,18 +10,18 @@ use proto::{Manifest, RunSpec, Split, Stored, pb};
 use tch::{Device, Kind, Tensor};
 use tracing::{info, warn};
 
-use crate::alexnet::{AlexNet, Named};
-use crate::checkpoint::{self, Progress};
 use crate::data::cache::Cache;
 use crate::data::loader::Loader;
 use crate::data::normalise::Normalise;
 use crate::data::plan::{EpochPlan, steps_per_epoch};
 use crate::data::stream::{Blocks, get_checked, is_damage};
-use crate::history::Sums;
 use crate::ipc::Setup;
-use crate::step::{self, Sgd};
+use crate::learn::alexnet::{AlexNet, Named};
+use crate::learn::checkpoint::{self, Progress};
+use crate::learn::history::Sums;
+use crate::learn::step::{self, Sgd};
+use crate::learn::train::{Failure, Seat};
 use crate::torch::c10d::{Group, Op};
-use crate::train::{Failure, Seat};
 
 /// Where all of a process' work runs.
 #[derive(Debug, Clone)]

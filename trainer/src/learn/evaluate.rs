@@ -10,12 +10,12 @@ use tch::{Kind, Tensor};
 use crate::data::cache::Again;
 use crate::data::loader;
 use crate::data::plan;
-use crate::history::Sums;
-use crate::job::Job;
+use crate::learn::history::Sums;
+use crate::learn::job::Job;
+use crate::learn::step;
+use crate::learn::train::{Failure, Seat};
 use crate::rank::Wishes;
-use crate::step;
 use crate::torch::c10d::Op;
-use crate::train::{Failure, Seat};
 
 /// The sums over `split` on all ranks, and how long it took; None if the split has no samples.
 pub(crate) fn evaluate(

@@ -9,17 +9,17 @@ use proto::pb::rank_heartbeat::Activity;
 use proto::run_spec::{Compress, Precision, Schedule, Train};
 use tch::{Device, Kind, Reduction, Tensor};
 
-use crate::alexnet::{AlexNet, Named};
 use crate::data::loader::Batch;
 use crate::data::normalise::Normalise;
 use crate::data::random;
+use crate::learn::alexnet::{AlexNet, Named};
+use crate::learn::train::Failure;
 use crate::torch::c10d::{self, Half, Reducer};
-use crate::train::Failure;
 
 /// What one rank's forward and backward gave, beside the gradients.
 #[derive(Debug)]
 pub(crate) struct Computed {
-    /// As f64, on the CPU: summed loss, top-1 and top-5 hits, then the norms' statistics as in [`crate::alexnet::Forward`].
+    /// As f64, on the CPU: summed loss, top-1 and top-5 hits, then the norms' statistics as in [`crate::learn::alexnet::Forward`].
     pub measured: Tensor,
     /// Communication that no computation hid.
     pub exposed: Duration,

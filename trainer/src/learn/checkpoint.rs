@@ -14,9 +14,9 @@ use safetensors::tensor::{Dtype, SafeTensors, View};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use crate::alexnet::{AlexNet, Named};
 use crate::data::stream::{get_checked, put};
-use crate::history::Sums;
+use crate::learn::alexnet::{AlexNet, Named};
+use crate::learn::history::Sums;
 
 const TENSORS: &str = "state.safetensors";
 const POSITION: &str = "state.json";

@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use tch::{Kind, Tensor};
 
+use crate::learn::train::Failure;
 use crate::torch::c10d::{Group, Op};
-use crate::train::Failure;
 
 /// What is sent to measure the link between ranks.
 const PROBE_BYTES: i64 = 4 << 20;

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use tch::{CModule, Kind, Tensor};
 
 use super::{AlexNet, Layer, NORM_EPS, RESPONSE_ALPHA, RESPONSE_BIAS, RESPONSE_CHANNELS};
-use crate::onnx::{Attribute, Dimension, Graph};
+use crate::learn::onnx::{Attribute, Dimension, Graph};
 
 impl AlexNet {
     /// The network as it evaluates: f32, without gradients, each norm folded into its layer's weight and bias.

@@ -14,15 +14,15 @@ use proto::{Split, pb};
 use tch::Tensor;
 use tracing::info;
 
-use crate::checkpoint::{self, Snapshot};
 use crate::data::loader::Batch;
 use crate::data::plan::lanes_of;
-use crate::evaluate::evaluate;
-use crate::history::{History, Sums, digest};
-use crate::job::Job;
+use crate::learn::checkpoint::{self, Snapshot};
+use crate::learn::evaluate::evaluate;
+use crate::learn::history::{History, Sums, digest};
+use crate::learn::job::Job;
+use crate::learn::step;
+use crate::learn::timing::{self, Timing};
 use crate::rank::{Reports, Wishes};
-use crate::step;
-use crate::timing::{self, Timing};
 use crate::torch::c10d::{self, Group, Member, Op, Reducer};
 
 /// Gradients that travel together (PyTorch's default).
