@@ -17,10 +17,10 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{Span, info, warn};
 
-use crate::ipc::Setup;
 use crate::link::{self, Link};
 use crate::logs::Logs;
 use crate::process::{Heard, Process, What};
+use crate::rank::ipc::Setup;
 use crate::torch::c10d;
 use crate::{CacheConfig, Config, devices, metrics};
 

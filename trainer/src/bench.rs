@@ -23,10 +23,10 @@ use crate::data::normalise::{Light, Normalise};
 use crate::data::plan::lanes_of;
 use crate::data::random;
 use crate::data::stream::Blocks;
-use crate::ipc::Setup;
 use crate::learn::alexnet::AlexNet;
 use crate::learn::job::Home;
 use crate::learn::step::{self, Sgd};
+use crate::rank::ipc::Setup;
 use crate::rank::{Pulse, Wishes, serve};
 use crate::torch::c10d::{Group, Member, Op, Reducer, Store};
 

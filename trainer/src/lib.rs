@@ -17,7 +17,6 @@ mod agent;
 pub mod bench;
 mod data;
 mod devices;
-mod ipc;
 mod learn;
 mod link;
 mod logs;

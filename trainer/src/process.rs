@@ -11,7 +11,7 @@ use tokio::process::Command;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::RANK_ENVIRONMENT;
-use crate::ipc::{self, Setup};
+use crate::rank::ipc::{self, Setup};
 use crate::torch::c10d::NCCL_ENVIRONMENT;
 
 /// The variable by which NCCL chooses its network interface.

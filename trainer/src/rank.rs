@@ -3,6 +3,8 @@
 //! Three threads: one reads orders, one trains, one writes reports and signs of life. So a rank that trains, validates or waits for data
 //! is heard, and one that hangs as a process is not.
 
+pub(crate) mod ipc;
+
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -18,7 +20,7 @@ use proto::trace;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{error, info, warn};
 
-use crate::ipc::{self, Setup};
+use self::ipc::Setup;
 use crate::learn::job::{Home, Job};
 use crate::learn::train::{Ending, Failure, generation};
 use crate::torch::c10d::Aborter;

@@ -17,10 +17,10 @@ use proto::run_ledger::{Line, Lines};
 use proto::shard::{Origin, TarWriter, sha256_hex};
 use proto::{Attempt, DatasetId, Manifest, OutcomeCounts, Resize, Sample, Split, Stored, keys};
 
-use crate::ipc::Setup;
 use crate::learn::alexnet::Named;
 use crate::learn::checkpoint;
 use crate::learn::job::Home;
+use crate::rank::ipc::Setup;
 use crate::rank::{Pulse, Wishes, serve};
 use crate::torch::c10d;
 

@@ -15,12 +15,12 @@ use crate::data::loader::Loader;
 use crate::data::normalise::Normalise;
 use crate::data::plan::{EpochPlan, steps_per_epoch};
 use crate::data::stream::{Blocks, get_checked, is_damage};
-use crate::ipc::Setup;
 use crate::learn::alexnet::{AlexNet, Named};
 use crate::learn::checkpoint::{self, Progress};
 use crate::learn::history::Sums;
 use crate::learn::step::{self, Sgd};
 use crate::learn::train::{Failure, Seat};
+use crate::rank::ipc::Setup;
 use crate::torch::c10d::{Group, Op};
 
 /// Where all of a process' work runs.
