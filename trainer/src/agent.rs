@@ -2,6 +2,13 @@
 //! coordinator says to ranks and what ranks say to the coordinator, says who is silent and who is gone, serves the stores of generations,
 //! and keeps logs.
 
+mod config;
+pub(crate) mod devices;
+mod link;
+mod logs;
+pub mod metrics;
+mod process;
+
 use std::collections::{HashMap, VecDeque};
 use std::ffi::OsString;
 use std::sync::Arc;
@@ -17,12 +24,14 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{Span, info, warn};
 
-use crate::link::{self, Link};
-use crate::logs::Logs;
-use crate::process::{Heard, Process, What};
+pub use self::config::{CacheConfig, Config};
+pub use self::devices::{describe, devices};
+use self::link::Link;
+use self::logs::Logs;
+pub use self::process::RANK_ENVIRONMENT;
+use self::process::{Heard, Process, What};
 use crate::rank::ipc::Setup;
 use crate::torch::c10d;
-use crate::{CacheConfig, Config, devices, metrics};
 
 const HEARTBEAT: Duration = Duration::from_millis(250);
 /// Log lines are in the store after so long.
@@ -83,8 +92,12 @@ impl Seat {
     }
 }
 
-/// Runs the agent until `shutdown`.
-pub(crate) async fn run(
+/// Runs a trainer agent until `shutdown`, under a `name` that no other agent has. `rank_command` starts a rank process: a program that
+/// calls [`run_rank`] on the same store, with stdin and stdout left to it. `used` hears what the ranks have asked of the store.
+///
+/// # Errors
+/// If the settings cannot be meant so. Whatever fails later is tried again, or told to the coordinator.
+pub async fn run(
     name: String,
     config: Config,
     store: Arc<dyn ObjectStore>,

@@ -2,4 +2,5 @@
 //! code for libtorch.
 
 pub(crate) mod c10d;
+pub(crate) mod device;
 pub(crate) mod tensor;

@@ -22,6 +22,7 @@ use crate::learn::step::{self, Sgd};
 use crate::learn::train::{Failure, Seat};
 use crate::rank::ipc::Setup;
 use crate::torch::c10d::{Group, Op};
+use crate::torch::device;
 
 /// Where all of a process' work runs.
 #[derive(Debug, Clone)]
@@ -68,7 +69,7 @@ impl Job {
         let blocks = Split::ALL.map(|split| Arc::new(Blocks::new(home.store.clone(), &manifest, split)));
         // Whether an epoch can be planned is the same for all epochs.
         EpochPlan::new(&blocks[0].kept(), spec.ranks.lanes, spec.train.batch, spec.seed, 0)?;
-        let device = crate::devices::parse(&home.setup.device)?;
+        let device = device::parse(&home.setup.device)?;
         let threads = if spec.ranks.threads > 0 { spec.ranks.threads } else { home.setup.threads };
         tch::set_num_threads(threads as i32);
         let kind = step::kind(spec.ranks.precision);

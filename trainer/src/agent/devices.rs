@@ -1,7 +1,7 @@
 //! The devices of this machine.
 
 use anyhow::{Result, bail, ensure};
-use tch::{Cuda, Device};
+use tch::Cuda;
 
 /// Every GPU that libtorch sees, or else one CPU.
 pub fn devices() -> Vec<String> {
@@ -37,15 +37,6 @@ pub(crate) fn chosen(text: &str) -> Result<Vec<String>> {
         }
     }
     Ok(chosen)
-}
-
-/// libtorch's name of `cpu` or `cuda:N`.
-pub(crate) fn parse(device: &str) -> Result<Device> {
-    match device.split_once(':') {
-        None if device == "cpu" => Ok(Device::Cpu),
-        Some(("cuda", n)) => Ok(Device::Cuda(n.parse()?)),
-        _ => bail!("device {device:?}: must be cpu or cuda:N"),
-    }
 }
 
 /// For people: libtorch, and the devices that ranks can run on.

@@ -10,9 +10,13 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::Command;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::RANK_ENVIRONMENT;
 use crate::rank::ipc::{self, Setup};
 use crate::torch::c10d::NCCL_ENVIRONMENT;
+
+/// Environment of every rank process: glibc keeps the memory that a step gives back for the next one. By default it returns large pieces to
+/// the system at once, and a batch costs more in page faults than in all that is done to its pixels.
+pub const RANK_ENVIRONMENT: [(&str, &str); 2] =
+    [("MALLOC_MMAP_THRESHOLD_", "1000000000"), ("MALLOC_TRIM_THRESHOLD_", "4000000000")];
 
 /// The variable by which NCCL chooses its network interface.
 const NCCL_INTERFACE: &str = "NCCL_SOCKET_IFNAME";
