@@ -11,8 +11,6 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Endpoint;
 use tracing::warn;
 
-use crate::torch::c10d;
-
 /// For the connection, and for the answer to `Connect`.
 const DEADLINE: Duration = Duration::from_secs(10);
 /// Between attempts, at most.
@@ -49,7 +47,7 @@ pub(crate) fn own_place(
     address: Option<String>,
     interface: Option<String>,
 ) -> Result<(String, Option<String>)> {
-    let all = c10d::interfaces()?;
+    let all = interfaces()?;
     let address = match (address, &interface) {
         (Some(address), _) => address,
         (None, Some(name)) => {
@@ -66,6 +64,19 @@ pub(crate) fn own_place(
     let has_it = |(_, own): &&(String, IpAddr)| address.parse().is_ok_and(|address: IpAddr| address == *own);
     let interface = interface.or_else(|| all.iter().find(has_it).map(|(name, _)| name.clone()));
     Ok((address, interface))
+}
+
+/// This machine's network interfaces by name, each as often as it has addresses.
+fn interfaces() -> Result<Vec<(String, IpAddr)>> {
+    let all = if_addrs::get_if_addrs().context("failed to list this machine's network interfaces")?;
+    // A link-local address of IPv6 is of no use to another machine: it is valid only together with an interface of that machine.
+    let reachable = |address: IpAddr| !matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local());
+    Ok(all
+        .into_iter()
+        .map(|it| (it.ip(), it.name))
+        .filter(|(ip, _)| reachable(*ip))
+        .map(|(ip, name)| (name, ip))
+        .collect())
 }
 
 /// The address of this machine from which the coordinator is reached.

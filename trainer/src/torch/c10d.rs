@@ -12,7 +12,7 @@
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::marker::PhantomData;
-use std::net::{IpAddr, TcpListener, ToSocketAddrs};
+use std::net::{TcpListener, ToSocketAddrs};
 use std::os::fd::IntoRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::RecvTimeoutError;
@@ -53,19 +53,6 @@ impl Error {
 
 /// What a function of this module gives.
 pub(crate) type Result<T> = std::result::Result<T, Error>;
-
-/// This machine's network interfaces by name, each as often as it has addresses.
-pub(crate) fn interfaces() -> Result<Vec<(String, IpAddr)>> {
-    let mut raw = std::ptr::null_mut();
-    // SAFETY: `raw` outlives the call.
-    check(unsafe { c10d_interfaces(&raw mut raw) }).map_err(Error::Other)?;
-    // A link-local address of IPv6 has its interface behind it, and is of no use to another machine.
-    let pair = |line: &str| {
-        let (name, address) = line.split_once(' ')?;
-        Some((name.to_owned(), address.parse().ok()?))
-    };
-    Ok(text(raw).lines().filter_map(pair).collect())
-}
 
 /// The meeting place of a generation's ranks: a small key-value server.
 ///
@@ -560,23 +547,17 @@ fn check(message: *mut c_char) -> std::result::Result<(), String> {
     if message.is_null() {
         return Ok(());
     }
-    Err(text(message))
-}
-
-/// A text that the shim gives away.
-fn text(raw: *mut c_char) -> String {
     // SAFETY: the shim gives a string that ends in zero, and it is freed once, after it was copied.
     unsafe {
-        let text = CStr::from_ptr(raw).to_string_lossy().into_owned();
-        c10d_free_message(raw);
-        text
+        let text = CStr::from_ptr(message).to_string_lossy().into_owned();
+        c10d_free_message(message);
+        Err(text)
     }
 }
 
 // c10d/shim.h says what each does.
 unsafe extern "C" {
     fn c10d_free_message(message: *mut c_char);
-    fn c10d_interfaces(out: *mut *mut c_char) -> *mut c_char;
     fn c10d_store_serve(host: *const c_char, port: u16, listener: c_int, out: *mut *mut c_void) -> *mut c_char;
     fn c10d_store_connect(host: *const c_char, port: u16, timeout: i64, out: *mut *mut c_void) -> *mut c_char;
     fn c10d_store_free(store: *mut c_void);

@@ -17,13 +17,8 @@
 #include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
 #endif
 
-#include <ifaddrs.h>
-#include <netdb.h>
-#include <netinet/in.h>
-
 #include <atomic>
 #include <cstring>
-#include <system_error>
 #include <typeinfo>
 
 using c10::intrusive_ptr;
@@ -151,23 +146,6 @@ extern "C" {
 
 void c10d_free_message(char* message) {
   free(message);
-}
-
-char* c10d_interfaces(char** out) {
-  return guard([&] {
-    ifaddrs* all;
-    if (getifaddrs(&all)) throw std::system_error(errno, std::generic_category(), "getifaddrs");
-    std::string lines;
-    for (auto* it = all; it; it = it->ifa_next) {
-      int family = it->ifa_addr ? it->ifa_addr->sa_family : AF_UNSPEC;
-      socklen_t size = family == AF_INET ? sizeof(sockaddr_in) : family == AF_INET6 ? sizeof(sockaddr_in6) : 0;
-      char host[NI_MAXHOST];
-      if (size && !getnameinfo(it->ifa_addr, size, host, sizeof host, nullptr, 0, NI_NUMERICHOST))
-        lines += std::string(it->ifa_name) + ' ' + host + '\n';
-    }
-    freeifaddrs(all);
-    *out = strdup(lines.c_str());
-  });
 }
 
 char* c10d_store_serve(const char* host, uint16_t port, int listener, c10d_store** out) {

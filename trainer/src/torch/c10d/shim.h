@@ -16,9 +16,6 @@ typedef const void* c10d_tensor;
 
 void c10d_free_message(char* message);
 
-// This machine's network interfaces: lines of a name, a space, and a numeric address. To be freed with c10d_free_message.
-char* c10d_interfaces(char** out);
-
 // Serves a store on a listening socket, which it takes over.
 char* c10d_store_serve(const char* host, uint16_t port, int listener, c10d_store** out);
 char* c10d_store_connect(const char* host, uint16_t port, int64_t timeout_ms, c10d_store** out);
