@@ -4,7 +4,9 @@
 use std::path::PathBuf;
 
 fn main() {
-    println!("cargo:rerun-if-changed=src/torch/c10d");
+    for source in ["shim.cc", "shim.h", "gloo_stub"] {
+        println!("cargo:rerun-if-changed=src/torch/{source}");
+    }
     let lib = PathBuf::from(std::env::var("DEP_TCH_LIBTORCH_LIB").expect("torch-sys says where libtorch is"));
     let include = lib.join("../include");
     let nccl = std::env::var_os("CARGO_FEATURE_NCCL").is_some();
@@ -12,8 +14,8 @@ fn main() {
     let mut build = cc::Build::new();
     build.cpp(true).std("c++17").warnings(false);
     build.define("USE_DISTRIBUTED", None).define("USE_C10D_GLOO", None);
-    build.include("src/torch/c10d/gloo_stub").include(&include).include(include.join("torch/csrc/api/include"));
-    build.file("src/torch/c10d/shim.cc");
+    build.include("src/torch/gloo_stub").include(&include).include(include.join("torch/csrc/api/include"));
+    build.file("src/torch/shim.cc");
     if nccl {
         let nvidia = lib.join("../include-nvidia");
         assert!(

@@ -31,7 +31,7 @@ use self::logs::Logs;
 pub use self::process::RANK_ENVIRONMENT;
 use self::process::{Heard, Process, What};
 use crate::rank::ipc::Setup;
-use crate::torch::c10d;
+use crate::torch;
 
 const HEARTBEAT: Duration = Duration::from_millis(250);
 /// Log lines are in the store after so long.
@@ -51,8 +51,8 @@ struct Agent {
     heard: mpsc::Sender<Heard>,
     processes: u64,
     /// The stores of generations, by run.
-    stores: HashMap<String, (u64, c10d::Store)>,
-    serving: mpsc::Sender<(pb::Serve, c10d::Result<c10d::Store>)>,
+    stores: HashMap<String, (u64, torch::Store)>,
+    serving: mpsc::Sender<(pb::Serve, torch::Result<torch::Store>)>,
     logs: Logs,
     term: u64,
     to_coordinator: Option<mpsc::Sender<pb::AgentMessage>>,
@@ -228,12 +228,12 @@ impl Agent {
     fn serve(&mut self, serve: pb::Serve) {
         let (address, done) = (self.address.clone(), self.serving.clone());
         tokio::task::spawn_blocking(move || {
-            let store = c10d::Store::serve(&address);
+            let store = torch::Store::serve(&address);
             let _ = done.blocking_send((serve, store));
         });
     }
 
-    fn served(&mut self, serve: pb::Serve, store: c10d::Result<c10d::Store>) {
+    fn served(&mut self, serve: pb::Serve, store: torch::Result<torch::Store>) {
         let pb::Serve { run, generation } = serve;
         let (port, error) = match store {
             Ok(store) => {
@@ -246,7 +246,7 @@ impl Agent {
         self.say(agent_message::Message::Serving(pb::Serving { run, generation, port, error }));
     }
 
-    fn keep_store(&mut self, run: String, generation: u64, store: c10d::Store) {
+    fn keep_store(&mut self, run: String, generation: u64, store: torch::Store) {
         if self.stores.get(&run).is_none_or(|(newest, _)| *newest < generation) {
             drop_store(self.stores.insert(run, (generation, store)));
         }
@@ -460,7 +460,7 @@ impl Agent {
 }
 
 /// Dropping a server joins its thread, for which the loop need not wait.
-fn drop_store(store: Option<(u64, c10d::Store)>) {
+fn drop_store(store: Option<(u64, torch::Store)>) {
     if let Some(store) = store {
         tokio::task::spawn_blocking(move || drop(store));
     }

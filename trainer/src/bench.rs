@@ -28,7 +28,7 @@ use crate::learn::job::Home;
 use crate::learn::step::{self, Sgd};
 use crate::rank::ipc::Setup;
 use crate::rank::{Pulse, Wishes, serve};
-use crate::torch::c10d::{Group, Member, Op, Reducer, Store};
+use crate::torch::{Group, Member, Op, Reducer, Store};
 
 const MEAN: [f64; 3] = [0.48, 0.46, 0.41];
 const STD: [f64; 3] = [0.23, 0.22, 0.23];

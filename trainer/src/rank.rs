@@ -23,7 +23,7 @@ use tracing::{error, info, warn};
 use self::ipc::Setup;
 use crate::learn::job::{Home, Job};
 use crate::learn::train::{Ending, Failure, generation};
-use crate::torch::c10d::Aborter;
+use crate::torch::Aborter;
 
 /// A rank is heard at least this often.
 const SIGN_OF_LIFE: Duration = Duration::from_millis(250);

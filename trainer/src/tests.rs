@@ -22,7 +22,7 @@ use crate::learn::checkpoint;
 use crate::learn::job::Home;
 use crate::rank::ipc::Setup;
 use crate::rank::{Pulse, Wishes, serve};
-use crate::torch::c10d;
+use crate::torch;
 
 const SIZE: usize = 72;
 const DEADLINE: Duration = Duration::from_secs(120);
@@ -132,7 +132,7 @@ impl World {
     }
 
     /// A rank whose device answers as `fake` says, which is given the rank's pulse.
-    fn rank_on(&self, fake: Option<Box<dyn FnOnce(Arc<Pulse>) -> c10d::Fake>>) -> Rank {
+    fn rank_on(&self, fake: Option<Box<dyn FnOnce(Arc<Pulse>) -> torch::Fake>>) -> Rank {
         let (orders, to_rank) = channel();
         let (reports, said) = channel();
         let setup = Setup {
@@ -151,7 +151,7 @@ impl World {
         let beating = pulse.clone();
         let fake = fake.map(|fake| fake(pulse.clone()));
         std::thread::spawn(move || {
-            c10d::FAKE.set(fake);
+            torch::FAKE.set(fake);
             serve(&home, &to_rank, &reports, &beating, &|| {});
         });
         Rank { orders, said, heard: Mutex::default(), pulse }
@@ -166,7 +166,7 @@ impl World {
         ranks: &[&Rank],
         checkpoints: &[pb::Checkpointed],
     ) -> Generation {
-        let store = c10d::Store::serve("127.0.0.1").expect("loopback");
+        let store = torch::Store::serve("127.0.0.1").expect("loopback");
         let wishes = ranks.iter().enumerate().map(|(rank, to)| {
             let join = pb::Join {
                 run: run.to_owned(),
@@ -232,7 +232,7 @@ impl World {
 
 struct Generation {
     wishes: Vec<Arc<Wishes>>,
-    _store: c10d::Store,
+    _store: torch::Store,
 }
 
 struct Rank {
@@ -405,7 +405,7 @@ fn a_step_whose_reduction_is_late_and_then_fails_on_one_rank_is_applied_by_none_
     let undisturbed = world.whole("undisturbed", &spec("f64"), 1);
     let a = world.rank();
     let peer = a.pulse.clone();
-    let fake = |own: Arc<Pulse>| -> c10d::Fake {
+    let fake = |own: Arc<Pulse>| -> torch::Fake {
         let mut asked = 0;
         Box::new(move || {
             if own.step() != 7 || asked == 500 {
@@ -413,7 +413,7 @@ fn a_step_whose_reduction_is_late_and_then_fails_on_one_rank_is_applied_by_none_
             }
             asked += 1;
             assert_eq!(peer.step(), 7, "no step is applied before it is reduced on all ranks");
-            if asked < 500 { Ok(false) } else { Err(c10d::Error::Collective("half a bucket".to_owned())) }
+            if asked < 500 { Ok(false) } else { Err(torch::Error::Collective("half a bucket".to_owned())) }
         })
     };
     let b = world.rank_on(Some(Box::new(fake)));

@@ -11,7 +11,7 @@ use tokio::process::Command;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::rank::ipc::{self, Setup};
-use crate::torch::c10d::NCCL_ENVIRONMENT;
+use crate::torch::NCCL_ENVIRONMENT;
 
 /// Environment of every rank process: glibc keeps the memory that a step gives back for the next one. By default it returns large pieces to
 /// the system at once, and a batch costs more in page faults than in all that is done to its pixels.

@@ -122,7 +122,7 @@ async fn a_rank_that_dies_is_reported_with_its_status_and_its_words_are_in_the_s
     let serving = hear(&mut said, serving).await;
     assert_eq!((serving.generation, serving.error.as_str()), (4, ""));
     let port = u16::try_from(serving.port).expect("a port");
-    tokio::task::spawn_blocking(move || c10d::Store::connect("127.0.0.1", port, DEADLINE))
+    tokio::task::spawn_blocking(move || torch::Store::connect("127.0.0.1", port, DEADLINE))
         .await
         .expect("no panic")
         .expect("it serves");

@@ -15,7 +15,7 @@ use crate::learn::job::Job;
 use crate::learn::step;
 use crate::learn::train::{Failure, Seat};
 use crate::rank::Wishes;
-use crate::torch::c10d::Op;
+use crate::torch::Op;
 
 /// The sums over `split` on all ranks, and how long it took; None if the split has no samples.
 pub(crate) fn evaluate(

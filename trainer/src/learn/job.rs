@@ -21,8 +21,8 @@ use crate::learn::history::Sums;
 use crate::learn::step::{self, Sgd};
 use crate::learn::train::{Failure, Seat};
 use crate::rank::ipc::Setup;
-use crate::torch::c10d::{Group, Op};
 use crate::torch::device;
+use crate::torch::{Group, Op};
 
 /// Where all of a process' work runs.
 #[derive(Debug, Clone)]

@@ -14,7 +14,7 @@ use crate::data::normalise::Normalise;
 use crate::data::random;
 use crate::learn::alexnet::{AlexNet, Named};
 use crate::learn::train::Failure;
-use crate::torch::c10d::{self, Half, Reducer};
+use crate::torch::{self, Half, Reducer};
 
 /// What one rank's forward and backward gave, beside the gradients.
 #[derive(Debug)]
@@ -50,7 +50,7 @@ pub(crate) fn compute(
         let keys: Vec<u64> = pixels.keys.iter().map(|&key| random::key(&[spec.seed, batch.step, key])).collect();
         let forward = match autocast(spec.ranks.precision) {
             None => model.train(&images, shares, &keys),
-            Some(half) => c10d::autocast(device, half, || model.train(&images, shares, &keys))?,
+            Some(half) => torch::autocast(device, half, || model.train(&images, shares, &keys))?,
         };
         let logits = forward.logits.to_kind(kind(spec.ranks.precision));
         let loss = loss(&logits, &labels, spec.train.label_smoothing);
@@ -146,13 +146,13 @@ impl Sgd {
     }
 
     /// Applies the gradients that the parameters hold, scaled down to the norm's limit if there is one.
-    pub(crate) fn step(&mut self, learning_rate: f64) -> c10d::Result<()> {
+    pub(crate) fn step(&mut self, learning_rate: f64) -> torch::Result<()> {
         let gradients: Vec<Tensor> = self.parameters.iter().map(Tensor::grad).collect();
         if self.clip_norm > 0.0 {
             clip(&gradients, self.clip_norm);
         }
         let momenta: Vec<Tensor> = self.momenta.iter().map(|(_, momentum)| momentum.shallow_clone()).collect();
-        c10d::fused_sgd(&self.parameters, &gradients, &momenta, learning_rate, self.momentum, self.weight_decay)
+        torch::fused_sgd(&self.parameters, &gradients, &momenta, learning_rate, self.momentum, self.weight_decay)
     }
 
     /// The momenta by their parameters' names.
@@ -358,7 +358,7 @@ mod tests {
             let train = || model.train(&images, &[8], &keys).logits;
             let logits = match half {
                 None => train(),
-                Some(half) => c10d::autocast(Device::Cpu, half, train).expect("libtorch has it"),
+                Some(half) => torch::autocast(Device::Cpu, half, train).expect("libtorch has it"),
             };
             assert_eq!(logits.kind(), if half.is_some() { Kind::BFloat16 } else { Kind::Float });
             loss(&logits.to_kind(Kind::Float), &labels, 0.0).backward();

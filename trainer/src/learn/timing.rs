@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use tch::{Kind, Tensor};
 
 use crate::learn::train::Failure;
-use crate::torch::c10d::{Group, Op};
+use crate::torch::{Group, Op};
 
 /// What is sent to measure the link between ranks.
 const PROBE_BYTES: i64 = 4 << 20;

@@ -23,7 +23,7 @@ use crate::learn::job::Job;
 use crate::learn::step;
 use crate::learn::timing::{self, Timing};
 use crate::rank::{Reports, Wishes};
-use crate::torch::c10d::{self, Group, Member, Op, Reducer};
+use crate::torch::{self, Group, Member, Op, Reducer};
 
 /// Gradients that travel together (PyTorch's default).
 const BUCKET_BYTES: usize = 25 << 20;
@@ -55,11 +55,11 @@ pub(crate) enum Failure {
     Here(anyhow::Error),
 }
 
-impl From<c10d::Error> for Failure {
-    fn from(error: c10d::Error) -> Self {
+impl From<torch::Error> for Failure {
+    fn from(error: torch::Error) -> Self {
         match error {
-            c10d::Error::Timeout(_) | c10d::Error::Collective(_) => Self::Collective(error.to_string()),
-            c10d::Error::Other(_) => Self::Here(error.into()),
+            torch::Error::Timeout(_) | torch::Error::Collective(_) => Self::Collective(error.to_string()),
+            torch::Error::Other(_) => Self::Here(error.into()),
         }
     }
 }

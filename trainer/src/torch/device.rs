@@ -1,8 +1,14 @@
-//! What a rank computes on.
+//! What a rank computes on, and when it has done what it was given.
+
+use std::ffi::{c_int, c_void};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use tch::Device;
 
-use super::c10d::{Error, Result};
+use super::error::{Error, Result};
+use super::ffi::{self, check};
 
 /// libtorch's name of `cpu` or `cuda:N`.
 pub(crate) fn parse(device: &str) -> Result<Device> {
@@ -11,5 +17,108 @@ pub(crate) fn parse(device: &str) -> Result<Device> {
         ("cpu", _) => Ok(Device::Cpu),
         (_, Some(number)) => Ok(Device::Cuda(number)),
         _ => Err(Error::Other(format!("device {device:?}: must be cpu or cuda:N"))),
+    }
+}
+
+/// Waits until all that was put on a device's stream has been done. On the CPU nothing is ever left to wait for.
+#[derive(Debug)]
+pub(super) struct Completion {
+    pub(super) device: Device,
+    pub(super) timeout: Duration,
+    pub(super) aborted: Arc<AtomicBool>,
+}
+
+/// In tests: what a device answers when it is asked whether it has finished, to ranks on this thread.
+#[cfg(test)]
+pub(crate) type Fake = Box<dyn FnMut() -> Result<bool> + Send>;
+
+#[cfg(test)]
+thread_local! {
+    pub(crate) static FAKE: std::cell::RefCell<Option<Fake>> = const { std::cell::RefCell::new(None) };
+}
+
+impl Completion {
+    pub(super) fn wait(&self) -> Result<()> {
+        #[cfg(test)]
+        if let Some(result) = FAKE.with_borrow_mut(|fake| fake.as_mut().map(|fake| self.poll(fake))) {
+            return result;
+        }
+        match self.device {
+            Device::Cuda(index) => {
+                let event = Event::record(index)?;
+                self.poll(|| event.reached())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Asks again and again: a stream that waits for a dead peer never says so by itself.
+    pub(super) fn poll(&self, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
+        let start = Instant::now();
+        while !done()? {
+            if self.aborted.load(Ordering::Relaxed) {
+                return Err(Error::Collective("aborted".to_owned()));
+            }
+            if start.elapsed() > self.timeout {
+                return Err(Error::Timeout(format!("the device has not finished after {:?}", self.timeout)));
+            }
+            std::thread::sleep(Duration::from_micros(50));
+        }
+        // An aborted collective ends too, with half a result.
+        if self.aborted.load(Ordering::Relaxed) {
+            return Err(Error::Collective("aborted".to_owned()));
+        }
+        Ok(())
+    }
+}
+
+struct Event(*mut c_void);
+
+impl Event {
+    fn record(cuda: usize) -> Result<Self> {
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: `raw` outlives the call.
+        check(unsafe { ffi::c10d_event_record(cuda as c_int, &raw mut raw) }).map_err(Error::Other)?;
+        Ok(Self(raw))
+    }
+
+    fn reached(&self) -> Result<bool> {
+        let mut reached = 0;
+        // SAFETY: `self` keeps the event alive, and `reached` outlives the call.
+        check(unsafe { ffi::c10d_event_reached(self.0, &raw mut reached) }).map_err(Error::of_collective)?;
+        Ok(reached != 0)
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: the pointer came from the shim and is freed once.
+        unsafe { ffi::c10d_event_free(self.0) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_is_slow_is_waited_for_and_one_that_hangs_fails_or_is_aborted_is_not_believed() {
+        let completion = Completion {
+            device: Device::Cpu,
+            timeout: Duration::from_millis(50),
+            aborted: Arc::new(AtomicBool::new(false)),
+        };
+        let mut asked = 0;
+        completion
+            .poll(|| {
+                asked += 1;
+                Ok(asked == 5)
+            })
+            .expect("done at the fifth time");
+        assert!(matches!(completion.poll(|| Ok(false)), Err(Error::Timeout(_))));
+        let failed = completion.poll(|| Err(Error::Other("launch failure".to_owned())));
+        assert!(matches!(failed, Err(Error::Other(_))));
+        completion.aborted.store(true, Ordering::Relaxed);
+        assert!(matches!(completion.poll(|| Ok(true)), Err(Error::Collective(_))));
     }
 }

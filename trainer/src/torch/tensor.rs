@@ -1,8 +1,4 @@
 //! Memory of tensors as slices, so that it is filled in place and by several threads.
-#![allow(
-    unsafe_code,
-    reason = "libtorch hands out its memory as a bare pointer; here it becomes a slice, and nowhere else"
-)]
 
 use std::ops::{Deref, DerefMut};
 

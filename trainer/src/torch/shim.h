@@ -1,4 +1,4 @@
-// The part of libtorch's c10d that tch does not bind, as C functions. Called by c10d.rs alone.
+// The part of libtorch's c10d that tch does not bind, as C functions. Called through ffi.rs alone.
 //
 // Every function that can fail returns NULL, or a message to be freed with c10d_free_message: no exception leaves this file.
 // `out` is written on success only. Tensors are borrowed at::Tensor pointers, as tch::Tensor::as_ptr gives them.
