@@ -16,13 +16,13 @@ use proto::{Attempt, DatasetId, Manifest, OutcomeCounts, Resize, RunSpec, Sample
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
-use crate::data::batch::Pixels;
+use crate::data::batch::{Batch, Light, Pixels};
+use crate::data::blocks::Blocks;
 use crate::data::cache::Cache;
-use crate::data::loader::{Batch, Loader};
-use crate::data::normalise::{Light, Normalise};
+use crate::data::loader::Loader;
+use crate::data::normalise::Normalise;
 use crate::data::plan::lanes_of;
 use crate::data::random;
-use crate::data::stream::Blocks;
 use crate::learn::alexnet::AlexNet;
 use crate::learn::job::Home;
 use crate::learn::step::{self, Sgd};

@@ -8,7 +8,7 @@ use proto::keys;
 use tokio::task::JoinSet;
 use tracing::warn;
 
-use crate::data::stream::put;
+use crate::data::store::put;
 
 /// Lines beyond this are dropped while the store does not take them.
 const MOST_BYTES: usize = 4 << 20;

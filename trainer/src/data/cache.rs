@@ -14,8 +14,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use proto::Split;
 use tracing::warn;
 
-use crate::data::batch::Image;
-use crate::data::plan::{Place, Turns};
+use super::image::Image;
+use super::plan::{Place, Turns};
 
 /// Images in the file take whole pages of so many bytes.
 const PAGE: usize = 64 << 10;

@@ -2,27 +2,8 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::data::batch::Pixels;
+use super::batch::{GREY, Light, Pixels};
 use crate::torch::tensor::{self, Element};
-
-/// What red, green and blue give to the grey of a pixel (ITU-R BT.601, as Pillow and torchvision have it).
-pub(crate) const GREY: [f32; 3] = [0.299, 0.587, 0.114];
-
-/// What is done to a sample's colours, which are 0 to 1: each channel x becomes `gain` x + `grey` g + `offset`, within 0 to 1, where g is
-/// the pixel's grey. Brightness, contrast and saturation one after the other are one such map.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Light {
-    pub gain: f32,
-    pub grey: f32,
-    pub offset: f32,
-}
-
-impl Default for Light {
-    /// As it was.
-    fn default() -> Self {
-        Self { gain: 1.0, grey: 0.0, offset: 0.0 }
-    }
-}
 
 /// Turns [`Pixels`] into the network's input.
 #[derive(Debug)]

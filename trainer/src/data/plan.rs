@@ -12,7 +12,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::data::random::{key, shuffle};
+use super::random::{key, shuffle};
 
 /// Blocks in the windows of all lanes together. With blocks of 2 MiB this bounds what a single rank holds to 256 MiB.
 const WINDOW_BLOCKS: usize = 128;

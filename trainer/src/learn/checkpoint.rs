@@ -14,7 +14,7 @@ use safetensors::tensor::{Dtype, SafeTensors, View};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use crate::data::stream::{get_checked, put};
+use crate::data::store::{get_checked, put};
 use crate::learn::alexnet::{AlexNet, Named};
 use crate::learn::history::Sums;
 

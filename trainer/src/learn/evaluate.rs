@@ -8,8 +8,7 @@ use proto::Split;
 use tch::{Kind, Tensor};
 
 use crate::data::cache::Again;
-use crate::data::loader;
-use crate::data::plan;
+use crate::data::{plan, requests};
 use crate::learn::history::Sums;
 use crate::learn::job::Job;
 use crate::learn::step;
@@ -38,7 +37,7 @@ pub(crate) fn evaluate(
         true => Again::at_the_end_of(epoch as u32),
         false => Again::Never,
     };
-    let mut batches = job.loader(split).batches(loader::evaluation(places, batch, job.spec.input.crop, again))?;
+    let mut batches = job.loader(split).batches(requests::evaluation(places, batch, job.spec.input.crop, again))?;
     let sums = Tensor::zeros([4], (Kind::Double, job.device));
     for _ in 0..expected {
         let batch = batches.next(|| wishes.aborted()).unwrap_or_else(|| Err(anyhow!("the batches ended early")));

@@ -13,7 +13,7 @@ use tokio::task::JoinHandle;
 use tracing::warn;
 
 use crate::data::random;
-use crate::data::stream::put;
+use crate::data::store::put;
 
 /// Lines and points are in the store after so long, whatever happens.
 const FLUSH: Duration = Duration::from_secs(60);

@@ -10,11 +10,12 @@ use proto::{Manifest, RunSpec, Split, Stored, pb};
 use tch::{Device, Kind, Tensor};
 use tracing::{info, warn};
 
+use crate::data::blocks::Blocks;
 use crate::data::cache::Cache;
 use crate::data::loader::Loader;
 use crate::data::normalise::Normalise;
 use crate::data::plan::{EpochPlan, steps_per_epoch};
-use crate::data::stream::{Blocks, get_checked, is_damage};
+use crate::data::store::{get_checked, is_damage};
 use crate::learn::alexnet::{AlexNet, Named};
 use crate::learn::checkpoint::{self, Progress};
 use crate::learn::history::Sums;

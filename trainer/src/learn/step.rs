@@ -9,7 +9,7 @@ use proto::pb::rank_heartbeat::Activity;
 use proto::run_spec::{Compress, Precision, Schedule, Train};
 use tch::{Device, Kind, Reduction, Tensor};
 
-use crate::data::loader::Batch;
+use crate::data::batch::Batch;
 use crate::data::normalise::Normalise;
 use crate::data::random;
 use crate::learn::alexnet::{AlexNet, Named};

@@ -14,7 +14,7 @@ use proto::{Split, pb};
 use tch::Tensor;
 use tracing::info;
 
-use crate::data::loader::Batch;
+use crate::data::batch::Batch;
 use crate::data::plan::lanes_of;
 use crate::learn::checkpoint::{self, Snapshot};
 use crate::learn::evaluate::evaluate;
