@@ -30,7 +30,7 @@ use self::link::Link;
 use self::logs::Logs;
 pub use self::process::RANK_ENVIRONMENT;
 use self::process::{Heard, Process, What};
-use crate::rank::ipc::Setup;
+use crate::learn::context::Setup;
 use crate::torch;
 
 const HEARTBEAT: Duration = Duration::from_millis(250);

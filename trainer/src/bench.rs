@@ -24,10 +24,10 @@ use crate::data::normalise::Normalise;
 use crate::data::plan::lanes_of;
 use crate::data::random;
 use crate::learn::alexnet::AlexNet;
-use crate::learn::job::Home;
-use crate::learn::step::{self, Sgd};
-use crate::rank::ipc::Setup;
-use crate::rank::{Pulse, Wishes, serve};
+use crate::learn::context::{Home, Setup};
+use crate::learn::control::{Pulse, Wishes};
+use crate::learn::{schedule, step};
+use crate::rank::serve;
 use crate::torch::{Group, Member, Op, Reducer, Store};
 
 const MEAN: [f64; 3] = [0.48, 0.46, 0.41];
@@ -196,7 +196,7 @@ pub fn steps(spec: &RunSpec, count: u64, rank: u32, world: u32, port: u16) -> Re
     let group = Group::meet("127.0.0.1", port, member, || false)?;
     let crop = i64::from(spec.input.crop);
     let model = AlexNet::new(&spec.model, 1000, crop, spec.seed, kind, device);
-    let mut sgd = Sgd::new(&model, &spec.train);
+    let mut sgd = step::optimizer(&model, &spec.train);
     let parameters: Vec<Tensor> = model.parameters().into_iter().map(|(_, parameter)| parameter).collect();
     let compress = step::compression(spec.ranks.compress, world as usize);
     let reducer = Reducer::new(&group, &parameters, 25 << 20, compress)?;
@@ -222,7 +222,7 @@ pub fn steps(spec: &RunSpec, count: u64, rank: u32, world: u32, port: u16) -> Re
         batch.step = i;
         let computed = step::compute(spec, world as usize, &model, &normalise, &reducer, &batch, &|_| {})?;
         group.all_reduce(&computed.measured, Op::Sum)?.wait(group.timeout())?;
-        sgd.step(step::learning_rate(i, 1000, &spec.train))?;
+        sgd.step(schedule::learning_rate(i, 1000, &spec.train))?;
         let measured = &computed.measured;
         model.update_running(&(measured.narrow(0, 3, measured.size()[0] - 3) / lanes as f64));
     }

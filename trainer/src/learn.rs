@@ -1,11 +1,20 @@
 //! The run on one rank: the network, the step, the loop over epochs, and what is kept of all this.
 
+mod agree;
 pub(crate) mod alexnet;
 pub(crate) mod checkpoint;
+pub(crate) mod context;
+pub(crate) mod control;
 mod evaluate;
+mod export;
+pub(crate) mod failure;
 mod history;
 pub(crate) mod job;
+mod membership;
 mod onnx;
+mod records;
+pub(crate) mod reports;
+pub(crate) mod schedule;
 pub(crate) mod step;
 mod timing;
 pub(crate) mod train;

@@ -5,8 +5,7 @@
 
 pub(crate) mod ipc;
 
-use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -14,16 +13,17 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use object_store::ObjectStore;
 use prost::Message;
-use proto::metric::MetricPoint;
 use proto::pb::{self, coordinator_message, left::Cause, rank_heartbeat::Activity, rank_message};
 use proto::trace;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{error, info, warn};
 
-use self::ipc::Setup;
-use crate::learn::job::{Home, Job};
-use crate::learn::train::{Ending, Failure, generation};
-use crate::torch::Aborter;
+use crate::learn::context::{Home, Setup};
+use crate::learn::control::{Pulse, Wishes};
+use crate::learn::failure::Failure;
+use crate::learn::job::Job;
+use crate::learn::reports::Reports;
+use crate::learn::train::{Ending, generation};
 
 /// A rank is heard at least this often.
 const SIGN_OF_LIFE: Duration = Duration::from_millis(250);
@@ -144,57 +144,6 @@ fn write_reports(reports: &Receiver<pb::RankMessage>, pulse: &Pulse, used: fn() 
     }
 }
 
-/// What is known of a rank process beside its training thread.
-#[derive(Debug)]
-pub(crate) struct Pulse {
-    began: Instant,
-    applied: AtomicU64,
-    activity: AtomicI32,
-    /// Milliseconds since `began`.
-    since: AtomicU64,
-    /// When the coordinator was last known to be there; the same.
-    heard: AtomicU64,
-    terminated: AtomicBool,
-}
-
-impl Pulse {
-    /// Of a process that has just begun.
-    pub(crate) fn new() -> Self {
-        Self {
-            began: Instant::now(),
-            applied: AtomicU64::new(0),
-            activity: AtomicI32::new(Activity::Idle.into()),
-            since: AtomicU64::new(0),
-            heard: AtomicU64::new(0),
-            terminated: AtomicBool::new(false),
-        }
-    }
-
-    fn now(&self) -> u64 {
-        self.began.elapsed().as_millis() as u64
-    }
-
-    fn alive(&self) -> pb::RankHeartbeat {
-        let millis = self.now().saturating_sub(self.since.load(Ordering::Relaxed));
-        pb::RankHeartbeat { activity: self.activity.load(Ordering::Relaxed), step: self.step(), millis }
-    }
-
-    /// Steps applied.
-    pub(crate) fn step(&self) -> u64 {
-        self.applied.load(Ordering::Relaxed)
-    }
-
-    fn hear(&self) {
-        self.heard.store(self.now(), Ordering::Relaxed);
-    }
-
-    /// The coordinator counts as there for so long from now on.
-    #[cfg(any(test, feature = "bench"))]
-    pub(crate) fn hear_for(&self, time: Duration) {
-        self.heard.store(self.now() + time.as_millis() as u64, Ordering::Relaxed);
-    }
-}
-
 /// Takes part in one generation after the other, until there are no more orders, or the process is to end.
 pub(crate) fn serve(
     home: &Home,
@@ -262,149 +211,4 @@ fn take_part(
         None => job.insert(Job::open(home, join)?),
     };
     generation(job, join, wishes, reports)
-}
-
-/// What this rank is wanted to do about its generation, set from outside while it trains.
-#[derive(Debug)]
-pub(crate) struct Wishes {
-    run: String,
-    generation: u64,
-    leave: AtomicBool,
-    checkpoint: AtomicBool,
-    abort: AtomicBool,
-    aborter: Mutex<Option<Aborter>>,
-    /// It has left.
-    over: AtomicBool,
-    pulse: Arc<Pulse>,
-}
-
-impl Wishes {
-    /// None yet, for the generation that is joined.
-    pub(crate) fn new(join: &pb::Join, pulse: Arc<Pulse>) -> Self {
-        Self {
-            run: join.run.clone(),
-            generation: join.generation,
-            leave: AtomicBool::new(false),
-            checkpoint: AtomicBool::new(false),
-            abort: AtomicBool::new(false),
-            aborter: Mutex::new(None),
-            over: AtomicBool::new(false),
-            pulse,
-        }
-    }
-
-    fn concern(&self, leave: &pb::Leave) -> bool {
-        (self.run.as_str(), self.generation) == (leave.run.as_str(), leave.generation)
-    }
-
-    /// Does what a `Leave` says.
-    pub(crate) fn hear(&self, leave: &pb::Leave) {
-        if leave.abort {
-            self.abort();
-        } else {
-            self.leave_after_step(leave.checkpoint);
-        }
-    }
-
-    fn leave_after_step(&self, checkpoint: bool) {
-        self.checkpoint.fetch_or(checkpoint, Ordering::Relaxed);
-        self.leave.store(true, Ordering::Release);
-    }
-
-    /// Ends the generation's collectives, those in flight too.
-    pub(crate) fn abort(&self) {
-        self.abort.store(true, Ordering::SeqCst);
-        let aborter = self.aborter.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        if let Some(aborter) = aborter {
-            // With NCCL it may not return.
-            let abort = move || {
-                if let Err(error) = aborter.abort() {
-                    warn!(%error, "abort failed");
-                }
-            };
-            if let Err(error) = spawn("abort", abort) {
-                warn!(error = format!("{error:#}"), "abort failed");
-            }
-        }
-    }
-
-    /// Gives the group of the generation, once there is one.
-    pub(crate) fn watch(&self, aborter: Aborter) -> Result<(), Failure> {
-        *self.aborter.lock().unwrap_or_else(PoisonError::into_inner) = Some(aborter);
-        match self.aborted() {
-            true => Err(Failure::Collective("aborted while the ranks met".to_owned())),
-            false => Ok(()),
-        }
-    }
-
-    /// Whether to end at once.
-    pub(crate) fn aborted(&self) -> bool {
-        self.abort.load(Ordering::SeqCst)
-    }
-
-    /// Whether to leave after a completed step, and whether with a checkpoint.
-    pub(crate) fn leave(&self) -> (bool, bool) {
-        let leave = self.leave.load(Ordering::Acquire);
-        (leave, leave && self.checkpoint.load(Ordering::Relaxed))
-    }
-
-    /// Notes what the training thread is at, which signs of life carry.
-    pub(crate) fn at(&self, activity: Activity) {
-        self.pulse.activity.store(activity.into(), Ordering::Relaxed);
-        self.pulse.since.store(self.pulse.now(), Ordering::Relaxed);
-    }
-
-    /// Notes the newest step, the same.
-    pub(crate) fn applied(&self, step: u64) {
-        self.pulse.applied.store(step, Ordering::Relaxed);
-    }
-
-    /// Whether the coordinator was there at most so long ago. If not, the generation may be over without this rank's knowing.
-    pub(crate) fn in_contact(&self, within: Duration) -> bool {
-        self.pulse.now() <= self.pulse.heard.load(Ordering::Relaxed) + within.as_millis() as u64
-    }
-}
-
-/// Sends a rank's messages to its agent.
-#[derive(Debug, Clone)]
-pub(crate) struct Reports {
-    pub run: String,
-    pub generation: u64,
-    pub rank: u32,
-    pub to: Sender<pb::RankMessage>,
-}
-
-impl Reports {
-    fn send(&self, message: rank_message::Message) {
-        let Self { run, generation, rank, to } = self;
-        // If nobody listens any more, the process is about to end.
-        let _ = to.send(pb::RankMessage {
-            run: run.clone(),
-            generation: *generation,
-            rank: *rank,
-            device: 0,
-            message: Some(message),
-        });
-    }
-
-    pub(crate) fn joined(&self, step: u64, steps_per_epoch: u64, damaged: Vec<pb::Damaged>) {
-        self.send(rank_message::Message::Joined(pb::Joined { step, steps_per_epoch, damaged }));
-    }
-
-    pub(crate) fn stepped(&self, step: u64, point: Option<MetricPoint>) {
-        let metrics = point.into_iter().map(pb::Metric::from).collect();
-        self.send(rank_message::Message::Stepped(pb::Stepped { step, metrics }));
-    }
-
-    pub(crate) fn checkpointed(&self, made: pb::Checkpointed) {
-        self.send(rank_message::Message::Checkpointed(made));
-    }
-
-    pub(crate) fn finished(&self, key: String, digests: HashMap<String, String>) {
-        self.send(rank_message::Message::Finished(pb::Finished { key, digests }));
-    }
-
-    fn left(&self, cause: Cause, step: u64, detail: String) {
-        self.send(rank_message::Message::Left(pb::Left { cause: cause.into(), step, detail }));
-    }
 }

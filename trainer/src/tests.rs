@@ -17,12 +17,11 @@ use proto::run_ledger::{Line, Lines};
 use proto::shard::{Origin, TarWriter, sha256_hex};
 use proto::{Attempt, DatasetId, Manifest, OutcomeCounts, Resize, Sample, Split, Stored, keys};
 
-use crate::learn::alexnet::Named;
 use crate::learn::checkpoint;
-use crate::learn::job::Home;
-use crate::rank::ipc::Setup;
-use crate::rank::{Pulse, Wishes, serve};
-use crate::torch;
+use crate::learn::context::{Home, Setup};
+use crate::learn::control::{Pulse, Wishes};
+use crate::rank::serve;
+use crate::torch::{self, tensor::Named};
 
 const SIZE: usize = 72;
 const DEADLINE: Duration = Duration::from_secs(120);

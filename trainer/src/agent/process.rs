@@ -10,7 +10,8 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::Command;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::rank::ipc::{self, Setup};
+use crate::learn::context::Setup;
+use crate::rank::ipc;
 use crate::torch::NCCL_ENVIRONMENT;
 
 /// Environment of every rank process: glibc keeps the memory that a step gives back for the next one. By default it returns large pieces to

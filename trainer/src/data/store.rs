@@ -1,5 +1,6 @@
 //! The object store, as the trainer uses it: whole objects, checked, and with every request tried again after an error.
 
+use std::collections::HashMap;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -56,6 +57,23 @@ pub(crate) async fn put(store: &Arc<dyn ObjectStore>, key: &str, bytes: Bytes) -
         async move { store.put(&path, bytes.into()).await.map(drop) }
     };
     retried(key, WHOLE_TIMEOUT, put).await.with_context(|| format!("failed to write {key}"))
+}
+
+/// Puts files into a folder; returns their digests.
+pub(crate) async fn put_files<const N: usize>(
+    store: &Arc<dyn ObjectStore>,
+    folder: &str,
+    files: [(&str, Vec<u8>); N],
+) -> Result<HashMap<String, String>> {
+    let mut digests = HashMap::new();
+    for (name, bytes) in files {
+        let bytes = Bytes::from(bytes);
+        let copy = bytes.clone();
+        let digest = tokio::task::spawn_blocking(move || sha256_hex(&copy)).await?;
+        digests.insert(name.to_owned(), digest);
+        put(store, &format!("{folder}/{name}"), bytes).await?;
+    }
+    Ok(digests)
 }
 
 /// Tries again after an error, with growing pauses: also if the object is not there, since a store may be behind.

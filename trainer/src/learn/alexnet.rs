@@ -18,13 +18,13 @@
 //! alone. So the numbers are the same on any number of ranks, and nothing need be sent in forward or backward. With it a layer has no bias of
 //! its own, since the norm would take it out again.
 
-mod export;
+mod formats;
 
 use proto::run_spec::{Arch, Model};
 use tch::{Device, Kind, Tensor};
 
 use crate::data::random;
-use crate::torch::tensor;
+use crate::torch::tensor::{self, Named};
 
 /// Weight of one step's statistics in the running ones, and the floor of a variance (PyTorch's defaults).
 const NORM_MOMENTUM: f64 = 0.1;
@@ -37,9 +37,6 @@ const RESPONSE_BIAS: f64 = 2.0;
 
 /// Crops under this have a first convolution of stride 2 instead of 4: the maps behind it would be too small to tell shapes apart.
 const SMALL_CROP: i64 = 96;
-
-/// Names and tensors that share memory with their owner, in an order that is the same on every rank.
-pub(crate) type Named = Vec<(String, Tensor)>;
 
 /// A network with its weights.
 ///

@@ -1,4 +1,4 @@
-//! A rank's state as files: checkpoints to go on from, and the trained model.
+//! A rank's state as files, to go on from.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -7,16 +7,14 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail, ensure};
 use object_store::ObjectStore;
 use proto::run_ledger::Line;
-use proto::run_spec::Model;
-use proto::shard::sha256_hex;
-use proto::{Class, Manifest, RunSpec, keys, pb};
+use proto::{keys, pb};
 use safetensors::tensor::{Dtype, SafeTensors, View};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use crate::data::store::{get_checked, put};
-use crate::learn::alexnet::{AlexNet, Named};
-use crate::learn::history::Sums;
+use super::history::Sums;
+use crate::data::store::{get_checked, put_files};
+use crate::torch::tensor::Named;
 
 const TENSORS: &str = "state.safetensors";
 const POSITION: &str = "state.json";
@@ -59,7 +57,7 @@ impl Position {
 }
 
 /// A copy of a tensor, on its way to a file: contiguous, on the CPU.
-struct Copied {
+pub(super) struct Copied {
     tensor: Tensor,
     dtype: Dtype,
     shape: Vec<usize>,
@@ -150,6 +148,18 @@ pub(crate) async fn read(
     Ok((position, named))
 }
 
+/// Copies tensors into those of the same names, such as a checkpoint's into a network's. Names and shapes must be the same on both sides.
+pub(crate) fn load(into: &Named, from: &Named) -> Result<()> {
+    ensure!(into.len() == from.len(), "{} tensors where {} belong", from.len(), into.len());
+    for (name, target) in into {
+        let (_, source) = from.iter().find(|(other, _)| other == name).with_context(|| format!("no tensor {name}"))?;
+        let (found, wanted) = (source.size(), target.size());
+        ensure!(found == wanted, "tensor {name} has shape {found:?} where {wanted:?} belongs");
+        tch::no_grad(|| target.shallow_clone().f_copy_(source)).with_context(|| format!("tensor {name}"))?;
+    }
+    Ok(())
+}
+
 /// Copies those tensors of another run that belong to a network into it. Tensors of the last layer, one row a class, stay as they are if
 /// that run had other classes; returns their names.
 pub(crate) fn take_weights(into: &Named, from: &Named, classes: i64) -> Result<Vec<String>> {
@@ -169,88 +179,8 @@ pub(crate) fn take_weights(into: &Named, from: &Named, classes: i64) -> Result<V
     Ok(kept)
 }
 
-/// What stands beside a trained model's weights: all that is needed to use it.
-#[derive(Debug, Serialize)]
-struct Description<'a> {
-    format: u32,
-    run: &'a str,
-    model: &'a Model,
-    crop: u32,
-    /// Pixel values from 0 to 1 become (value - mean) / std, channel by channel: red, green, blue.
-    mean: [f64; 3],
-    std: [f64; 3],
-    /// In the order of the outputs.
-    classes: Vec<Class>,
-    dataset: &'a str,
-    manifest_version: u32,
-    epochs: u32,
-    test: Option<Sums>,
-}
-
-/// Writes the folder of a model that is as `network` evaluates. Returns it and the digests of its files.
-pub(crate) async fn export(
-    store: &Arc<dyn ObjectStore>,
-    (run, generation): (&str, u64),
-    spec: &RunSpec,
-    manifest: &Manifest,
-    network: &AlexNet,
-    test: Option<Sums>,
-) -> Result<(String, HashMap<String, String>)> {
-    let classes = manifest.classes.iter().map(|class| Class { synset: class.synset.clone(), name: class.name.clone() });
-    let description = Description {
-        format: 1,
-        run,
-        model: &spec.model,
-        crop: spec.input.crop,
-        mean: manifest.mean,
-        std: manifest.std,
-        classes: classes.collect(),
-        dataset: &manifest.dataset,
-        manifest_version: manifest.version,
-        epochs: spec.train.epochs,
-        test: test.map(|sums| sums.mean()),
-    };
-    let weights = network.parameters().into_iter().chain(network.buffers());
-    let weights = weights.map(|(name, tensor)| copy(&(name, tensor.f_to_kind(Kind::Float)?)));
-    let weights = safetensors::serialize(weights.collect::<Result<Vec<_>>>()?, None);
-    let weights = weights.context("failed to write the model")?;
-    let properties = [
-        ("run", run.to_owned()),
-        ("classes", serde_json::to_string(&description.classes)?),
-        ("input", "RGB, each value from 0 to 1".to_owned()),
-    ];
-    let (folded, crop) = (network.folded(), i64::from(spec.input.crop));
-    let channels = |of: [f64; 3]| Tensor::from_slice(&of.map(|value| value as f32));
-    let (mean, deviation) = (channels(manifest.mean), channels(manifest.std));
-    let files = [
-        ("model.safetensors", weights),
-        ("model.onnx", folded.onnx(crop, &mean, &deviation, &properties)?),
-        ("model.pt", folded.torchscript(crop, &mean, &deviation)?),
-        ("model.json", serde_json::to_vec_pretty(&description)?),
-    ];
-    // A key of its own: an older generation that is cut off and finishes, too, must not overwrite what an event names.
-    let folder = keys::model(run, generation, &nonce());
-    let digests = put_files(store, &folder, files).await?;
-    Ok((folder, digests))
-}
-
-async fn put_files<const N: usize>(
-    store: &Arc<dyn ObjectStore>,
-    folder: &str,
-    files: [(&str, Vec<u8>); N],
-) -> Result<HashMap<String, String>> {
-    let mut digests = HashMap::new();
-    for (name, bytes) in files {
-        let bytes = bytes::Bytes::from(bytes);
-        let copy = bytes.clone();
-        let digest = tokio::task::spawn_blocking(move || sha256_hex(&copy)).await?;
-        digests.insert(name.to_owned(), digest);
-        put(store, &format!("{folder}/{name}"), bytes).await?;
-    }
-    Ok(digests)
-}
-
-fn copy((name, tensor): &(String, Tensor)) -> Result<(String, Copied)> {
+/// A copy of a named tensor.
+pub(super) fn copy((name, tensor): &(String, Tensor)) -> Result<(String, Copied)> {
     let dtype = match tensor.kind() {
         Kind::Float => Dtype::F32,
         Kind::Double => Dtype::F64,
@@ -263,7 +193,8 @@ fn copy((name, tensor): &(String, Tensor)) -> Result<(String, Copied)> {
     Ok((name.clone(), Copied { tensor, dtype, shape }))
 }
 
-fn nonce() -> String {
+/// A part of a key that nobody else has.
+pub(super) fn nonce() -> String {
     uuid::Uuid::new_v4().simple().to_string()
 }
 
@@ -292,5 +223,16 @@ mod tests {
         assert!(take_weights(&into, &network(5, 4, 3.0), 5).expect("it fits").is_empty());
         let error = take_weights(&into, &network(5, 6, 2.0), 5).expect_err("it is wider").to_string();
         assert!(error.contains("features.0.weight") && error.contains("[6, 3]"), "{error}");
+    }
+
+    #[test]
+    fn tensors_that_do_not_fit_are_named() {
+        let tensor = |size: i64| Tensor::zeros([size], (Kind::Float, Device::Cpu));
+        let into = vec![("a".to_owned(), tensor(2))];
+        let error = |from: Named| format!("{:#}", load(&into, &from).expect_err("it does not fit"));
+        assert!(error(vec![("b".to_owned(), tensor(2))]).contains("no tensor a"));
+        assert!(error(vec![("a".to_owned(), tensor(3))]).contains("[3] where [2]"));
+        load(&into, &vec![("a".to_owned(), tensor(2) + 1.0)]).expect("it fits");
+        assert_eq!(into[0].1.double_value(&[1]), 1.0);
     }
 }

@@ -7,13 +7,14 @@ use anyhow::anyhow;
 use proto::Split;
 use tch::{Kind, Tensor};
 
+use super::control::Wishes;
+use super::failure::Failure;
+use super::history::Sums;
+use super::job::Job;
+use super::membership::Seat;
+use super::step;
 use crate::data::cache::Again;
 use crate::data::{plan, requests};
-use crate::learn::history::Sums;
-use crate::learn::job::Job;
-use crate::learn::step;
-use crate::learn::train::{Failure, Seat};
-use crate::rank::Wishes;
 use crate::torch::Op;
 
 /// The sums over `split` on all ranks, and how long it took; None if the split has no samples.

@@ -3,23 +3,24 @@
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use proto::RunSpec;
 use proto::pb::rank_heartbeat::Activity;
-use proto::run_spec::{Compress, Precision, Schedule, Train};
+use proto::run_spec::{Compress, Precision, Train};
 use tch::{Device, Kind, Reduction, Tensor};
 
+use super::alexnet::AlexNet;
+use super::failure::Failure;
 use crate::data::batch::Batch;
 use crate::data::normalise::Normalise;
 use crate::data::random;
-use crate::learn::alexnet::{AlexNet, Named};
-use crate::learn::train::Failure;
-use crate::torch::{self, Half, Reducer};
+use crate::torch::tensor::Named;
+use crate::torch::{self, Half, Reducer, Sgd};
 
 /// What one rank's forward and backward gave, beside the gradients.
 #[derive(Debug)]
 pub(crate) struct Computed {
-    /// As f64, on the CPU: summed loss, top-1 and top-5 hits, then the norms' statistics as in [`crate::learn::alexnet::Forward`].
+    /// As f64, on the CPU: summed loss, top-1 and top-5 hits, then the norms' statistics as in [`super::alexnet::Forward`].
     pub measured: Tensor,
     /// Communication that no computation hid.
     pub exposed: Duration,
@@ -102,86 +103,9 @@ pub(crate) fn correct(logits: &Tensor, labels: &Tensor) -> Tensor {
     Tensor::stack(&[hits.narrow(1, 0, 1).sum(Kind::Double), hits.sum(Kind::Double)], 0)
 }
 
-/// The learning rate of step `step` (from 0): a linear rise to the peak, then the schedule.
-pub(crate) fn learning_rate(step: u64, steps_per_epoch: u64, train: &Train) -> f64 {
-    let per_epoch = steps_per_epoch as f64;
-    let total = per_epoch * f64::from(train.epochs);
-    let warmup = (per_epoch * train.warmup_epochs).min(total);
-    let step = step as f64;
-    if step < warmup {
-        return train.learning_rate * ((step + 1.0) / warmup).min(1.0);
-    }
-    let factor = match train.schedule {
-        Schedule::Constant => 1.0,
-        Schedule::Step => 0.1_f64.powf((step / per_epoch / train.step_epochs).floor()),
-        Schedule::Cosine => {
-            let progress = ((step - warmup) / (total - warmup)).min(1.0);
-            0.5 * (1.0 + (std::f64::consts::PI * progress).cos())
-        }
-    };
-    train.learning_rate * factor
-}
-
-/// SGD with momentum and weight decay on all parameters, as `torch.optim.SGD` counts.
-#[derive(Debug)]
-pub(crate) struct Sgd {
-    parameters: Vec<Tensor>,
-    momenta: Named,
-    momentum: f64,
-    weight_decay: f64,
-    clip_norm: f64,
-}
-
-impl Sgd {
-    /// For the parameters of a network, with momenta of zero.
-    pub(crate) fn new(model: &AlexNet, train: &Train) -> Self {
-        let momenta = model.parameters().into_iter().map(|(name, parameter)| (name, parameter.detach().zeros_like()));
-        Self {
-            momenta: momenta.collect(),
-            parameters: model.parameters().into_iter().map(|(_, parameter)| parameter).collect(),
-            momentum: train.momentum,
-            weight_decay: train.weight_decay,
-            clip_norm: train.clip_norm,
-        }
-    }
-
-    /// Applies the gradients that the parameters hold, scaled down to the norm's limit if there is one.
-    pub(crate) fn step(&mut self, learning_rate: f64) -> torch::Result<()> {
-        let gradients: Vec<Tensor> = self.parameters.iter().map(Tensor::grad).collect();
-        if self.clip_norm > 0.0 {
-            clip(&gradients, self.clip_norm);
-        }
-        let momenta: Vec<Tensor> = self.momenta.iter().map(|(_, momentum)| momentum.shallow_clone()).collect();
-        torch::fused_sgd(&self.parameters, &gradients, &momenta, learning_rate, self.momentum, self.weight_decay)
-    }
-
-    /// The momenta by their parameters' names.
-    pub(crate) fn momenta(&self) -> Named {
-        self.momenta.iter().map(|(name, momentum)| (name.clone(), momentum.shallow_clone())).collect()
-    }
-}
-
-/// Scales all gradients by one factor so that their common norm is at most `limit`. Without waiting for the device.
-fn clip(gradients: &[Tensor], limit: f64) {
-    tch::no_grad(|| {
-        let norms: Vec<Tensor> = gradients.iter().map(|gradient| gradient.norm()).collect();
-        let factor = (limit / (Tensor::stack(&norms, 0).norm() + 1e-6)).clamp_max(1.0);
-        for gradient in gradients {
-            let _ = gradient.shallow_clone().g_mul_(&factor);
-        }
-    });
-}
-
-/// Copies tensors into those of the same names, such as a checkpoint's into a network's. Names and shapes must be the same on both sides.
-pub(crate) fn load(into: &Named, from: &Named) -> anyhow::Result<()> {
-    ensure!(into.len() == from.len(), "{} tensors where {} belong", from.len(), into.len());
-    for (name, target) in into {
-        let (_, source) = from.iter().find(|(other, _)| other == name).with_context(|| format!("no tensor {name}"))?;
-        let (found, wanted) = (source.size(), target.size());
-        ensure!(found == wanted, "tensor {name} has shape {found:?} where {wanted:?} belongs");
-        tch::no_grad(|| target.shallow_clone().f_copy_(source)).with_context(|| format!("tensor {name}"))?;
-    }
-    Ok(())
+/// The optimizer of a network, as a spec has it.
+pub(crate) fn optimizer(model: &AlexNet, train: &Train) -> Sgd {
+    Sgd::new(model.parameters(), train.momentum, train.weight_decay, train.clip_norm)
 }
 
 /// One whole step on one rank from the seed's weights, for comparison with another implementation.
@@ -199,11 +123,11 @@ pub fn reference_step(spec: &RunSpec, classes: i64, batch: &Path, out: &Path) ->
     let (images, labels) = (get("images")?.to_kind(kind), get("labels")?);
     let (samples, lanes) = (images.size()[0], i64::from(spec.ranks.lanes));
     let shares: Vec<i64> = (0..lanes).map(|lane| samples * (lane + 1) / lanes - samples * lane / lanes).collect();
-    let keys: Vec<u64> = (0..samples as u64).map(|sample| crate::data::random::key(&[spec.seed, sample])).collect();
+    let keys: Vec<u64> = (0..samples as u64).map(|sample| random::key(&[spec.seed, sample])).collect();
 
     let crop = i64::from(spec.input.crop);
     let model = AlexNet::new(&spec.model, classes, crop, spec.seed, kind, Device::Cpu);
-    let mut sgd = Sgd::new(&model, &spec.train);
+    let mut sgd = optimizer(&model, &spec.train);
     let mut written: Named = Vec::new();
     let mut write = |prefix: &str, named: Named| {
         written.extend(named.into_iter().map(|(name, tensor)| (format!("{prefix}{name}"), tensor.detach().copy())));
@@ -250,24 +174,6 @@ mod tests {
     use proto::run_spec::{Arch, Model};
 
     #[test]
-    fn the_learning_rate_rises_and_falls_as_the_spec_says() {
-        let mut train =
-            Train { epochs: 4, learning_rate: 2.0, warmup_epochs: 1.0, step_epochs: 2.0, ..Train::default() };
-        let rates = |train: &Train| -> Vec<f64> {
-            [0, 1, 4, 9, 10, 25, 39].iter().map(|step| learning_rate(*step, 10, train)).collect()
-        };
-        train.schedule = Schedule::Constant;
-        assert_eq!(rates(&train), [0.2, 0.4, 1.0, 2.0, 2.0, 2.0, 2.0]);
-        train.schedule = Schedule::Step;
-        assert_eq!(rates(&train), [0.2, 0.4, 1.0, 2.0, 2.0, 0.2, 0.2]);
-        train.schedule = Schedule::Cosine;
-        let last = 1.0 + (std::f64::consts::PI * 29.0 / 30.0).cos();
-        for (rate, expected) in rates(&train).iter().zip([0.2, 0.4, 1.0, 2.0, 2.0, 1.0, last]) {
-            assert!((rate - expected).abs() < 1e-12, "{rate} is not {expected}");
-        }
-    }
-
-    #[test]
     fn a_step_is_computed_in_parts_of_whole_lanes() {
         let shares = [3, 4, 3, 4];
         assert_eq!(parts(&shares, 0), [&shares[..]]);
@@ -296,17 +202,6 @@ mod tests {
     }
 
     #[test]
-    fn clipped_gradients_have_the_limits_norm_and_small_ones_are_left_alone() {
-        let gradients = || vec![Tensor::from_slice(&[3.0_f64, 0.0]), Tensor::from_slice(&[4.0_f64])];
-        let large = gradients();
-        clip(&large, 1.0);
-        assert!((large[1].double_value(&[0]) - 0.8).abs() < 1e-6);
-        let small = gradients();
-        clip(&small, 10.0);
-        assert_eq!(small[0].double_value(&[0]), 3.0);
-    }
-
-    #[test]
     fn sgd_counts_as_pytorch_does() {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let (batch, out) = (dir.path().join("batch"), dir.path().join("out"));
@@ -331,17 +226,6 @@ mod tests {
         assert!((after - expected).abs().max().double_value(&[]) < 1e-12);
         assert!(gradient.abs().max().double_value(&[]) > 0.0);
         assert!((get("loss").double_value(&[]) - 3.0_f64.ln()).abs() < 1.0);
-    }
-
-    #[test]
-    fn tensors_that_do_not_fit_are_named() {
-        let tensor = |size: i64| Tensor::zeros([size], (Kind::Float, Device::Cpu));
-        let into = vec![("a".to_owned(), tensor(2))];
-        let error = |from: Named| format!("{:#}", load(&into, &from).expect_err("it does not fit"));
-        assert!(error(vec![("b".to_owned(), tensor(2))]).contains("no tensor a"));
-        assert!(error(vec![("a".to_owned(), tensor(3))]).contains("[3] where [2]"));
-        load(&into, &vec![("a".to_owned(), tensor(2) + 1.0)]).expect("it fits");
-        assert_eq!(into[0].1.double_value(&[1]), 1.0);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use tch::{Kind, Tensor};
 
-use crate::learn::train::Failure;
+use super::failure::Failure;
 use crate::torch::{Group, Op};
 
 /// What is sent to measure the link between ranks.

@@ -1,32 +1,13 @@
 //! What an agent and its rank processes say to each other, over the rank's stdin and stdout: frames of a length (4 bytes, big endian)
-//! and so many bytes. Down: first a [`Setup`] in JSON, then encoded `CoordinatorMessage`s. Up: encoded `RankMessage`s; those without
+//! and so many bytes. Down: first a [`Setup`](crate::learn::context::Setup) in JSON, then encoded `CoordinatorMessage`s. Up: encoded `RankMessage`s; those without
 //! a run are for the agent itself.
 
 use std::io::{self, Read, Write};
 
-use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 /// A frame that claims to be longer is none.
 const LIMIT: u32 = 64 << 20;
-
-/// What a rank process is told about its place, once.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct Setup {
-    /// `cpu` or `cuda:N`.
-    pub device: String,
-    /// Where other machines reach this one.
-    pub advertise_address: String,
-    /// This process' part of the machine's cores.
-    pub threads: u32,
-    /// Decoded images may take so many bytes of memory.
-    pub cache_bytes: u64,
-    /// Where those that have no room there are kept, if anywhere ...
-    pub cache_dir: Option<std::path::PathBuf>,
-    /// ... in a file of at most so many bytes.
-    pub cache_disk_bytes: u64,
-}
 
 /// Reads a frame; None at the end.
 pub(crate) fn read(from: &mut impl Read) -> io::Result<Option<Vec<u8>>> {

@@ -4,6 +4,9 @@ use std::ops::{Deref, DerefMut};
 
 use tch::{Device, Kind, Tensor};
 
+/// Names and tensors that share memory with their owner, in an order that is the same on every rank.
+pub(crate) type Named = Vec<(String, Tensor)>;
+
 /// A number that a tensor can hold.
 pub(crate) trait Element: Copy + Send + Sync + 'static {
     /// libtorch's name for it.

@@ -1,0 +1,106 @@
+//! How the ranks of a generation come to hold the same state.
+
+use anyhow::{Context, Result};
+use proto::pb;
+use proto::run_ledger::Line;
+use tch::Tensor;
+use tracing::{info, warn};
+
+use super::checkpoint::{self, Progress};
+use super::failure::Failure;
+use super::history::Sums;
+use super::job::{Job, fresh};
+use super::membership::Seat;
+use crate::data::store::is_damage;
+use crate::torch::{Group, Op};
+
+/// Makes sure that all ranks hold the same state: that of the lowest rank among those that have come furthest; if none holds any, what
+/// rank 0 finds in the newest whole checkpoint, or the weights that the run starts from. Returns the checkpoints that rank 0 found damaged.
+pub(super) fn agree(job: &mut Job, seat: &Seat, join: &pb::Join) -> Result<Vec<pb::Damaged>, Failure> {
+    let Seat { group, rank, world, .. } = seat;
+    let mine = if job.held { job.progress.step as i64 + 1 } else { 0 };
+    let agreed = if job.held { job.agreed as i64 } else { 0 };
+    let [furthest, nearest, newest, oldest] = largest(group, [mine, -mine, agreed, -agreed])?;
+    let same = furthest > 0 && (furthest, newest) == (-nearest, -oldest);
+    let mut damaged = Vec::new();
+    let root = if furthest == 0 {
+        if *rank == 0 {
+            damaged = load(job, join)?;
+        }
+        0
+    } else {
+        let vote = if mine == furthest { world - rank } else { 0 };
+        world - largest(group, [vote as i64])?[0] as usize
+    };
+    if !same {
+        // What is overwritten half way is no state any more, unless by the same values.
+        job.held &= mine == furthest;
+        let tensors: Vec<Tensor> = job.tensors().into_iter().map(|(_, tensor)| tensor).collect();
+        group.broadcast(&tensors, root)?;
+    }
+    job.progress = broadcast_progress(group, &job.progress, root)?;
+    (job.held, job.agreed) = (true, join.generation);
+    Ok(damaged)
+}
+
+fn load(job: &mut Job, join: &pb::Join) -> Result<Vec<pb::Damaged>> {
+    (job.model, job.sgd) = fresh(&job.spec, &job.manifest, job.device);
+    job.progress = Progress::default();
+    let mut damaged = Vec::new();
+    for pb::Checkpointed { key, digests, .. } in &join.checkpoints {
+        match job.home.runtime.block_on(checkpoint::read(&job.home.store, key, digests)) {
+            Ok((position, tensors)) => {
+                job.progress = position.progress(key, job.steps_per_epoch)?;
+                checkpoint::load(&job.tensors(), &tensors).with_context(|| key.clone())?;
+                return Ok(damaged);
+            }
+            Err(error) if is_damage(&error) => {
+                let reason = format!("{error:#}");
+                warn!(key, reason, "a checkpoint is damaged; the one before is taken");
+                damaged.push(pb::Damaged { key: key.clone(), reason });
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    if let Some(pb::Checkpointed { key, digests, .. }) = &join.start {
+        let (_, tensors) = job.home.runtime.block_on(checkpoint::read(&job.home.store, key, digests))?;
+        let new = checkpoint::take_weights(&job.weights(), &tensors, job.manifest.classes.len() as i64);
+        let new = new.with_context(|| key.clone())?;
+        info!(key, new_layers = new.join(", "), "begins with the weights of another run");
+    }
+    Ok(damaged)
+}
+
+/// The largest over all ranks of each of these.
+fn largest<const N: usize>(group: &Group, mine: [i64; N]) -> Result<[i64; N], Failure> {
+    let values = Tensor::from_slice(&mine);
+    group.all_reduce(&values, Op::Max)?.wait(group.timeout())?;
+    Ok(std::array::from_fn(|i| values.int64_value(&[i as i64])))
+}
+
+fn broadcast_progress(group: &Group, mine: &Progress, root: usize) -> Result<Progress, Failure> {
+    let Progress { step, validated, sums, tail } = mine;
+    let head = Tensor::from_slice(&[*step as i64, *validated as i64, tail.len() as i64]);
+    let totals = Tensor::from_slice(&[sums.loss, sums.top1, sums.top5, sums.samples]);
+    group.broadcast(&[head.shallow_clone()], root)?;
+    group.broadcast(&[totals.shallow_clone()], root)?;
+    let head = |i| head.int64_value(&[i]);
+    let of = |line: &Line| [line.epoch as i64, line.step as i64, line.samples as i64, line.digest as i64];
+    let mut lines: Vec<i64> = tail.iter().flat_map(of).collect();
+    lines.resize(4 * head(2) as usize, 0);
+    let lines = Tensor::from_slice(&lines);
+    if head(2) > 0 {
+        group.broadcast(&[lines.shallow_clone()], root)?;
+    }
+    let line = |i: i64| {
+        let at = |column| lines.int64_value(&[4 * i + column]) as u64;
+        Line { epoch: at(0), step: at(1), samples: at(2), digest: at(3) }
+    };
+    let total = |i| totals.double_value(&[i]);
+    Ok(Progress {
+        step: head(0) as u64,
+        validated: head(1) as u64,
+        sums: Sums { loss: total(0), top1: total(1), top5: total(2), samples: total(3) },
+        tail: (0..head(2)).map(line).collect(),
+    })
+}
