@@ -10,7 +10,8 @@ package=target/nccl
 rm -rf $package/src
 mkdir -p $package/src
 ln -s ../../../trainer/src/{torch,torch.rs} $package/src/
-ln -sf ../../trainer/build.rs $package/build.rs
+ln -sf ../../trainer/build/shim.rs $package/shim.rs
+echo 'mod shim; fn main() { shim::compile() }' >$package/build.rs
 cp Cargo.lock $package/
 dependency() { grep -E "^($1) = " Cargo.toml; }
 cat >$package/Cargo.toml <<TOML

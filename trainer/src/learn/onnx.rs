@@ -4,10 +4,16 @@
 use prost::Message;
 use tch::{Kind, Tensor};
 
+use self::pb::attribute_proto::AttributeType;
+use self::pb::tensor_proto::DataType;
+use self::pb::tensor_shape_proto::dimension;
+use self::pb::{
+    AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto, TensorProto,
+    TensorShapeProto, TypeProto, ValueInfoProto, tensor_shape_proto, type_proto,
+};
+
 const IR_VERSION: i64 = 8;
 const OPERATOR_SET: i64 = 13;
-/// `TensorProto.DataType`.
-const FLOAT: i32 = 1;
 
 /// A graph that grows node by node; values are known by name, and each node has one output, of the node's own name.
 #[derive(Debug)]
@@ -35,13 +41,13 @@ impl Graph {
 
     /// Declares an input of f32.
     pub(crate) fn input(&mut self, name: &str, shape: &[Dimension]) -> String {
-        self.0.input.push(ValueInfoProto::new(name, shape));
+        self.0.input.push(ValueInfoProto::of(name, shape));
         name.to_owned()
     }
 
     /// Declares a value as an output of f32.
     pub(crate) fn output(&mut self, name: &str, shape: &[Dimension]) {
-        self.0.output.push(ValueInfoProto::new(name, shape));
+        self.0.output.push(ValueInfoProto::of(name, shape));
     }
 
     /// Adds a constant, as f32.
@@ -53,7 +59,7 @@ impl Graph {
         let mut raw_data = vec![0; tensor.numel() * 4];
         tensor.f_copy_data_u8(&mut raw_data, tensor.numel())?;
         let (dims, name) = (tensor.size(), name.to_owned());
-        self.0.initializer.push(TensorProto { dims, data_type: FLOAT, name: name.clone(), raw_data });
+        self.0.initializer.push(TensorProto { dims, data_type: DataType::Float.into(), name: name.clone(), raw_data });
         Ok(name)
     }
 
@@ -70,173 +76,55 @@ impl Graph {
             output: vec![name.to_owned()],
             name: name.to_owned(),
             op_type: operator.to_owned(),
-            attribute: attributes.iter().map(|(name, value)| AttributeProto::new(name, value)).collect(),
+            attribute: attributes.iter().map(|(name, value)| AttributeProto::of(name, value)).collect(),
         });
         name.to_owned()
     }
 
     /// The file's bytes, with properties for people and programs.
     pub(crate) fn encode(self, properties: &[(&str, String)]) -> Vec<u8> {
-        let property = |(key, value): &(&str, String)| Property { key: (*key).to_owned(), value: value.clone() };
+        let property = |(key, value): &(&str, String)| StringStringEntryProto { key: (*key).to_owned(), value: value.clone() };
         ModelProto {
             ir_version: IR_VERSION,
             producer_name: "Gleaner".to_owned(),
             producer_version: env!("CARGO_PKG_VERSION").to_owned(),
             graph: Some(self.0),
-            opset_import: vec![OperatorSetId { domain: String::new(), version: OPERATOR_SET }],
+            opset_import: vec![OperatorSetIdProto { domain: String::new(), version: OPERATOR_SET }],
             metadata_props: properties.iter().map(property).collect(),
         }
         .encode_to_vec()
     }
 }
 
-#[derive(Clone, PartialEq, Message)]
-struct ModelProto {
-    #[prost(int64, tag = "1")]
-    ir_version: i64,
-    #[prost(string, tag = "2")]
-    producer_name: String,
-    #[prost(string, tag = "3")]
-    producer_version: String,
-    #[prost(message, optional, tag = "7")]
-    graph: Option<GraphProto>,
-    #[prost(message, repeated, tag = "8")]
-    opset_import: Vec<OperatorSetId>,
-    #[prost(message, repeated, tag = "14")]
-    metadata_props: Vec<Property>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct OperatorSetId {
-    #[prost(string, tag = "1")]
-    domain: String,
-    #[prost(int64, tag = "2")]
-    version: i64,
-}
-
-/// `StringStringEntryProto`.
-#[derive(Clone, PartialEq, Message)]
-struct Property {
-    #[prost(string, tag = "1")]
-    key: String,
-    #[prost(string, tag = "2")]
-    value: String,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct GraphProto {
-    #[prost(message, repeated, tag = "1")]
-    node: Vec<NodeProto>,
-    #[prost(string, tag = "2")]
-    name: String,
-    #[prost(message, repeated, tag = "5")]
-    initializer: Vec<TensorProto>,
-    #[prost(message, repeated, tag = "11")]
-    input: Vec<ValueInfoProto>,
-    #[prost(message, repeated, tag = "12")]
-    output: Vec<ValueInfoProto>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct NodeProto {
-    #[prost(string, repeated, tag = "1")]
-    input: Vec<String>,
-    #[prost(string, repeated, tag = "2")]
-    output: Vec<String>,
-    #[prost(string, tag = "3")]
-    name: String,
-    #[prost(string, tag = "4")]
-    op_type: String,
-    #[prost(message, repeated, tag = "5")]
-    attribute: Vec<AttributeProto>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct AttributeProto {
-    #[prost(string, tag = "1")]
-    name: String,
-    #[prost(float, tag = "2")]
-    f: f32,
-    #[prost(int64, tag = "3")]
-    i: i64,
-    #[prost(int64, repeated, packed = "false", tag = "8")]
-    ints: Vec<i64>,
-    /// `AttributeType`: 1 f, 2 i, 7 ints.
-    #[prost(int32, tag = "20")]
-    r#type: i32,
+/// The messages of `onnx.proto`.
+mod pb {
+    #![allow(missing_docs, unreachable_pub, reason = "as prost makes them of onnx.proto")]
+    include!(concat!(env!("OUT_DIR"), "/onnx.rs"));
 }
 
 impl AttributeProto {
-    fn new(name: &str, value: &Attribute) -> Self {
-        let name = name.to_owned();
+    fn of(name: &str, value: &Attribute) -> Self {
+        let mut attribute = Self { name: name.to_owned(), ..Self::default() };
         match value {
-            Attribute::Float(f) => Self { name, f: *f, r#type: 1, ..Self::default() },
-            Attribute::Int(i) => Self { name, i: *i, r#type: 2, ..Self::default() },
-            Attribute::Ints(ints) => Self { name, ints: ints.clone(), r#type: 7, ..Self::default() },
+            Attribute::Float(f) => (attribute.r#type, attribute.f) = (AttributeType::Float.into(), *f),
+            Attribute::Int(i) => (attribute.r#type, attribute.i) = (AttributeType::Int.into(), *i),
+            Attribute::Ints(ints) => (attribute.r#type, attribute.ints) = (AttributeType::Ints.into(), ints.clone()),
         }
+        attribute
     }
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct TensorProto {
-    #[prost(int64, repeated, packed = "false", tag = "1")]
-    dims: Vec<i64>,
-    #[prost(int32, tag = "2")]
-    data_type: i32,
-    #[prost(string, tag = "8")]
-    name: String,
-    /// Little-endian.
-    #[prost(bytes = "vec", tag = "9")]
-    raw_data: Vec<u8>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct ValueInfoProto {
-    #[prost(string, tag = "1")]
-    name: String,
-    #[prost(message, optional, tag = "2")]
-    r#type: Option<TypeProto>,
 }
 
 impl ValueInfoProto {
-    fn new(name: &str, shape: &[Dimension]) -> Self {
+    /// A tensor of f32.
+    fn of(name: &str, shape: &[Dimension]) -> Self {
         let dim = |dimension: &Dimension| match *dimension {
-            Dimension::Of(value) => DimensionProto { dim_value: Some(value), dim_param: None },
-            Dimension::Any(name) => DimensionProto { dim_value: None, dim_param: Some(name.to_owned()) },
+            Dimension::Of(value) => dimension::Value::DimValue(value),
+            Dimension::Any(name) => dimension::Value::DimParam(name.to_owned()),
         };
-        let shape = ShapeProto { dim: shape.iter().map(dim).collect() };
-        let tensor = TensorTypeProto { elem_type: FLOAT, shape: Some(shape) };
-        Self { name: name.to_owned(), r#type: Some(TypeProto { tensor_type: Some(tensor) }) }
+        let dim = shape.iter().map(|dimension| tensor_shape_proto::Dimension { value: Some(dim(dimension)) });
+        let shape = Some(TensorShapeProto { dim: dim.collect() });
+        let tensor = type_proto::Tensor { elem_type: DataType::Float.into(), shape };
+        let value = Some(type_proto::Value::TensorType(tensor));
+        Self { name: name.to_owned(), r#type: Some(TypeProto { value }) }
     }
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct TypeProto {
-    #[prost(message, optional, tag = "1")]
-    tensor_type: Option<TensorTypeProto>,
-}
-
-/// `TypeProto.Tensor`.
-#[derive(Clone, PartialEq, Message)]
-struct TensorTypeProto {
-    #[prost(int32, tag = "1")]
-    elem_type: i32,
-    #[prost(message, optional, tag = "2")]
-    shape: Option<ShapeProto>,
-}
-
-/// `TensorShapeProto`.
-#[derive(Clone, PartialEq, Message)]
-struct ShapeProto {
-    #[prost(message, repeated, tag = "1")]
-    dim: Vec<DimensionProto>,
-}
-
-/// `TensorShapeProto.Dimension`.
-#[derive(Clone, PartialEq, Message)]
-struct DimensionProto {
-    #[prost(int64, optional, tag = "1")]
-    dim_value: Option<i64>,
-    #[prost(string, optional, tag = "2")]
-    dim_param: Option<String>,
 }
