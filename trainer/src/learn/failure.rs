@@ -1,8 +1,8 @@
-//! Cause a rank cannot go on in its generation.
+//! Why a rank cannot go on in its generation.
 
 use crate::torch;
 
-/// Cause a rank left its generation.
+/// Why a rank left its generation.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Failure {
     /// Another rank is gone.

@@ -83,7 +83,8 @@ impl Graph {
 
     /// The file's bytes, with properties for people and programs.
     pub(crate) fn encode(self, properties: &[(&str, String)]) -> Vec<u8> {
-        let property = |(key, value): &(&str, String)| StringStringEntryProto { key: (*key).to_owned(), value: value.clone() };
+        let property =
+            |(key, value): &(&str, String)| StringStringEntryProto { key: (*key).to_owned(), value: value.clone() };
         ModelProto {
             ir_version: IR_VERSION,
             producer_name: "Gleaner".to_owned(),

@@ -1,6 +1,6 @@
 //! What an agent and its rank processes say to each other, over the rank's stdin and stdout: frames of a length (4 bytes, big endian)
-//! and so many bytes. Down: first a [`Setup`](crate::learn::context::Setup) in JSON, then encoded `CoordinatorMessage`s. Up: encoded `RankMessage`s; those without
-//! a run are for the agent itself.
+//! and so many bytes. Down: first a [`Setup`](crate::learn::context::Setup) in JSON, then encoded `CoordinatorMessage`s. Up: encoded
+//! `RankMessage`s; those without a run are for the agent itself.
 
 use std::io::{self, Read, Write};
 
