@@ -27,7 +27,7 @@ const EXAMPLES: usize = 10;
 
 /// Where a round begins: what earlier ones have used up.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Begin {
+pub(crate) struct RoundStart {
     pub(crate) round: u32,
     pub(crate) first_slice: u32,
     pub(crate) first_key: u64,
@@ -35,7 +35,7 @@ pub(crate) struct Begin {
     pub(crate) traceparent: String,
 }
 
-impl Begin {
+impl RoundStart {
     /// A dataset's first round.
     pub(crate) fn first(request_id: &str) -> Self {
         let traceparent = proto::trace::current();
@@ -46,7 +46,7 @@ impl Begin {
 /// Gathers the entries of all sources of one round.
 pub(crate) struct Catalog {
     seed: u64,
-    begin: Begin,
+    start: RoundStart,
     spool: Spool,
     /// None: all that occur.
     chosen: Option<HashSet<String>>,
@@ -66,12 +66,12 @@ const NEW: u64 = u64::MAX;
 
 impl Catalog {
     /// An empty one. The classes of `spec` choose which synsets are taken; `folder` is where large lists are spooled.
-    pub(crate) fn new(spec: &DatasetSpec, begin: Begin, folder: Option<PathBuf>) -> Self {
+    pub(crate) fn new(spec: &DatasetSpec, start: RoundStart, folder: Option<PathBuf>) -> Self {
         let chosen = spec.classes.iter().map(|class| class.synset.clone()).collect::<HashSet<_>>();
         Self {
             seed: spec.seed,
-            compared: (begin.round > 1).then(|| Spool::new(folder.clone())),
-            begin,
+            compared: (start.round > 1).then(|| Spool::new(folder.clone())),
+            start,
             spool: Spool::new(folder),
             chosen: (!chosen.is_empty()).then_some(chosen),
             urls_per_class: BTreeMap::new(),
@@ -104,7 +104,7 @@ impl Catalog {
             return Ok(());
         }
         match &mut self.compared {
-            None => self.enter(NEW, synset.as_bytes(), url.as_bytes()),
+            None => self.push_entry(NEW, synset.as_bytes(), url.as_bytes()),
             Some(compared) => {
                 let line = [synset.len() as u32, url.len() as u32].map(u32::to_le_bytes);
                 let pair = pair(synset, url);
@@ -115,7 +115,7 @@ impl Catalog {
     }
 
     /// Tells of an entry of an earlier round, so that a new line like it is known.
-    pub(crate) fn earlier(&mut self, synset: &str, url: &str) -> Result<(), Error> {
+    pub(crate) fn push_known(&mut self, synset: &str, url: &str) -> Result<(), Error> {
         if let Some(compared) = &mut self.compared {
             let pair = pair(synset, url);
             compared.push(pair[0], &[&pair, &[0; 8]])?;
@@ -126,11 +126,11 @@ impl Catalog {
     /// Takes in an entry of an earlier round, which is to be fetched again; `outcome` is what became of it last.
     pub(crate) fn retry(&mut self, key: u64, synset: &str, url: &str, outcome: Outcome) -> Result<(), Error> {
         self.retried.add(outcome, 1);
-        self.enter(key, synset.as_bytes(), url.as_bytes())
+        self.push_entry(key, synset.as_bytes(), url.as_bytes())
     }
 
-    fn enter(&mut self, key: u64, synset: &[u8], url: &[u8]) -> Result<(), Error> {
-        let ordinal = if key == NEW { self.begin.first_key + self.new_urls } else { key };
+    fn push_entry(&mut self, key: u64, synset: &[u8], url: &[u8]) -> Result<(), Error> {
+        let ordinal = if key == NEW { self.start.first_key + self.new_urls } else { key };
         if key == NEW {
             let synset = String::from_utf8_lossy(synset);
             let classes = self.urls_per_class.len();
@@ -168,7 +168,7 @@ impl Catalog {
                 lines.iter().filter(|(_, synset, _)| synset.is_empty()).map(|&(pair, ..)| pair).collect();
             for (pair, synset, url) in lines.into_iter().filter(|(_, synset, _)| !synset.is_empty()) {
                 if there.insert(pair) {
-                    self.enter(NEW, synset, url)?;
+                    self.push_entry(NEW, synset, url)?;
                 } else {
                     self.known += 1;
                 }
@@ -181,15 +181,15 @@ impl Catalog {
     /// the classes of `spec`, and returns the round that names the slices: without any if a later round has nothing to fetch.
     pub(crate) fn cut(mut self, spec: &mut DatasetSpec, slices: &mpsc::Sender<(u32, Bytes)>) -> Result<Round, Error> {
         self.compare()?;
-        let (entered, begin) = (self.new_urls + self.retried.total(), self.begin);
+        let (entered, start) = (self.new_urls + self.retried.total(), self.start);
         let all_bad = self.bad_lines > 0 && self.new_urls + self.known + self.not_chosen == 0;
-        if all_bad || begin.round == 1 && entered == 0 {
+        if all_bad || start.round == 1 && entered == 0 {
             let mut message =
                 format!("no line of the list is good: {} bad, {} not chosen", self.bad_lines, self.not_chosen);
             self.bad_line_examples.iter().for_each(|line| message += &format!("; {line}"));
             return Err(Error::Invalid(message));
         }
-        if u64::from(begin.first_slice) + entered.div_ceil(u64::from(spec.slice_urls)) > 999_999 {
+        if u64::from(start.first_slice) + entered.div_ceil(u64::from(spec.slice_urls)) > 999_999 {
             return Err(Error::Invalid(format!(
                 "{entered} URLs in slices of {}: choose larger slices",
                 spec.slice_urls
@@ -201,11 +201,11 @@ impl Catalog {
         }
         let mut cutter = Cutter {
             per_slice: spec.slice_urls,
-            first_slice: begin.first_slice,
+            first_slice: start.first_slice,
             slices,
             done: Vec::new(),
             open: None,
-            key: begin.first_key,
+            key: start.first_key,
         };
         for partition in self.spool.into_partitions() {
             let partition = partition?;
@@ -219,12 +219,12 @@ impl Catalog {
         Ok(Round {
             format: 1,
             nonce: crate::store::nonce(),
-            request_id: begin.request_id,
-            traceparent: begin.traceparent,
-            round: begin.round,
-            first_slice: begin.first_slice,
+            request_id: start.request_id,
+            traceparent: start.traceparent,
+            round: start.round,
+            first_slice: start.first_slice,
             slices: cutter.done,
-            first_key: begin.first_key,
+            first_key: start.first_key,
             new_urls: self.new_urls,
             urls_per_class: self.urls_per_class,
             retried: self.retried,
@@ -257,7 +257,7 @@ fn line<'a>(bytes: &mut &'a [u8]) -> Option<(&'a [u8], &'a [u8])> {
     Some(text.split_at(synset))
 }
 
-/// What [`Catalog::push`] and [`Catalog::earlier`] made; those of earlier rounds without synset and URL.
+/// What [`Catalog::push`] and [`Catalog::push_known`] made; those of earlier rounds without synset and URL.
 fn pairs(mut bytes: &[u8]) -> Vec<(&[u8; 16], &[u8], &[u8])> {
     let next = || {
         let (pair, rest) = bytes.split_first_chunk()?;
@@ -270,7 +270,7 @@ fn pairs(mut bytes: &[u8]) -> Vec<(&[u8; 16], &[u8], &[u8])> {
 
 type Record<'a> = (u64, u64, u64, &'a [u8], &'a [u8]);
 
-/// The records of a partition, as [`Catalog::enter`] made them: hash, ordinal, key, synset, URL.
+/// The records of a partition, as [`Catalog::push_entry`] made them: hash, ordinal, key, synset, URL.
 fn records(mut bytes: &[u8]) -> Vec<Record<'_>> {
     let next = || {
         let hash = u64::from_be_bytes(number(&mut bytes)?);
@@ -347,7 +347,7 @@ mod tests {
     }
 
     fn cut(list: &str, mut spec: DatasetSpec) -> Result<(DatasetSpec, Round, Vec<String>), Error> {
-        let mut catalog = Catalog::new(&spec, Begin::first("r"), None);
+        let mut catalog = Catalog::new(&spec, RoundStart::first("r"), None);
         catalog.read("list", Cursor::new(list.to_owned()), &options())?;
         let (round, lines) = lines(catalog, &mut spec)?;
         Ok((spec, round, lines))
@@ -357,11 +357,16 @@ mod tests {
     fn a_later_round_holds_what_is_tried_again_under_its_key_and_new_lines_under_the_next_ones() {
         let classes = vec![Class { synset: "n1".into(), name: "dog".into() }];
         let mut spec = DatasetSpec { classes, ..DatasetSpec::default() };
-        let begin =
-            Begin { round: 2, first_slice: 7, first_key: 100, request_id: "r2".into(), traceparent: String::new() };
-        let mut catalog = Catalog::new(&spec, begin.clone(), None);
+        let start = RoundStart {
+            round: 2,
+            first_slice: 7,
+            first_key: 100,
+            request_id: "r2".into(),
+            traceparent: String::new(),
+        };
+        let mut catalog = Catalog::new(&spec, start.clone(), None);
         for url in ["http://a", "http://b"] {
-            catalog.earlier("n1", url).expect("in memory");
+            catalog.push_known("n1", url).expect("in memory");
         }
         catalog.retry(41, "n1", "http://b", Err(Rejection::Timeout)).expect("in memory");
         let list = "n1\thttp://c\nn1\thttp://a\nn2\thttp://a\nn1\thttp://c\nn1\thttp://d\nbad\n";
@@ -377,7 +382,7 @@ mod tests {
         );
         assert_eq!((round.urls(), round.retried), (3, OutcomeCounts::from_iter([(Err(Rejection::Timeout), 1)])));
 
-        let nothing = lines(Catalog::new(&spec, begin, None), &mut spec).expect("no error");
+        let nothing = lines(Catalog::new(&spec, start, None), &mut spec).expect("no error");
         assert_eq!((nothing.0.urls(), nothing.1.len()), (0, 0));
     }
 

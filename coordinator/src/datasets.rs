@@ -190,7 +190,7 @@ impl Datasets {
 
     /// Commits a new dataset: its slices are in the store; its spec and round are put here. `fresh` leases at once.
     pub(crate) async fn commit(self: &Arc<Self>, id: &DatasetId, spec: DatasetSpec, round: Round) -> Result<(), Error> {
-        self.term.look(&self.store).await?;
+        self.term.check(&self.store).await?;
         self.store.put(&keys::dataset_spec(id), spec.to_json().into()).await?;
         if let Created::Lost(_) = self.store.create(&keys::round(id, round.round), &round).await? {
             return Err(Error::Local(format!("somebody else wrote the catalog of {id}")));

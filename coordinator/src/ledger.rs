@@ -47,11 +47,11 @@ enum State {
     Checking,
 }
 
-/// What was decided about a shard that is over.
+/// What was decided about a shard whose attempt has ended without an index.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Settled {
-    /// Others may have it.
-    Again,
+pub(crate) enum Decision {
+    /// It may be leased again.
+    Retry,
     /// It has failed too often: the coordinator closes it with an index of its own.
     GiveUp,
 }
@@ -142,7 +142,7 @@ impl Ledger {
         }
     }
 
-    /// Ends the leases whose time is over. The caller reads their indexes and says [`Ledger::commit`] or [`Ledger::settle`].
+    /// Ends the leases whose time is over. The caller reads their indexes and says [`Ledger::commit`] or [`Ledger::decide`].
     pub(crate) fn expire(&mut self, now: Now) -> Vec<ShardId> {
         let mut over = Vec::new();
         for (dataset, shards) in &mut self.datasets {
@@ -160,18 +160,18 @@ impl Ledger {
     }
 
     /// Decides about a shard that was checked and has no index. None: its attempt has come back meanwhile.
-    pub(crate) fn settle(&mut self, now: Now, id: &ShardId) -> Option<Settled> {
+    pub(crate) fn decide(&mut self, now: Now, id: &ShardId) -> Option<Decision> {
         let lease = self.lease;
         let open = self.open(id)?;
         if open.state != State::Checking {
             return None;
         }
         if open.failures >= MOST_FAILURES {
-            return Some(Settled::GiveUp);
+            return Some(Decision::GiveUp);
         }
         // What fails at once (a store that is down) must not use up all its attempts at once.
         open.state = State::Pending { from: now + lease * open.failures.saturating_sub(1) };
-        Some(Settled::Again)
+        Some(Decision::Retry)
     }
 
     /// The check of a shard failed: it is to be checked again after another lease time.
@@ -259,7 +259,7 @@ mod tests {
         assert_eq!(ledger.expire(at(50)), std::slice::from_ref(&id));
         assert_eq!(ledger.grant(at(50), "w2").expect("the other one").0.shard, 1);
         assert_eq!(ledger.grant(at(50), "w2"), None);
-        assert_eq!(ledger.settle(at(50), &id), Some(Settled::Again));
+        assert_eq!(ledger.decide(at(50), &id), Some(Decision::Retry));
         let (again, second) = ledger.grant(at(50), "w2").expect("free again");
         assert_eq!((again, second.n), (id.clone(), 3));
         assert!(!ledger.renew(at(51), &id, attempt, "w1"), "the first attempt is over");
@@ -274,7 +274,7 @@ mod tests {
         assert!(!ledger.renew(at(29), &dataset.shard(1), Attempt { term: 8, n: 4 }, "w0"), "it is another's");
         let unheard = ledger.expire(at(30));
         assert_eq!(unheard.iter().map(|id| id.shard).collect::<Vec<_>>(), [0]);
-        assert_eq!(ledger.settle(at(30), &unheard[0]), Some(Settled::Again));
+        assert_eq!(ledger.decide(at(30), &unheard[0]), Some(Decision::Retry));
         assert_eq!(ledger.grant(at(30), "w").expect("shard 0").0.shard, 0);
         assert_eq!(ledger.grant(at(30), "w"), None);
     }
@@ -288,8 +288,8 @@ mod tests {
             let (id, attempt) = ledger.grant(now, "w").expect("after the pause");
             ledger.release(now, &dataset.shard(0), attempt, true);
             assert_eq!(ledger.expire(now), std::slice::from_ref(&id));
-            let settled = ledger.settle(now, &id);
-            assert_eq!(settled, Some(if failures == MOST_FAILURES { Settled::GiveUp } else { Settled::Again }));
+            let decision = ledger.decide(now, &id);
+            assert_eq!(decision, Some(if failures == MOST_FAILURES { Decision::GiveUp } else { Decision::Retry }));
             now += LEASE * (failures - 1);
         }
     }
@@ -302,7 +302,7 @@ mod tests {
         assert!(!ledger.renew(at(1), &id, first, "w"), "it was given back");
         let (_, second) = ledger.grant(at(1), "w").expect("free again at once");
         ledger.expire(at(31));
-        ledger.settle(at(31), &id);
+        ledger.decide(at(31), &id);
         assert!(ledger.renew(at(32), &id, second, "w"));
         assert_eq!(ledger.counts(&dataset), Counts { waiting: 1, leased: 1 });
         assert_eq!(ledger.open(&id).expect("open").failures, 0, "it was late, no more");
@@ -364,7 +364,7 @@ mod tests {
                         ledger.release(now, &dataset.shard(shard), attempt, failed);
                     },
                     Event::Tick => for id in ledger.expire(now) {
-                        if ledger.settle(now, &id) == Some(Settled::GiveUp) {
+                        if ledger.decide(now, &id) == Some(Decision::GiveUp) {
                             given_up.insert(id.shard);
                         }
                     },
@@ -383,7 +383,7 @@ mod tests {
             for _ in 0..3 {
                 now += LEASE * MOST_FAILURES;
                 for id in ledger.expire(now) {
-                    if ledger.settle(now, &id) == Some(Settled::GiveUp) {
+                    if ledger.decide(now, &id) == Some(Decision::GiveUp) {
                         left.remove(&id.shard);
                     }
                 }

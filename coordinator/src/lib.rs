@@ -90,7 +90,7 @@ const LARGEST_MESSAGE: usize = 16 << 20;
 const DRAIN: Duration = Duration::from_secs(3);
 
 /// How often the store is asked whether a higher term has begun.
-const LOOK_FOR_TERMS: Duration = Duration::from_secs(30);
+const TERM_CHECK_PERIOD: Duration = Duration::from_secs(30);
 
 /// Serves on `listener` until `shutdown`; `store` is the cluster's, already prefixed. The gRPC health service answers SERVING once
 /// everything is recovered.
@@ -173,9 +173,9 @@ async fn until_over(term: &Term, store: &Store) -> String {
     loop {
         tokio::select! {
             reason = term.ended() => return reason,
-            () = tokio::time::sleep(LOOK_FOR_TERMS) => {
-                if let Err(error) = term.look(store).await {
-                    tracing::warn!(%error, "cannot look for a higher term");
+            () = tokio::time::sleep(TERM_CHECK_PERIOD) => {
+                if let Err(error) = term.check(store).await {
+                    tracing::warn!(%error, "cannot read whether a higher term has begun");
                 }
             }
         }

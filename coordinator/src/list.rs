@@ -38,7 +38,7 @@ pub(crate) fn read(name: &str, source: impl Read, options: &ListOptions, each: E
     }
     // The lines up to the first that says something are read ahead, to tell the format by it.
     let (mut head, mut first) = (Vec::new(), Vec::new());
-    while head.len() < 16 * LONGEST_LINE && is_nothing(&first) {
+    while head.len() < 16 * LONGEST_LINE && is_blank(&first) {
         first.clear();
         if !read_line(&mut source, &mut first).map_err(broken)? {
             break;
@@ -102,7 +102,7 @@ fn read_line(source: &mut impl BufRead, line: &mut Vec<u8>) -> io::Result<bool> 
     }
 }
 
-fn is_nothing(line: &[u8]) -> bool {
+fn is_blank(line: &[u8]) -> bool {
     line.trim_ascii_start().first().is_none_or(|&b| b == b'#')
 }
 
@@ -146,7 +146,7 @@ fn lines(
         if !read_line(&mut source, &mut line).map_err(|e| unreadable(name, &e))? {
             break;
         }
-        if !is_nothing(&line) {
+        if !is_blank(&line) {
             let parsed = text(&line).and_then(&mut parse);
             match &parsed {
                 Ok((synset, url)) => each(number, entry(synset, url))?,

@@ -88,7 +88,7 @@ pub(crate) fn seal(handle: &Handle, store: &Store, sealing: &Sealing) -> Result<
     for index in indexes.values() {
         totals.add(index).map_err(|error| corrupt(&keys::index(&dataset.shard(index.shard)), error))?;
     }
-    let skipped_blocks = take_away(&history, &indexes, &found, &label, &mut totals)?;
+    let skipped_blocks = subtract_skipped(&history, &indexes, &found, &label, &mut totals)?;
     let (mean, std) = totals.train.mean_and_std();
     let mut manifest = Manifest {
         format: 1,
@@ -160,7 +160,7 @@ fn name(dataset: &DatasetId, index: &ShardIndex) -> String {
 
 /// Reads the shards with skipped samples a second time, to take those samples' part away from the totals. Returns how many are
 /// skipped in each block.
-fn take_away(
+fn subtract_skipped(
     history: &History<'_>,
     indexes: &BTreeMap<u32, ShardIndex>,
     found: &Found,

@@ -41,8 +41,8 @@ impl Term {
         anyhow::bail!("no term is left")
     }
 
-    /// Takes note of a term that a caller has seen.
-    pub(crate) fn hear(&self, seen: u64) -> Result<(), Error> {
+    /// Takes note of a term that a caller has seen: a higher one ends this term.
+    pub(crate) fn observe(&self, seen: u64) -> Result<(), Error> {
         if seen <= self.number {
             return Ok(());
         }
@@ -64,10 +64,10 @@ impl Term {
     }
 
     /// Ends the term if the store holds a higher one. Nothing new may be committed unless this is Ok.
-    pub(crate) async fn look(&self, store: &Store) -> Result<(), Error> {
+    pub(crate) async fn check(&self, store: &Store) -> Result<(), Error> {
         match store.get(&keys::term(self.number + 1)).await? {
             None => Ok(()),
-            Some(_) => self.hear(self.number + 1),
+            Some(_) => self.observe(self.number + 1),
         }
     }
 }

@@ -107,10 +107,10 @@ rejections! {
 }
 
 impl Rejection {
-    /// Whether another try, days later, may give a sample: what failed was a name server, a network, a server that had trouble,
+    /// Whether another try, perhaps days later, may give a sample: what failed was a name server, a network, a server that had trouble,
     /// or this cluster. `http_status` is that of the last answer, if there was one. [`Rejection::ClassFull`] is no failure: such
     /// a URL is opened when its class turns out to be short.
-    pub fn may_come_back(self, http_status: Option<i32>) -> bool {
+    pub fn is_transient(self, http_status: Option<i32>) -> bool {
         match self {
             Self::HostGivenUp
             | Self::Dns
@@ -157,12 +157,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn servers_in_trouble_may_come_back_and_refusals_do_not() {
-        let comes_back = |status| Rejection::HttpStatus.may_come_back(status);
-        assert!([408, 425, 429, 500, 503, 599].into_iter().all(|status| comes_back(Some(status))));
-        assert!(![400, 401, 403, 451, 600].into_iter().any(|status| comes_back(Some(status))) && !comes_back(None));
-        assert!(Rejection::Timeout.may_come_back(None) && Rejection::SliceFailed.may_come_back(None));
-        assert!(!Rejection::NotFound.may_come_back(Some(404)) && !Rejection::ClassFull.may_come_back(None));
+    fn servers_in_trouble_is_transient_and_refusals_do_not() {
+        let transient = |status| Rejection::HttpStatus.is_transient(status);
+        assert!([408, 425, 429, 500, 503, 599].into_iter().all(|status| transient(Some(status))));
+        assert!(![400, 401, 403, 451, 600].into_iter().any(|status| transient(Some(status))) && !transient(None));
+        assert!(Rejection::Timeout.is_transient(None) && Rejection::SliceFailed.is_transient(None));
+        assert!(!Rejection::NotFound.is_transient(Some(404)) && !Rejection::ClassFull.is_transient(None));
     }
 
     #[test]

@@ -11,7 +11,7 @@ use tracing::{error, info, warn};
 use super::wanted::Wanted;
 use super::{Datasets, PARALLEL, Stage};
 use crate::error::Error;
-use crate::ledger::{Counts, Settled};
+use crate::ledger::{Counts, Decision};
 use crate::metrics;
 use crate::store::{Created, nonce};
 
@@ -46,7 +46,7 @@ impl Datasets {
         loop {
             let freed = self.free.notified();
             tokio::pin!(freed);
-            // Listens before it looks, so that nothing is missed in between.
+            // Registers before it asks for a shard, so that nothing is missed in between.
             freed.as_mut().enable();
             if let Some(grant) = self.grant(worker) {
                 return Some(grant);
@@ -176,10 +176,10 @@ impl Datasets {
             }
             return Ok(());
         }
-        let settled = self.state().ledger.settle(self.now(), &id);
-        match settled {
+        let decision = self.state().ledger.decide(self.now(), &id);
+        match decision {
             None => Ok(()),
-            Some(Settled::Again) => {
+            Some(Decision::Retry) => {
                 metrics::lease_over();
                 info!(dataset = &*id.dataset, shard = id.shard, "shard is free again");
                 if let Some(dataset) = self.state().live.get_mut(&id.dataset) {
@@ -188,7 +188,7 @@ impl Datasets {
                 self.free.notify_waiters();
                 Ok(())
             }
-            Some(Settled::GiveUp) => {
+            Some(Decision::GiveUp) => {
                 let closed = self.give_up(&id).await;
                 closed.inspect_err(|_| self.state().ledger.postpone(self.now(), &id))
             }

@@ -14,7 +14,7 @@ impl Datasets {
     /// Puts the tombstone and forgets the dataset; its objects are removed in the background.
     pub(crate) async fn delete(self: &Arc<Self>, name: &str) -> Result<(), Error> {
         let (dataset, _) = self.find(name)?;
-        self.bury(&dataset.id).await?;
+        self.put_tombstone(&dataset.id).await?;
         {
             let mut state = self.state();
             state.ledger.remove(&dataset.id);
@@ -30,7 +30,7 @@ impl Datasets {
         Ok(())
     }
 
-    async fn bury(&self, id: &DatasetId) -> Result<(), StoreError> {
+    async fn put_tombstone(&self, id: &DatasetId) -> Result<(), StoreError> {
         let tombstone = Tombstone { format: 1, nonce: nonce(), at_millis: wall_millis() };
         self.store.create(&keys::tombstone(id), &tombstone).await.map(drop)
     }
@@ -38,7 +38,7 @@ impl Datasets {
     /// Removes everything under a dataset, its tombstone last. Once more after a while: a worker that had not heard of the end
     /// may have written meanwhile.
     pub(crate) async fn remove(&self, id: &DatasetId) -> Result<(), StoreError> {
-        self.bury(id).await?;
+        self.put_tombstone(id).await?;
         let tombstone = keys::tombstone(id);
         let lease = self.state().ledger.lease();
         for last in [false, true] {
@@ -53,7 +53,7 @@ impl Datasets {
     }
 
     /// Removes the slices of a list that failed before anything was committed.
-    pub(crate) async fn remove_unborn(&self, id: &DatasetId) -> Result<(), StoreError> {
+    pub(crate) async fn remove_uncommitted(&self, id: &DatasetId) -> Result<(), StoreError> {
         let keys = self.store.list(&keys::dataset(id)).await?;
         if keys.is_empty() { Ok(()) } else { self.remove(id).await }
     }

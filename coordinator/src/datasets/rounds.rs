@@ -18,7 +18,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tracing::info;
 
 use super::{Dataset, Datasets, Stage};
-use crate::catalog::{Begin, Catalog};
+use crate::catalog::{Catalog, RoundStart};
 use crate::error::Error;
 use crate::history::History;
 use crate::store::{Created, Store};
@@ -26,29 +26,29 @@ use crate::store::{Created, Store};
 /// Slices that are uploaded at the same time.
 const UPLOADS: usize = 8;
 
-/// Which URLs are fetched again.
+/// Which URLs a later round fetches again.
 #[derive(Debug, Clone)]
-pub(crate) enum Again {
-    /// Those whose outcome may come back, but not of these synsets, which have enough.
-    MayComeBack { full: HashSet<String> },
+pub(crate) enum Retry {
+    /// Those whose failure is transient, but not of these synsets, which have enough.
+    Transient { full: HashSet<String> },
     /// Those of these synsets that were left because their class seemed to have enough.
     Unfetched { short: HashSet<String> },
 }
 
-impl Again {
-    /// Everything that may come back, of classes that do not have enough.
-    pub(crate) fn may_come_back(dataset: &Dataset) -> Self {
+impl Retry {
+    /// Everything that failed transiently, of classes that do not have enough.
+    pub(crate) fn transient(dataset: &Dataset) -> Self {
         let per_class = u64::from(dataset.spec.per_class);
         let classes = dataset.manifest.iter().flat_map(|manifest| &manifest.classes);
         let full = classes.filter(|class| per_class > 0 && class.total() >= per_class);
-        Self::MayComeBack { full: full.map(|class| class.synset.clone()).collect() }
+        Self::Transient { full: full.map(|class| class.synset.clone()).collect() }
     }
 
     /// The latest outcome of a URL that is fetched again; None: it is not.
-    fn wants(&self, row: &OutcomeRow) -> Option<Rejection> {
+    fn selects(&self, row: &OutcomeRow) -> Option<Rejection> {
         let rejection = row.outcome().ok()?.err()?;
         let wanted = match self {
-            Self::MayComeBack { full } => rejection.may_come_back(row.http_status) && !full.contains(&row.synset),
+            Self::Transient { full } => rejection.is_transient(row.http_status) && !full.contains(&row.synset),
             Self::Unfetched { short } => rejection == Rejection::ClassFull && short.contains(&row.synset),
         };
         wanted.then_some(rejection)
@@ -64,16 +64,16 @@ pub(crate) fn short(manifest: &Manifest, per_class: u32) -> HashSet<String> {
 }
 
 /// Takes into `catalog` what is to be fetched again, and, if new lines are to be `compared`, what is known. Blocks its thread.
-pub(crate) fn gather(history: &History<'_>, again: &Again, compared: bool, catalog: &mut Catalog) -> Result<(), Error> {
+pub(crate) fn gather(history: &History<'_>, retry: &Retry, compared: bool, catalog: &mut Catalog) -> Result<(), Error> {
     let indexes = history.indexes()?;
     history.latest_first(&indexes, |_, rows| -> Result<(), Error> {
         for (row, _) in rows.iter().filter(|(_, latest)| *latest) {
-            let Some(rejection) = again.wants(row) else { continue };
+            let Some(rejection) = retry.selects(row) else { continue };
             catalog.retry(row.key.max(0) as u64, &row.synset, &row.url, Err(rejection))?;
         }
         Ok(())
     })?;
-    if compared { history.each_listed(|synset, url| catalog.earlier(synset, url)) } else { Ok(()) }
+    if compared { history.each_listed(|synset, url| catalog.push_known(synset, url)) } else { Ok(()) }
 }
 
 /// Runs `cut` on a thread and stores the slices that it sends.
@@ -102,14 +102,14 @@ pub(crate) async fn put_slices<T: Send + 'static>(
 
 impl Datasets {
     /// Where the next round of a dataset begins.
-    pub(crate) async fn next_round(&self, dataset: &Dataset, request_id: &str) -> Result<Begin, Error> {
+    pub(crate) async fn next_round(&self, dataset: &Dataset, request_id: &str) -> Result<RoundStart, Error> {
         let last = dataset.rounds.last().ok_or_else(|| Error::Local(format!("{} has no round", dataset.id)))?;
         let there = self.store.list(&keys::slices(&dataset.id)).await?;
         let highest = there.iter().filter_map(|key| keys::number(key).ok()).max().unwrap_or(0);
         let highest = u32::try_from(highest).unwrap_or(u32::MAX).max(last.first_slice + last.slices.len() as u32 - 1);
         // One that nobody asked for belongs to the request that opened the last one.
         let traceparent = Some(proto::trace::current()).filter(|current| !current.is_empty());
-        Ok(Begin {
+        Ok(RoundStart {
             traceparent: traceparent.unwrap_or_else(|| last.traceparent.clone()),
             round: last.round + 1,
             first_slice: highest.saturating_add(1),
@@ -125,15 +125,15 @@ impl Datasets {
         short: HashSet<String>,
     ) -> Result<bool, Error> {
         let _name = self.lock_name(dataset.id.name()).await;
-        let begin = self.next_round(dataset, &crate::store::nonce()).await?;
+        let start = self.next_round(dataset, &crate::store::nonce()).await?;
         let (handle, store, folder) = (Handle::current(), self.store.clone(), self.folder.clone());
         let (id, spec) = (dataset.id.clone(), Arc::clone(&dataset.spec));
         let (rounds, classes) = (Arc::clone(&dataset.rounds), short.len());
         let round = put_slices(&self.store, &dataset.id, move |slices| {
             let mut spec = (*spec).clone();
-            let mut catalog = Catalog::new(&spec, begin, folder);
+            let mut catalog = Catalog::new(&spec, start, folder);
             let history = History { handle: &handle, store: &store, dataset: &id, rounds: &rounds };
-            gather(&history, &Again::Unfetched { short }, false, &mut catalog)?;
+            gather(&history, &Retry::Unfetched { short }, false, &mut catalog)?;
             catalog.cut(&mut spec, slices)
         });
         let round = round.await?;
@@ -147,7 +147,7 @@ impl Datasets {
 
     /// Commits a later round whose slices are in the store, and opens its shards.
     pub(crate) async fn add_round(self: &Arc<Self>, id: &DatasetId, round: Round) -> Result<(), Error> {
-        self.term.look(&self.store).await?;
+        self.term.check(&self.store).await?;
         let key = keys::round(id, round.round);
         if let Created::Lost(theirs) = self.store.create(&key, &round).await? {
             let theirs = Round::from_json(&theirs).map_err(|e| Error::Local(format!("{key}: {e}")))?;
@@ -159,7 +159,7 @@ impl Datasets {
             };
         }
         // A later coordinator that began meanwhile has not seen it: the caller must ask that one, which then finds it.
-        self.term.look(&self.store).await?;
+        self.term.check(&self.store).await?;
         if self.store.get(&keys::tombstone(id)).await?.is_some() {
             return Err(Error::NotFound(format!("{id} has been deleted")));
         }
@@ -201,21 +201,21 @@ mod tests {
     }
 
     #[test]
-    fn what_may_come_back_is_tried_again_unless_its_class_has_enough() {
-        let again = Again::MayComeBack { full: HashSet::from(["n2".to_owned()]) };
-        assert!(again.wants(&row(Rejection::Timeout, None, "n1")).is_some());
-        assert!(again.wants(&row(Rejection::HttpStatus, Some(503), "n1")).is_some());
-        assert!(again.wants(&row(Rejection::Timeout, None, "n2")).is_none());
-        assert!(again.wants(&row(Rejection::NotFound, Some(404), "n1")).is_none());
-        assert!(again.wants(&row(Rejection::ClassFull, None, "n1")).is_none());
-        assert!(again.wants(&OutcomeRow { outcome: "kept".into(), ..row(Rejection::Dns, None, "n1") }).is_none());
+    fn transient_failures_are_retried_unless_their_class_has_enough() {
+        let retry = Retry::Transient { full: HashSet::from(["n2".to_owned()]) };
+        assert!(retry.selects(&row(Rejection::Timeout, None, "n1")).is_some());
+        assert!(retry.selects(&row(Rejection::HttpStatus, Some(503), "n1")).is_some());
+        assert!(retry.selects(&row(Rejection::Timeout, None, "n2")).is_none());
+        assert!(retry.selects(&row(Rejection::NotFound, Some(404), "n1")).is_none());
+        assert!(retry.selects(&row(Rejection::ClassFull, None, "n1")).is_none());
+        assert!(retry.selects(&OutcomeRow { outcome: "kept".into(), ..row(Rejection::Dns, None, "n1") }).is_none());
     }
 
     #[test]
     fn urls_that_were_left_are_opened_for_short_classes_alone() {
-        let again = Again::Unfetched { short: HashSet::from(["n1".to_owned()]) };
-        assert!(again.wants(&row(Rejection::ClassFull, None, "n1")).is_some());
-        assert!(again.wants(&row(Rejection::ClassFull, None, "n2")).is_none());
-        assert!(again.wants(&row(Rejection::Timeout, None, "n1")).is_none());
+        let retry = Retry::Unfetched { short: HashSet::from(["n1".to_owned()]) };
+        assert!(retry.selects(&row(Rejection::ClassFull, None, "n1")).is_some());
+        assert!(retry.selects(&row(Rejection::ClassFull, None, "n2")).is_none());
+        assert!(retry.selects(&row(Rejection::Timeout, None, "n1")).is_none());
     }
 }

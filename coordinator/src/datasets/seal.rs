@@ -25,11 +25,11 @@ impl Datasets {
         let this = Arc::clone(self);
         tokio::spawn(async move {
             let stage = loop {
-                let settled = {
+                let sealed = {
                     let Ok(_permit) = this.sealing.acquire().await else { return };
-                    this.settle(&id).await
+                    this.seal_or_reopen(&id).await
                 };
-                match settled {
+                match sealed {
                     Ok(Some(stage)) => break stage,
                     Ok(None) => return,
                     Err(error @ SealError::History(HistoryError::Corrupt { .. })) => {
@@ -54,8 +54,8 @@ impl Datasets {
     }
 
     /// Makes the manifest, unless the latest one names all; if that shows that classes are short, opens what was left of them.
-    /// None: there is nothing to settle (any more).
-    async fn settle(self: &Arc<Self>, id: &DatasetId) -> Result<Option<Stage>, SealError> {
+    /// None: shards are open (again), or the dataset is gone.
+    async fn seal_or_reopen(self: &Arc<Self>, id: &DatasetId) -> Result<Option<Stage>, SealError> {
         let dataset = {
             let state = self.state();
             let Some(dataset) = state.live.get(id) else { return Ok(None) };

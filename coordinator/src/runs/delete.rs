@@ -47,7 +47,7 @@ impl Runs {
             let ended = record.events.last().map_or(0, |event| event.at_millis);
             LATE_WRITES.saturating_sub(Duration::from_millis(wall_millis().saturating_sub(ended)))
         };
-        self.term.look(&self.store).await?;
+        self.term.check(&self.store).await?;
         let tombstone = Tombstone { format: 1, nonce: nonce(), at_millis: wall_millis() };
         self.store.create(&keys::run_tombstone(name), &tombstone).await?;
         let removed = self.remove(name, late);

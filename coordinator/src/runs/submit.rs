@@ -85,7 +85,7 @@ impl Runs {
 
     /// Stores a run and queues it. Returns its name.
     async fn commit(&self, name: String, mut stored: StoredRun) -> Result<String, Error> {
-        self.term.look(&self.store).await?;
+        self.term.check(&self.store).await?;
         if let Some(start) = &mut stored.start {
             // Copied, since the other run goes on removing its old checkpoints.
             let folder = keys::start(&name, &stored.nonce);

@@ -28,8 +28,8 @@ const CHUNK: usize = 1 << 20;
 /// Between two messages to one watcher.
 const WATCH_PERIOD: Duration = Duration::from_secs(1);
 
-/// How often a watcher's dataset is looked at.
-const WATCH_LOOK: Duration = Duration::from_millis(100);
+/// Between two questions whether a watcher's dataset has changed.
+const WATCH_POLL: Duration = Duration::from_millis(100);
 
 /// See `dataset.proto`.
 pub(crate) struct DatasetApi(pub(crate) Arc<Datasets>, pub(crate) Arc<Runs>);
@@ -155,7 +155,7 @@ async fn watch(datasets: &Datasets, id: &DatasetId, sender: &mpsc::Sender<Result
         }
         tokio::select! {
             () = sender.closed() => return,
-            () = tokio::time::sleep(WATCH_LOOK) => {}
+            () = tokio::time::sleep(WATCH_POLL) => {}
         }
     }
 }

@@ -55,7 +55,7 @@ impl FetchService for FetchApi {
         request: Request<pb::LeaseShardRequest>,
     ) -> Result<Response<pb::LeaseShardResponse>, Status> {
         let pb::LeaseShardRequest { term_seen, worker, wait_millis } = request.into_inner();
-        self.datasets.term.hear(term_seen)?;
+        self.datasets.term.observe(term_seen)?;
         let grant = self.datasets.lease(&worker, Duration::from_millis(wait_millis).min(LONGEST_WAIT)).await;
         let lease = grant.map(|grant| pb::Lease {
             dataset: grant.id.dataset.to_string(),
@@ -75,7 +75,7 @@ impl FetchService for FetchApi {
     ) -> Result<Response<pb::RenewLeaseResponse>, Status> {
         let pb::RenewLeaseRequest { term_seen, worker, dataset, shard, attempt: text, outcomes, kept } =
             request.into_inner();
-        self.datasets.term.hear(term_seen)?;
+        self.datasets.term.observe(term_seen)?;
         let outcomes =
             OutcomeCounts::from_names(outcomes).map_err(|error| Error::Invalid(format!("outcomes: {error}")))?;
         let renewed = self.datasets.renew(&worker, &shard_id(dataset, shard)?, attempt(&text)?, outcomes, &kept);
@@ -89,7 +89,7 @@ impl FetchService for FetchApi {
         request: Request<pb::CompleteShardRequest>,
     ) -> Result<Response<pb::CompleteShardResponse>, Status> {
         let pb::CompleteShardRequest { term_seen, worker, dataset, shard, attempt: _ } = request.into_inner();
-        self.datasets.term.hear(term_seen)?;
+        self.datasets.term.observe(term_seen)?;
         let committed = self.datasets.complete(&worker, &shard_id(dataset, shard)?).await?.to_string();
         Ok(Response::new(pb::CompleteShardResponse { term: self.term(), committed }))
     }
@@ -100,7 +100,7 @@ impl FetchService for FetchApi {
     ) -> Result<Response<pb::ReleaseLeaseResponse>, Status> {
         let pb::ReleaseLeaseRequest { term_seen, worker, dataset, shard, attempt: text, failure } =
             request.into_inner();
-        self.datasets.term.hear(term_seen)?;
+        self.datasets.term.observe(term_seen)?;
         self.datasets.release(&worker, &shard_id(dataset, shard)?, attempt(&text)?, &failure);
         Ok(Response::new(pb::ReleaseLeaseResponse { term: self.term() }))
     }
@@ -110,7 +110,7 @@ impl FetchService for FetchApi {
         request: Request<pb::ShareHostsRequest>,
     ) -> Result<Response<pb::ShareHostsResponse>, Status> {
         let pb::ShareHostsRequest { term_seen, worker, sequence, hosts } = request.into_inner();
-        self.datasets.term.hear(term_seen)?;
+        self.datasets.term.observe(term_seen)?;
         let demand = |demand: pb::HostDemand| {
             let pb::HostDemand { host, wanted, holds, in_flight } = demand;
             Demand { host, wanted, holds, in_flight }

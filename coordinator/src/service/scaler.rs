@@ -15,8 +15,8 @@ use tonic::{Request, Response, Status};
 use crate::error::Error;
 use crate::runs::Runs;
 
-/// How often a stream's answer is looked at.
-const LOOK: Duration = Duration::from_millis(500);
+/// Between two questions whether a stream's answer has changed.
+const POLL: Duration = Duration::from_millis(500);
 
 /// See `externalscaler.proto`.
 pub(crate) struct ScalerApi(pub(crate) Arc<Runs>);
@@ -91,7 +91,7 @@ impl ExternalScaler for ScalerApi {
                 last = Some(result);
                 tokio::select! {
                     () = sender.closed() => return,
-                    () = tokio::time::sleep(LOOK) => {}
+                    () = tokio::time::sleep(POLL) => {}
                 }
             }
         });

@@ -44,7 +44,7 @@ impl TrainerService for TrainerApi {
         let Some(Message::Hello(hello)) = next(&mut stream).await? else {
             return Err(Error::Invalid("the first message must be `hello`".to_owned()).into());
         };
-        self.runs.term.hear(hello.term_seen)?;
+        self.runs.term.observe(hello.term_seen)?;
         if hello.agent.is_empty() || hello.advertise_address.is_empty() {
             return Err(Error::Invalid("hello.agent and hello.advertise_address must not be empty".to_owned()).into());
         }

@@ -17,8 +17,8 @@ use tokio::sync::mpsc;
 use tonic::Streaming;
 use tracing::{Instrument, warn};
 
-use crate::catalog::{Begin, Catalog};
-use crate::datasets::rounds::{Again, gather, put_slices};
+use crate::catalog::{Catalog, RoundStart};
+use crate::datasets::rounds::{Retry, gather, put_slices};
 use crate::datasets::{Datasets, Stage};
 use crate::error::Error;
 use crate::history::History;
@@ -49,12 +49,12 @@ pub(super) async fn create(
     let id = format!("{}-{}", start.name, &crate::store::nonce()[..8]);
     let id: DatasetId = id.parse().map_err(|error: IdError| Error::Invalid(format!("name: {error}")))?;
     let (pieces, received) = mpsc::channel(32);
-    let begin = Begin::first(&start.request_id);
+    let round = RoundStart::first(&start.request_id);
     let made = put_slices(&datasets.store, &id, {
         let (folder, start) = (datasets.folder.clone(), start.clone());
         move |slices| {
             let mut spec = spec;
-            let mut catalog = Catalog::new(&spec, begin, folder.clone());
+            let mut catalog = Catalog::new(&spec, round, folder.clone());
             read_lists(&mut catalog, &start, Pieces::new(received), folder)?;
             let round = catalog.cut(&mut spec, slices)?;
             name_classes(&mut spec, &start.class_names);
@@ -64,7 +64,7 @@ pub(super) async fn create(
     let made = with_lists(datasets, &start, stream, pieces, made).await;
     let datasets = Arc::clone(datasets);
     // A caller that goes away must not cut this in the middle.
-    let tail = async move {
+    let finish = async move {
         let _name = name;
         let committed = match made {
             Ok((spec, round)) => datasets.commit(&id, spec, round.clone()).await.map(|()| round),
@@ -72,13 +72,13 @@ pub(super) async fn create(
         };
         committed.map(|round| response(&id, &round)).inspect_err(|_| {
             tokio::spawn(async move {
-                if let Err(error) = datasets.remove_unborn(&id).await {
+                if let Err(error) = datasets.remove_uncommitted(&id).await {
                     warn!(dataset = &*id, %error, "cannot remove slices of a list that failed");
                 }
             });
         })
     };
-    tokio::spawn(tail.in_current_span()).await.map_err(|error| Error::Local(error.to_string()))?
+    tokio::spawn(finish.in_current_span()).await.map_err(|error| Error::Local(error.to_string()))?
 }
 
 /// See `RefreshDataset` in `dataset.proto`.
@@ -102,7 +102,7 @@ pub(super) async fn refresh(
         let message = format!("dataset {:?} is still being fetched: wait until it is ready", dataset.id.name());
         return Err(Error::Precondition(message));
     }
-    let begin = datasets.next_round(&dataset, &start.request_id).await?;
+    let round = datasets.next_round(&dataset, &start.request_id).await?;
     let (pieces, received) = mpsc::channel(32);
     let made = put_slices(&datasets.store, &dataset.id, {
         let (folder, start) = (datasets.folder.clone(), start.clone());
@@ -110,11 +110,11 @@ pub(super) async fn refresh(
         let dataset = dataset.clone();
         move |slices| {
             let mut spec = (*dataset.spec).clone();
-            let mut catalog = Catalog::new(&spec, begin, folder.clone());
+            let mut catalog = Catalog::new(&spec, round, folder.clone());
             let lists = read_lists(&mut catalog, &start, Pieces::new(received), folder)?;
             let (dataset_id, rounds) = (&dataset.id, &dataset.rounds[..]);
             let history = History { handle: &handle, store: &store, dataset: dataset_id, rounds };
-            gather(&history, &Again::may_come_back(&dataset), lists > 0, &mut catalog)?;
+            gather(&history, &Retry::transient(&dataset), lists > 0, &mut catalog)?;
             catalog.cut(&mut spec, slices)
         }
     });
@@ -123,11 +123,11 @@ pub(super) async fn refresh(
         return Ok(pb::CreateDatasetResponse { round: 0, ..response(&dataset.id, &round) });
     }
     let datasets = Arc::clone(datasets);
-    let tail = async move {
+    let finish = async move {
         let _name = name;
         datasets.add_round(&dataset.id, round.clone()).await.map(|()| response(&dataset.id, &round))
     };
-    tokio::spawn(tail.in_current_span()).await.map_err(|error| Error::Local(error.to_string()))?
+    tokio::spawn(finish.in_current_span()).await.map_err(|error| Error::Local(error.to_string()))?
 }
 
 /// What the lists are made into, while they are pumped.
