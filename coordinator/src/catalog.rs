@@ -14,6 +14,7 @@ use proto::slice::SliceWriter;
 use proto::{DatasetSpec, Outcome, OutcomeCounts};
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
+use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::error::Error;
 use crate::list::{self, ListOptions};
@@ -106,10 +107,9 @@ impl Catalog {
         match &mut self.compared {
             None => self.push_entry(NEW, synset.as_bytes(), url.as_bytes()),
             Some(compared) => {
-                let line = [synset.len() as u32, url.len() as u32].map(u32::to_le_bytes);
-                let pair = pair(synset, url);
-                compared.push(pair[0], &[&pair, &line[0], &line[1], synset.as_bytes(), url.as_bytes()])?;
-                Ok(())
+                let (digest, synset, url) = (digest(synset, url), synset.as_bytes(), url.as_bytes());
+                let head = LineHead { digest, lengths: Lengths::of(synset, url) };
+                Ok(compared.push(digest[0], &[head.as_bytes(), synset, url])?)
             }
         }
     }
@@ -117,8 +117,8 @@ impl Catalog {
     /// Tells of an entry of an earlier round, so that a new line like it is known.
     pub(crate) fn push_known(&mut self, synset: &str, url: &str) -> Result<(), Error> {
         if let Some(compared) = &mut self.compared {
-            let pair = pair(synset, url);
-            compared.push(pair[0], &[&pair, &[0; 8]])?;
+            let digest = digest(synset, url);
+            compared.push(digest[0], &[LineHead { digest, lengths: Lengths::of(&[], &[]) }.as_bytes()])?;
         }
         Ok(())
     }
@@ -152,10 +152,9 @@ impl Catalog {
             .chain_update([0])
             .chain_update(url)
             .finalize();
-        let line = [synset.len() as u32, url.len() as u32].map(u32::to_le_bytes);
-        let head = [ordinal.to_le_bytes(), key.to_le_bytes()];
-        self.spool.push(hash[0], &[&hash[..8], &head[0], &head[1], &line[0], &line[1], synset, url])?;
-        Ok(())
+        let first = u64::from_be_bytes(std::array::from_fn(|i| hash[i]));
+        let head = EntryHead { hash: first, ordinal, key, lengths: Lengths::of(synset, url) };
+        Ok(self.spool.push(hash[0], &[head.as_bytes(), synset, url])?)
     }
 
     /// Enters the new lines that no earlier round has, each once.
@@ -163,11 +162,11 @@ impl Catalog {
         let Some(compared) = self.compared.take() else { return Ok(()) };
         for partition in compared.into_partitions() {
             let partition = partition?;
-            let lines = pairs(&partition);
-            let mut there: HashSet<&[u8; 16]> =
-                lines.iter().filter(|(_, synset, _)| synset.is_empty()).map(|&(pair, ..)| pair).collect();
-            for (pair, synset, url) in lines.into_iter().filter(|(_, synset, _)| !synset.is_empty()) {
-                if there.insert(pair) {
+            let lines = lines(&partition, |head: &LineHead| head.lengths);
+            let (earlier, new): (Vec<_>, Vec<_>) = lines.into_iter().partition(|(_, synset, _)| synset.is_empty());
+            let mut there: HashSet<[u8; 16]> = earlier.into_iter().map(|(head, ..)| head.digest).collect();
+            for (head, synset, url) in new {
+                if there.insert(head.digest) {
                     self.push_entry(NEW, synset, url)?;
                 } else {
                     self.known += 1;
@@ -209,10 +208,10 @@ impl Catalog {
         };
         for partition in self.spool.into_partitions() {
             let partition = partition?;
-            let mut records = records(&partition);
-            records.sort_unstable();
-            for (_, _, key, synset, url) in records {
-                cutter.push(key, synset, url)?;
+            let mut entries = lines(&partition, |head: &EntryHead| head.lengths);
+            entries.sort_unstable();
+            for (head, synset, url) in entries {
+                cutter.push(head.key, synset, url)?;
             }
         }
         cutter.close()?;
@@ -237,47 +236,53 @@ impl Catalog {
 }
 
 /// What stands for a synset and a URL when they are compared.
-fn pair(synset: &str, url: &str) -> [u8; 16] {
+fn digest(synset: &str, url: &str) -> [u8; 16] {
     let hash = Sha256::new().chain_update(synset).chain_update([0]).chain_update(url).finalize();
     std::array::from_fn(|i| hash[i])
 }
 
-fn number<const N: usize>(bytes: &mut &[u8]) -> Option<[u8; N]> {
-    let (head, rest) = bytes.split_first_chunk::<N>()?;
-    *bytes = rest;
-    Some(*head)
+/// What stands before a synset and a URL in a spool. Sorted by it, entries are shuffled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, FromBytes, IntoBytes, Immutable)]
+#[repr(C)]
+struct EntryHead {
+    hash: u64,
+    ordinal: u64,
+    /// [`NEW`]: it has none yet.
+    key: u64,
+    lengths: Lengths,
 }
 
-/// A synset and a URL behind their lengths.
-fn line<'a>(bytes: &mut &'a [u8]) -> Option<(&'a [u8], &'a [u8])> {
-    let synset = u32::from_le_bytes(number(bytes)?) as usize;
-    let url = u32::from_le_bytes(number(bytes)?) as usize;
-    let (text, rest) = bytes.split_at_checked(synset + url)?;
-    *bytes = rest;
-    Some(text.split_at(synset))
+/// What stands before a synset and a URL that are compared; those of earlier rounds are left out, and have no length.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable)]
+#[repr(C)]
+struct LineHead {
+    digest: [u8; 16],
+    lengths: Lengths,
 }
 
-/// What [`Catalog::push`] and [`Catalog::push_known`] made; those of earlier rounds without synset and URL.
-fn pairs(mut bytes: &[u8]) -> Vec<(&[u8; 16], &[u8], &[u8])> {
+/// Of a synset and a URL, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, FromBytes, IntoBytes, Immutable)]
+#[repr(C)]
+struct Lengths {
+    synset: u32,
+    url: u32,
+}
+
+impl Lengths {
+    fn of(synset: &[u8], url: &[u8]) -> Self {
+        Self { synset: synset.len() as u32, url: url.len() as u32 }
+    }
+}
+
+/// What a spool's partition holds: heads, each with its synset and URL.
+fn lines<H: FromBytes>(mut bytes: &[u8], lengths: impl Fn(&H) -> Lengths) -> Vec<(H, &[u8], &[u8])> {
     let next = || {
-        let (pair, rest) = bytes.split_first_chunk()?;
+        let (head, rest) = H::read_from_prefix(bytes).ok()?;
+        let Lengths { synset, url } = lengths(&head);
+        let (synset, rest) = rest.split_at_checked(synset as usize)?;
+        let (url, rest) = rest.split_at_checked(url as usize)?;
         bytes = rest;
-        let (synset, url) = line(&mut bytes)?;
-        Some((pair, synset, url))
-    };
-    std::iter::from_fn(next).collect()
-}
-
-type Record<'a> = (u64, u64, u64, &'a [u8], &'a [u8]);
-
-/// The records of a partition, as [`Catalog::push_entry`] made them: hash, ordinal, key, synset, URL.
-fn records(mut bytes: &[u8]) -> Vec<Record<'_>> {
-    let next = || {
-        let hash = u64::from_be_bytes(number(&mut bytes)?);
-        let ordinal = u64::from_le_bytes(number(&mut bytes)?);
-        let key = u64::from_le_bytes(number(&mut bytes)?);
-        let (synset, url) = line(&mut bytes)?;
-        Some((hash, ordinal, key, synset, url))
+        Some((head, synset, url))
     };
     std::iter::from_fn(next).collect()
 }

@@ -15,88 +15,83 @@ use proto::Duplicates;
 use proto::findings::Finding;
 use proto::manifest::{Skip, Skips};
 use proto::outcomes::OutcomeRow;
+use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::near;
 use crate::spool::Spool;
 
-/// Where a sample is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Place {
-    /// Of the URL.
+/// One kept sample.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, FromBytes, IntoBytes, Immutable)]
+#[repr(C)]
+pub(crate) struct SampleId {
+    /// Of its URL.
     pub(crate) key: u64,
     pub(crate) shard: u32,
     /// The sample's place in its shard.
     pub(crate) ordinal: u32,
 }
 
-/// What was found out about one sample.
+/// Another sample, which one is like.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Mark {
-    place: (u32, u32),
-    /// The first reason that holds; none: it counts, but looks like another one.
-    order: u8,
-    like: Option<(u64, u8)>,
+struct Like {
     key: u64,
-    pub(crate) skip: Option<Skip>,
+    /// Bits in which the perceptual hashes differ; 0 for the same bytes.
+    bits: u8,
 }
 
-/// A mark that is no skip comes behind all that are.
-const LOOKS_LIKE: u8 = u8::MAX;
+/// What was found out about one sample.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
+#[repr(C)]
+pub(crate) struct SampleFinding {
+    sample: SampleId,
+    /// [`NOTHING`]: it is like no other.
+    like_key: u64,
+    like_bits: u8,
+    /// The first reason that holds, by its number; [`COUNTS`]: none.
+    reason: u8,
+    _unused: [u8; 6],
+}
 
-impl Mark {
-    const BYTES: usize = 26;
+/// In the place of a key.
+const NOTHING: u64 = u64::MAX;
 
-    fn new(place: Place, skip: Option<Skip>, like: Option<(u64, u8)>) -> Self {
-        let order = skip.map_or(LOOKS_LIKE, |skip| skip as u8);
-        Self { place: (place.shard, place.ordinal), order, like, key: place.key, skip }
+/// In the place of a reason: the sample counts, but looks like another one. Comes behind all reasons.
+const COUNTS: u8 = u8::MAX;
+
+impl SampleFinding {
+    fn new(sample: SampleId, skip: Option<Skip>, like: Option<Like>) -> Self {
+        let Like { key, bits } = like.unwrap_or(Like { key: NOTHING, bits: 0 });
+        let reason = skip.map_or(COUNTS, |skip| skip as u8);
+        Self { sample, like_key: key, like_bits: bits, reason, _unused: [0; 6] }
     }
 
-    fn encode(&self) -> [u8; Self::BYTES] {
-        let (like, bits) = self.like.unwrap_or((u64::MAX, 0));
-        let mut bytes = [0; Self::BYTES];
-        bytes[..4].copy_from_slice(&self.place.0.to_le_bytes());
-        bytes[4..8].copy_from_slice(&self.place.1.to_le_bytes());
-        bytes[8..16].copy_from_slice(&self.key.to_le_bytes());
-        bytes[16..24].copy_from_slice(&like.to_le_bytes());
-        bytes[24..].copy_from_slice(&[self.order, bits]);
-        bytes
-    }
-
-    fn decode(bytes: &[u8; Self::BYTES]) -> Self {
-        let place = Place { shard: u32_at(bytes, 0), ordinal: u32_at(bytes, 4), key: u64_at(bytes, 8) };
-        let like = Some(u64_at(bytes, 16)).filter(|&key| key != u64::MAX).map(|key| (key, bytes[25]));
-        Self::new(place, Skip::ALL.into_iter().find(|skip| *skip as u8 == bytes[24]), like)
+    /// Why the sample does not count.
+    pub(crate) fn skip(&self) -> Option<Skip> {
+        Skip::ALL.get(usize::from(self.reason)).copied()
     }
 
     /// As it is stored.
-    pub(crate) fn finding(&self) -> Finding {
+    pub(crate) fn row(&self) -> Finding {
+        let like = (self.like_key != NOTHING).then_some((self.like_key, self.like_bits));
         Finding {
-            ordinal: self.place.1 as i32,
-            key: self.key as i64,
-            skipped: self.skip.map(|skip| skip.name().to_owned()),
-            like: self.like.map(|(key, _)| key as i64),
-            bits: self.like.map(|(_, bits)| i32::from(bits)),
+            ordinal: self.sample.ordinal as i32,
+            key: self.sample.key as i64,
+            skipped: self.skip().map(|skip| skip.name().to_owned()),
+            like: like.map(|(key, _)| key as i64),
+            bits: like.map(|(_, bits)| i32::from(bits)),
         }
     }
 }
 
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes(std::array::from_fn(|i| bytes[at + i]))
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from_le_bytes(std::array::from_fn(|i| bytes[at + i]))
-}
-
 /// Of one shard, in the order of its samples.
-type ShardMarks = (u32, Vec<Mark>);
+type ShardFindings = (u32, Vec<SampleFinding>);
 
 /// The result.
-pub(crate) struct Found {
+pub(crate) struct Findings {
     /// By shard.
     pub(crate) skips: BTreeMap<u32, Skips>,
-    /// Some shards' marks at a time.
-    pub(crate) findings: Box<dyn Iterator<Item = io::Result<Vec<ShardMarks>>>>,
+    /// Some shards at a time.
+    pub(crate) by_shard: Box<dyn Iterator<Item = io::Result<Vec<ShardFindings>>>>,
 }
 
 /// Gathers the kept samples, then finds.
@@ -105,112 +100,123 @@ pub(crate) struct Finder {
     per_class: u32,
     folder: Option<PathBuf>,
     contents: Spool,
-    marks: Marks,
+    findings: Unsorted,
 }
 
-struct Marks {
+/// The findings in whatever order they come.
+struct Unsorted {
     skips: BTreeMap<u32, Skips>,
     spool: Spool,
 }
 
-impl Marks {
-    fn push(&mut self, mark: Mark) -> io::Result<()> {
-        let (shard, ordinal) = mark.place;
-        if mark.skip.is_some() {
-            self.skips.entry(shard).or_default().insert(ordinal);
+impl Unsorted {
+    fn push(&mut self, sample: SampleId, skip: Option<Skip>, like: Option<Like>) -> io::Result<()> {
+        if skip.is_some() {
+            self.skips.entry(sample.shard).or_default().insert(sample.ordinal);
         }
-        self.spool.push(shard as u8, &[&mark.encode()])
+        self.spool.push(sample.shard as u8, &[SampleFinding::new(sample, skip, like).as_bytes()])
     }
 
-    fn is_skipped(&self, place: Place) -> bool {
-        self.skips.get(&place.shard).is_some_and(|skips| skips.contains(place.ordinal))
+    fn is_skipped(&self, sample: SampleId) -> bool {
+        self.skips.get(&sample.shard).is_some_and(|skips| skips.contains(sample.ordinal))
     }
 }
 
 impl Finder {
     pub(crate) fn new(rules: Duplicates, per_class: u32, folder: Option<PathBuf>) -> Self {
-        let marks = Marks { skips: BTreeMap::new(), spool: Spool::new(folder.clone()) };
-        Self { rules, per_class, contents: Spool::new(folder.clone()), marks, folder }
+        let findings = Unsorted { skips: BTreeMap::new(), spool: Spool::new(folder.clone()) };
+        Self { rules, per_class, contents: Spool::new(folder.clone()), findings, folder }
     }
 
     /// Takes in a kept sample; `latest`: its URL was not fetched again later. The inner error is a row that cannot be right.
-    pub(crate) fn keep(
+    pub(crate) fn push(
         &mut self,
-        place: Place,
+        sample: SampleId,
         label: u32,
         row: &OutcomeRow,
         latest: bool,
     ) -> io::Result<Result<(), String>> {
         if !latest {
-            self.marks.push(Mark::new(place, Some(Skip::Superseded), None))?;
+            self.findings.push(sample, Some(Skip::Superseded), None)?;
             return Ok(Ok(()));
         }
-        let Some(sha256) = unhex(row.sha256.as_deref().unwrap_or_default()) else {
+        let mut sha256 = [0; 32];
+        if hex::decode_to_slice(row.sha256.as_deref().unwrap_or_default(), &mut sha256).is_err() {
             return Ok(Err(format!("row {}: a kept row without SHA-256", row.key)));
-        };
+        }
         let phash = row.phash.as_deref().and_then(|hash| u64::from_str_radix(hash, 16).ok());
-        let train = row.split() == Some(proto::Split::Train);
-        let record = Record { sha256, label, place, train, phash };
-        self.contents.push(sha256[0], &[&record.encode()])?;
+        let content = Content {
+            sha256,
+            sample,
+            phash: phash.unwrap_or(0),
+            label,
+            has_phash: phash.is_some().into(),
+            train: (row.split() == Some(proto::Split::Train)).into(),
+            _unused: [0; 2],
+        };
+        self.contents.push(sha256[0], &[content.as_bytes()])?;
         Ok(Ok(()))
     }
 
-    pub(crate) fn find(self) -> io::Result<Found> {
-        let Self { rules, per_class, folder, contents, mut marks } = self;
+    pub(crate) fn find(self) -> io::Result<Findings> {
+        let Self { rules, per_class, folder, contents, mut findings } = self;
         let bands: Vec<u64> = near::bands(u64::MAX, rules.near_bits + 1).collect();
-        let mut looks = Spool::new(folder.clone());
+        let mut pictures = Spool::new(folder.clone());
         let mut classes = Spool::new(folder.clone());
         for partition in contents.into_partitions() {
-            let mut records = decode(&partition?, Record::decode);
-            records.sort_unstable();
-            for same in records.chunk_by(|a, b| a.sha256 == b.sha256) {
-                let (reason, from) = judge(same, rules.many_urls as usize);
-                for record in &same[from..] {
-                    let others = same.iter().filter(|other| other.place != record.place);
-                    let like = others.map(|other| (other.place.key, 0)).min();
-                    marks.push(Mark::new(record.place, Some(reason), like))?;
+            let mut contents: Vec<Content> = records(&partition?);
+            contents.sort_unstable_by_key(|content| (content.sha256, content.label, content.sample));
+            for same in contents.chunk_by(|a, b| a.sha256 == b.sha256) {
+                let (reason, from) = skip_of_same(same, rules.many_urls as usize);
+                for content in &same[from..] {
+                    let others = same.iter().filter(|other| other.sample != content.sample);
+                    let like = others.map(|other| Like { key: other.sample.key, bits: 0 }).min();
+                    findings.push(content.sample, Some(reason), like)?;
                 }
-                for record in &same[..from] {
-                    if let Some(hash) = record.phash {
-                        let look = Look { hash, place: record.place, train: record.train };
-                        looks.push(near::partition(hash, bands[0]), &[&look.encode()])?;
+                for &Content { sample, label, phash, has_phash, train, .. } in &same[..from] {
+                    if has_phash != 0 {
+                        let picture = Picture { hash: phash, sample, train: train.into() };
+                        pictures.push(near::partition(phash, bands[0]), &[picture.as_bytes()])?;
                     }
                     if per_class > 0 {
-                        let entry = Entry { label: record.label, place: record.place };
-                        classes.push(record.label as u8, &[&entry.encode()])?;
+                        let member = Member { sample, label: label.into() };
+                        classes.push(label as u8, &[member.as_bytes()])?;
                     }
                 }
             }
         }
-        find_near(looks, &bands, rules.near_bits, &folder, &mut marks)?;
+        find_near(pictures, &bands, rules.near_bits, &folder, &mut findings)?;
         for partition in classes.into_partitions() {
-            let mut entries = decode(&partition?, Entry::decode);
-            entries.retain(|entry| !marks.is_skipped(entry.place));
-            entries.sort_unstable();
-            for class in entries.chunk_by(|a, b| a.label == b.label) {
-                for entry in class.iter().skip(per_class as usize) {
-                    marks.push(Mark::new(entry.place, Some(Skip::ClassFull), None))?;
+            let mut members: Vec<Member> = records(&partition?);
+            members.retain(|member| !findings.is_skipped(member.sample));
+            members.sort_unstable_by_key(|member| (member.label, member.sample));
+            for class in members.chunk_by(|a, b| a.label == b.label) {
+                for member in class.iter().skip(per_class as usize) {
+                    findings.push(member.sample, Some(Skip::ClassFull), None)?;
                 }
             }
         }
-        let findings = marks.spool.into_partitions().map(|partition| {
-            let mut all = decode(&partition?, Mark::decode);
-            all.sort_unstable();
-            // Of several marks of one sample the first counts.
-            all.dedup_by_key(|mark| mark.place);
-            Ok(all.chunk_by(|a, b| a.place.0 == b.place.0).map(|of| (of[0].place.0, of.to_vec())).collect())
+        let by_shard = findings.spool.into_partitions().map(|partition| {
+            let mut all: Vec<SampleFinding> = records(&partition?);
+            let place = |finding: &SampleFinding| (finding.sample.shard, finding.sample.ordinal);
+            all.sort_unstable_by_key(|of| (place(of), of.reason, of.like_key, of.like_bits));
+            // Of several findings about one sample the first counts.
+            all.dedup_by_key(|finding| place(finding));
+            let shards = all.chunk_by(|a, b| a.sample.shard == b.sample.shard);
+            Ok(shards.map(|of| (of[0].sample.shard, of.to_vec())).collect())
         });
-        Ok(Found { skips: marks.skips, findings: Box::new(findings) })
+        Ok(Findings { skips: findings.skips, by_shard: Box::new(by_shard) })
     }
 }
 
-fn decode<const N: usize, T>(partition: &[u8], one: impl Fn(&[u8; N]) -> T) -> Vec<T> {
-    partition.as_chunks().0.iter().map(one).collect()
+fn records<T: FromBytes>(partition: &[u8]) -> Vec<T> {
+    // Nothing but whole records was pushed.
+    partition.chunks_exact(size_of::<T>()).filter_map(|bytes| T::read_from_bytes(bytes).ok()).collect()
 }
 
 /// Which samples of one content, sorted by label and key, are skipped: all from a place on.
-fn judge(same: &[Record], many_urls: usize) -> (Skip, usize) {
-    let several = same.first().map(|record| record.label) != same.last().map(|record| record.label);
+fn skip_of_same(same: &[Content], many_urls: usize) -> (Skip, usize) {
+    let several = same.first().map(|content| content.label) != same.last().map(|content| content.label);
     match same.len() {
         n if n > many_urls => (Skip::ManyUrls, 0),
         _ if several => (Skip::SeveralClasses, 0),
@@ -218,177 +224,104 @@ fn judge(same: &[Record], many_urls: usize) -> (Skip, usize) {
     }
 }
 
-/// Marks what looks alike, one band of the hash after the other.
+/// Finds what looks alike, one band of the hash after the other.
 fn find_near(
-    mut looks: Spool,
+    mut pictures: Spool,
     bands: &[u64],
     bits: u32,
     folder: &Option<PathBuf>,
-    marks: &mut Marks,
+    findings: &mut Unsorted,
 ) -> io::Result<()> {
     for (at, &band) in bands.iter().enumerate() {
         let mut next = Spool::new(folder.clone());
-        for partition in looks.into_partitions() {
-            let mut looks = decode(&partition?, Look::decode);
-            looks.sort_unstable();
+        for partition in pictures.into_partitions() {
+            let mut pictures: Vec<Picture> = records(&partition?);
+            pictures.sort_unstable();
             if let Some(&band) = bands.get(at + 1) {
-                for look in &looks {
-                    next.push(near::partition(look.hash, band), &[&look.encode()])?;
+                for picture in &pictures {
+                    next.push(near::partition(picture.hash, band), &[picture.as_bytes()])?;
                 }
             }
-            let groups: Vec<&[Look]> = looks.chunk_by(|a, b| a.hash == b.hash).collect();
+            let groups: Vec<&[Picture]> = pictures.chunk_by(|a, b| a.hash == b.hash).collect();
             let hashes: Vec<u64> = groups.iter().map(|group| group[0].hash).collect();
             // Equal hashes meet in each band, so the first one is enough.
-            let mut nearest: Vec<Nearest> =
-                groups.iter().map(|group| if at == 0 { Nearest::of(group, 0) } else { Nearest::default() }).collect();
+            let mut alike: Vec<Alike> =
+                groups.iter().map(|group| if at == 0 { Alike::of(group, 0) } else { Alike::default() }).collect();
             near::pairs(&hashes, band, bits, &mut |a, b| {
                 let distance = (hashes[a] ^ hashes[b]).count_ones() as u8;
-                nearest[a].take(Nearest::of(groups[b], distance));
-                nearest[b].take(Nearest::of(groups[a], distance));
+                alike[a].add(Alike::of(groups[b], distance));
+                alike[b].add(Alike::of(groups[a], distance));
             });
-            for (group, nearest) in groups.iter().zip(nearest) {
-                for look in *group {
-                    let (skip, like) = match (look.train, nearest.train) {
+            for (group, alike) in groups.iter().zip(alike) {
+                for &Picture { sample, train, .. } in *group {
+                    let (skip, like) = match (train != 0, alike.train) {
                         (false, Some(like)) => (Some(Skip::NearTraining), Some(like)),
-                        (false, None) => (None, nearest.other),
+                        (false, None) => (None, alike.other),
                         (true, like) => (None, like),
                     };
                     // Of two that count, the second one is told of.
-                    if let Some(like) = like.filter(|&(key, _)| skip.is_some() || key < look.place.key) {
-                        marks.push(Mark::new(look.place, skip, Some(like)))?;
+                    if let Some(like) = like.filter(|like| skip.is_some() || like.key < sample.key) {
+                        findings.push(sample, skip, Some(like))?;
                     }
                 }
             }
         }
-        looks = next;
+        pictures = next;
     }
     Ok(())
 }
 
-/// The lowest key, and in how many bits it differs, of the pictures that are alike: those that train, and the others.
+/// The pictures with the lowest keys that look like one: of those that train, and of the others.
 #[derive(Debug, Clone, Copy, Default)]
-struct Nearest {
-    train: Option<(u64, u8)>,
-    other: Option<(u64, u8)>,
+struct Alike {
+    train: Option<Like>,
+    other: Option<Like>,
 }
 
-impl Nearest {
+impl Alike {
     /// A group is sorted by key.
-    fn of(group: &[Look], distance: u8) -> Self {
-        let first = |train| group.iter().find(|look| look.train == train).map(|look| (look.place.key, distance));
+    fn of(group: &[Picture], bits: u8) -> Self {
+        let first = |train: bool| {
+            let first = group.iter().find(|picture| (picture.train != 0) == train)?;
+            Some(Like { key: first.sample.key, bits })
+        };
         Self { train: first(true), other: first(false) }
     }
 
-    fn take(&mut self, other: Self) {
-        let lower = |a: Option<(u64, u8)>, b: Option<(u64, u8)>| a.into_iter().chain(b).min();
+    fn add(&mut self, other: Self) {
+        let lower = |a: Option<Like>, b: Option<Like>| a.into_iter().chain(b).min();
         *self = Self { train: lower(self.train, other.train), other: lower(self.other, other.other) };
     }
 }
 
-/// One kept sample, as it is sorted by content.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct Record {
+/// A kept sample, as it is sorted by content.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable)]
+#[repr(C)]
+struct Content {
     sha256: [u8; 32],
+    sample: SampleId,
+    phash: u64,
     label: u32,
-    place: Place,
-    train: bool,
-    phash: Option<u64>,
+    has_phash: u8,
+    train: u8,
+    _unused: [u8; 2],
 }
 
-/// As it is sorted by its look.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct Look {
+/// As it is sorted by what it looks like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, FromBytes, IntoBytes, Immutable)]
+#[repr(C)]
+struct Picture {
     hash: u64,
-    place: Place,
-    train: bool,
+    sample: SampleId,
+    train: u64,
 }
 
 /// As it is sorted by class.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct Entry {
-    label: u32,
-    place: Place,
-}
-
-impl Place {
-    const BYTES: usize = 16;
-
-    fn encode(&self, bytes: &mut [u8]) {
-        bytes[..8].copy_from_slice(&self.key.to_le_bytes());
-        bytes[8..12].copy_from_slice(&self.shard.to_le_bytes());
-        bytes[12..16].copy_from_slice(&self.ordinal.to_le_bytes());
-    }
-
-    fn decode(bytes: &[u8]) -> Self {
-        Self { key: u64_at(bytes, 0), shard: u32_at(bytes, 8), ordinal: u32_at(bytes, 12) }
-    }
-}
-
-impl Record {
-    const BYTES: usize = 46 + Place::BYTES;
-
-    fn encode(&self) -> [u8; Self::BYTES] {
-        let mut bytes = [0; Self::BYTES];
-        bytes[..32].copy_from_slice(&self.sha256);
-        bytes[32..36].copy_from_slice(&self.label.to_le_bytes());
-        bytes[36] = self.train.into();
-        bytes[37] = self.phash.is_some().into();
-        bytes[38..46].copy_from_slice(&self.phash.unwrap_or(0).to_le_bytes());
-        self.place.encode(&mut bytes[46..]);
-        bytes
-    }
-
-    fn decode(bytes: &[u8; Self::BYTES]) -> Self {
-        Self {
-            sha256: std::array::from_fn(|i| bytes[i]),
-            label: u32_at(bytes, 32),
-            train: bytes[36] != 0,
-            phash: (bytes[37] != 0).then(|| u64_at(bytes, 38)),
-            place: Place::decode(&bytes[46..]),
-        }
-    }
-}
-
-impl Look {
-    const BYTES: usize = 9 + Place::BYTES;
-
-    fn encode(&self) -> [u8; Self::BYTES] {
-        let mut bytes = [0; Self::BYTES];
-        bytes[..8].copy_from_slice(&self.hash.to_le_bytes());
-        bytes[8] = self.train.into();
-        self.place.encode(&mut bytes[9..]);
-        bytes
-    }
-
-    fn decode(bytes: &[u8; Self::BYTES]) -> Self {
-        Self { hash: u64_at(bytes, 0), train: bytes[8] != 0, place: Place::decode(&bytes[9..]) }
-    }
-}
-
-impl Entry {
-    const BYTES: usize = 4 + Place::BYTES;
-
-    fn encode(&self) -> [u8; Self::BYTES] {
-        let mut bytes = [0; Self::BYTES];
-        bytes[..4].copy_from_slice(&self.label.to_le_bytes());
-        self.place.encode(&mut bytes[4..]);
-        bytes
-    }
-
-    fn decode(bytes: &[u8; Self::BYTES]) -> Self {
-        Self { label: u32_at(bytes, 0), place: Place::decode(&bytes[4..]) }
-    }
-}
-
-fn unhex(digits: &str) -> Option<[u8; 32]> {
-    let mut bytes = [0; 32];
-    if digits.len() != 64 {
-        return None;
-    }
-    for (byte, pair) in bytes.iter_mut().zip(digits.as_bytes().chunks(2)) {
-        *byte = u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()?;
-    }
-    Some(bytes)
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable)]
+#[repr(C)]
+struct Member {
+    sample: SampleId,
+    label: u64,
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use proto::shard::{Moments, sha256_hex};
 use proto::{DatasetId, DatasetSpec, FormatError, OutcomeCounts, ShardIndex, Split, Stored, keys, table};
 use tokio::runtime::Handle;
 
-use crate::duplicates::{Finder, Found, Place};
+use crate::duplicates::{Finder, Findings, SampleFinding, SampleId};
 use crate::error::Error;
 use crate::history::{History, HistoryError, corrupt};
 use crate::store::{Created, Store, StoreError, nonce};
@@ -76,10 +76,10 @@ pub(crate) fn seal(handle: &Handle, store: &Store, sealing: &Sealing) -> Result<
         }
         let samples = samples(index, rows).map_err(|what| corrupt(&name(dataset, index), what))?;
         for (ordinal, (row, latest)) in (0u32..).zip(&samples) {
-            let place = Place { shard: index.shard, ordinal, key: row.key.max(0) as u64 };
+            let sample = SampleId { shard: index.shard, ordinal, key: row.key.max(0) as u64 };
             let label = label(index, row)?;
-            let kept = finder.keep(place, label, row, *latest);
-            kept?.map_err(|what| corrupt(&name(dataset, index), what))?;
+            let pushed = finder.push(sample, label, row, *latest);
+            pushed?.map_err(|what| corrupt(&name(dataset, index), what))?;
         }
         Ok(())
     })?;
@@ -111,7 +111,7 @@ pub(crate) fn seal(handle: &Handle, store: &Store, sealing: &Sealing) -> Result<
         handle.block_on(store.put(&file.key, bytes))?;
         Ok(file)
     };
-    let Found { mut skips, mut findings } = found;
+    let Findings { mut skips, by_shard: mut findings } = found;
     for round in rounds {
         for index in round.shards().filter_map(|shard| indexes.get(&shard)) {
             let skips = match skips.remove(&index.shard) {
@@ -134,12 +134,12 @@ pub(crate) fn seal(handle: &Handle, store: &Store, sealing: &Sealing) -> Result<
     while let Some(partition) = findings.next().transpose()? {
         for (shard, rows) in partition {
             for row in &rows {
-                match row.skip {
+                match row.skip() {
                     Some(skip) => *manifest.skipped.entry(skip).or_default() += 1,
                     None => manifest.near_duplicates += 1,
                 }
             }
-            let rows: Vec<Finding> = rows.iter().map(crate::duplicates::Mark::finding).collect();
+            let rows: Vec<Finding> = rows.iter().map(SampleFinding::row).collect();
             let file = put(keys::findings(&dataset.shard(shard), *version), table::write(&rows)?.into())?;
             if let Ok(at) = manifest.shards.binary_search_by_key(&shard, |named| named.shard) {
                 manifest.shards[at].findings = Some(file);
@@ -163,7 +163,7 @@ fn name(dataset: &DatasetId, index: &ShardIndex) -> String {
 fn subtract_skipped(
     history: &History<'_>,
     indexes: &BTreeMap<u32, ShardIndex>,
-    found: &Found,
+    found: &Findings,
     label: &impl Fn(&ShardIndex, &OutcomeRow) -> Result<u32, HistoryError>,
     totals: &mut Totals,
 ) -> Result<HashMap<(u32, Split), Vec<u32>>, SealError> {
