@@ -3,18 +3,24 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use backon::{ExponentialBuilder, Retryable};
 use bytes::Bytes;
+use futures::future::ready;
 use futures::{Stream, StreamExt, TryStreamExt};
 use object_store::path::Path;
 use object_store::{Error as Cause, GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutOptions};
 use proto::StoredOnce;
 use tracing::warn;
 
-/// Tries of one operation; with the pauses between them about 12 seconds, beside the client's own retries.
-const TRIES: u32 = 6;
+/// Further tries of one operation, with growing pauses: about three seconds in all, beside the client's own retries.
+const RETRIES: usize = 5;
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
 
-/// Objects that are read or deleted at the same time.
+/// Objects that are read at the same time.
 const PARALLEL: usize = 32;
+
+/// Objects that are deleted by one request, where the store takes so many.
+const DELETED_AT_ONCE: usize = 1000;
 
 /// No single request to the store takes longer in earnest.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(120);
@@ -193,19 +199,15 @@ impl Store {
 
     /// Removes objects; those that do not exist are no error.
     pub(crate) async fn delete_all(&self, keys: Vec<String>) -> Result<(), StoreError> {
-        futures::stream::iter(keys)
-            .map(Ok)
-            .try_for_each_concurrent(PARALLEL, |key| async move {
-                let path = Path::from(key.as_str());
-                retry("delete", &key, || async {
-                    match self.0.delete(&path).await {
-                        Err(Cause::NotFound { .. }) => Ok(()),
-                        other => other,
-                    }
-                })
-                .await
+        for keys in keys.chunks(DELETED_AT_ONCE) {
+            retry("delete", &keys[0], || {
+                let paths = futures::stream::iter(keys.to_vec()).map(|key| Ok(Path::from(key))).boxed();
+                let there = |done: &Result<_, Cause>| ready(!matches!(done, Err(Cause::NotFound { .. })));
+                self.0.delete_stream(paths).filter(there).try_for_each(|_| ready(Ok(())))
             })
-            .await
+            .await?;
+        }
+        Ok(())
     }
 
     /// Proves that this store has put-if-absent: of 16 racing puts exactly one may win. Some stores ignore the condition
@@ -254,32 +256,25 @@ async fn retry<T, F: Future<Output = Result<T, Cause>>>(
     key: &str,
     attempt: impl Fn() -> F,
 ) -> Result<T, StoreError> {
-    let mut pause = Duration::from_millis(100);
-    let mut tries = 1;
-    loop {
-        let (cause, hopeless) = match tokio::time::timeout(REQUEST_DEADLINE, attempt()).await {
-            Ok(Ok(done)) => return Ok(done),
-            Ok(Err(error)) => {
-                let hopeless = matches!(
-                    error,
-                    Cause::InvalidPath { .. }
-                        | Cause::NotSupported { .. }
-                        | Cause::NotImplemented { .. }
-                        | Cause::PermissionDenied { .. }
-                        | Cause::Unauthenticated { .. }
-                );
-                (error.to_string(), hopeless)
-            }
-            Err(_) => ("no answer in time".to_owned(), false),
-        };
-        if hopeless || tries == TRIES {
-            return Err(StoreError { operation, key: key.to_owned(), cause });
-        }
-        warn!(operation, key, tries, cause, "store error, trying again");
-        tokio::time::sleep(pause).await;
-        pause *= 2;
-        tries += 1;
-    }
+    let once = || async {
+        let silent = |_| Cause::Generic { store: "coordinator", source: "no answer in time".into() };
+        tokio::time::timeout(REQUEST_DEADLINE, attempt()).await.map_err(silent)?
+    };
+    let pauses = ExponentialBuilder::new().with_min_delay(FIRST_PAUSE).with_factor(2.0).with_max_times(RETRIES);
+    let warn = |cause: &Cause, pause| warn!(operation, key, %cause, ?pause, "store error, trying again");
+    let done = once.retry(pauses).when(|cause| !is_hopeless(cause)).notify(warn).await;
+    done.map_err(|cause| StoreError { operation, key: key.to_owned(), cause: cause.to_string() })
+}
+
+fn is_hopeless(error: &Cause) -> bool {
+    matches!(
+        error,
+        Cause::InvalidPath { .. }
+            | Cause::NotSupported { .. }
+            | Cause::NotImplemented { .. }
+            | Cause::PermissionDenied { .. }
+            | Cause::Unauthenticated { .. }
+    )
 }
 
 #[cfg(test)]

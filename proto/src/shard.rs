@@ -156,7 +156,7 @@ impl TarWriter {
         // Two empty records end a tar (POSIX.1-1988).
         self.pending.extend_from_slice(&[0; 1024]);
         let rest = self.take();
-        (rest, self.taken, hex(&self.hasher.finalize()), self.blocks)
+        (rest, self.taken, hex::encode(self.hasher.finalize()), self.blocks)
     }
 
     fn position(&self) -> u64 {
@@ -285,14 +285,9 @@ pub fn split_block(block: &Bytes) -> Result<Vec<RawSample>, FormatError> {
     Ok(samples)
 }
 
-/// Lower-case hex.
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
-}
-
 /// SHA-256 of `bytes`, in hex.
 pub fn sha256_hex(bytes: &[u8]) -> String {
-    hex(&Sha256::digest(bytes))
+    hex::encode(Sha256::digest(bytes))
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
 use proto::outcomes::OutcomeRow;
 use proto::rejection::outcome_name;
-use proto::shard::{Origin, hex};
+use proto::shard::Origin;
 use proto::{
     Attempt, DatasetSpec, Outcome, OutcomeCounts, Rejection, Sample, ShardId, ShardIndex, Split, keys, slice, table,
     trace,
@@ -322,7 +322,7 @@ async fn judge(tools: &Tools, rules: Arc<Rules>, landed: Landed) -> anyhow::Resu
         Ok((body, _connection)) => {
             row.bytes = Some(body.bytes.len() as i64);
             let verdict = tools.pool.judge(body, rules).await?;
-            row.sha256 = Some(hex(&verdict.sha256));
+            row.sha256 = Some(hex::encode(verdict.sha256));
             row.phash = verdict.phash.map(|hash| format!("{hash:016x}"));
             row.width = verdict.size.and_then(|(width, _)| i32::try_from(width).ok());
             row.height = verdict.size.and_then(|(_, height)| i32::try_from(height).ok());
@@ -352,7 +352,7 @@ async fn keep(
     let origin = Origin {
         synset: row.synset.clone(),
         url: row.url.clone(),
-        sha256: hex(sha256),
+        sha256: hex::encode(sha256),
         width: side(row.width),
         height: side(row.height),
     };

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use bytes::{Buf, Bytes};
 use futures::StreamExt;
+use globset::{GlobBuilder, GlobMatcher};
 use proto::ids::{IdError, is_name};
 use proto::pb::create_dataset_request::{Part, Start};
 use proto::pb::{self, CreateDatasetRequest};
@@ -207,42 +208,30 @@ async fn pump(
 
 /// The keys that a key, a folder or a pattern stands for.
 async fn matching(store: &Store, pattern: &str) -> Result<Vec<String>, Error> {
-    let wild = pattern.find(['*', '?']);
+    let wild = pattern.find(['*', '?', '[', '{']);
     if wild.is_none() && !pattern.ends_with('/') {
         return Ok(vec![pattern.to_owned()]);
     }
     let plain = &pattern[..wild.unwrap_or(pattern.len())];
     let folder = plain.rsplit_once('/').map_or("", |(folder, _)| folder);
     let mut keys = store.list(folder).await?;
-    keys.retain(|key| match wild {
-        Some(_) => matches(pattern.as_bytes(), key.as_bytes()),
-        None => key.starts_with(pattern),
-    });
+    match wild {
+        Some(_) => {
+            let glob = glob(pattern)?;
+            keys.retain(|key| glob.is_match(key));
+        }
+        None => keys.retain(|key| key.starts_with(pattern)),
+    }
     match keys.is_empty() {
         true => Err(Error::Invalid(format!("store_keys: no object matches {pattern:?}"))),
         false => Ok(keys),
     }
 }
 
-/// Whether `*` (any text without a slash) and `?` (any byte but a slash) can stand for what is in `key`.
-fn matches(pattern: &[u8], key: &[u8]) -> bool {
-    let (mut p, mut k) = (0, 0);
-    // Where the last star stands, and up to where it has eaten.
-    let mut star: Option<(usize, usize)> = None;
-    while k < key.len() {
-        if p < pattern.len() && pattern[p] == b'*' {
-            star = Some((p, k));
-            p += 1;
-        } else if p < pattern.len() && (pattern[p] == key[k] || pattern[p] == b'?' && key[k] != b'/') {
-            (p, k) = (p + 1, k + 1);
-        } else if let Some((at, eaten)) = star.filter(|&(_, eaten)| key[eaten] != b'/') {
-            star = Some((at, eaten + 1));
-            (p, k) = (at + 1, eaten + 1);
-        } else {
-            return false;
-        }
-    }
-    pattern[p..].iter().all(|&b| b == b'*')
+/// What `*` (any text without a slash), `?` (any character but a slash), `[..]` and `{..,..}` in a pattern stand for.
+fn glob(pattern: &str) -> Result<GlobMatcher, Error> {
+    let glob = GlobBuilder::new(pattern).literal_separator(true).build();
+    Ok(glob.map_err(|error| Error::Invalid(format!("store_keys: {error}")))?.compile_matcher())
 }
 
 /// Reads all sources into the catalog; how many there were.
@@ -342,8 +331,9 @@ mod tests {
             ("*", "", true),
             ("a*b", "aab", true),
             ("a*b", "aabc", false),
+            ("lists/{birds,fish}.tsv", "lists/fish.tsv", true),
         ] {
-            assert_eq!(matches(pattern.as_bytes(), key.as_bytes()), expected, "{pattern} {key}");
+            assert_eq!(glob(pattern).expect("a pattern").is_match(key), expected, "{pattern} {key}");
         }
     }
 }

@@ -17,7 +17,7 @@ use proto::pb::dataset_service_client::DatasetServiceClient;
 use proto::pb::fetch_service_client::FetchServiceClient;
 use proto::pb::{self, DatasetState};
 use proto::rejection::KEPT;
-use proto::shard::{Moments, Origin, TarWriter, hex, sha256_hex};
+use proto::shard::{Moments, Origin, TarWriter, sha256_hex};
 use proto::{
     Attempt, DatasetId, DatasetSpec, OutcomeCounts, Rejection, Sample, ShardId, ShardIndex, Split, Stored, keys, table,
 };
@@ -268,8 +268,13 @@ pub async fn put_shard(store: &dyn ObjectStore, lease: &pb::Lease) {
             let split = spec.splits.split_of(&sha);
             let (writer, per_class, moments) = tars.entry(split).or_default();
             let sample = Sample { key, label, image: Bytes::copy_from_slice(content.as_bytes()) };
-            let origin =
-                Origin { synset: synset.to_owned(), url: url.to_owned(), sha256: hex(&sha), width: 1, height: 1 };
+            let origin = Origin {
+                synset: synset.to_owned(),
+                url: url.to_owned(),
+                sha256: hex::encode(sha),
+                width: 1,
+                height: 1,
+            };
             let (offset, length) = writer.append(&sample, &origin);
             per_class.add(label);
             let of_one = Moments { pixels: 1, sum: [key; 3], sum_of_squares: [key * key; 3] };
@@ -277,7 +282,7 @@ pub async fn put_shard(store: &dyn ObjectStore, lease: &pb::Lease) {
             row.set_moments(&of_one);
             // `name~0123456789abcdef` looks so.
             row.phash = content.split_once('~').map(|(_, look)| look.to_owned());
-            row.sha256 = Some(hex(&sha));
+            row.sha256 = Some(hex::encode(sha));
             row.split = Some(split.name().to_owned());
             row.tar = Some(keys::tar(&of, split, attempt));
             row.offset = Some(offset as i64);
