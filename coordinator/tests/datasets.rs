@@ -5,11 +5,11 @@ mod common;
 
 use std::time::Duration;
 
-use common::{Cluster, PATIENCE, get, put, put_shard};
+use common::{Cluster, PATIENCE, get, put, put_shard, shard_id};
 use object_store::ObjectStore;
-use proto::Split;
 use proto::manifest::{Skip, Skips};
 use proto::pb::{self, DatasetState};
+use proto::{Split, keys};
 use tonic::Code;
 
 /// Three classes; 5 URLs are gone; one picture stands twice in its class, one in two classes.
@@ -95,6 +95,22 @@ async fn a_list_becomes_a_manifest_that_counts_every_url_and_outlives_the_coordi
     cluster.datasets().delete_dataset(deleted).await.expect("exists");
     assert_eq!(cluster.dataset("birds").await.expect_err("deleted").code(), Code::NotFound);
     cluster.create("birds", "request-3", 50, &list()).await.expect("the name is free at once");
+    cluster.stop().await;
+}
+
+#[tokio::test]
+async fn a_sealed_dataset_is_recovered_from_its_manifest_and_not_from_its_indexes() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cluster = Cluster::start(folder.path(), 30.0).await;
+    let created = cluster.create("birds", "request-1", 50, &list()).await.expect("a good list");
+    cluster.work().await;
+    let sealed = cluster.sealed("birds").await;
+    for shard in 0..created.shards {
+        put(&*cluster.store, &keys::index(&shard_id(&created.dataset, shard)), "rubbish").await;
+    }
+    cluster.kill();
+    let cluster = Cluster::start(folder.path(), 30.0).await;
+    assert_eq!(cluster.dataset("birds").await.expect("recovered"), sealed);
     cluster.stop().await;
 }
 
