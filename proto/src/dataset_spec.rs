@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::Synset;
+
 /// A spec that cannot be meant so: what is wrong, where, and what is allowed.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
@@ -267,8 +269,8 @@ impl DatasetSpec {
         check("limits.retries", limits.retries, limits.retries <= 10, "at most 10")?;
         let mut seen = HashSet::new();
         for class in classes {
-            let ok = !class.synset.is_empty() && !class.synset.contains(char::is_whitespace);
-            check("classes.synset", format!("{:?}", class.synset), ok, "a word without white space")?;
+            let ok = class.synset.parse::<Synset>().is_ok();
+            check("classes.synset", format!("{:?}", class.synset), ok, "a word of 1 to 128 bytes without white space")?;
             check("classes.synset", format!("{:?}", class.synset), seen.insert(&class.synset), "named once only")?;
         }
         Ok(())

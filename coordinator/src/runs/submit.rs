@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use proto::ids::is_name;
+use proto::ids::IdError;
 use proto::manifest::Manifest;
 use proto::run_event::RunEvent;
 use proto::stored_run::{StartWeights, StoredRun};
-use proto::{RunSpec, Split, Stored, keys, pb};
+use proto::{RunName, RunSpec, Split, Stored, keys, pb};
 
 use super::{Request, Runs, sources};
 use crate::datasets::Stage;
@@ -46,11 +46,10 @@ impl Runs {
         };
         let name = match name.as_str() {
             "" => self.free_name(&spec.dataset),
-            given if !is_name(given) => {
-                let rule = "1 to 63 of a-z 0-9 - . , beginning and ending with a letter or digit";
-                return Err(Error::Invalid(format!("name = {given:?}: must be {rule}")));
+            given => {
+                let name: Result<RunName, IdError> = given.parse();
+                name.map_err(|error| Error::Invalid(format!("name: {error}")))?.to_string()
             }
-            given => given.to_owned(),
         };
         let (taken, deleting) = {
             let inner = self.lock();
