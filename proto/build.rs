@@ -1,5 +1,5 @@
-//! Compiles the .proto files with protox, so that no protoc is needed, into tonic's clients and servers and a descriptor
-//! set for gRPC reflection.
+//! Compiles the .proto files with protox, so that no protoc is needed, into tonic's clients and servers and a
+//! descriptor set for gRPC reflection.
 
 use std::path::PathBuf;
 

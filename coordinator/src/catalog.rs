@@ -1,7 +1,7 @@
 //! The catalog: all URLs of a list, shuffled and cut into slices, in bounded memory.
 //!
-//! Entries go into the partitions of a [`Spool`] by a hash of (seed, ordinal, synset, URL); the partitions, each sorted by
-//! that hash, are the shuffled catalog. The order depends on nothing else, so the same list gives the same slices.
+//! Entries go into the partitions of a [`Spool`] by a hash of (seed, ordinal, synset, URL); the partitions, each sorted
+//! by that hash, are the shuffled catalog. The order depends on nothing else, so the same list gives the same slices.
 
 use std::collections::{BTreeMap, HashSet};
 use std::io::Read;
@@ -176,8 +176,9 @@ impl Catalog {
         Ok(())
     }
 
-    /// Cuts the shuffled entries into slices of `spec.slice_urls` and sends each one's number and bytes to `slices`. Completes
-    /// the classes of `spec`, and returns the round that names the slices: without any if a later round has nothing to fetch.
+    /// Cuts the shuffled entries into slices of `spec.slice_urls` and sends each one's number and bytes to `slices`.
+    /// Completes the classes of `spec`, and returns the round that names the slices: without any if a later round has
+    /// nothing to fetch.
     pub(crate) fn cut(mut self, spec: &mut DatasetSpec, slices: &mpsc::Sender<(u32, Bytes)>) -> Result<Round, Error> {
         self.compare()?;
         let (entered, start) = (self.new_urls + self.retried.total(), self.start);

@@ -60,8 +60,8 @@ pub(crate) struct Dataset {
     pub(crate) spec: Arc<DatasetSpec>,
     pub(crate) spec_json: String,
     pub(crate) rounds: Arc<Vec<Round>>,
-    /// URLs by outcome: those of the rounds that the latest manifest names, each by its latest one, and those of the committed
-    /// shards of later rounds.
+    /// URLs by outcome: those of the rounds that the latest manifest names, each by its latest one, and those of the
+    /// committed shards of later rounds.
     outcomes: OutcomeCounts,
     /// The same of the leased ones, as far as workers have told.
     progress: BTreeMap<u32, OutcomeCounts>,
@@ -119,8 +119,8 @@ impl Dataset {
         self.rounds.iter().flat_map(Round::shards).collect()
     }
 
-    /// URLs by their latest outcome, the workers' progress included. One that a later round fetches again has none until it has
-    /// been fetched.
+    /// URLs by their latest outcome, the workers' progress included. One that a later round fetches again has none
+    /// until it has been fetched.
     pub(crate) fn outcomes_so_far(&self) -> OutcomeCounts {
         let mut all = self.outcomes;
         self.progress.values().for_each(|made| all.merge(made));

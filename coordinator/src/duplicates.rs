@@ -1,7 +1,7 @@
 //! Which kept samples do not count, and which look like another one.
 //!
-//! All of it is external sorting: a small record of each sample goes into the partition of a [`Spool`] that a hash chooses, and
-//! each partition is sorted alone. What stays in memory is one bit for each skipped sample.
+//! All of it is external sorting: a small record of each sample goes into the partition of a [`Spool`] that a hash
+//! chooses, and each partition is sorted alone. What stays in memory is one bit for each skipped sample.
 //!
 //! 1. by content: the same bytes under many URLs, under several classes, or twice in a class;
 //! 2. what is left, by bands of the perceptual hash (see [`crate::near`]): pictures that look alike;
@@ -128,7 +128,8 @@ impl Finder {
         Self { rules, per_class, contents: Spool::new(folder.clone()), findings, folder }
     }
 
-    /// Takes in a kept sample; `latest`: its URL was not fetched again later. The inner error is a row that cannot be right.
+    /// Takes in a kept sample; `latest`: its URL was not fetched again later. The inner error is a row that cannot be
+    /// right.
     pub(crate) fn push(
         &mut self,
         sample: SampleId,

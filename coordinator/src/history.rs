@@ -1,5 +1,5 @@
-//! What became of each URL so far: the outcomes of committed shards, read from the latest round to the first, so that a URL's
-//! first row is *the* outcome and all others are superseded.
+//! What became of each URL so far: the outcomes of committed shards, read from the latest round to the first, so that a
+//! URL's first row is *the* outcome and all others are superseded.
 
 use std::collections::BTreeMap;
 
@@ -83,7 +83,8 @@ impl History<'_> {
         Ok(indexes)
     }
 
-    /// Hands out the rows of each shard, rounds from the last to the first. Of each row, whether it is its URL's latest.
+    /// Hands out the rows of each shard, rounds from the last to the first. Of each row, whether it is its URL's
+    /// latest.
     pub(crate) fn latest_first<E: From<HistoryError>>(
         &self,
         indexes: &BTreeMap<u32, ShardIndex>,

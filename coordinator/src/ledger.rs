@@ -14,8 +14,8 @@ pub(crate) type Now = Duration;
 
 /// All shards that are not committed.
 ///
-/// **At no time do two unexpired leases stand for one shard**, and a shard leaves only by [`Ledger::commit`] or with its
-/// dataset.
+/// **At no time do two unexpired leases stand for one shard**, and a shard leaves only by [`Ledger::commit`] or with
+/// its dataset.
 #[derive(Debug)]
 pub(crate) struct Ledger {
     term: u64,
@@ -38,8 +38,8 @@ struct Open {
 enum State {
     /// Can be granted from then on.
     Pending { from: Now },
-    /// To be checked then: a new coordinator does not know yet whether somebody of an older term still makes it, an attempt
-    /// has failed, or the last check has.
+    /// To be checked then: a new coordinator does not know yet whether somebody of an older term still makes it, an
+    /// attempt has failed, or the last check has.
     Unknown { until: Now },
     /// Somebody makes it.
     Leased { worker: Arc<str>, until: Now },
@@ -76,7 +76,8 @@ impl Ledger {
         self.lease
     }
 
-    /// Adds uncommitted shards of a dataset: all of a new one, or those of another round. `fresh`: it was created in this term, so nobody of an older one can hold a lease.
+    /// Adds uncommitted shards of a dataset: all of a new one, or those of another round. `fresh`: it was created in
+    /// this term, so nobody of an older one can hold a lease.
     pub(crate) fn add(&mut self, now: Now, dataset: &DatasetId, shards: impl IntoIterator<Item = u32>, fresh: bool) {
         let state = if fresh { State::Pending { from: now } } else { State::Unknown { until: now + self.lease } };
         let open = Open { failures: 0, attempt: None, state };
@@ -106,8 +107,8 @@ impl Ledger {
         None
     }
 
-    /// Prolongs a lease. An attempt that was late keeps its shard if nobody else has got it meanwhile, which undoes the failure
-    /// that its expiry was, and one of an older term is adopted. False: the lease is over.
+    /// Prolongs a lease. An attempt that was late keeps its shard if nobody else has got it meanwhile, which undoes the
+    /// failure that its expiry was, and one of an older term is adopted. False: the lease is over.
     pub(crate) fn renew(&mut self, now: Now, id: &ShardId, attempt: Attempt, worker: &str) -> bool {
         let (term, until) = (self.term, now + self.lease);
         let Some(open) = self.open(id) else { return false };
@@ -125,8 +126,8 @@ impl Ledger {
         known
     }
 
-    /// Takes a lease back before its end. After a failure the shard is over at the next [`Ledger::expire`] and is checked: the
-    /// answer of the attempt's last put may have been lost.
+    /// Takes a lease back before its end. After a failure the shard is over at the next [`Ledger::expire`] and is
+    /// checked: the answer of the attempt's last put may have been lost.
     pub(crate) fn release(&mut self, now: Now, id: &ShardId, attempt: Attempt, failed: bool) {
         let Some(open) = self.open(id) else { return };
         if open.attempt != Some(attempt) || !matches!(open.state, State::Leased { .. }) {
@@ -142,7 +143,8 @@ impl Ledger {
         }
     }
 
-    /// Ends the leases whose time is over. The caller reads their indexes and says [`Ledger::commit`] or [`Ledger::decide`].
+    /// Ends the leases whose time is over. The caller reads their indexes and says [`Ledger::commit`] or
+    /// [`Ledger::decide`].
     pub(crate) fn expire(&mut self, now: Now) -> Vec<ShardId> {
         let mut over = Vec::new();
         for (dataset, shards) in &mut self.datasets {

@@ -1,8 +1,8 @@
 //! The coordinator: it decides. It turns URL lists into slices, leases them to workers, seals what they committed into
 //! manifests, and forms generations of ranks for runs. It touches no image, no web server and no tensor.
 //!
-//! All that lasts is in the object store; a coordinator that is killed is replaced by another one that lists it. [`run`]
-//! checks that the store can decide races, begins a term, recovers, and serves:
+//! All that lasts is in the object store; a coordinator that is killed is replaced by another one that lists it.
+//! [`run`] checks that the store can decide races, begins a term, recovers, and serves:
 //!
 //! - `catalog`, `list`, `spool`: lists of URLs become shuffled slices, in bounded memory;
 //! - `ledger` (pure): who may make which shard until when;
@@ -92,12 +92,12 @@ const DRAIN: Duration = Duration::from_secs(3);
 /// How often the store is asked whether a higher term has begun.
 const TERM_CHECK_PERIOD: Duration = Duration::from_secs(30);
 
-/// Serves on `listener` until `shutdown`; `store` is the cluster's, already prefixed. The gRPC health service answers SERVING once
-/// everything is recovered.
+/// Serves on `listener` until `shutdown`; `store` is the cluster's, already prefixed. The gRPC health service answers
+/// SERVING once everything is recovered.
 ///
 /// # Errors
-/// If the store lacks put-if-absent or cannot be read, if the port cannot be served, or if a later coordinator has begun its
-/// term: this one must then end.
+/// If the store lacks put-if-absent or cannot be read, if the port cannot be served, or if a later coordinator has
+/// begun its term: this one must then end.
 pub async fn run(
     config: Config,
     store: Arc<dyn ObjectStore>,

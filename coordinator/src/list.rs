@@ -1,8 +1,8 @@
-//! Parses URL lists: lines of several formats, plain or compressed, as a stream in bounded memory. Parquet, which is read from
-//! its end, goes through a temporary file.
+//! Parses URL lists: lines of several formats, plain or compressed, as a stream in bounded memory. Parquet, which is
+//! read from its end, goes through a temporary file.
 //!
-//! Formats with named columns need two of them. Unless they are named by the caller, the usual names are looked for (`SYNSETS`,
-//! `URLS`), whatever their case and punctuation: `image_url`, `ImageURL` and `image-url` are one.
+//! Formats with named columns need two of them. Unless they are named by the caller, the usual names are looked for
+//! (`SYNSETS`, `URLS`), whatever their case and punctuation: `image_url`, `ImageURL` and `image-url` are one.
 
 mod columns;
 mod entry;
@@ -20,10 +20,11 @@ use crate::error::Error;
 /// A CSV record of more bytes than this ends the reading: a quote was never closed.
 const LONGEST_RECORD: usize = 4 << 20;
 
-/// Reads one source and hands each entry or bad line to `each`. Blank lines and lines that begin with `#` are passed over.
+/// Reads one source and hands each entry or bad line to `each`. Blank lines and lines that begin with `#` are passed
+/// over.
 ///
-/// Only a line without synset or URL is bad. One whose URL cannot be parsed is an entry like any other: its fetch has an
-/// outcome of its own.
+/// Only a line without synset or URL is bad. One whose URL cannot be parsed is an entry like any other: its fetch has
+/// an outcome of its own.
 ///
 /// # Errors
 /// If the source cannot be read or decompressed, if its header lacks a column, or if `each` fails.
@@ -65,7 +66,8 @@ pub(crate) fn read(name: &str, source: impl Read, options: &ListOptions, each: E
     }
 }
 
-/// By the first bytes: a name's ending may be wrong, because web servers and clients compress and decompress by themselves.
+/// By the first bytes: a name's ending may be wrong, because web servers and clients compress and decompress by
+/// themselves.
 fn decompress<'a>(source: impl Read + 'a) -> io::Result<Box<dyn BufRead + 'a>> {
     let mut source = BufReader::with_capacity(256 << 10, source);
     let start = source.fill_buf()?;

@@ -54,8 +54,8 @@ pub(crate) struct Sealing {
     pub(crate) folder: Option<PathBuf>,
 }
 
-/// Makes the manifest and puts it in place; of two coordinators that do so at once, both return the one that stands. Blocks its
-/// thread; `handle` does the store's part.
+/// Makes the manifest and puts it in place; of two coordinators that do so at once, both return the one that stands.
+/// Blocks its thread; `handle` does the store's part.
 pub(crate) fn seal(handle: &Handle, store: &Store, sealing: &Sealing) -> Result<Manifest, SealError> {
     let Sealing { dataset, spec, version, rounds, .. } = sealing;
     let history = History { handle, store, dataset, rounds };
@@ -158,8 +158,8 @@ fn name(dataset: &DatasetId, index: &ShardIndex) -> String {
     index.outcomes_file.as_ref().map_or_else(|| keys::slice(&dataset.shard(index.shard)), |file| file.key.clone())
 }
 
-/// Reads the shards with skipped samples a second time, to take those samples' part away from the totals. Returns how many are
-/// skipped in each block.
+/// Reads the shards with skipped samples a second time, to take those samples' part away from the totals. Returns how
+/// many are skipped in each block.
 fn subtract_skipped(
     history: &History<'_>,
     indexes: &BTreeMap<u32, ShardIndex>,

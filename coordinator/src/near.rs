@@ -1,14 +1,15 @@
 //! Near-duplicates: pictures whose 64-bit perceptual hashes differ in few bits. Pure.
 //!
-//! By the pigeonhole principle, two hashes that differ in at most d bits are equal in at least one of d + 1 bands of bits (multi-index
-//! hashing: Norouzi, Punjani, Fleet, 2012; Manku, Jain, Sarma, 2007). So the hashes are grouped by each band in turn, each group
-//! that is still large by bands of the remaining bits once more, and only members of one group are compared.
+//! By the pigeonhole principle, two hashes that differ in at most d bits are equal in at least one of d + 1 bands of
+//! bits (multi-index hashing: Norouzi, Punjani, Fleet, 2012; Manku, Jain, Sarma, 2007). So the hashes are grouped by
+//! each band in turn, each group that is still large by bands of the remaining bits once more, and only members of one
+//! group are compared.
 
 /// Groups up to this size are compared pair by pair.
 const SMALL: usize = 32;
 
-/// In a group that no band takes apart any more, each hash is compared with so many that follow it in numerical order. Only
-/// thousands of pictures that differ in their last bits alone come to this.
+/// In a group that no band takes apart any more, each hash is compared with so many that follow it in numerical order.
+/// Only thousands of pictures that differ in their last bits alone come to this.
 const WINDOW: usize = 256;
 
 /// The `bands` bands of the bits in `mask`, as masks, their sizes as equal as can be.
@@ -29,15 +30,16 @@ pub(crate) fn bands(mask: u64, bands: u32) -> impl Iterator<Item = u64> {
     })
 }
 
-/// The lowest eight bits of a hash's band, by which hashes are dealt to partitions: those that are equal in the band meet.
+/// The lowest eight bits of a hash's band, by which hashes are dealt to partitions: those that are equal in the band
+/// meet.
 pub(crate) fn partition(hash: u64, band: u64) -> u8 {
     let shifted = (hash & band) >> band.trailing_zeros().min(63);
     // Bands of a whole hash are contiguous.
     shifted as u8
 }
 
-/// Calls `pair` with the places of all hashes in `hashes` that are equal in `band` and differ in at most `bits` bits; perhaps
-/// more than once. `hashes` must be distinct.
+/// Calls `pair` with the places of all hashes in `hashes` that are equal in `band` and differ in at most `bits` bits;
+/// perhaps more than once. `hashes` must be distinct.
 pub(crate) fn pairs(hashes: &[u64], band: u64, bits: u32, pair: &mut impl FnMut(usize, usize)) {
     let mut places: Vec<u32> = (0..hashes.len() as u32).collect();
     group(hashes, &mut places, band, !band, bits, 1, pair);

@@ -20,8 +20,8 @@ pub(crate) struct Spool {
 }
 
 impl Spool {
-    /// `folder` is where files go if there is need for them; None: the system's folder for temporary files. They have no
-    /// name, so that nothing is left of them whatever happens.
+    /// `folder` is where files go if there is need for them; None: the system's folder for temporary files. They have
+    /// no name, so that nothing is left of them whatever happens.
     pub(crate) fn new(folder: Option<PathBuf>) -> Self {
         Self::with_limit(folder, IN_MEMORY)
     }

@@ -1,4 +1,5 @@
-//! The object store as the coordinator uses it: whole small objects, put-if-absent with a nonce, listings; each with retries.
+//! The object store as the coordinator uses it: whole small objects, put-if-absent with a nonce, listings; each with
+//! retries.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -121,8 +122,8 @@ impl Store {
         self.create_bytes(key, object.to_json().into(), object.nonce()).await
     }
 
-    /// Put-if-absent. `nonce` must occur in `bytes`: after an error, or if the object turns out to be there already, it is read
-    /// back, and our own nonce in it says that an earlier try of ours had won.
+    /// Put-if-absent. `nonce` must occur in `bytes`: after an error, or if the object turns out to be there already, it
+    /// is read back, and our own nonce in it says that an earlier try of ours had won.
     async fn create_bytes(&self, key: &str, bytes: Bytes, nonce: &str) -> Result<Created, StoreError> {
         let path = Path::from(key);
         retry("create", key, || async {
@@ -210,8 +211,8 @@ impl Store {
         Ok(())
     }
 
-    /// Proves that this store has put-if-absent: of 16 racing puts exactly one may win. Some stores ignore the condition
-    /// silently, and every decision of the cluster would be lost on them.
+    /// Proves that this store has put-if-absent: of 16 racing puts exactly one may win. Some stores ignore the
+    /// condition silently, and every decision of the cluster would be lost on them.
     pub(crate) async fn check(&self) -> anyhow::Result<()> {
         const RACERS: usize = 16;
         let path = Path::from(format!("coordinator/check/{}", nonce()));
@@ -241,7 +242,8 @@ impl Store {
     }
 }
 
-/// Whether a put-if-absent was refused because somebody else was first. S3 answers 409 (conflict) while a race is undecided.
+/// Whether a put-if-absent was refused because somebody else was first. S3 answers 409 (conflict) while a race is
+/// undecided.
 fn lost(error: &Cause) -> bool {
     matches!(error, Cause::AlreadyExists { .. } | Cause::Precondition { .. }) || error.to_string().contains("Conflict")
 }

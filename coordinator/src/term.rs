@@ -1,5 +1,5 @@
-//! Terms: one coordinator's time in office. Each coordinator begins by creating the next term's object, and ends when it
-//! hears of a higher term than its own.
+//! Terms: one coordinator's time in office. Each coordinator begins by creating the next term's object, and ends when
+//! it hears of a higher term than its own.
 
 use std::sync::OnceLock;
 
@@ -21,8 +21,8 @@ pub(crate) struct Term {
 }
 
 impl Term {
-    /// Creates the object of the next term. Whoever else starts at the same moment gets another number, and the higher one
-    /// fences the lower.
+    /// Creates the object of the next term. Whoever else starts at the same moment gets another number, and the higher
+    /// one fences the lower.
     pub(crate) async fn begin(store: &Store) -> anyhow::Result<Self> {
         let nonce = nonce();
         let highest = highest(store).await?;

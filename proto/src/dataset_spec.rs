@@ -18,8 +18,8 @@ pub struct SpecError(pub(crate) String);
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct DatasetSpec {
-    /// The classes; a class's place here is its label. When a dataset is created this is the choice of synsets out of the
-    /// list (empty: all that occur, in alphabetical order); in `spec.json` it is complete.
+    /// The classes; a class's place here is its label. When a dataset is created this is the choice of synsets out of
+    /// the list (empty: all that occur, in alphabetical order); in `spec.json` it is complete.
     pub classes: Vec<Class>,
     /// How fetched images become stored ones.
     pub resize: Resize,
@@ -29,8 +29,8 @@ pub struct DatasetSpec {
     pub limits: Limits,
     /// Which pictures are taken for the same one.
     pub duplicates: Duplicates,
-    /// Samples of a class, all splits together, after which no more of it is fetched; the manifest keeps the first so many by
-    /// key. 0: all that there are.
+    /// Samples of a class, all splits together, after which no more of it is fetched; the manifest keeps the first so
+    /// many by key. 0: all that there are.
     pub per_class: u32,
     /// URLs in one slice; a slice becomes one shard.
     pub slice_urls: u32,
@@ -57,8 +57,8 @@ pub struct Resize {
     pub size: u32,
     /// How an image is brought to `size`.
     pub mode: ResizeMode,
-    /// Whether images that are too small are enlarged; false is img2dataset's `resize_only_if_bigger`, save that `cover` cuts
-    /// out the centred square and `pad` pads all the same.
+    /// Whether images that are too small are enlarged; false is img2dataset's `resize_only_if_bigger`, save that
+    /// `cover` cuts out the centred square and `pad` pads all the same.
     pub upscale: bool,
     /// What stored images are.
     pub format: ImageFormat,
@@ -103,12 +103,14 @@ pub enum Reencode {
     /// All, so that all have the same quality and none carries metadata.
     #[default]
     Always,
-    /// Not those that already are as they would be stored (JPEGs in colour, upright, of the right size), which are stored byte
-    /// for byte, whatever their quality and metadata. They are checked like all others. img2dataset's `skip_reencode`.
+    /// Not those that already are as they would be stored (JPEGs in colour, upright, of the right size), which are
+    /// stored byte for byte, whatever their quality and metadata. They are checked like all others. img2dataset's
+    /// `skip_reencode`.
     Needed,
 }
 
-/// Shares of the splits; what is left over trains. An image's split is a pure function of its bytes (see [`Splits::split_of`]).
+/// Shares of the splits; what is left over trains. An image's split is a pure function of its bytes (see
+/// [`Splits::split_of`]).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Splits {
@@ -134,7 +136,8 @@ pub struct Limits {
     pub max_pixels: u64,
     /// The longer side may be at most this many times the shorter one.
     pub max_aspect: f64,
-    /// For one URL in all: names, connections, redirects, bodies and further tries together, without the pauses between tries.
+    /// For one URL in all: names, connections, redirects, bodies and further tries together, without the pauses between
+    /// tries.
     pub timeout_seconds: f64,
     /// For one connection.
     pub connect_timeout_seconds: f64,
@@ -150,10 +153,11 @@ pub struct Limits {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Duplicates {
-    /// The same bytes under more different URLs than this are a placeholder that nobody had listed: none of them counts.
+    /// The same bytes under more different URLs than this are a placeholder that nobody had listed: none of them
+    /// counts.
     pub many_urls: u32,
-    /// Two pictures look alike if their 64-bit perceptual hashes differ in at most so many bits, 0 to 6. One that validates or
-    /// tests is skipped if it looks like one that trains; all others are reported.
+    /// Two pictures look alike if their 64-bit perceptual hashes differ in at most so many bits, 0 to 6. One that
+    /// validates or tests is skipped if it looks like one that trains; all others are reported.
     pub near_bits: u32,
 }
 
@@ -331,8 +335,8 @@ impl Limits {
 }
 
 impl Splits {
-    /// The split of an image whose bytes, as fetched, have this SHA-256. A pure function of the content, so that one picture
-    /// under two URLs can never stand in both train and test.
+    /// The split of an image whose bytes, as fetched, have this SHA-256. A pure function of the content, so that one
+    /// picture under two URLs can never stand in both train and test.
     pub fn split_of(&self, sha256: &[u8; 32]) -> Split {
         use sha2::{Digest, Sha256};
         let hash = Sha256::new().chain_update(self.salt.as_bytes()).chain_update(sha256).finalize();

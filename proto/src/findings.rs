@@ -1,5 +1,5 @@
-//! What sealing found out about the samples of one shard, as Parquet: one row for each sample that is skipped, or that looks
-//! like another one.
+//! What sealing found out about the samples of one shard, as Parquet: one row for each sample that is skipped, or that
+//! looks like another one.
 
 use parquet_derive::ParquetRecordWriter;
 

@@ -44,8 +44,8 @@ pub trait Stored: Serialize + DeserializeOwned {
     }
 }
 
-/// An object that is put only if there is none of its key. Its nonce is the writer's own random word, which tells a put that
-/// was retried after an error, but had won, from one that lost.
+/// An object that is put only if there is none of its key. Its nonce is the writer's own random word, which tells a put
+/// that was retried after an error, but had won, from one that lost.
 pub trait StoredOnce: Stored {
     /// The writer's own random word.
     fn nonce(&self) -> &str;

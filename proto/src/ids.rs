@@ -1,4 +1,5 @@
-//! What names things that last: datasets, shards, attempts at them, runs and classes. A value that exists is a valid one.
+//! What names things that last: datasets, shards, attempts at them, runs and classes. A value that exists is a valid
+//! one.
 
 use std::borrow::Borrow;
 use std::fmt;
@@ -102,8 +103,8 @@ name!(
     "1 to 128 bytes without white space"
 );
 
-/// Whether `name` may name a dataset or a run: 1 to 63 of `a-z 0-9 - .`, beginning and ending with a letter or digit, so that
-/// it can stand in keys, URLs and Kubernetes labels alike.
+/// Whether `name` may name a dataset or a run: 1 to 63 of `a-z 0-9 - .`, beginning and ending with a letter or digit,
+/// so that it can stand in keys, URLs and Kubernetes labels alike.
 pub fn is_name(name: &str) -> bool {
     let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
     name.len() <= 63
@@ -153,7 +154,8 @@ impl fmt::Display for ShardId {
 }
 
 /// The number of one attempt at a shard: the term of the coordinator that granted it, and a counter inside that term.
-/// It is in every key that the attempt writes and is never reused, so no late writer can overwrite what somebody else committed.
+/// It is in every key that the attempt writes and is never reused, so no late writer can overwrite what somebody else
+/// committed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Attempt {

@@ -10,8 +10,8 @@ use crate::format::stored;
 use crate::shard::{Block, Moments};
 use crate::{Attempt, OutcomeCounts, Split};
 
-/// The object that commits a shard: names its files, their checksums, counts, moments and blocks. Put with put-if-absent;
-/// whatever it does not name is no part of the dataset.
+/// The object that commits a shard: names its files, their checksums, counts, moments and blocks. Put with
+/// put-if-absent; whatever it does not name is no part of the dataset.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ShardIndex {

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! coordinator/terms/000009.json                          Create at start: this coordinator's term
-//! datasets/<dataset>/spec.json                           Create: what the dataset is; tombstone.json beside it once deleted
+//! datasets/<dataset>/spec.json                           Create: what the dataset is; once deleted, tombstone.json too
 //! datasets/<dataset>/slices/000007.tsv.zst               the URLs of shard 7
 //! datasets/<dataset>/catalog/000001.json                 Create = the commit of round 1
 //! datasets/<dataset>/shards/<split>/000007-9.2.tar       attempt 9.2's samples of that split

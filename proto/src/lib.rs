@@ -1,17 +1,19 @@
 //! The contracts of Gleaner: all that two roles must agree on. No I/O and no runtime.
 //!
-//! - [`pb`]: the gRPC services, generated from `proto/gleaner/v1/*.proto`, which are their specification; [`keda`]: the one that KEDA asks;
+//! - [`pb`]: the gRPC services, generated from `proto/gleaner/v1/*.proto`, which are their specification; [`keda`]: the
+//!   one that KEDA asks;
 //! - [`ids`], [`keys`]: names of what lasts, and the keys of its objects, built and parsed here alone;
 //! - [`site`]: what has a budget;
 //! - [`dataset_spec`], [`run_spec`]: what people ask for;
 //! - [`format`], [`table`]: what stored objects have in common: numbered JSON documents, and rows as Parquet;
 //! - [`term`]: the begin of a coordinator's time in office;
-//! - [`round`], [`slice`], [`tombstone`]: the parts of a dataset's catalog, the URLs of one shard, and the end of a dataset;
+//! - [`round`], [`slice`], [`tombstone`]: the parts of a dataset's catalog, the URLs of one shard, and the end of a
+//!   dataset;
 //! - [`rejection`], [`outcome_counts`], [`outcomes`]: what became of each URL;
 //! - [`shard`], [`index`]: tars and their blocks, and the object that commits them;
 //! - [`manifest`], [`findings`]: an immutable version of a dataset, and what was found out when it was made;
-//! - [`stored_run`], [`run_event`], [`run_ledger`], [`metric`]: what a run is, its history, what it was trained on, and its
-//!   learning curve;
+//! - [`stored_run`], [`run_event`], [`run_ledger`], [`metric`]: what a run is, its history, what it was trained on, and
+//!   its learning curve;
 //! - [`trace`]: which span of another process a piece of work belongs to.
 
 pub mod dataset_spec;

@@ -152,8 +152,8 @@ impl Manifest {
     }
 }
 
-/// Which samples of one shard are skipped: bit i (bit i % 8 of byte i / 8) is the shard's i-th sample, counting those of the
-/// training tar first, then validation, then test.
+/// Which samples of one shard are skipped: bit i (bit i % 8 of byte i / 8) is the shard's i-th sample, counting those
+/// of the training tar first, then validation, then test.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Skips(Vec<u8>);
 

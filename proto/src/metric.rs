@@ -46,7 +46,8 @@ pub struct MetricPoint {
     pub ranks: u32,
     /// Bytes of gradients that each rank gives and gets in a step.
     pub gradient_bytes: u64,
-    /// Bytes a second that a rank's link to the others was measured to carry each way, when the generation began; 0 for one rank.
+    /// Bytes a second that a rank's link to the others was measured to carry each way, when the generation began; 0 for
+    /// one rank.
     pub link_bytes_per_second: f64,
 }
 

@@ -8,7 +8,8 @@ use crate::shard::Moments;
 use crate::table::{Row, Value};
 use crate::{Outcome, Rejection, Split, slice};
 
-/// A URL of more bytes than this is bad in a list, and not followed in a redirect: workers hold all those of a slice, with their rows.
+/// A URL of more bytes than this is bad in a list, and not followed in a redirect: workers hold all those of a slice,
+/// with their rows.
 pub const LONGEST_URL: usize = 8 << 10;
 
 /// What became of one URL. The fields are the file's columns, in this order; what was never learned is null.
@@ -131,7 +132,8 @@ impl Row for OutcomeRow {
     }
 }
 
-/// The rows of a slice that failed, which has no file of them: each of its URLs as `slice_failed`. `slice` is the stored form.
+/// The rows of a slice that failed, which has no file of them: each of its URLs as `slice_failed`. `slice` is the
+/// stored form.
 ///
 /// # Errors
 /// If the bytes are no slice.

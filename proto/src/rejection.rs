@@ -64,7 +64,8 @@ rejections! {
     HostGivenUp = "host_given_up",
     /// The host's name does not resolve.
     Dns = "dns",
-    /// The host's name, or a redirect's, resolves to an address that workers may not reach (private, loopback, metadata ...).
+    /// The host's name, or a redirect's, resolves to an address that workers may not reach (private, loopback, metadata
+    /// ...).
     BlockedAddress = "blocked_address",
     /// No connection: refused, unreachable, or not established in time.
     Connect = "connect",
@@ -107,9 +108,9 @@ rejections! {
 }
 
 impl Rejection {
-    /// Whether another try, perhaps days later, may give a sample: what failed was a name server, a network, a server that had trouble,
-    /// or this cluster. `http_status` is that of the last answer, if there was one. [`Rejection::ClassFull`] is no failure: such
-    /// a URL is opened when its class turns out to be short.
+    /// Whether another try, perhaps days later, may give a sample: what failed was a name server, a network, a server
+    /// that had trouble, or this cluster. `http_status` is that of the last answer, if there was one.
+    /// [`Rejection::ClassFull`] is no failure: such a URL is opened when its class turns out to be short.
     pub fn is_transient(self, http_status: Option<i32>) -> bool {
         match self {
             Self::HostGivenUp
@@ -119,7 +120,8 @@ impl Rejection {
             | Self::Timeout
             | Self::Protocol
             | Self::SliceFailed => true,
-            // Request Timeout, Too Early, Too Many Requests, and all that the server blames on itself (RFC 9110, 8470, 6585).
+            // Request Timeout, Too Early, Too Many Requests, and all that the server blames on itself (RFC 9110, 8470,
+            // 6585).
             Self::HttpStatus => matches!(http_status, Some(408 | 425 | 429 | 500..=599)),
             Self::BadUrl
             | Self::ClassFull

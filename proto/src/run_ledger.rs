@@ -1,7 +1,7 @@
 //! A run's ledger: which samples it was really trained on, step by step.
 //!
-//! Rank 0 of each generation writes objects of lines ([`crate::keys::ledger`]). A step that was done again after a failure has a line of
-//! each generation; that of the highest one counts.
+//! Rank 0 of each generation writes objects of lines ([`crate::keys::ledger`]). A step that was done again after a
+//! failure has a line of each generation; that of the highest one counts.
 
 use std::collections::BTreeMap;
 

@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::dataset_spec::{SpecError, check};
 
-/// The description of a run, as a user writes it in TOML. Every field but `dataset` has a default; unknown keys are refused.
+/// The description of a run, as a user writes it in TOML. Every field but `dataset` has a default; unknown keys are
+/// refused.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RunSpec {
@@ -118,8 +119,8 @@ pub struct Train {
     pub step_epochs: f64,
     /// Gradients are scaled down to this norm at most; 0: never.
     pub clip_norm: f64,
-    /// A rank computes a step in parts of so many samples at the most, and adds up their gradients, to need less memory: whole lanes, at
-    /// least one at a time; 0: all at once.
+    /// A rank computes a step in parts of so many samples at the most, and adds up their gradients, to need less
+    /// memory: whole lanes, at least one at a time; 0: all at once.
     pub micro_batch: u32,
 }
 
@@ -143,7 +144,8 @@ pub struct Ranks {
     pub min: u32,
     /// More are not used.
     pub max: u32,
-    /// Virtual ranks: the fixed parts of each global batch. The same numbers come out for any number of ranks up to this.
+    /// Virtual ranks: the fixed parts of each global batch. The same numbers come out for any number of ranks up to
+    /// this.
     pub lanes: u32,
     /// Threads of each rank's tensor operations; 0: the machine's cores divided by the agent's devices.
     pub threads: u32,
@@ -165,7 +167,8 @@ pub enum Precision {
     F32,
     /// 64 bits: to compare runs to the last digit.
     F64,
-    /// 32 bits, but convolutions and matrix products compute in bfloat16 (autocast). For GPUs; CPUs without such instructions are slower.
+    /// 32 bits, but convolutions and matrix products compute in bfloat16 (autocast). For GPUs; CPUs without such
+    /// instructions are slower.
     Bf16,
 }
 

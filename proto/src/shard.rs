@@ -1,8 +1,8 @@
 //! A shard's tar files, in WebDataset's layout. Bytes in, bytes out.
 //!
-//! A sample is three members of a tar, one after the other: `KEY.jpg` or `KEY.png`, `KEY.cls` (its label in decimal), `KEY.json`
-//! (where it came from), KEY being 12 digits. A tar is cut into blocks of whole samples, a few MB each, which can be read by range and
-//! understood alone.
+//! A sample is three members of a tar, one after the other: `KEY.jpg` or `KEY.png`, `KEY.cls` (its label in decimal),
+//! `KEY.json` (where it came from), KEY being 12 digits. A tar is cut into blocks of whole samples, a few MB each,
+//! which can be read by range and understood alone.
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -98,8 +98,8 @@ impl Moments {
     }
 }
 
-/// Writes one tar. Its bytes are handed out piece by piece ([`TarWriter::take`]), so that a large tar is uploaded while it
-/// grows.
+/// Writes one tar. Its bytes are handed out piece by piece ([`TarWriter::take`]), so that a large tar is uploaded while
+/// it grows.
 #[derive(Debug, Default)]
 pub struct TarWriter {
     pending: Vec<u8>,

@@ -1,4 +1,5 @@
-//! A slice: the URLs of one shard (see [`crate::keys::slice`]). One line each, `KEY<TAB>synset<TAB>url`, packed by zstd.
+//! A slice: the URLs of one shard (see [`crate::keys::slice`]). One line each, `KEY<TAB>synset<TAB>url`, packed by
+//! zstd.
 
 use std::io::{self, Write};
 

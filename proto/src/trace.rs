@@ -1,7 +1,8 @@
-//! Trace context between processes, as W3C's `traceparent` has it: calls carry it, the requests that are served continue it, and
-//! work that is done later is told of it.
+//! Trace context between processes, as W3C's `traceparent` has it: calls carry it, the requests that are served
+//! continue it, and work that is done later is told of it.
 //!
-//! A process that exports no spans makes none here: its log leaves out this module's ([`TARGET`]), and nothing is carried.
+//! A process that exports no spans makes none here: its log leaves out this module's ([`TARGET`]), and nothing is
+//! carried.
 
 use opentelemetry::trace::{SpanContext, SpanId, TraceContextExt, TraceFlags, TraceId, TraceState};
 use tonic::codegen::http;

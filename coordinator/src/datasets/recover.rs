@@ -41,7 +41,8 @@ impl Datasets {
         let rounds = self.store.get_all(self.store.list(&keys::rounds(&id)).await?).await?;
         let dead = self.store.get(&keys::tombstone(&id)).await?.is_some();
         if dead || rounds.is_empty() {
-            // A list that was never read to its end. The tombstone first, so that whoever still works on it comes too late.
+            // A list that was never read to its end. The tombstone first, so that whoever still works on it comes too
+            // late.
             let this = Arc::clone(self);
             tokio::spawn(async move {
                 if let Err(error) = this.remove(&id).await {

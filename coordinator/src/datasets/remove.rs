@@ -35,8 +35,8 @@ impl Datasets {
         self.store.create(&keys::tombstone(id), &tombstone).await.map(drop)
     }
 
-    /// Removes everything under a dataset, its tombstone last. Once more after a while: a worker that had not heard of the end
-    /// may have written meanwhile.
+    /// Removes everything under a dataset, its tombstone last. Once more after a while: a worker that had not heard of
+    /// the end may have written meanwhile.
     pub(crate) async fn remove(&self, id: &DatasetId) -> Result<(), StoreError> {
         self.put_tombstone(id).await?;
         let tombstone = keys::tombstone(id);

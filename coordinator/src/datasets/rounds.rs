@@ -1,7 +1,7 @@
 //! Later rounds: URLs that are fetched again, and new ones, as slices of their own.
 //!
-//! The slices come first, under numbers that nobody has used; the catalog's object commits them. What a coordinator that died
-//! in between has left is garbage, and the next round's numbers begin behind it.
+//! The slices come first, under numbers that nobody has used; the catalog's object commits them. What a coordinator
+//! that died in between has left is garbage, and the next round's numbers begin behind it.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -63,7 +63,8 @@ pub(crate) fn short(manifest: &Manifest, per_class: u32) -> HashSet<String> {
     short.map(|class| class.synset.clone()).collect()
 }
 
-/// Takes into `catalog` what is to be fetched again, and, if new lines are to be `compared`, what is known. Blocks its thread.
+/// Takes into `catalog` what is to be fetched again, and, if new lines are to be `compared`, what is known. Blocks its
+/// thread.
 pub(crate) fn gather(history: &History<'_>, retry: &Retry, compared: bool, catalog: &mut Catalog) -> Result<(), Error> {
     let indexes = history.indexes()?;
     history.latest_first(&indexes, |_, rows| -> Result<(), Error> {

@@ -53,8 +53,8 @@ impl Datasets {
         });
     }
 
-    /// Makes the manifest, unless the latest one names all; if that shows that classes are short, opens what was left of them.
-    /// None: shards are open (again), or the dataset is gone.
+    /// Makes the manifest, unless the latest one names all; if that shows that classes are short, opens what was left
+    /// of them. None: shards are open (again), or the dataset is gone.
     async fn seal_or_reopen(self: &Arc<Self>, id: &DatasetId) -> Result<Option<Stage>, SealError> {
         let dataset = {
             let state = self.state();
@@ -96,8 +96,9 @@ impl Datasets {
         sealed.unwrap_or_else(|error| Err(SealError::Local(std::io::Error::other(error))))
     }
 
-    /// Removes the files of attempts whose shard has an index that names another attempt, and the slices of rounds that were
-    /// never committed: those whose numbers lie between the ones that the catalog names. (Behind them, a round may be on its way.)
+    /// Removes the files of attempts whose shard has an index that names another attempt, and the slices of rounds that
+    /// were never committed: those whose numbers lie between the ones that the catalog names. (Behind them, a round may
+    /// be on its way.)
     async fn sweep(&self, id: &DatasetId) -> Result<(), StoreError> {
         let indexes = self.store.get_each(self.store.list(&keys::indexes(id)).await?);
         let winner = |(_, json): (String, Bytes)| {
