@@ -45,7 +45,7 @@ pub(crate) struct History<'a> {
     pub(crate) rounds: &'a [Round],
 }
 
-/// One bit for each key that a later round has had.
+/// One bit for each key that has been handed out; none if there is one round, which has each key once.
 #[derive(Debug)]
 pub(crate) struct Seen(Vec<u64>);
 
@@ -55,14 +55,12 @@ impl Seen {
         Self(vec![0; keys.div_ceil(64) as usize])
     }
 
-    fn insert(&mut self, key: i64) {
-        if let Some(word) = self.0.get_mut(key as usize / 64) {
-            *word |= 1 << (key % 64);
-        }
-    }
-
-    fn contains(&self, key: i64) -> bool {
-        self.0.get(key as usize / 64).is_some_and(|word| word & (1 << (key % 64)) != 0)
+    /// Whether the key is new.
+    fn insert(&mut self, key: i64) -> bool {
+        let Some(word) = self.0.get_mut(key as usize / 64) else { return true };
+        let new = *word & (1 << (key % 64)) == 0;
+        *word |= 1 << (key % 64);
+        new
     }
 }
 
@@ -92,20 +90,15 @@ impl History<'_> {
     ) -> Result<(), E> {
         let mut seen = Seen::new(self.rounds);
         for round in self.rounds.iter().rev() {
-            let mut keys = Vec::new();
             let of_round = round.shards().filter_map(|shard| indexes.get(&shard));
             self.each(of_round, |index, rows| {
-                let rows = rows.into_iter().map(|row| {
-                    let latest = !seen.contains(row.key);
+                // A round has a URL once.
+                let row = |row: OutcomeRow| {
+                    let latest = seen.insert(row.key);
                     (row, latest)
-                });
-                let rows: Vec<_> = rows.collect();
-                if round.round > 1 {
-                    keys.extend(rows.iter().map(|(row, _)| row.key));
-                }
-                each(index, rows)
+                };
+                each(index, rows.into_iter().map(row).collect())
             })?;
-            keys.into_iter().for_each(|key| seen.insert(key));
         }
         Ok(())
     }
