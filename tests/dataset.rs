@@ -1,7 +1,5 @@
 //! From a rotted list to a manifest, with real processes, a real origin and real kills.
 
-mod support;
-
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::time::Duration;
@@ -14,18 +12,8 @@ use proto::outcomes::OutcomeRow;
 use proto::{DatasetId, Manifest, Outcome, Rejection, ShardIndex, Stored, table};
 use support::Cluster;
 
-/// The origin needs a runtime; everything else in a test waits for processes.
-struct Web {
-    origin: Origin,
-    _runtime: tokio::runtime::Runtime,
-}
-
-impl Web {
-    fn start(options: Options) -> Self {
-        let runtime = tokio::runtime::Runtime::new().expect("threads");
-        let origin = runtime.block_on(Origin::start_with(options)).expect("loopback");
-        Self { origin, _runtime: runtime }
-    }
+fn web(options: Options) -> Origin {
+    Origin::serve(options).expect("loopback")
 }
 
 /// The list, and the command that makes the dataset `rotted` of it.
@@ -50,7 +38,7 @@ fn manifest(cluster: &Cluster) -> Manifest {
 
 /// Every row of every committed shard.
 fn rows(cluster: &Cluster, dataset: &DatasetId) -> Vec<OutcomeRow> {
-    let store = Path::new(&cluster.store);
+    let store = Path::new(cluster.store());
     let indexes = std::fs::read_dir(store.join(proto::keys::indexes(dataset))).expect("shards are committed");
     let index = |path| ShardIndex::from_json(&std::fs::read(path).expect("an index")).expect("an index");
     let files = indexes.map(|entry| index(entry.expect("an index").path()).outcomes_file.expect("a worker made it"));
@@ -78,12 +66,12 @@ fn assert_outcomes(rows: &[OutcomeRow], list: &[Entry], expected: impl Fn(Rot) -
 
 #[test]
 fn every_url_of_a_rotted_list_has_its_outcome_and_no_poison_is_counted() {
-    let web = Web::start(Options { seed: 7, ..Options::default() });
-    let list = list::rotted(7, 20, &web.origin);
+    let origin = web(Options { seed: 7, ..Options::default() });
+    let list = list::rotted(7, 20, &origin);
     let mut cluster = Cluster::start();
     // A cluster's own list of placeholders; the demo's manifest finds this one by its many URLs.
     let known = proto::shard::sha256_hex(&Origin::large_placeholder());
-    let file = Path::new(&cluster.store).join(worker::PLACEHOLDERS_KEY);
+    let file = Path::new(cluster.store()).join(worker::PLACEHOLDERS_KEY);
     std::fs::create_dir_all(file.parent().expect("a folder")).expect("the store is a folder");
     std::fs::write(file, format!("{known} the origin's large one\n")).expect("the store is a folder");
     cluster.start_worker("worker");
@@ -110,12 +98,12 @@ fn every_url_of_a_rotted_list_has_its_outcome_and_no_poison_is_counted() {
 
 #[test]
 fn a_picture_behind_many_urls_is_a_placeholder_that_the_manifest_skips() {
-    let web = Web::start(Options { seed: 3, ..Options::default() });
+    let origin = web(Options { seed: 3, ..Options::default() });
     let good = (0..30).map(|n| (Rot::Good, n));
     let list: Vec<Entry> = good
         .chain((30..60).map(|n| (Rot::LargePlaceholder, n)))
         .map(|(rot, n)| {
-            let url = list::url(rot, (0, n), n, &web.origin);
+            let url = list::url(rot, (0, n), n, &origin);
             Entry { synset: "n02084071", url, rot, picture: (0, n), counts: rot == Rot::Good }
         })
         .collect();
@@ -131,8 +119,8 @@ fn a_picture_behind_many_urls_is_a_placeholder_that_the_manifest_skips() {
 #[test]
 fn killed_workers_and_coordinators_lose_nothing() {
     // Slow enough that the kills find shards half made.
-    let web = Web::start(Options { seed: 5, delay: Duration::from_millis(300), ..Options::default() });
-    let list = list::rotted(5, 20, &web.origin);
+    let origin = web(Options { seed: 5, delay: Duration::from_millis(300), ..Options::default() });
+    let list = list::rotted(5, 20, &origin);
     let mut cluster = Cluster::start();
     cluster.start_worker("worker-1");
     create(&cluster, &list);
@@ -152,7 +140,7 @@ fn killed_workers_and_coordinators_lose_nothing() {
     let manifest = manifest(&cluster);
     let rows = rows(&cluster, &manifest.dataset);
     assert_outcomes(&rows, &list, Rot::expected);
-    let folder = Path::new(&cluster.store).join(format!("datasets/{}/shards", manifest.dataset));
+    let folder = Path::new(cluster.store()).join(format!("datasets/{}/shards", manifest.dataset));
     let tars = |split| std::fs::read_dir(folder.join(split)).expect("tars").count();
     let named: usize = manifest.shards.iter().map(|shard| shard.tars.len()).sum();
     cluster.eventually("nothing is left of the attempts that lost", |_| {

@@ -4,14 +4,15 @@
 
 #![allow(clippy::print_stdout, reason = "the measured times are what people run these tests for, too")]
 
-mod support;
+mod small;
 
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use small::{compare, dataset, step, submit, wait, wait_for};
+use support::Cluster;
 use support::net::Net;
-use support::training::{compare, dataset, step, submit, wait, wait_for};
-use support::{Cluster, signal};
+use support::process::{parent, signal};
 
 /// `failure_detection` of these runs: `FAILURE_DETECTION` seconds, or 3.
 fn detection() -> Duration {
@@ -50,7 +51,7 @@ impl Machine {
 
     fn rank(&self, cluster: &Cluster) -> u32 {
         let agent = cluster.pid(&self.name);
-        let of_it = |pid: &u32| support::parent(*pid) == Some(agent);
+        let of_it = |pid: &u32| parent(*pid) == Some(agent);
         cluster.ranks().into_iter().find(of_it).expect("its rank runs")
     }
 }
@@ -240,7 +241,7 @@ fn agents_come_and_go_in_order_without_a_failure() {
     // A rank alone that is told to end leaves in order, too, and is replaced.
     let rank = machines[1].rank(&cluster);
     signal(rank, "TERM");
-    cluster.eventually("the rank has ended", |_| support::parent(rank).is_none());
+    cluster.eventually("the rank has ended", |_| parent(rank).is_none());
     settled(&cluster, "run", 2);
     assert!(failures(&cluster, "run").is_empty(), "{:?}", failures(&cluster, "run"));
     assert_same_samples(&cluster, "run");

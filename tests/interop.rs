@@ -1,18 +1,18 @@
 //! Formats and numbers against independent implementations: Python's webdataset and Pillow, PyTorch, a real S3 server.
 
-mod support;
-
 use std::collections::BTreeMap;
-use std::net::TcpStream;
+use std::net::{Ipv4Addr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use demo_origin::{list, origin, rot::Rot};
+use demo_origin::list;
+use demo_origin::origin::{Options, Origin};
+use demo_origin::rot::Rot;
 use proto::{Manifest, RunSpec, Stored, shard};
 use safetensors::{Dtype, tensor::TensorView};
-use support::{Cluster, PATIENCE, root};
+use support::{Cluster, FreeAddress, PATIENCE, root, s3_environment};
 
 /// A program of the environment that `make pytorch` makes.
 fn python(program: &str) -> Command {
@@ -29,8 +29,7 @@ fn printed(command: &mut Command) -> String {
 
 /// A dataset of a few dozen pictures, made by one worker.
 fn dataset(cluster: &Cluster) -> Manifest {
-    let runtime = tokio::runtime::Runtime::new().expect("threads");
-    let origin = runtime.block_on(origin::Origin::start(9)).expect("loopback");
+    let origin = Origin::serve(Options { seed: 9, ..Options::default() }).expect("loopback");
     let good = (0..60).map(|n| list::url(Rot::Good, (n as usize % 3, n), n, &origin));
     let list: String = good.enumerate().map(|(n, url)| format!("n{}\t{url}\n", n % 3)).collect();
     let list = cluster.write("urls.txt", &list);
@@ -49,7 +48,7 @@ fn webdataset_reads_the_same_pixels_and_labels_as_we_do() {
         .shards
         .iter()
         .flat_map(|shard| shard.tars.values())
-        .map(|tar| Path::new(&cluster.store).join(&tar.key))
+        .map(|tar| Path::new(cluster.store()).join(&tar.key))
         .collect();
     let mut ours = BTreeMap::new();
     for (tar, blocks) in tars.iter().zip(manifest.shards.iter().flat_map(|shard| shard.tars.values())) {
@@ -76,11 +75,8 @@ fn webdataset_reads_the_same_pixels_and_labels_as_we_do() {
 
 /// Eight images of noise with their labels, as safetensors.
 fn a_batch() -> Vec<u8> {
-    let mut state = 1_u32;
-    let mut noise = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        state as f32 / u32::MAX as f32 * 4.0 - 2.0
-    };
+    let mut random = fastrand::Rng::with_seed(1);
+    let mut noise = || random.f32() * 4.0 - 2.0;
     let images: Vec<u8> = (0..8 * 3 * 224 * 224).flat_map(|_| noise().to_le_bytes()).collect();
     let labels: Vec<u8> = [0_i64, 1, 2, 3, 4, 0, 1, 2].iter().flat_map(|label| label.to_le_bytes()).collect();
     let images = TensorView::new(Dtype::F32, vec![8, 3, 224, 224], &images).expect("as many bytes");
@@ -117,6 +113,17 @@ fn one_step_of_each_network_is_pytorch_s() {
     }
 }
 
+/// A free port P with P + 10000, which SeaweedFS takes too.
+fn with_grpc() -> [FreeAddress; 2] {
+    loop {
+        let http = FreeAddress::loopback();
+        let grpc = http.port().checked_add(10_000).map(|port| FreeAddress::bind((Ipv4Addr::LOCALHOST, port).into()));
+        if let Some(Ok(grpc)) = grpc {
+            return [http, grpc];
+        }
+    }
+}
+
 /// SeaweedFS, which speaks S3 and checks signatures; ended when dropped.
 struct SeaweedFs {
     child: Child,
@@ -131,15 +138,8 @@ impl SeaweedFs {
         let identities = r#"{"identities":[{"name":"t","credentials":[{"accessKey":"K","secretKey":"S"}],"actions":["Admin","Read","Write","List","Tagging"]}]}"#;
         let config = dir.path().join("s3.json");
         std::fs::write(&config, identities).expect("a folder to write to");
-        // Each port P also takes P + 10000.
-        let port = || loop {
-            let port =
-                std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port").port();
-            if port < 50_000 && std::net::TcpListener::bind(("127.0.0.1", port + 10_000)).is_ok() {
-                return port;
-            }
-        };
-        let [master, volume, filer, s3] = [port(), port(), port(), port()];
+        let reserved = [(); 4].map(|()| with_grpc());
+        let [master, volume, filer, s3] = reserved.each_ref().map(|ports| ports[0].port());
         let child = python("weed")
             .args([
                 "server",
@@ -173,19 +173,6 @@ impl SeaweedFs {
         let script = "import sys, urllib.request as u; u.urlopen(u.Request(sys.argv[1], method='POST'), timeout=30)";
         printed(python("python").args(["-c", script, &url]));
     }
-
-    fn env(&self) -> Vec<(String, String)> {
-        let endpoint = format!("http://127.0.0.1:{}", self.s3);
-        [
-            ("AWS_ENDPOINT", endpoint.as_str()),
-            ("AWS_ALLOW_HTTP", "true"),
-            ("AWS_ACCESS_KEY_ID", "K"),
-            ("AWS_SECRET_ACCESS_KEY", "S"),
-            ("AWS_REGION", "us-east-1"),
-        ]
-        .map(|(key, value)| (key.to_owned(), value.to_owned()))
-        .into()
-    }
 }
 
 impl Drop for SeaweedFs {
@@ -199,7 +186,7 @@ impl Drop for SeaweedFs {
 #[test]
 fn the_whole_job_runs_on_a_real_s3_server() {
     let s3 = SeaweedFs::start();
-    let mut cluster = Cluster::new(Some("s3://gleaner/cluster"), s3.env());
+    let mut cluster = Cluster::new(Some("s3://gleaner/cluster"), s3_environment(s3.s3));
     s3.make_bucket("gleaner");
     cluster.start_coordinator();
     cluster.start_worker("worker");

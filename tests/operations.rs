@@ -1,7 +1,5 @@
 //! What operators do to a cluster, and what they see of it: with real processes.
 
-mod support;
-
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -14,13 +12,10 @@ use demo_origin::origin::{Options, Origin};
 use demo_origin::rot::Rot;
 use proto::outcomes::OutcomeRow;
 use proto::{Manifest, ShardIndex, Stored, table};
-use support::Cluster;
+use support::{Cluster, FreeAddress};
 
-/// The origin needs a runtime; everything else in a test waits for processes.
-fn web(options: Options) -> (Origin, tokio::runtime::Runtime) {
-    let runtime = tokio::runtime::Runtime::new().expect("threads");
-    let origin = runtime.block_on(Origin::start_with(options)).expect("loopback");
-    (origin, runtime)
+fn web(options: Options) -> Origin {
+    Origin::serve(options).expect("loopback")
 }
 
 /// URLs of which every `good`th shows a picture, each another one; the others are gone.
@@ -59,13 +54,12 @@ fn workers_come_and_go_in_the_middle_of_a_dataset_nothing_is_lost_and_throughput
     const URLS: u64 = 700;
     const WINDOW: Duration = Duration::from_secs(6);
     // The origin's pause, not this machine's cores, is what a worker with few connections is bound by; so most URLs are gone.
-    let (origin, _runtime) = web(Options { seed: 11, delay: Duration::from_millis(700), ..Options::default() });
+    let origin = web(Options { seed: 11, delay: Duration::from_millis(700), ..Options::default() });
     let list = urls(URLS, 10, &origin);
     let mut cluster = Cluster::start();
     let start = |cluster: &mut Cluster, n: u32| {
-        let metrics = support::free_address();
-        let flags = ["worker", "--allow-net", "127.0.0.0/8", "--connections", "6", "--metrics-listen", &metrics];
-        cluster.spawn(&format!("worker-{n}"), &flags);
+        let metrics = FreeAddress::loopback();
+        cluster.start_worker_with(&format!("worker-{n}"), &["--connections", "6", "--metrics-listen", &metrics]);
         metrics
     };
     let mut metrics = vec![start(&mut cluster, 1)];
@@ -73,11 +67,11 @@ fn workers_come_and_go_in_the_middle_of_a_dataset_nothing_is_lost_and_throughput
     cluster.gleaner(&["dataset", "create", "many", "--urls", &urls, "--size", "64", "--slice-urls", "20"]);
 
     // Outcomes a second, as the workers themselves count them.
-    let fetched = |metrics: &[String]| -> f64 {
-        let of = |address: &String| metric(&get(address, "/metrics")?.1, "gleaner_worker_urls_total");
+    let fetched = |metrics: &[FreeAddress]| -> f64 {
+        let of = |address: &FreeAddress| metric(&get(address, "/metrics")?.1, "gleaner_worker_urls_total");
         metrics.iter().filter_map(of).sum()
     };
-    let rate = |metrics: &[String]| {
+    let rate = |metrics: &[FreeAddress]| {
         let (before, begun) = (fetched(metrics), Instant::now());
         std::thread::sleep(WINDOW);
         (fetched(metrics) - before) / begun.elapsed().as_secs_f64()
@@ -103,7 +97,7 @@ fn workers_come_and_go_in_the_middle_of_a_dataset_nothing_is_lost_and_throughput
     cluster.gleaner(&["dataset", "wait", "many", "--timeout", "180s"]);
     let json = cluster.gleaner(&["dataset", "manifest", "many"]);
     let manifest = Manifest::from_json(json.as_bytes()).expect("a manifest");
-    let store = Path::new(&cluster.store);
+    let store = Path::new(cluster.store());
     let mut seen = BTreeMap::<(String, String), u32>::new();
     for index in std::fs::read_dir(store.join(proto::keys::indexes(&manifest.dataset))).expect("shards are committed") {
         let index = std::fs::read(index.expect("an entry").path()).expect("an index");
@@ -121,11 +115,11 @@ fn workers_come_and_go_in_the_middle_of_a_dataset_nothing_is_lost_and_throughput
 
 #[test]
 fn every_role_tells_what_it_does_and_whether_it_is_ready() {
-    let (origin, _runtime) = web(Options { seed: 2, ..Options::default() });
-    let addresses: Vec<String> = (0..3).map(|_| support::free_address()).collect();
-    let [coordinator, worker, trainer] = &addresses[..] else { unreachable!("three were made") };
+    let origin = web(Options { seed: 2, ..Options::default() });
+    let addresses = [(); 3].map(|()| FreeAddress::loopback());
+    let [coordinator, worker, trainer] = &addresses;
     let mut cluster = Cluster::new(None, Vec::new());
-    cluster.spawn("worker", &["worker", "--allow-net", "127.0.0.0/8", "--metrics-listen", worker]);
+    cluster.start_worker_with("worker", &["--metrics-listen", worker]);
     cluster.spawn("trainer", &["trainer", "--devices", "cpu", "--metrics-listen", trainer]);
     for address in [worker, trainer] {
         cluster.eventually("it lives", |_| get(address, "/healthz").is_some_and(|(status, _)| status == 200));

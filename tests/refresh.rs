@@ -1,8 +1,6 @@
 //! A dataset over several rounds, with real processes: what failed once is fetched again, classes that have enough stop, and what
 //! is exported is what the manifest counts.
 
-mod support;
-
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -161,7 +159,7 @@ fn a_refresh_gets_what_came_back_and_what_is_new_and_exports_hold_what_counts() 
         files(&folder)
     };
     let tree = export("tree", &[]);
-    assert_eq!(export("tree", &["--store", &cluster.store]), tree, "through the coordinator as from the store");
+    assert_eq!(export("tree", &["--store", cluster.store()]), tree, "through the coordinator as from the store");
     let images: BTreeSet<&Vec<u8>> =
         tree.iter().filter(|(path, _)| path.ends_with(".jpg")).map(|(_, bytes)| bytes).collect();
     assert_eq!((images.len(), tree.len()), (18, 19));

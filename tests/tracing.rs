@@ -1,7 +1,5 @@
 //! Spans, as a collector gets them from real processes: a command's trace goes on in all that is done for it.
 
-mod support;
-
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -13,7 +11,7 @@ use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::{Tra
 use opentelemetry_proto::tonic::collector::trace::v1::{ExportTraceServiceRequest, ExportTraceServiceResponse};
 use opentelemetry_proto::tonic::common::v1::{KeyValue, any_value::Value};
 use opentelemetry_proto::tonic::trace::v1::{Span, status::StatusCode};
-use support::Cluster;
+use support::{Cluster, FreeAddress};
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::{Identity, Server, ServerTlsConfig};
@@ -110,7 +108,7 @@ fn exporting_to(address: &str) -> Vec<(String, String)> {
 #[test]
 fn a_commands_trace_goes_on_in_the_coordinator_in_workers_and_in_ranks() {
     let runtime = tokio::runtime::Runtime::new().expect("threads");
-    let origin = runtime.block_on(Origin::start_with(Options { seed: 5, ..Options::default() })).expect("loopback");
+    let origin = Origin::serve(Options { seed: 5, ..Options::default() }).expect("loopback");
     let collector = Collector::default();
     let mut cluster = Cluster::new(None, exporting_to(&collector.start(&runtime)));
     cluster.start_coordinator_with(&["--log-format", "json"]);
@@ -178,12 +176,12 @@ fn a_commands_trace_goes_on_in_the_coordinator_in_workers_and_in_ranks() {
 
 #[test]
 fn a_collector_that_is_away_holds_up_nobody_and_is_complained_of_once() {
-    let runtime = tokio::runtime::Runtime::new().expect("threads");
-    let origin = runtime.block_on(Origin::start_with(Options { seed: 6, ..Options::default() })).expect("loopback");
+    let origin = Origin::serve(Options { seed: 6, ..Options::default() }).expect("loopback");
     // One that takes connections and says nothing, which is worse than one that refuses them.
     let silent = std::net::TcpListener::bind("127.0.0.1:0").expect("loopback");
     let silent = (format!("http://{}", silent.local_addr().expect("bound")), silent);
-    let refusing = format!("http://{}", support::free_address());
+    let nobody = FreeAddress::loopback();
+    let refusing = format!("http://{nobody}");
     for (address, complains) in [(&silent.0, false), (&refusing, true)] {
         let mut cluster = Cluster::new(None, exporting_to(address));
         cluster.start_coordinator();

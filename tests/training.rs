@@ -1,11 +1,11 @@
 //! From a dataset to a trained model, with real rank processes and real kills.
 
-mod support;
+mod small;
 
 use std::path::Path;
 
-use support::training::{compare, dataset, step, submit, submit_from, wait};
-use support::{Cluster, kill};
+use small::{compare, dataset, step, submit, submit_from, wait};
+use support::{Cluster, process::kill};
 
 #[test]
 fn a_run_on_two_ranks_learns_and_leaves_a_model() {
@@ -20,7 +20,7 @@ fn a_run_on_two_ranks_learns_and_leaves_a_model() {
     assert!(validated > 0.4, "5 classes, chance 0.2: {run}");
     assert!(run["test"]["samples"].as_u64() > Some(10), "{run}");
     let done = run["events"].as_array().and_then(|events| events.last()).expect("an event")["event"].clone();
-    let model = Path::new(&cluster.store).join(done["model"].as_str().expect("it is named"));
+    let model = Path::new(cluster.store()).join(done["model"].as_str().expect("it is named"));
     let weights = std::fs::read(model.join("model.safetensors")).expect("the model");
     assert!(weights.len() > 100_000);
     assert!(!cluster.gleaner(&["run", "logs", "learn"]).is_empty());
@@ -103,7 +103,7 @@ fn a_run_goes_on_from_an_older_checkpoint_than_a_damaged_one_and_another_begins_
     cluster.kill("trainer");
     let made = checkpoints(&cluster);
     let newest = made.last().expect("some");
-    let folder = Path::new(&cluster.store).join(newest["key"].as_str().expect("a key"));
+    let folder = Path::new(cluster.store()).join(newest["key"].as_str().expect("a key"));
     let mut tensors = std::fs::read(folder.join("state.safetensors")).expect("it is kept");
     let middle = tensors.len() / 2;
     tensors[middle] ^= 1;
@@ -117,7 +117,7 @@ fn a_run_goes_on_from_an_older_checkpoint_than_a_damaged_one_and_another_begins_
     assert!(found["equal"] == true, "{found}");
     // The newest two and the best are kept.
     let best = run["best_checkpoint_step"].as_u64().expect("a number");
-    let kept = std::fs::read_dir(Path::new(&cluster.store).join(proto::keys::checkpoints("run"))).expect("a folder");
+    let kept = std::fs::read_dir(Path::new(cluster.store()).join(proto::keys::checkpoints("run"))).expect("a folder");
     // Of those that are removed a folder may be left, empty.
     let kept = kept.flatten().filter(|folder| folder.path().join("state.json").exists());
     let kept = kept.map(|folder| folder.file_name().to_string_lossy().into_owned()).collect::<Vec<_>>();

@@ -15,6 +15,7 @@ use bytes::Bytes;
 use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::runtime::Runtime;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -39,6 +40,8 @@ pub struct Origin {
     /// Bound, but never listening: the system refuses connections, and gives the port to nobody else.
     _refusing: TcpSocket,
     _listeners: JoinSet<()>,
+    /// Its own threads, if it has any.
+    _runtime: Option<Runtime>,
 }
 
 /// How an origin differs from the usual one.
@@ -126,7 +129,17 @@ impl Origin {
         for (host, listener) in listeners {
             tasks.spawn(accept(Arc::clone(&shared), host, listener));
         }
-        Ok(Self { shared, refused: refusing.local_addr()?, _refusing: refusing, _listeners: tasks })
+        Ok(Self { shared, refused: refusing.local_addr()?, _refusing: refusing, _listeners: tasks, _runtime: None })
+    }
+
+    /// An origin as `options` say, on threads of its own, for callers that have no runtime.
+    ///
+    /// # Errors
+    /// If loopback has no free port, or the system no thread.
+    pub fn serve(options: Options) -> io::Result<Self> {
+        let runtime = Runtime::new()?;
+        let origin = runtime.block_on(Self::start_with(options))?;
+        Ok(Self { _runtime: Some(runtime), ..origin })
     }
 
     /// Its hosts, each `address:port`.

@@ -12,7 +12,6 @@
 
 mod floor;
 mod gleaner;
-mod process;
 mod rival;
 
 use std::path::{Path, PathBuf};
@@ -111,7 +110,7 @@ async fn main() -> Result<()> {
     for round in 1..=args.rounds.max(1) {
         for (i, job) in jobs.iter().enumerate() {
             floors[i].push(floor.seconds_per_1000()?);
-            ours[i].push(gleaner::fetch(job, folder.path()).await.with_context(|| format!("Gleaner, {}", job.name))?);
+            ours[i].push(gleaner::fetch(job, folder.path()).with_context(|| format!("Gleaner, {}", job.name))?);
             if let Some(python) = &args.rival {
                 let fetched = rival::fetch(job, python, folder.path()).await;
                 theirs[i].push(fetched.with_context(|| format!("img2dataset, {}", job.name))?);

@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
+use support::process;
 use tokio::process::Command;
 
-use crate::{DEADLINE, Job, Measured, TIMEOUT_SECONDS, process, seconds};
+use crate::{DEADLINE, Job, Measured, TIMEOUT_SECONDS, seconds};
 
 const RUNNER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/bench/fetch/runner.py");
 /// How often the processes are looked at.

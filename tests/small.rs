@@ -1,17 +1,20 @@
 //! A small dataset, and runs on it.
 
+#![allow(dead_code, unreachable_pub, reason = "a module of several test binaries, each of which uses a part")]
+
 use std::time::Duration;
 
-use demo_origin::{list, origin::Origin, pictures::CLASSES, rot::Rot};
+use demo_origin::list;
+use demo_origin::origin::{Options, Origin};
+use demo_origin::pictures::CLASSES;
+use demo_origin::rot::Rot;
 use serde_json::Value;
-
-use super::Cluster;
+use support::Cluster;
 
 /// Makes the dataset `small`: 5 classes of 40 pictures, 64 x 64.
 pub fn dataset(cluster: &mut Cluster) {
     cluster.start_worker("worker");
-    let runtime = tokio::runtime::Runtime::new().expect("threads");
-    let origin = runtime.block_on(Origin::start(11)).expect("loopback");
+    let origin = Origin::serve(Options { seed: 11, ..Options::default() }).expect("loopback");
     let list: String = (0..200)
         .map(|n| {
             let class = n as usize % 5;

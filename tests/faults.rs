@@ -1,0 +1,111 @@
+//! A store that fails, loses answers, tears listings and is full for a while: what that may cost is time.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use demo_origin::list::{self, Entry};
+use demo_origin::origin::{Options, Origin};
+use demo_origin::rot::Rot;
+use object_store::local::LocalFileSystem;
+use proto::outcomes::OutcomeRow;
+use proto::{Manifest, ShardIndex, Stored, shard, table};
+use support::{Cluster, Faults, FaultyStore, Injected, Rules, S3};
+
+/// A cluster on a bucket that fails as `faults` say; its objects lie in `folder`.
+struct Faulty {
+    cluster: Cluster,
+    faults: Faults,
+    folder: tempfile::TempDir,
+    _server: S3,
+}
+
+impl Faulty {
+    /// Its coordinator has started, and nothing has gone wrong yet.
+    fn start(seed: u64) -> Self {
+        let (folder, faults) = (tempfile::tempdir().expect("a temporary folder"), Faults::new(seed));
+        let store = LocalFileSystem::new_with_prefix(folder.path()).expect("it is there");
+        let server = S3::serve(Arc::new(FaultyStore::new(Arc::new(store), faults.clone())));
+        let mut cluster = Cluster::new(Some("s3://bucket/cluster"), server.environment());
+        cluster.start_coordinator();
+        Self { cluster, faults, folder, _server: server }
+    }
+
+    fn create(&self, list: &[Entry]) {
+        let urls = self.cluster.write("urls.txt", &list::to_text(list));
+        self.cluster.gleaner(&["dataset", "create", "some", "--urls", &urls, "--size", "64", "--slice-urls", "20"]);
+    }
+
+    fn committed(&self) -> u64 {
+        self.cluster.json(&["dataset", "describe", "some"])["shards_committed"].as_u64().expect("a number")
+    }
+
+    /// Waits until the dataset is ready. Each URL must then have its outcome, once.
+    fn assert_whole(&self, list: &[Entry]) {
+        self.cluster.gleaner(&["dataset", "wait", "some", "--timeout", "180s"]);
+        let manifest = self.cluster.gleaner(&["dataset", "manifest", "some"]);
+        let manifest = Manifest::from_json(manifest.as_bytes()).expect("a manifest");
+        let store = self.folder.path().join("cluster");
+        let read = |path: &Path| std::fs::read(path).expect("a file of the store");
+        let mut seen = BTreeMap::<(String, String), u32>::new();
+        let indexes = store.join(proto::keys::indexes(&manifest.dataset));
+        for index in std::fs::read_dir(indexes).expect("shards are committed") {
+            let index = ShardIndex::from_json(&read(&index.expect("a file").path())).expect("an index");
+            let file = index.outcomes_file.expect("a worker made it");
+            let rows: Vec<OutcomeRow> = table::read(Bytes::from(read(&store.join(file.key)))).expect("Parquet");
+            rows.into_iter().for_each(|row| *seen.entry((row.url, row.outcome)).or_default() += 1);
+        }
+        let outcome = |entry: &Entry| if entry.rot == Rot::Good { "kept" } else { "not_found" };
+        let expected = list.iter().map(|entry| ((entry.url.clone(), outcome(entry).to_owned()), 1)).collect();
+        assert_eq!(seen, expected);
+        for tar in manifest.shards.iter().flat_map(|shard| shard.tars.values()) {
+            assert_eq!(shard::sha256_hex(&read(&store.join(&tar.key))), tar.sha256, "{}", tar.key);
+        }
+    }
+}
+
+/// URLs of which every third shows a picture.
+fn urls(count: u64, origin: &Origin) -> Vec<Entry> {
+    let entry = |n: u64| {
+        let rot = if n.is_multiple_of(3) { Rot::Good } else { Rot::Gone };
+        let url = list::url(rot, (0, n), n, origin);
+        Entry { synset: "n02084071", url, rot, picture: (0, n), counts: rot == Rot::Good }
+    };
+    (0..count).map(entry).collect()
+}
+
+#[test]
+fn a_dataset_is_whole_though_requests_fail_answers_are_lost_and_the_coordinator_is_killed() {
+    let origin = Origin::serve(Options { seed: 21, delay: Duration::from_millis(200), ..Options::default() });
+    let origin = origin.expect("loopback");
+    let list = urls(200, &origin);
+    let mut faulty = Faulty::start(1);
+    let rules = Rules { failed: 0.1, lost: 0.1, torn: 0.1, delay: Duration::from_millis(20), ..Rules::default() };
+    faulty.faults.set(rules);
+    faulty.create(&list);
+    faulty.cluster.start_worker_with("worker-1", &["--connections", "8"]);
+    faulty.cluster.eventually("some shards are committed", |_| faulty.committed() > 1);
+    faulty.cluster.kill("coordinator");
+    faulty.cluster.start_coordinator();
+    faulty.cluster.kill("worker-1");
+    faulty.cluster.start_worker_with("worker-2", &["--connections", "8"]);
+    faulty.assert_whole(&list);
+    let Injected { failed, lost, .. } = faulty.faults.injected();
+    assert!(failed > 10 && lost > 5, "{failed} {lost}");
+}
+
+#[test]
+fn a_full_store_holds_up_a_dataset_until_there_is_room() {
+    let origin = Origin::serve(Options { seed: 22, ..Options::default() }).expect("loopback");
+    let list = urls(60, &origin);
+    let mut faulty = Faulty::start(2);
+    faulty.create(&list);
+    faulty.faults.set(Rules { full: true, ..Rules::default() });
+    faulty.cluster.start_worker("worker");
+    faulty.cluster.eventually("a write is refused", |_| faulty.faults.injected().refused > 3);
+    assert_eq!(faulty.committed(), 0);
+    faulty.faults.set(Rules::default());
+    faulty.assert_whole(&list);
+}

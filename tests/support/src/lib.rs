@@ -1,0 +1,27 @@
+//! What tests and benches share. It knows the contracts alone, so that every crate's tests can use it.
+//!
+//! - [`Cluster`]: real processes over one store, and the command line; [`process`]: what the kernel knows of them, and signals;
+//!   [`net`]: machines with addresses of their own; [`FreeAddress`]: one that nobody takes in between;
+//! - [`FaultyStore`]: a store that fails, loses answers, delays, damages and refuses as its [`Faults`] say; [`S3`]: any store behind
+//!   S3's protocol, for processes;
+//! - [`dataset`]: a dataset with its manifest, made by hand.
+
+mod address;
+mod cluster;
+pub mod dataset;
+mod faulty;
+pub mod net;
+pub mod process;
+mod s3;
+
+use std::path::Path;
+
+pub use address::FreeAddress;
+pub use cluster::{Cluster, PATIENCE, binary, seconds_of_day};
+pub use faulty::{Faults, FaultyStore, Injected, Rules};
+pub use s3::{S3, s3_environment};
+
+/// The repository's folder.
+pub fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("tests/support/ lies in the repository")
+}
