@@ -193,24 +193,27 @@ fn the_whole_job_runs_on_a_real_s3_server() {
     cluster.start_trainer("trainer", 2);
     let manifest = dataset(&cluster);
     assert_eq!(proto::Split::ALL.map(|split| manifest.samples(split)).iter().sum::<u64>(), 60);
-    cluster.gleaner(
-        &[
-            &["run", "submit", "--dataset", "small", "--name", "s3", "--wait", "--timeout", "120s"][..],
-            &["--set", "model.arch=\"alexnet-slim\"", "--set", "model.width=0.125", "--set", "input.crop=64"],
-            &["--set", "train.epochs=2", "--set", "train.batch=16", "--set", "ranks.max=2", "--set", "ranks.lanes=2"],
-        ]
-        .concat(),
-    );
-    let run = cluster.json(&["run", "describe", "s3"]);
-    assert_eq!(run["state"], "done", "{run}");
+    for arch in ["alexnet-bn", "alexnet", "alexnet-2012", "alexnet-slim"] {
+        let model = format!("model.arch=\"{arch}\"");
+        cluster.gleaner(
+            &[
+                &["run", "submit", "--dataset", "small", "--name", arch, "--wait", "--timeout", "120s"][..],
+                &["--set", &model, "--set", "model.width=0.125", "--set", "input.crop=64", "--set", "train.epochs=2"],
+                &["--set", "train.batch=16", "--set", "ranks.max=2", "--set", "ranks.lanes=2"],
+            ]
+            .concat(),
+        );
+        let run = cluster.json(&["run", "describe", arch]);
+        assert_eq!(run["state"], "done", "{run}");
 
-    let model = cluster.path("model").display().to_string();
-    cluster.gleaner(&["run", "model", "s3", "--to", &model]);
-    let script = root().join("tests/python/exported_model.py");
-    let differences = printed(python("python").arg(script).arg(&model));
-    assert_eq!(differences.split_whitespace().count(), 4, "{differences}");
-    for difference in differences.split_whitespace() {
-        let difference: f64 = difference.parse().expect("a number");
-        assert!(difference < 1e-4, "TorchScript, ONNX: {differences}");
+        let folder = cluster.path(arch).display().to_string();
+        cluster.gleaner(&["run", "model", arch, "--to", &folder]);
+        let script = root().join("tests/python/exported_model.py");
+        let differences = printed(python("python").arg(script).arg(&folder));
+        assert_eq!(differences.split_whitespace().count(), 4, "{differences}");
+        for difference in differences.split_whitespace() {
+            let difference: f64 = difference.parse().expect("a number");
+            assert!(difference < 1e-4, "{arch}: TorchScript, ONNX: {differences}");
+        }
     }
 }

@@ -1,4 +1,4 @@
-"""Evaluates a trained alexnet-slim three times: from its safetensors with PyTorch's functions, with torch.jit, and with onnxruntime.
+"""Evaluates a trained model three times: from its safetensors with PyTorch's modules, with torch.jit, and with onnxruntime.
 
 usage: exported_model.py FOLDER
 Prints the largest difference of the logits of torch.jit and of onnxruntime from the first, relative to the largest logit, for 1 and for 5 images.
@@ -11,25 +11,25 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
+from alexnet import build
 from tensors import load_file
-from torch.nn import functional as F
 
 folder = Path(sys.argv[1])
 about = json.loads((folder / "model.json").read_text())
 weights = load_file(folder / "model.safetensors")
-first_stride = 2 if about["crop"] < 96 else 4
+model, modules = build(about["model"]["arch"], weights, about["crop"])
+values = {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict(keep_vars=True).items()}
+assert weights.keys() == {name for name in values if not name.endswith("num_batches_tracked")}, weights.keys()
+with torch.no_grad():
+    for name, tensor in weights.items():
+        values[name].copy_(tensor)
+model.eval()
 
 
 def evaluate(image):
     channels = lambda key: torch.tensor(about[key], dtype=torch.float32).reshape(1, 3, 1, 1)
-    x = (image - channels("mean")) / channels("std")
-    for index, stride, padding, pool in [(0, first_stride, 2, True), (3, 1, 2, True), (6, 1, 1, False), (8, 1, 1, False), (10, 1, 1, True)]:
-        x = F.conv2d(x, weights[f"features.{index}.weight"], stride=stride, padding=padding)
-        norm = [weights[f"features.{index}.norm.{key}"] for key in ("running_mean", "running_var", "weight", "bias")]
-        x = F.relu(F.batch_norm(x, *norm))
-        if pool:
-            x = F.max_pool2d(x, 3, 2)
-    return F.linear(x.mean((2, 3)), weights["classifier.6.weight"], weights["classifier.6.bias"])
+    with torch.no_grad():
+        return model((image - channels("mean")) / channels("std"))
 
 
 script = torch.jit.load(folder / "model.pt")
