@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use demo_origin::list::{self, Entry};
@@ -50,46 +50,33 @@ fn metric(text: &str, name: &str) -> Option<f64> {
 }
 
 #[test]
-fn workers_come_and_go_in_the_middle_of_a_dataset_nothing_is_lost_and_throughput_follows() {
-    const URLS: u64 = 700;
-    const WINDOW: Duration = Duration::from_secs(6);
+fn workers_come_and_go_in_the_middle_of_a_dataset_each_uses_its_connections_and_nothing_is_lost() {
+    const URLS: u64 = 500;
+    const CONNECTIONS: usize = 6;
     // The origin's pause, not this machine's cores, is what a worker with few connections is bound by; so most URLs are gone.
     let origin = web(Options { seed: 11, delay: Duration::from_millis(700), ..Options::default() });
     let list = urls(URLS, 10, &origin);
     let mut cluster = Cluster::start();
+    let connections = CONNECTIONS.to_string();
     let start = |cluster: &mut Cluster, n: u32| {
-        let metrics = FreeAddress::loopback();
-        cluster.start_worker_with(&format!("worker-{n}"), &["--connections", "6", "--metrics-listen", &metrics]);
-        metrics
+        cluster.start_worker_with(&format!("worker-{n}"), &["--connections", &connections]);
     };
-    let mut metrics = vec![start(&mut cluster, 1)];
+    start(&mut cluster, 1);
     let urls = cluster.write("urls.txt", &list::to_text(&list));
     cluster.gleaner(&["dataset", "create", "many", "--urls", &urls, "--size", "64", "--slice-urls", "20"]);
 
-    // Outcomes a second, as the workers themselves count them.
-    let fetched = |metrics: &[FreeAddress]| -> f64 {
-        let of = |address: &FreeAddress| metric(&get(address, "/metrics")?.1, "gleaner_worker_urls_total");
-        metrics.iter().filter_map(of).sum()
-    };
-    let rate = |metrics: &[FreeAddress]| {
-        let (before, begun) = (fetched(metrics), Instant::now());
-        std::thread::sleep(WINDOW);
-        (fetched(metrics) - before) / begun.elapsed().as_secs_f64()
-    };
-    cluster.eventually("the worker works", |_| fetched(&metrics) > 0.0);
-    let one = rate(&metrics);
-    metrics.extend((2..=4).map(|n| start(&mut cluster, n)));
-    cluster.eventually("all four work", |_| metrics.iter().all(|address| fetched(std::slice::from_ref(address)) > 0.0));
-    let four = rate(&metrics);
+    // Requests that the origin is at: what a slow web gives is bound by them, however fast this machine is.
+    let open = || origin.hosts().iter().map(|host| origin.host(host).open).sum::<usize>();
+    cluster.eventually("a worker uses all its connections", |_| open() == CONNECTIONS);
+    (2..=4).for_each(|n| start(&mut cluster, n));
+    cluster.eventually("all four use theirs", |_| open() > 3 * CONNECTIONS);
     for n in 2..=4 {
         let took = cluster.terminate(&format!("worker-{n}"));
         assert!(took < Duration::from_secs(15), "worker-{n} took {took:?} to leave");
     }
-    let waiting = cluster.json(&["dataset", "describe", "many"])["state"].clone();
-    assert_eq!(waiting, "fetching", "they left in the middle");
-    let again = rate(&metrics[..1]);
-    println!("SCALING: one={one:.1}/s four={four:.1}/s one_again={again:.1}/s ratio={:.2}", four / one);
-    assert!(four > 2.0 * one && again < 0.6 * four, "{one:.1}, {four:.1}, {again:.1} URLs a second");
+    let state = cluster.json(&["dataset", "describe", "many"])["state"].clone();
+    assert_eq!(state, "fetching", "they left in the middle");
+    cluster.eventually("one alone uses its connections", |_| open() == CONNECTIONS);
 
     for n in 5..=7 {
         start(&mut cluster, n);

@@ -227,8 +227,14 @@ fn spans_go_to_a_collector_behind_tls_that_the_system_trusts() {
 
 #[test]
 fn nobody_exports_unasked_and_an_address_that_is_none_is_refused() {
-    let cluster = Cluster::start();
-    assert!(!cluster.log("coordinator").contains("request{"), "{}", cluster.log("coordinator"));
+    let mut cluster = Cluster::new(None, Vec::new());
+    cluster.start_coordinator_with(&["--log-format", "json"]);
+    let urls = cluster.write("urls.txt", "n02084071\thttp://photos.invalid/1.jpg\n");
+    cluster.gleaner(&["dataset", "create", "some", "--urls", &urls]);
+    let log = cluster.log("coordinator");
+    let lines = log.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect::<Vec<serde_json::Value>>();
+    assert!(lines.iter().any(|line| line["message"] == "dataset created"), "{log}");
+    assert!(lines.iter().all(|line| line.get("span").is_none()), "spans are made for nobody: {log}");
     let refused = cluster.try_gleaner(&["status", "--otlp-endpoint", "not an address"]);
     let words = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(refused.status.code() == Some(2) && words.contains("--otlp-endpoint"), "{words}");
