@@ -112,6 +112,10 @@ fn every_role_tells_what_it_does_and_whether_it_is_ready() {
         cluster.eventually("it lives", |_| get(address, "/healthz").is_some_and(|(status, _)| status == 200));
         assert_eq!(get(address, "/readyz").map(|(status, _)| status), Some(503), "without a coordinator");
     }
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", cluster.pid("worker"))).expect("it lives");
+    let files = limits.lines().find_map(|line| line.strip_prefix("Max open files")).expect("a limit");
+    let files: Vec<u64> = files.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+    assert!(files.len() < 2 || files[0] >= files[1].min(65_536), "a role raises its limit of open files: {files:?}");
     cluster.start_coordinator_with(&["--metrics-listen", coordinator]);
     for address in &addresses {
         cluster.eventually("it is ready", |_| get(address, "/readyz").is_some_and(|(status, _)| status == 200));

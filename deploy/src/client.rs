@@ -1,9 +1,11 @@
 //! The command line's way to the coordinator: addresses, deadlines, repetition, and waits that outlive a coordinator.
 
+use std::cell::Cell;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use backon::{BackoffBuilder, ConstantBuilder, ExponentialBuilder, Retryable};
 use proto::pb::dataset_service_client::DatasetServiceClient;
 use proto::pb::run_service_client::RunServiceClient;
 use proto::trace::{Carried, Carry};
@@ -36,7 +38,7 @@ pub(crate) struct ClusterArgs {
 /// The end of a wait.
 #[derive(Debug, clap::Args)]
 pub(crate) struct TimeoutArgs {
-    /// Stop waiting after so long (90s, 5m, 2h) with exit code 124; the work goes on
+    /// Stop waiting after so long (90s, 5m, 1d2h) with exit code 124; the work goes on
     #[arg(long, value_parser = duration)]
     pub(crate) timeout: Option<Duration>,
 }
@@ -88,21 +90,20 @@ pub(crate) async fn answer<T>(call: impl Future<Output = Result<Response<T>, Sta
 
 /// The answer of a call that may be repeated with the same request id: repeated while the coordinator is away, unless it was
 /// never there.
-pub(crate) async fn insist<T>(mut call: impl AsyncFnMut() -> Result<T, Status>) -> Result<T, Status> {
+pub(crate) async fn insist<T, F>(call: impl FnMut() -> F) -> Result<T, Status>
+where
+    F: Future<Output = Result<T, Status>>,
+{
     let begun = Instant::now();
-    let mut lost = false;
-    loop {
-        match call().await {
-            Err(status) if is_outage(&status) && (lost || !is_refused(&status)) && begun.elapsed() < CALL_PATIENCE => {
-                if !lost {
-                    note("the coordinator was lost; trying again");
-                }
-                lost = true;
-                tokio::time::sleep(Duration::from_millis(500)).await;
+    let lost = Cell::new(false);
+    call.retry(ConstantBuilder::new().with_delay(Duration::from_millis(500)).without_max_times())
+        .when(|status| is_outage(status) && (lost.get() || !is_refused(status)) && begun.elapsed() < CALL_PATIENCE)
+        .notify(|_, _| {
+            if !lost.replace(true) {
+                note("the coordinator was lost; trying again");
             }
-            result => return result,
-        }
-    }
+        })
+        .await
 }
 
 /// Whether nobody listens at the address.
@@ -123,14 +124,17 @@ pub(crate) async fn follow<T, R>(
     mut open: impl AsyncFnMut() -> Result<Response<Streaming<T>>, Status>,
     mut seen: impl AsyncFnMut(T) -> Result<ControlFlow<R>>,
 ) -> Result<R> {
-    let mut lost_since = None;
-    let mut pause = Duration::from_millis(100);
+    let pauses = || {
+        let pauses = ExponentialBuilder::new().with_min_delay(Duration::from_millis(100));
+        pauses.with_max_delay(Duration::from_secs(2)).without_max_times().build()
+    };
+    let (mut lost_since, mut pause) = (None, pauses());
     loop {
         let end = match answer(open()).await {
             Ok(mut stream) => loop {
                 match stream.message().await {
                     Ok(Some(message)) => {
-                        (lost_since, pause) = (None, Duration::from_millis(100));
+                        (lost_since, pause) = (None, pauses());
                         if let ControlFlow::Break(result) = seen(message).await? {
                             return Ok(result);
                         }
@@ -151,8 +155,7 @@ pub(crate) async fn follow<T, R>(
         if since.elapsed() > WAIT_PATIENCE {
             return Err(end.into());
         }
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(Duration::from_secs(2));
+        tokio::time::sleep(pause.next().expect("the pauses have no end")).await;
     }
 }
 
@@ -176,17 +179,12 @@ pub(crate) async fn wait_for<R>(
     }
 }
 
-/// A duration as people write it: `90`, `90s`, `5m`, `2h`.
+/// A duration as people write it: `90`, `90s`, `5m`, `1d2h`.
 fn duration(text: &str) -> Result<Duration, String> {
-    let (number, seconds) = match text.char_indices().last() {
-        Some((at, 's')) => (&text[..at], 1.0),
-        Some((at, 'm')) => (&text[..at], 60.0),
-        Some((at, 'h')) => (&text[..at], 3600.0),
-        _ => (text, 1.0),
-    };
-    let wrong = || format!("{text:?} is no duration; write 90s, 5m or 2h");
-    let number: f64 = number.parse().map_err(|_| wrong())?;
-    Duration::try_from_secs_f64(number * seconds).map_err(|_| wrong())
+    // A number alone counts seconds.
+    let unit = if text.parse::<f64>().is_ok() { "s" } else { "" };
+    humantime::parse_duration(&format!("{text}{unit}"))
+        .map_err(|error| format!("{text:?} is no duration ({error}); write 90s, 5m or 1d2h"))
 }
 
 #[cfg(test)]
@@ -205,7 +203,8 @@ mod tests {
         assert_eq!(duration("90"), Ok(Duration::from_secs(90)));
         assert_eq!(duration("1.5m"), Ok(Duration::from_secs(90)));
         assert_eq!(duration("2h"), Ok(Duration::from_secs(7200)));
-        for wrong in ["", "m", "-1", "1d", "NaN", "1e300h"] {
+        assert_eq!(duration("1d2h"), Ok(Duration::from_secs(26 * 3600)));
+        for wrong in ["", "m", "-1", "1x", "NaN", "1e300h"] {
             assert!(duration(wrong).is_err(), "{wrong}");
         }
     }

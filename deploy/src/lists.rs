@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use backon::{ExponentialBuilder, Retryable};
 use bytes::Bytes;
 use futures::stream::{self, Stream, StreamExt, TryStreamExt};
 use proto::Class;
@@ -180,17 +181,11 @@ fn http_client() -> Result<reqwest::Client> {
 
 /// A successful response; tried three times.
 async fn get(client: &reqwest::Client, url: &str) -> Result<reqwest::Response> {
-    let mut tries = 0;
-    loop {
-        tries += 1;
-        match client.get(url).send().await.and_then(reqwest::Response::error_for_status) {
-            Ok(response) => return Ok(response),
-            Err(e) if tries == 3 || e.status().is_some_and(|status| status.is_client_error()) => {
-                return Err(e).with_context(|| format!("cannot read the list {url}"));
-            }
-            Err(_) => tokio::time::sleep(Duration::from_secs(tries)).await,
-        }
-    }
+    let ask = async || client.get(url).send().await.and_then(reqwest::Response::error_for_status);
+    ask.retry(ExponentialBuilder::new().with_min_delay(Duration::from_secs(1)).with_max_times(2))
+        .when(|error| !error.status().is_some_and(|status| status.is_client_error()))
+        .await
+        .with_context(|| format!("cannot read the list {url}"))
 }
 
 /// The classes of a file that `flag` names: `synset`, white space or a comma, and a name for people, which may be missing. Empty

@@ -56,6 +56,9 @@ fn main() -> ExitCode {
         Ok(spans) => spans,
         Err(error) => return exit::report(&error),
     };
+    if role {
+        process::raise_file_limit();
+    }
     let span = match role {
         true => Span::none(),
         false => proto::trace::command(&name, &std::env::var("TRACEPARENT").unwrap_or_default()),

@@ -1,4 +1,4 @@
-//! What a role's process has exactly one of: the sockets that it listens at, and the signal to end.
+//! What a role's process has exactly one of: its limit of open files, the sockets that it listens at, and the signal to end.
 
 use std::net::SocketAddr;
 
@@ -6,7 +6,25 @@ use anyhow::{Context, Result};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
-use tracing::info;
+use tracing::{info, warn};
+
+/// So many files and connections a process opens at once, if it may: far more than a worker with thousands of connections needs.
+const OPEN_FILES: u64 = 65_536;
+/// With fewer than these a role may fail in the middle of its work.
+const FEW_FILES: u64 = 4_096;
+
+/// Lets the process have as many files and connections open at once as it may: systems begin with 1024, whatever is allowed.
+pub(crate) fn raise_file_limit() {
+    match rlimit::increase_nofile_limit(OPEN_FILES) {
+        Ok(limit) if limit < FEW_FILES => warn!(
+            limit,
+            "few files and connections may be open at once, and requests may fail for want of them; raise the hard limit of open files \
+             (ulimit -Hn, LimitNOFILE=) to {FEW_FILES} or more, or choose fewer --connections"
+        ),
+        Ok(_) => {}
+        Err(error) => warn!(%error, "the limit of open files cannot be raised"),
+    }
+}
 
 /// How a role's process ends.
 #[derive(Debug, Clone, clap::Args)]

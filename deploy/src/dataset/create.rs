@@ -1,9 +1,11 @@
 //! `gleaner dataset create` and `refresh`: lists of URLs go up.
 
+use std::cell::RefCell;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use bytesize::ByteSize;
 use clap::ValueEnum;
 use proto::DatasetSpec;
 use proto::pb::create_dataset_request::{Part, Start};
@@ -72,9 +74,9 @@ pub(crate) struct CreateArgs {
     /// Stop fetching a class that has so many images; the dataset keeps the first N of it [default: all]
     #[arg(long, value_name = "N")]
     per_class: Option<u32>,
-    /// Smaller files are no photos [default: 5000]
-    #[arg(long, value_name = "BYTES")]
-    min_bytes: Option<u64>,
+    /// Smaller files are no photos: 5000, 5kB, 8KiB [default: 5000]
+    #[arg(long, value_name = "SIZE")]
+    min_bytes: Option<ByteSize>,
     /// A dataset spec in TOML; the flags here are put over it
     #[arg(long, value_name = "FILE")]
     spec: Option<PathBuf>,
@@ -229,16 +231,16 @@ async fn open_round(of: &NameArgs, call: Call, start: &Start, sources: &[Source]
     let cluster = Cluster::new(&of.cluster)?;
     let round = if sources.iter().all(Source::repeats) {
         // The request id makes repetition safe; a list that fails is our own failure and ends it.
-        let mut broken = None;
+        let broken = RefCell::new(None);
         let result = insist(async || match upload(&cluster, call, start, sources).await {
             Ok(result) => result,
             Err(error) => {
-                broken = Some(error);
+                broken.replace(Some(error));
                 Err(Status::aborted("the list broke off"))
             }
         });
         let result = result.await;
-        match broken {
+        match broken.into_inner() {
             Some(error) => return Err(error),
             None => result,
         }
@@ -332,7 +334,7 @@ fn spec(args: &CreateArgs) -> Result<DatasetSpec> {
         ("seed", args.seed.map(|v| v.to_string())),
         ("slice_urls", args.slice_urls.map(|v| v.to_string())),
         ("per_class", args.per_class.map(|v| v.to_string())),
-        ("limits.min_bytes", args.min_bytes.map(|v| v.to_string())),
+        ("limits.min_bytes", args.min_bytes.map(|v| v.as_u64().to_string())),
     ];
     for assignment in &args.set {
         settings::set(&mut table, assignment)?;

@@ -84,12 +84,12 @@ pub(super) async fn run(args: Args) -> Result<()> {
     };
     drop(progress);
     ensure!(written == total, "{written} samples were written, but the manifest counts {total}");
-    let classes = (0..).zip(&manifest.classes).map(|(label, class)| {
-        let (label, name): (u32, _) = (label, csv(&class.name));
-        format!("{label},{},{name}\n", csv(&class.synset))
-    });
-    let classes: String = std::iter::once("label,synset,name\n".to_owned()).chain(classes).collect();
-    target.put("classes.csv", classes.into()).await?;
+    let mut classes = csv::Writer::from_writer(Vec::new());
+    classes.write_record(["label", "synset", "name"])?;
+    for (label, class) in manifest.classes.iter().enumerate() {
+        classes.write_record([&label.to_string(), &class.synset, &class.name])?;
+    }
+    target.put("classes.csv", classes.into_inner()?.into()).await?;
     let version = manifest.version;
     match args.from.cluster.output {
         Format::Json => {
@@ -224,7 +224,7 @@ async fn list(reader: &Reader, manifest: &Manifest, splits: &[Split], target: &T
         let skipped = finding.is_some_and(|finding| finding.skipped.is_some());
         if row.split().is_some_and(|split| splits.contains(&split)) && !skipped {
             let label = labels.get(row.synset.as_str()).copied();
-            writer.put(entry(&row, label).into()).await?;
+            writer.put(entry(&row, label)?).await?;
             written += 1;
         }
         Ok(ControlFlow::Continue(()))
@@ -234,19 +234,20 @@ async fn list(reader: &Reader, manifest: &Manifest, splits: &[Split], target: &T
     Ok(written)
 }
 
-fn entry(row: &OutcomeRow, label: Option<u32>) -> String {
+/// The line of one sample.
+fn entry(row: &OutcomeRow, label: Option<u32>) -> Result<Bytes> {
     fn number<T: ToString>(value: Option<T>) -> String {
         value.map_or_else(String::new, |value| value.to_string())
     }
     fn text(value: &Option<String>) -> String {
-        value.as_deref().map_or_else(String::new, csv)
+        value.clone().unwrap_or_default()
     }
     let fields = [
         row.key.to_string(),
         text(&row.split),
-        csv(&row.synset),
+        row.synset.clone(),
         number(label),
-        csv(&row.url),
+        row.url.clone(),
         text(&row.final_url),
         number(row.width),
         number(row.height),
@@ -255,15 +256,9 @@ fn entry(row: &OutcomeRow, label: Option<u32>) -> String {
         number(row.offset),
         number(row.length),
     ];
-    fields.join(",") + "\n"
-}
-
-/// A field of a CSV file (RFC 4180).
-fn csv(text: &str) -> String {
-    match text.contains(['"', ',', '\n', '\r']) {
-        true => format!("\"{}\"", text.replace('"', "\"\"")),
-        false => text.to_owned(),
-    }
+    let mut line = csv::WriterBuilder::new().buffer_capacity(512).from_writer(Vec::new());
+    line.write_record(fields)?;
+    Ok(line.into_inner()?.into())
 }
 
 #[cfg(test)]
@@ -273,7 +268,7 @@ mod tests {
     #[test]
     fn fields_with_commas_and_quotes_are_quoted() {
         let row = OutcomeRow { key: 3, synset: "n1".into(), url: "http://a/,\"x\"".into(), ..OutcomeRow::default() };
-        assert_eq!(entry(&row, Some(2)), "3,,n1,2,\"http://a/,\"\"x\"\"\",,,,,,,\n");
+        assert_eq!(entry(&row, Some(2)).expect("text"), "3,,n1,2,\"http://a/,\"\"x\"\"\",,,,,,,\n");
     }
 
     #[test]
