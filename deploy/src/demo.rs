@@ -58,7 +58,7 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     std::fs::write(dir.join("run.toml"), run_toml(&args))?;
     say(format!("{} URLs of {} classes, rotted, in {}", list.len(), pictures::CLASSES.len(), dir.display()));
 
-    let cluster = Cluster::start(&dir, &args).await?;
+    let cluster = LocalCluster::start(&dir, &args).await?;
     let file = |name: &str| dir.join(name).display().to_string();
     cluster
         .gleaner(&["dataset", "create", "demo", "--urls", &file("urls.txt"), "--synsets", &file("synsets.txt")])
@@ -135,13 +135,13 @@ fn cluster_store(dir: &Path) -> String {
 }
 
 /// `gleaner local` as a child process, and the means to give it commands.
-struct Cluster {
+struct LocalCluster {
     local: Child,
     address: String,
     store: String,
 }
 
-impl Cluster {
+impl LocalCluster {
     async fn start(dir: &Path, args: &Args) -> Result<Self> {
         // Free a moment ago; if somebody takes it in between, `local` says so.
         let address = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string();

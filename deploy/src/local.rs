@@ -19,7 +19,7 @@ use worker::IpNet;
 use crate::client::{Cluster, ClusterArgs, answer};
 use crate::exit::{Ended, Exit};
 use crate::output::{Format, note};
-use crate::process::{self, EndArgs};
+use crate::process::{self, ShutdownArgs};
 use crate::roles::DEFAULT_LISTEN;
 use crate::store;
 use crate::telemetry::{LogFormat, TelemetryArgs};
@@ -54,10 +54,10 @@ pub(crate) struct Args {
     #[arg(long, env = "GLEANER_ALLOW_NET", value_name = "CIDR", value_delimiter = ',')]
     allow_net: Vec<IpNet>,
     #[command(flatten)]
-    end: EndArgs,
+    end: ShutdownArgs,
 }
 
-/// Runs the cluster until it is told to end.
+/// Runs the cluster until shutdown.
 pub(crate) async fn run(args: Args, telemetry: TelemetryArgs) -> Result<()> {
     let shutdown = process::shutdown_signal(args.end.exit_with_stdin)?;
     // A store that cannot be opened is one clear error here, and not a child that dies again and again; so is a port in use.

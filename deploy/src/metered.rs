@@ -29,8 +29,8 @@ static BYTES: LazyLock<Bytecounts> = LazyLock::new(Family::default);
 static SECONDS: LazyLock<Seconds> =
     LazyLock::new(|| Family::new_with_constructor(|| Histogram::new(exponential_buckets(0.001, 2.0, 15))));
 
-/// What was not yet told to another process.
-static UNTOLD: Mutex<StoreUse> = Mutex::new(StoreUse { requests: Vec::new(), bytes_read: 0, bytes_written: 0 });
+/// What was not yet reported to another process.
+static UNREPORTED: Mutex<StoreUse> = Mutex::new(StoreUse { requests: Vec::new(), bytes_read: 0, bytes_written: 0 });
 
 const READ: &str = "read";
 const WRITTEN: &str = "written";
@@ -50,45 +50,45 @@ fn count<T>(operation: &'static str, since: Instant, result: Result<T>) -> Resul
         Err(Error::AlreadyExists { .. } | Error::Precondition { .. }) => "exists",
         Err(_) => "error",
     };
-    asked(operation, how, 1);
+    count_requests(operation, how, 1);
     SECONDS.get_or_create(&[("operation", operation)]).observe(since.elapsed().as_secs_f64());
     result
 }
 
-fn asked(operation: &str, result: &str, count: u64) {
+fn count_requests(operation: &str, result: &str, count: u64) {
     let (operation, result) = (operation.to_owned(), result.to_owned());
     REQUESTS.get_or_create(&[("operation", operation.clone()), ("result", result.clone())]).inc_by(count);
-    let mut untold = UNTOLD.lock().unwrap_or_else(PoisonError::into_inner);
-    match untold.requests.iter_mut().find(|known| known.operation == operation && known.result == result) {
+    let mut unreported = UNREPORTED.lock().unwrap_or_else(PoisonError::into_inner);
+    match unreported.requests.iter_mut().find(|known| known.operation == operation && known.result == result) {
         Some(known) => known.count += count,
-        None => untold.requests.push(store_use::Requests { operation, result, count }),
+        None => unreported.requests.push(store_use::Requests { operation, result, count }),
     }
 }
 
-fn moved(direction: &'static str, bytes: u64) {
+fn count_bytes(direction: &'static str, bytes: u64) {
     BYTES.get_or_create(&[("direction", direction)]).inc_by(bytes);
-    let mut untold = UNTOLD.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut unreported = UNREPORTED.lock().unwrap_or_else(PoisonError::into_inner);
     match direction {
-        READ => untold.bytes_read += bytes,
-        _ => untold.bytes_written += bytes,
+        READ => unreported.bytes_read += bytes,
+        _ => unreported.bytes_written += bytes,
     }
 }
 
 /// What was asked of the store since this was last called; None if nothing was.
 #[cfg(feature = "trainer")]
 pub(crate) fn take() -> Option<StoreUse> {
-    let untold = std::mem::take(&mut *UNTOLD.lock().unwrap_or_else(PoisonError::into_inner));
-    (!untold.requests.is_empty()).then_some(untold)
+    let unreported = std::mem::take(&mut *UNREPORTED.lock().unwrap_or_else(PoisonError::into_inner));
+    (!unreported.requests.is_empty()).then_some(unreported)
 }
 
 /// Adds what another process has asked of the store to what this one has.
 #[cfg(feature = "trainer")]
 pub(crate) fn add(used: &StoreUse) {
     for store_use::Requests { operation, result, count } in &used.requests {
-        asked(operation, result, *count);
+        count_requests(operation, result, *count);
     }
-    moved(READ, used.bytes_read);
-    moved(WRITTEN, used.bytes_written);
+    count_bytes(READ, used.bytes_read);
+    count_bytes(WRITTEN, used.bytes_written);
 }
 
 /// A store whose requests are counted. Listings and removals count once each, however many pages they take.
@@ -106,7 +106,7 @@ impl ObjectStore for Metered {
     async fn put_opts(&self, location: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
         let (since, bytes) = (Instant::now(), payload.content_length() as u64);
         let result = count("put", since, self.0.put_opts(location, payload, options).await);
-        moved(WRITTEN, if result.is_ok() { bytes } else { 0 });
+        count_bytes(WRITTEN, if result.is_ok() { bytes } else { 0 });
         result
     }
 
@@ -124,13 +124,13 @@ impl ObjectStore for Metered {
         let (since, head) = (Instant::now(), options.head);
         let operation = if head { "head" } else { "get" };
         let result = count(operation, since, self.0.get_opts(location, options).await)?;
-        moved(READ, if head { 0 } else { result.range.end - result.range.start });
+        count_bytes(READ, if head { 0 } else { result.range.end - result.range.start });
         Ok(result)
     }
 
     async fn get_ranges(&self, location: &Path, ranges: &[Range<u64>]) -> Result<Vec<Bytes>> {
         let result = count("get", Instant::now(), self.0.get_ranges(location, ranges).await)?;
-        moved(READ, result.iter().map(|bytes| bytes.len() as u64).sum());
+        count_bytes(READ, result.iter().map(|bytes| bytes.len() as u64).sum());
         Ok(result)
     }
 
@@ -167,11 +167,11 @@ fn tallied<T: 'static>(
     operation: &'static str,
     results: BoxStream<'static, Result<T>>,
 ) -> BoxStream<'static, Result<T>> {
-    asked(operation, "ok", 1);
+    count_requests(operation, "ok", 1);
     results
         .inspect(move |result| {
             if result.is_err() {
-                asked(operation, "error", 1);
+                count_requests(operation, "error", 1);
             }
         })
         .boxed()
@@ -188,7 +188,7 @@ impl MultipartUpload for MeteredUpload {
         let part = self.0.put_part(data);
         Box::pin(async move {
             let result = count("put_part", since, part.await);
-            moved(WRITTEN, if result.is_ok() { bytes } else { 0 });
+            count_bytes(WRITTEN, if result.is_ok() { bytes } else { 0 });
             result
         })
     }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressStyle};
 use serde::Serialize;
 
-/// Without a terminal, progress is told at most so often.
+/// Without a terminal, progress is reported at most so often.
 const PLAIN_EVERY: Duration = Duration::from_secs(10);
 
 /// How a read command answers.
@@ -88,7 +88,7 @@ impl Table {
 /// Progress of a wait on standard error: a bar on a terminal, now and then a plain line elsewhere.
 pub(crate) struct Progress {
     bar: ProgressBar,
-    told: Option<Instant>,
+    reported: Option<Instant>,
     phase: String,
 }
 
@@ -102,19 +102,19 @@ impl Progress {
         let style = ProgressStyle::with_template(&format!("{{wide_bar}} {{pos}}/{{len}} {unit}  {{msg}}"))
             .expect("a template of known parts");
         let bar = ProgressBar::with_draw_target(Some(0), target).with_style(style);
-        Self { bar: bar.with_finish(ProgressFinish::AndClear), told: None, phase: String::new() }
+        Self { bar: bar.with_finish(ProgressFinish::AndClear), reported: None, phase: String::new() }
     }
 
-    /// `done` of `total` units; a change of `phase` is always told.
+    /// `done` of `total` units; a change of `phase` is always reported.
     pub(crate) fn update(&mut self, done: u64, total: u64, phase: &str, details: &str) {
         let line = [phase, details].iter().filter(|part| !part.is_empty()).copied().collect::<Vec<_>>().join(", ");
         if !self.bar.is_hidden() {
             self.bar.set_length(total);
             self.bar.set_position(done);
             self.bar.set_message(line);
-        } else if self.phase != phase || self.told.is_none_or(|told| told.elapsed() >= PLAIN_EVERY) {
+        } else if self.phase != phase || self.reported.is_none_or(|reported| reported.elapsed() >= PLAIN_EVERY) {
             note(format!("{done}/{total} {line}"));
-            self.told = Some(Instant::now());
+            self.reported = Some(Instant::now());
         }
         phase.clone_into(&mut self.phase);
     }

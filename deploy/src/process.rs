@@ -28,7 +28,7 @@ pub(crate) fn raise_file_limit() {
 
 /// How a role's process ends.
 #[derive(Debug, Clone, clap::Args)]
-pub(crate) struct EndArgs {
+pub(crate) struct ShutdownArgs {
     /// End orderly when standard input closes, so that no process outlives its supervisor
     #[arg(long)]
     pub(crate) exit_with_stdin: bool,

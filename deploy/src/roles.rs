@@ -12,7 +12,7 @@ use crate::exit::Ended;
 #[cfg(feature = "trainer")]
 use crate::metered;
 use crate::metrics::{self, MetricsArgs, Role};
-use crate::process::{self, EndArgs};
+use crate::process::{self, ShutdownArgs};
 use crate::store::{self, StoreArgs};
 #[cfg(feature = "trainer")]
 use crate::telemetry::{Spans, TelemetryArgs};
@@ -32,7 +32,7 @@ pub(crate) struct CoordinatorArgs {
     #[command(flatten)]
     store: StoreArgs,
     #[command(flatten)]
-    end: EndArgs,
+    end: ShutdownArgs,
     #[command(flatten)]
     metrics: MetricsArgs,
     #[command(flatten)]
@@ -45,7 +45,7 @@ pub(crate) struct WorkerArgs {
     #[command(flatten)]
     store: StoreArgs,
     #[command(flatten)]
-    end: EndArgs,
+    end: ShutdownArgs,
     #[command(flatten)]
     metrics: MetricsArgs,
     #[command(flatten)]
@@ -59,7 +59,7 @@ pub(crate) struct TrainerArgs {
     #[command(flatten)]
     store: StoreArgs,
     #[command(flatten)]
-    end: EndArgs,
+    end: ShutdownArgs,
     #[command(flatten)]
     metrics: MetricsArgs,
     #[command(flatten)]
@@ -74,7 +74,7 @@ pub(crate) struct RankArgs {
     store: StoreArgs,
 }
 
-/// Runs the coordinator until it is told to end.
+/// Runs the coordinator until shutdown.
 pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
     let store = store::open_metered(&args.store.store)?;
     let role =
@@ -85,7 +85,7 @@ pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
     until_shutdown(args.end, GRACE, |shutdown| coordinator::run(args.config, store, listener, shutdown)).await
 }
 
-/// Runs a fetch worker until it is told to end.
+/// Runs a fetch worker until shutdown.
 pub(crate) async fn worker(mut args: WorkerArgs) -> Result<()> {
     args.config.coordinator = client::address(&args.config.coordinator).map_err(Ended::usage)?;
     let store = store::open_metered(&args.store.store)?;
@@ -94,7 +94,7 @@ pub(crate) async fn worker(mut args: WorkerArgs) -> Result<()> {
     until_shutdown(args.end, GRACE, |shutdown| worker::run(own_name(), args.config, store, shutdown)).await
 }
 
-/// Runs a trainer agent until it is told to end.
+/// Runs a trainer agent until shutdown.
 #[cfg(feature = "trainer")]
 pub(crate) async fn trainer(mut args: TrainerArgs, telemetry: &TelemetryArgs) -> Result<()> {
     args.config.coordinator = client::address(&args.config.coordinator).map_err(Ended::usage)?;
@@ -125,7 +125,7 @@ fn own_name() -> String {
 
 /// Runs a role and tells it to end on SIGTERM, Ctrl-C, or the end of standard input.
 async fn until_shutdown<F: Future<Output = Result<()>>>(
-    end: EndArgs,
+    end: ShutdownArgs,
     grace: Duration,
     role: impl FnOnce(CancellationToken) -> F,
 ) -> Result<()> {

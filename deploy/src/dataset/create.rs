@@ -181,7 +181,7 @@ pub(super) async fn create(args: CreateArgs) -> Result<()> {
     let (start, sources) = prepare(&args)?;
     let of = NameArgs { name: args.name, cluster: args.cluster };
     let round = open_round(&of, Call::Create, &start, &sources).await?;
-    told(&of, &round, "created", args.wait, &args.timeout).await
+    report(&of, &round, "created", args.wait, &args.timeout).await
 }
 
 /// Opens another round of a dataset.
@@ -190,11 +190,11 @@ pub(super) async fn refresh(args: RefreshArgs) -> Result<()> {
     let start = args.lists.start(&args.name);
     let of = NameArgs { name: args.name, cluster: args.cluster };
     let round = open_round(&of, Call::Refresh, &start, &sources).await?;
-    told(&of, &round, "refreshed", args.wait, &args.timeout).await
+    report(&of, &round, "refreshed", args.wait, &args.timeout).await
 }
 
 /// Says what the round is, and waits for it.
-async fn told(
+async fn report(
     of: &NameArgs,
     round: &CreateDatasetResponse,
     verb: &str,

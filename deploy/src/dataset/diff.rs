@@ -8,14 +8,14 @@ use proto::rejection::outcome_name;
 use proto::{DatasetId, Manifest, OutcomeCounts};
 use serde::Serialize;
 
-use super::reader::{From, Reader, samples};
+use super::reader::{DatasetArgs, Reader, samples};
 use crate::output::{Format, Table, say, say_json};
 
 /// Arguments of `gleaner dataset diff`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
-    of: From,
+    of: DatasetArgs,
     /// The one version
     v1: u32,
     /// The other

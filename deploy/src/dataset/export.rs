@@ -17,7 +17,7 @@ use proto::{Manifest, Split};
 use serde_json::json;
 use tokio::io::AsyncWriteExt;
 
-use super::reader::{From, Reader};
+use super::reader::{DatasetArgs, Reader};
 use crate::exit::Ended;
 use crate::output::{Format, Progress, say, say_json};
 use crate::store;
@@ -32,7 +32,7 @@ const WRITES: usize = 16;
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
-    from: From,
+    from: DatasetArgs,
     /// Where to: a folder, or s3://, gs:// or az:// BUCKET/PREFIX; must be empty
     #[arg(long, value_name = "FOLDER|STORE")]
     to: String,

@@ -10,7 +10,7 @@ use proto::outcomes::OutcomeRow;
 use proto::rejection::KEPT;
 use serde_json::json;
 
-use super::reader::{From, Reader};
+use super::reader::{DatasetArgs, Reader};
 use crate::output::{Format, say};
 
 /// What a sample is called that counts although it looks like another one.
@@ -20,7 +20,7 @@ const NEAR: &str = "near_duplicate";
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
-    from: From,
+    from: DatasetArgs,
     /// Only URLs with this outcome: kept, a rejection (timeout, not_found ...), why a kept image does not count (duplicate,
     /// near_training ...), or near_duplicate; may be repeated
     #[arg(long, value_parser = outcome, value_name = "OUTCOME")]

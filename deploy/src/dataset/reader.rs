@@ -31,7 +31,7 @@ const AHEAD: usize = 4;
 
 /// Which dataset, and the way to it.
 #[derive(Debug, clap::Args)]
-pub(super) struct From {
+pub(super) struct DatasetArgs {
     /// The dataset's name
     pub(super) name: String,
     /// Read straight from the cluster's store (a folder, s3://, gs:// or az://) instead of through the coordinator
@@ -49,7 +49,7 @@ pub(super) enum Reader {
 }
 
 impl Reader {
-    pub(super) async fn open(from: &From) -> Result<Self> {
+    pub(super) async fn open(from: &DatasetArgs) -> Result<Self> {
         let name = from.name.clone();
         let Some(location) = &from.store else {
             return Ok(Self::Coordinator { cluster: Box::new(Cluster::new(&from.cluster)?), name });

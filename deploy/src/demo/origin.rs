@@ -240,13 +240,13 @@ async fn accept(shared: Arc<Shared>, host: String, listener: TcpListener) {
 async fn serve(shared: &Shared, host: &str, mut socket: TcpStream) -> io::Result<()> {
     socket.set_nodelay(true)?;
     let Some(tls) = &shared.options.tls else {
-        if connection(shared, host, &mut socket).await? == End::Reset {
+        if connection(shared, host, &mut socket).await? == Close::Reset {
             socket.set_zero_linger()?;
         }
         return Ok(());
     };
     let mut session = timeout(IDLE, TlsAcceptor::from(Arc::clone(tls)).accept(socket)).await??;
-    if connection(shared, host, &mut session).await? == End::Reset {
+    if connection(shared, host, &mut session).await? == Close::Reset {
         session.get_ref().0.set_zero_linger()?;
     }
     Ok(())
@@ -254,13 +254,17 @@ async fn serve(shared: &Shared, host: &str, mut socket: TcpStream) -> io::Result
 
 /// How a connection is left.
 #[derive(PartialEq, Eq)]
-enum End {
-    Closed,
+enum Close {
+    Orderly,
     Reset,
 }
 
 /// Answers requests until one asks for, or is given, an end.
-async fn connection<S: AsyncRead + AsyncWrite + Unpin>(shared: &Shared, host: &str, socket: &mut S) -> io::Result<End> {
+async fn connection<S: AsyncRead + AsyncWrite + Unpin>(
+    shared: &Shared,
+    host: &str,
+    socket: &mut S,
+) -> io::Result<Close> {
     let mut unread = Vec::new();
     while let Some(request) = request(socket, &mut unread).await? {
         let counted = Counted::new(shared, host, &request.path);
@@ -271,11 +275,11 @@ async fn connection<S: AsyncRead + AsyncWrite + Unpin>(shared: &Shared, host: &s
             send(socket, &answer.body).await?;
         }
         match answer.then {
-            Then::Next => {}
-            Then::Close => break,
+            AfterBody::Next => {}
+            AfterBody::Close => break,
             // Unread data is discarded on both sides, as when a server's process dies.
-            Then::Reset => return Ok(End::Reset),
-            Then::Drip => {
+            AfterBody::Reset => return Ok(Close::Reset),
+            AfterBody::Drip => {
                 let end = Instant::now() + STALL;
                 while Instant::now() < end {
                     send(socket, &[0xff]).await?;
@@ -283,14 +287,14 @@ async fn connection<S: AsyncRead + AsyncWrite + Unpin>(shared: &Shared, host: &s
                 }
                 break;
             }
-            Then::Stream => {
+            AfterBody::Stream => {
                 let chunk = [b"10000\r\n", &[0x55; 0x10000][..], b"\r\n"].concat();
                 for _ in 0..ENDLESS_BYTES / 0x10000 {
                     send(socket, &chunk).await?;
                 }
                 send(socket, b"0\r\n\r\n").await?;
             }
-            Then::Silence => {
+            AfterBody::Silence => {
                 // Until the peer goes away or says more.
                 timeout(STALL, socket.read(&mut [0; 1])).await.ok();
                 break;
@@ -302,7 +306,7 @@ async fn connection<S: AsyncRead + AsyncWrite + Unpin>(shared: &Shared, host: &s
         }
     }
     timeout(IDLE, socket.shutdown()).await??;
-    Ok(End::Closed)
+    Ok(Close::Orderly)
 }
 
 async fn send<S: AsyncWrite + Unpin>(socket: &mut S, bytes: &[u8]) -> io::Result<()> {
@@ -344,13 +348,13 @@ async fn request<S: AsyncRead + Unpin>(socket: &mut S, unread: &mut Vec<u8>) -> 
 }
 
 /// What is sent, in this order.
-struct Answer {
+struct Response {
     head: Vec<u8>,
     body: Bytes,
-    then: Then,
+    then: AfterBody,
 }
 
-enum Then {
+enum AfterBody {
     /// The next request of the same connection.
     Next,
     Close,
@@ -360,20 +364,20 @@ enum Then {
     Silence,
 }
 
-impl Answer {
+impl Response {
     /// A whole answer with a right Content-Length; `headers` are lines that end in CRLF.
     fn whole(status: &str, headers: &str, body: impl Into<Bytes>) -> Self {
         let body = body.into();
-        Self::part(status, headers, body.len(), body, Then::Next)
+        Self::part(status, headers, body.len(), body, AfterBody::Next)
     }
 
     /// An answer that announces `length` bytes, whatever its body has.
-    fn part(status: &str, headers: &str, length: usize, body: impl Into<Bytes>, then: Then) -> Self {
+    fn part(status: &str, headers: &str, length: usize, body: impl Into<Bytes>, then: AfterBody) -> Self {
         let head = format!("HTTP/1.1 {status}\r\n{headers}Content-Length: {length}\r\n\r\n").into_bytes();
         Self { head, body: body.into(), then }
     }
 
-    fn raw(head: impl Into<Vec<u8>>, body: impl Into<Bytes>, then: Then) -> Self {
+    fn raw(head: impl Into<Vec<u8>>, body: impl Into<Bytes>, then: AfterBody) -> Self {
         Self { head: head.into(), body: body.into(), then }
     }
 
@@ -390,20 +394,20 @@ const JPEG: &str = "Content-Type: image/jpeg\r\n";
 const HTML: &str = "Content-Type: text/html\r\n";
 const CHUNKED: &str = "HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nTransfer-Encoding: chunked\r\n\r\n";
 
-async fn answer(shared: &Shared, host: &str, request: &Request) -> Answer {
+async fn answer(shared: &Shared, host: &str, request: &Request) -> Response {
     let path = request.path.trim_start_matches('/');
     if let Some(name) = path.strip_prefix("files/") {
         return file(shared, name).await;
     }
     match path {
-        "gone-small.jpg" => return Answer::whole("200 OK", JPEG, bodies::placeholder(false)),
-        "gone-large.jpg" => return Answer::whole("200 OK", JPEG, bodies::placeholder(true)),
-        _ if path.starts_with("login/") => return Answer::whole("200 OK", HTML, bodies::html(path)),
+        "gone-small.jpg" => return Response::whole("200 OK", JPEG, bodies::placeholder(false)),
+        "gone-large.jpg" => return Response::whole("200 OK", JPEG, bodies::placeholder(true)),
+        _ if path.starts_with("login/") => return Response::whole("200 OK", HTML, bodies::html(path)),
         _ => {}
     }
     match parse(path) {
         Some((rot, class, number, n)) => rotten(shared, host, rot, (class, number), n).await,
-        None => Answer::not_found(),
+        None => Response::not_found(),
     }
 }
 
@@ -416,7 +420,7 @@ fn parse(path: &str) -> Option<(Rot, usize, u64, u64)> {
     parts.next().is_none().then_some(parsed)
 }
 
-async fn rotten(shared: &Shared, host: &str, rot: Rot, (class, number): (usize, u64), n: u64) -> Answer {
+async fn rotten(shared: &Shared, host: &str, rot: Rot, (class, number): (usize, u64), n: u64) -> Response {
     let seed = shared.options.seed;
     let photo = async || match shared.shown(rot, class, number) {
         Some(photo) => photo,
@@ -430,66 +434,66 @@ async fn rotten(shared: &Shared, host: &str, rot: Rot, (class, number): (usize, 
         | Rot::Cmyk
         | Rot::Grey
         | Rot::Progressive
-        | Rot::Thumbnail => Answer::whole("200 OK", JPEG, photo().await),
-        Rot::Png | Rot::AlphaPng => Answer::whole("200 OK", "Content-Type: image/png\r\n", photo().await),
-        Rot::Webp => Answer::whole("200 OK", "Content-Type: image/webp\r\n", photo().await),
-        Rot::Gif => Answer::whole("200 OK", "Content-Type: image/gif\r\n", photo().await),
+        | Rot::Thumbnail => Response::whole("200 OK", JPEG, photo().await),
+        Rot::Png | Rot::AlphaPng => Response::whole("200 OK", "Content-Type: image/png\r\n", photo().await),
+        Rot::Webp => Response::whole("200 OK", "Content-Type: image/webp\r\n", photo().await),
+        Rot::Gif => Response::whole("200 OK", "Content-Type: image/gif\r\n", photo().await),
         // What many servers say of these.
-        Rot::Bmp | Rot::Tiff => Answer::whole("200 OK", "Content-Type: application/octet-stream\r\n", photo().await),
-        Rot::OptedOut => Answer::whole("200 OK", &format!("{JPEG}X-Robots-Tag: noai\r\n"), photo().await),
+        Rot::Bmp | Rot::Tiff => Response::whole("200 OK", "Content-Type: application/octet-stream\r\n", photo().await),
+        Rot::OptedOut => Response::whole("200 OK", &format!("{JPEG}X-Robots-Tag: noai\r\n"), photo().await),
         Rot::Moved => {
             let next = shared.hosts.iter().position(|h| h == host).map_or(0, |at| (at + 1) % shared.hosts.len());
             let (scheme, kind) = (shared.scheme(), Rot::Good.name());
             let to = format!("{scheme}://{}/{kind}/{class}/{number}/{n}.jpg", shared.hosts[next]);
-            Answer::redirect("301 Moved Permanently", &to)
+            Response::redirect("301 Moved Permanently", &to)
         }
-        Rot::Placeholder => Answer::redirect("302 Found", "/gone-small.jpg"),
-        Rot::LargePlaceholder => Answer::redirect("302 Found", "/gone-large.jpg"),
-        Rot::HtmlAfterRedirect => Answer::redirect("302 Found", &format!("/login/{n}")),
-        Rot::Loop => Answer::redirect("302 Found", &format!("/{}/{class}/{number}/{}.jpg", rot.name(), n ^ 1)),
+        Rot::Placeholder => Response::redirect("302 Found", "/gone-small.jpg"),
+        Rot::LargePlaceholder => Response::redirect("302 Found", "/gone-large.jpg"),
+        Rot::HtmlAfterRedirect => Response::redirect("302 Found", &format!("/login/{n}")),
+        Rot::Loop => Response::redirect("302 Found", &format!("/{}/{class}/{number}/{}.jpg", rot.name(), n ^ 1)),
         Rot::Private => {
-            const PLACES: [&str; 4] =
+            const TARGETS: [&str; 4] =
                 ["10.0.0.1/photo.jpg", "169.254.169.254/latest/meta-data/", "192.168.1.1/", "[fd00::1]/photo.jpg"];
-            Answer::redirect("302 Found", &format!("http://{}", PLACES[(n % 4) as usize]))
+            Response::redirect("302 Found", &format!("http://{}", TARGETS[(n % 4) as usize]))
         }
-        Rot::NotFound => Answer::not_found(),
-        Rot::Gone => Answer::whole("410 Gone", HTML, "<h1>Gone</h1>\n"),
-        Rot::Forbidden => Answer::whole("403 Forbidden", HTML, "<h1>Forbidden</h1>\n"),
-        Rot::ServerError => Answer::whole("500 Internal Server Error", HTML, "<h1>Error</h1>\n"),
+        Rot::NotFound => Response::not_found(),
+        Rot::Gone => Response::whole("410 Gone", HTML, "<h1>Gone</h1>\n"),
+        Rot::Forbidden => Response::whole("403 Forbidden", HTML, "<h1>Forbidden</h1>\n"),
+        Rot::ServerError => Response::whole("500 Internal Server Error", HTML, "<h1>Error</h1>\n"),
         Rot::Unavailable => {
-            Answer::whole("503 Service Unavailable", &format!("{HTML}Retry-After: 1\r\n"), "<h1>Try later</h1>\n")
+            Response::whole("503 Service Unavailable", &format!("{HTML}Retry-After: 1\r\n"), "<h1>Try later</h1>\n")
         }
-        Rot::HtmlAsJpeg => Answer::whole("200 OK", JPEG, bodies::html(&format!("photo {n}"))),
-        Rot::TinyGif => Answer::whole("200 OK", "Content-Type: image/gif\r\n", bodies::TINY_GIF),
-        Rot::Empty => Answer::whole("200 OK", JPEG, Bytes::new()),
-        Rot::RandomBytes => Answer::whole("200 OK", JPEG, bodies::random_bytes(n, 20_000)),
+        Rot::HtmlAsJpeg => Response::whole("200 OK", JPEG, bodies::html(&format!("photo {n}"))),
+        Rot::TinyGif => Response::whole("200 OK", "Content-Type: image/gif\r\n", bodies::TINY_GIF),
+        Rot::Empty => Response::whole("200 OK", JPEG, Bytes::new()),
+        Rot::RandomBytes => Response::whole("200 OK", JPEG, bodies::random_bytes(n, 20_000)),
         Rot::Truncated => {
             let photo = photo().await;
-            Answer::whole("200 OK", JPEG, photo.slice(..photo.len() * 3 / 5))
+            Response::whole("200 OK", JPEG, photo.slice(..photo.len() * 3 / 5))
         }
         Rot::ShortBody | Rot::Reset => {
             let photo = photo().await;
-            let then = if rot == Rot::Reset { Then::Reset } else { Then::Close };
-            Answer::part("200 OK", JPEG, photo.len(), photo.slice(..photo.len() / 2), then)
+            let then = if rot == Rot::Reset { AfterBody::Reset } else { AfterBody::Close };
+            Response::part("200 OK", JPEG, photo.len(), photo.slice(..photo.len() / 2), then)
         }
         Rot::LongBody => {
             let photo = photo().await;
-            Answer::part("200 OK", JPEG, photo.len() / 2, photo, Then::Close)
+            Response::part("200 OK", JPEG, photo.len() / 2, photo, AfterBody::Close)
         }
         // 8,000 bytes of a chunk that announces 32,768.
-        Rot::CutChunk => Answer::raw(format!("{CHUNKED}8000\r\n"), photo().await.slice(..8_000), Then::Close),
-        Rot::Garbage => Answer::raw(bodies::random_bytes(n, 2_000), Bytes::new(), Then::Close),
-        Rot::PngBomb => Answer::whole("200 OK", "Content-Type: image/png\r\n", drawn(shared, bodies::png_bomb).await),
-        Rot::GzipBomb => Answer::whole(
+        Rot::CutChunk => Response::raw(format!("{CHUNKED}8000\r\n"), photo().await.slice(..8_000), AfterBody::Close),
+        Rot::Garbage => Response::raw(bodies::random_bytes(n, 2_000), Bytes::new(), AfterBody::Close),
+        Rot::PngBomb => Response::whole("200 OK", "Content-Type: image/png\r\n", drawn(shared, bodies::png_bomb).await),
+        Rot::GzipBomb => Response::whole(
             "200 OK",
             &format!("{JPEG}Content-Encoding: gzip\r\n"),
             drawn(shared, bodies::gzip_bomb).await,
         ),
-        Rot::Endless => Answer::raw(CHUNKED, Bytes::new(), Then::Stream),
-        Rot::Drip => Answer::part("200 OK", JPEG, 60_000, Bytes::new(), Then::Drip),
+        Rot::Endless => Response::raw(CHUNKED, Bytes::new(), AfterBody::Stream),
+        Rot::Drip => Response::part("200 OK", JPEG, 60_000, Bytes::new(), AfterBody::Drip),
         // The URLs of the last four name other hosts or none; whoever asks here all the same hears nothing either.
         Rot::Silent | Rot::DeadHost | Rot::RefusedPort | Rot::Unparsable | Rot::OtherScheme => {
-            Answer::raw(Vec::new(), Bytes::new(), Then::Silence)
+            Response::raw(Vec::new(), Bytes::new(), AfterBody::Silence)
         }
     }
 }
@@ -500,14 +504,14 @@ async fn drawn(shared: &Shared, draw: impl FnOnce() -> Bytes + Send + 'static) -
     tokio::task::spawn_blocking(draw).await.expect("drawing does not panic")
 }
 
-async fn file(shared: &Shared, name: &str) -> Answer {
-    let Some(folder) = &shared.options.files else { return Answer::not_found() };
+async fn file(shared: &Shared, name: &str) -> Response {
+    let Some(folder) = &shared.options.files else { return Response::not_found() };
     if name.split(['/', '\\']).any(|part| part == "..") {
-        return Answer::not_found();
+        return Response::not_found();
     }
     match tokio::fs::read(folder.join(name)).await {
-        Ok(bytes) => Answer::whole("200 OK", "Content-Type: application/octet-stream\r\n", bytes),
-        Err(_) => Answer::not_found(),
+        Ok(bytes) => Response::whole("200 OK", "Content-Type: application/octet-stream\r\n", bytes),
+        Err(_) => Response::not_found(),
     }
 }
 

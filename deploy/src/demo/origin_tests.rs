@@ -3,14 +3,14 @@ use crate::list::url;
 use crate::pictures::picture;
 
 /// One answer: its head, its body, and how the connection ended.
-struct Heard {
+struct Received {
     head: String,
     body: Vec<u8>,
     end: io::Result<()>,
 }
 
 /// Asks for `path` on a connection of its own and listens until it ends.
-async fn get(host: &str, path: &str) -> Heard {
+async fn get(host: &str, path: &str) -> Received {
     let mut socket = TcpStream::connect(host).await.expect("it listens");
     let request = format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
     socket.write_all(request.as_bytes()).await.expect("it reads");
@@ -18,16 +18,16 @@ async fn get(host: &str, path: &str) -> Heard {
     let end = socket.read_to_end(&mut bytes).await.map(drop);
     let split = bytes.windows(4).position(|window| window == b"\r\n\r\n").map_or(bytes.len(), |at| at + 4);
     let body = bytes.split_off(split);
-    Heard { head: String::from_utf8_lossy(&bytes).into_owned(), body, end }
+    Received { head: String::from_utf8_lossy(&bytes).into_owned(), body, end }
 }
 
-async fn rotten(origin: &Origin, rot: Rot) -> Heard {
+async fn rotten(origin: &Origin, rot: Rot) -> Received {
     let url = url(rot, (1, 7), 8, origin);
     let (host, path) = url.trim_start_matches("http://").split_once('/').expect("a path");
     get(host, &format!("/{path}")).await
 }
 
-impl Heard {
+impl Received {
     fn length(&self) -> usize {
         let value = self.head.split("Content-Length: ").nth(1).expect("a length");
         value.split("\r\n").next().and_then(|text| text.parse().ok()).expect("a number")
