@@ -12,6 +12,7 @@ and those within it arrows may go both ways. A path stands for the module in whi
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -26,7 +27,7 @@ TEST = re.compile(r"#\[cfg\(test\)\]\s*(?:#\[[^\]]*\]\s*)*")
 MODULE = re.compile(r'(?:#\[path = "(?P<path>[^"]*)"\]\s*)?(?:pub(?:\([^)]*\))?\s+)?\bmod\s+(?P<name>\w+)\s*(?P<end>[;{])')
 USE = re.compile(r"(?P<public>pub(?:\([^)]*\))?\s+)?\buse\s+(?P<tree>[^;]+);")
 # Crates whose circles are known: they are shown, and do not fail yet.
-KNOWN = {"coordinator", "worker", "trainer"}
+KNOWN = {"worker"}
 PATH = re.compile(r"(?<![:\w])(?:crate|self|super)(?:::\w+)+")
 
 
@@ -229,7 +230,9 @@ def self_test():
 def crates(package, *flags):
     """The crates that a package's normal build depends on."""
     command = ["cargo", "tree", "--locked", "--quiet", "--edges", "normal,build", "--prefix", "none", "--format", "{p}", "-p", package, *flags]
-    lines = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+    # For this package alone, whatever else is built together with it.
+    alone = {**os.environ, "CARGO_RESOLVER_FEATURE_UNIFICATION": "selected"}
+    lines = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=alone).stdout.splitlines()
     return {line.split()[0] for line in lines if line} - {package}
 
 
