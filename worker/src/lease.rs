@@ -16,8 +16,8 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status};
 
-use crate::attempt::Progress;
 use crate::hosts::{Demand, Shares};
+use crate::progress::Progress;
 
 /// For one call, beside the time that the coordinator may let it wait.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);

@@ -1,28 +1,30 @@
 //! Fetch workers: leased slices of URLs become validated, resized, committed shards.
 //!
-//! A worker holds no state but its leases. It asks the coordinator for a shard (`lease`), reads the shard's slice from the
-//! store and works through it (`attempt`): each URL waits until its host has room (`hosts`, `dispatch`) and is fetched under
-//! limits (`fetch`, `net`, `dns`); its bytes are judged on threads of their own (`validate`, with `jpeg` and `placeholder`),
-//! brought to the stored size (`frame`, `resize`) and measured (`measure`), and go into a tar that is uploaded while it grows
-//! (`upload`). The index, put last and only if there is none, commits the shard. Whatever a URL
-//! does is an outcome in the shard; only the store's failures and unreadable slices fail an attempt.
+//! A worker holds no state but its leases. The modules, in the order in which a URL meets them:
+//!
+//! - `lease`: calls to the coordinator, and the lease that is renewed while its shard is made; `progress` is what goes up with
+//!   it and comes down.
+//! - `attempt`: one attempt at a shard, from its slice in the store to the index that commits it.
+//! - `dispatch`, `hosts`: which URL is fetched next; each waits until its host has room.
+//! - `fetch`: a URL to its body under limits; a file each for the HTTP client, redirects, retries, the memory of bodies,
+//!   compressed bodies, opt-outs, name look-ups and permitted addresses.
+//! - `validate`, `format`, `placeholder`: a body to a stored picture or a rejection, on threads of their own.
+//! - `pixels`: JPEG, scaling to the stored size, measuring.
+//! - `upload`: tars that are uploaded while they grow, and the index, put last and only if there is none.
+//! - `metrics`: what a worker tells of itself.
+//!
+//! Whatever a URL does is an outcome in the shard; only the store's failures and unreadable slices fail an attempt.
 
 mod attempt;
-#[cfg(target_arch = "x86_64")]
-mod avx2;
 mod dispatch;
-mod dns;
 mod fetch;
-mod frame;
+mod format;
 mod hosts;
-mod jpeg;
-mod lanczos;
 mod lease;
-mod measure;
 pub mod metrics;
-mod net;
+mod pixels;
 mod placeholder;
-mod resize;
+mod progress;
 mod upload;
 mod validate;
 
@@ -45,13 +47,13 @@ use tokio_util::task::TaskTracker;
 use tracing::field::Empty;
 use tracing::{Instrument, Span};
 
-use attempt::{Assignment, End, Progress, Tools, make_shard};
+use attempt::{Assignment, End, Tools, make_shard};
 use dispatch::Dispatcher;
-pub use dns::NameServer;
-use fetch::{FetchConfig, Fetcher};
+pub use fetch::NameServer;
+use fetch::{AddressRules, FetchConfig, Fetcher};
 use lease::{Backoff, Coordinator, LeaseId};
-use net::AddressRules;
 pub use placeholder::PLACEHOLDERS_KEY;
+use progress::Progress;
 use validate::DecodePool;
 
 /// Shards whose last URLs are still on their way while the next ones are fetched; each holds parts of its tars in memory.

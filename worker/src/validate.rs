@@ -17,11 +17,9 @@ use sha2::{Digest, Sha256};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::fetch::Body;
-use crate::frame::Frame;
-use crate::jpeg;
-use crate::measure::{Hasher, is_flat, moments};
+use crate::format::{format_of, is_cut_riff, webp_fits};
+use crate::pixels::{Codec, Frame, Hasher, Picture, Pixels, Shrinker, is_flat, moments};
 use crate::placeholder::Placeholders;
-use crate::resize::{Picture, Pixels, Shrinker};
 
 /// Pictures of which more pixels than this are held at once are decoded one at a time, on a thread of their own, so that a few of
 /// them together can neither fill the memory nor hold up the others.
@@ -144,7 +142,7 @@ impl From<Rejection> for Refusal {
 /// Judges bodies, with the codecs and buffers of one thread.
 #[derive(Debug)]
 pub(crate) struct Validator {
-    codec: jpeg::Codec,
+    codec: Codec,
     shrinker: Shrinker,
     hasher: Hasher,
     pixels: Pixels,
@@ -152,7 +150,7 @@ pub(crate) struct Validator {
 
 impl Validator {
     pub(crate) fn new() -> anyhow::Result<Self> {
-        let codec = jpeg::Codec::new().context("libjpeg-turbo")?;
+        let codec = Codec::new().context("libjpeg-turbo")?;
         Ok(Self { codec, shrinker: Shrinker::default(), hasher: Hasher::new(), pixels: Pixels::default() })
     }
 
@@ -272,52 +270,6 @@ impl Validator {
         self.pixels.replace(rgb, (width, height), orientation);
         Ok(frame)
     }
-}
-
-/// By so many of its first bytes [`format_of`] knows a body.
-pub(crate) const TELLING_BYTES: usize = 16;
-
-/// The format of a body, if it is one that can be decoded.
-pub(crate) fn format_of(bytes: &[u8]) -> Option<Format> {
-    use Format::{Bmp, Gif, Jpeg, Png, Tiff, WebP};
-    image::guess_format(bytes).ok().filter(|format| matches!(format, Jpeg | Png | Gif | Bmp | Tiff | WebP))
-}
-
-/// Whether a RIFF file is shorter than it says. A last byte of padding may be missing.
-fn is_cut_riff(bytes: &[u8]) -> bool {
-    let length = bytes.get(4..8).and_then(|four| <[u8; 4]>::try_from(four).ok()).map_or(0, u32::from_le_bytes);
-    (bytes.len() as u64) < (u64::from(length) + 8).saturating_sub(1)
-}
-
-/// Whether no frame of a WebP is larger than the picture: the decoder finds out only when it has decoded it.
-fn webp_fits(bytes: &[u8], (width, height): (u32, u32)) -> bool {
-    let fits = |frame: (u32, u32)| frame.0 <= width && frame.1 <= height;
-    let mut at = 12;
-    while let Some(&[a, b, c, d, length @ ..]) = bytes.get(at..at + 8).and_then(|head| <&[u8; 8]>::try_from(head).ok())
-    {
-        let length = u32::from_le_bytes(length) as usize;
-        let body = bytes.get(at + 8..).unwrap_or_default();
-        let word = |at: usize| body.get(at..at + 2).map_or(0, |two| u32::from(u16::from_le_bytes([two[0], two[1]])));
-        match &[a, b, c, d] {
-            // RFC 6386, 9.1: 14 bits each behind a tag and a start code.
-            b"VP8 " if !fits((word(6) & 0x3fff, word(8) & 0x3fff)) => return false,
-            // The lossless format's specification: 14 bits each, less one, behind a signature of one byte.
-            b"VP8L" => {
-                let bits = word(1) | word(3) << 16;
-                if !fits(((bits & 0x3fff) + 1, (bits >> 14 & 0x3fff) + 1)) {
-                    return false;
-                }
-            }
-            // A frame of an animation: chunks of its own behind 16 bytes.
-            b"ANMF" => {
-                at += 24;
-                continue;
-            }
-            _ => {}
-        }
-        at = at.saturating_add(8 + length + length % 2);
-    }
-    true
 }
 
 fn upright(width: u32, height: u32, orientation: u8) -> (u32, u32) {

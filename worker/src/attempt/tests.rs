@@ -4,14 +4,13 @@ use bytes::Bytes;
 use object_store::local::LocalFileSystem;
 use proto::index::ClassCounts;
 use proto::shard::read_block;
-use proto::{Class, DatasetId, Limits, Rejection, Resize, Stored};
+use proto::{Class, DatasetId, Limits, OutcomeCounts, Rejection, Resize, Stored};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
 use super::*;
-use crate::fetch::{FetchConfig, Fetcher};
+use crate::fetch::{AddressRules, FetchConfig, Fetcher};
 use crate::lease::Coordinator;
-use crate::net::AddressRules;
 use crate::tests::CoordinatorDouble;
 
 /// A web server with every kind of answer, by path.

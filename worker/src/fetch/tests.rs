@@ -1,29 +1,16 @@
-use super::*;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
-fn headers(values: &[&str]) -> HeaderMap {
-    values.iter().map(|value| ("x-robots-tag".parse().expect("a name"), value.parse().expect("a value"))).collect()
-}
+use proto::{Limits, Rejection};
+use reqwest::Certificate;
+use tokio::time::{Instant, timeout};
 
-#[test]
-fn opt_outs_count_if_they_are_said_to_all_or_to_us() {
-    for yes in [
-        "noai",
-        "NoImageAI",
-        "noarchive, noindex",
-        "gleaner: noai",
-        "*: noai",
-        "none",
-        "unavailable_after: 2099, noai",
-        "noarchive, unavailable_after: 2099, noai",
-        "max-image-preview:large, noai",
-    ] {
-        assert!(opted_out(&headers(&[yes])), "{yes}");
-    }
-    for no in ["", "all", "nofollow", "otherbot: noindex, noai", "unavailable_after: noindex"] {
-        assert!(!opted_out(&headers(&[no])), "{no}");
-    }
-    assert!(opted_out(&headers(&["otherbot: noindex", "noai"])));
-}
+use super::client::*;
+use super::journey::*;
+use super::net::AddressRules;
+use super::retry::Again;
+use crate::hosts::Ending;
 
 /// With a budget of 1 MiB.
 fn config() -> FetchConfig {
@@ -37,73 +24,9 @@ fn config() -> FetchConfig {
     }
 }
 
-fn fetcher() -> Fetcher {
+pub(super) fn fetcher() -> Fetcher {
     let _ = rustls::crypto::ring::default_provider().install_default();
     Fetcher::new(config()).expect("a client")
-}
-
-#[tokio::test]
-async fn large_bodies_wait_for_their_share_of_the_budget_and_gain_the_time() {
-    let (fetcher, limits) = (fetcher(), Limits::default());
-    let start = Instant::now();
-    let mut deadline = start;
-    let mut small = Body::new();
-    fetcher.reserve(&mut small, ALLOWANCE, &limits, &mut deadline).await.expect("no wait");
-    assert!(small.share.is_none() && deadline == start);
-
-    // More than there is: it gets all of it, rather than nothing for ever.
-    let mut large = Body::new();
-    fetcher.reserve(&mut large, 8 << 20, &limits, &mut deadline).await.expect("all of it");
-    assert_eq!(fetcher.budget.available_permits(), 0);
-
-    let mut other = Body::new();
-    let mut deadline = start;
-    let waits = fetcher.reserve(&mut other, 1 << 20, &limits, &mut deadline);
-    let ends = async {
-        tokio::time::sleep(Duration::from_millis(50)).await;
-        drop(large);
-    };
-    tokio::join!(waits, ends).0.expect("its turn");
-    assert!(deadline >= start + Duration::from_millis(50) && other.room == 1 << 20);
-}
-
-#[tokio::test]
-async fn bodies_of_unknown_length_grow_together_and_one_at_a_time_past_the_budget() {
-    const MAX: usize = 8 << 20;
-    let (fetcher, limits) = (fetcher(), Limits::default());
-    let start = Instant::now();
-    let mut deadline = start;
-    let (mut one, mut two) = (Body::new(), Body::new());
-    for body in [&mut one, &mut two] {
-        fetcher.grow(body, MAX, &limits, &mut deadline).await.expect("room");
-    }
-    assert_eq!((one.room, two.room, fetcher.budget.available_permits()), (512 << 10, 512 << 10, 512));
-    fetcher.grow(&mut one, MAX, &limits, &mut deadline).await.expect("room");
-    assert_eq!((one.room, fetcher.budget.available_permits()), (1 << 20, 0));
-    fetcher.grow(&mut one, MAX, &limits, &mut deadline).await.expect("room");
-    assert!(one.room == MAX && deadline - start < Duration::from_millis(50));
-
-    let mut deadline = start;
-    let waits = fetcher.grow(&mut two, MAX, &limits, &mut deadline);
-    let ends = async {
-        tokio::time::sleep(Duration::from_millis(50)).await;
-        drop(one);
-    };
-    tokio::join!(waits, ends).0.expect("its turn");
-    assert!(two.room == MAX && deadline >= start + Duration::from_millis(50));
-    drop(two);
-    assert_eq!(fetcher.budget.available_permits(), 1024);
-}
-
-#[tokio::test]
-async fn who_waits_for_the_budget_waits_no_longer_than_a_url_may_take() {
-    let (fetcher, limits) = (fetcher(), Limits { timeout_seconds: 0.2, ..Limits::default() });
-    let mut deadline = Instant::now();
-    let mut bodies = [Body::new(), Body::new()];
-    fetcher.reserve(&mut bodies[0], 8 << 20, &limits, &mut deadline).await.expect("all of it");
-    let failure = fetcher.reserve(&mut bodies[1], 1 << 20, &limits, &mut deadline).await.expect_err("nothing is left");
-    assert_eq!((failure.rejection, failure.ending), (Rejection::Timeout, Ending::Unknown));
-    assert_eq!(fetcher.waiting.load(Ordering::Relaxed), 0);
 }
 
 /// Bytes that may become a picture, as far as their start tells.
@@ -169,78 +92,6 @@ async fn a_host_is_not_blamed_for_the_time_that_others_took() {
         let failure = fetcher.fetch(&mut journey, &limits).await.expect_err("it says nothing");
         assert_eq!((failure.rejection, failure.ending), (Rejection::Timeout, ending), "{path}");
     }
-}
-
-#[test]
-fn what_was_packed_unasked_is_unpacked_to_its_limit() {
-    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
-    std::io::Write::write_all(&mut gzip, &[7; 1000]).expect("memory");
-    let packed = gzip.finish().expect("memory");
-    assert_eq!(gunzip(&packed, 1000), Ok(vec![7; 1000]));
-    assert_eq!(gunzip(&packed, 999), Err(Rejection::TooLarge));
-    assert_eq!(gunzip(&packed[..packed.len() - 9], 1000), Err(Rejection::Protocol));
-    assert_eq!(gunzip(b"plain", 1000), Err(Rejection::Protocol));
-}
-
-#[test]
-fn retry_after_is_seconds_or_a_date_by_the_servers_own_clock() {
-    let parse = |pairs: &[(&str, &str)]| {
-        let pairs = pairs.iter().map(|(name, value)| (name.parse().expect("a name"), value.parse().expect("a value")));
-        retry_after(&HeaderMap::from_iter(pairs))
-    };
-    assert_eq!(parse(&[("retry-after", " 120")]), Some(Duration::from_secs(120)));
-    let date = [("retry-after", "Wed, 21 Oct 2015 07:28:00 GMT"), ("date", "Wed, 21 Oct 2015 07:27:30 GMT")];
-    assert_eq!(parse(&date), Some(Duration::from_secs(30)));
-    assert_eq!(parse(&date[..1]), None, "without the server's clock a date says nothing");
-    assert_eq!(parse(&[("retry-after", "soon")]), None);
-    assert_eq!(parse(&[("retry-after", "99999999999999999999999")]), None);
-    assert_eq!(parse(&[]), None);
-}
-
-#[test]
-fn what_may_pass_is_tried_again_with_growing_pauses_within_tries_time_and_patience() {
-    let limits = Limits::default();
-    let journey = || Journey::new("http://a.example/x.jpg").expect("a URL");
-    let status = |code: u16, after: Option<&str>| {
-        let headers = after.map(|value| (RETRY_AFTER, value.parse().expect("a value")));
-        Failure::of_status(StatusCode::from_u16(code).expect("a status"), &headers.into_iter().collect())
-    };
-    let mut trip = journey();
-    let connect = Failure::of_host(Rejection::Connect);
-    assert_eq!(trip.try_again(&connect, &limits, 0.0), Some(Duration::from_millis(500)));
-    assert_eq!(trip.try_again(&connect, &limits, 1.0), Some(Duration::from_secs(2)));
-    assert_eq!(trip.try_again(&connect, &limits, 0.0), None, "two further tries");
-
-    let mut late = Journey { spent: Duration::from_secs(16), ..journey() };
-    assert_eq!(late.try_again(&connect, &limits, 0.0), None, "half of its time is gone");
-
-    let after = |failure: Failure| journey().try_again(&failure, &limits, 0.0);
-    assert_eq!(after(status(503, Some("7"))), Some(Duration::from_secs(7)));
-    assert_eq!(after(status(503, Some("3600"))), None, "longer than a URL's whole time");
-    assert_eq!(after(status(429, None)), Some(Duration::from_millis(500)));
-    for never in [status(404, Some("1")), status(410, None), status(403, None), Rejection::Tls.into()] {
-        assert_eq!(after(never), None, "{never:?}");
-    }
-    assert_eq!(status(429, Some("3600")).ending, Ending::Limited(LONGEST_HUSH));
-    assert_eq!((status(500, None).ending, status(403, None).ending), (Ending::Failed, Ending::Answered));
-}
-
-#[test]
-fn a_further_try_begins_where_the_list_says() {
-    let mut journey = Journey::new("http://a.example/x.jpg").expect("a URL");
-    let next = Url::parse("https://b.example:444/y.jpg").expect("a URL");
-    journey.visited.push(std::mem::replace(&mut journey.url, next));
-    assert_eq!(journey.host(), "b.example:444");
-    journey.try_again(&Failure::of_host(Rejection::Timeout), &Limits::default(), 0.5).expect("a try is left");
-    assert_eq!((journey.host().as_str(), journey.visited.len()), ("a.example", 0));
-}
-
-#[test]
-fn http_and_https_share_a_host_and_so_does_the_rooted_name() {
-    for same in ["http://a.example/", "https://A.example/", "http://a.example.:80/", "http://u:p@a.example/"] {
-        assert_eq!(Journey::new(same).expect("a URL").host(), "a.example", "{same}");
-    }
-    assert_eq!(Journey::new("http://[::1]:8080/").expect("a URL").host(), "[::1]:8080");
 }
 
 /// A server that speaks HTTP/2 alone and answers each request with as many bytes as its path says, its certificate, and the connections

@@ -345,7 +345,7 @@ fn cpu_time_of_decode_resize_and_encode() {
         std::hint::black_box(Sha256::digest(photo));
     });
     let Validator { codec, shrinker, hasher, pixels } = &mut validator;
-    let decode = |codec: &mut jpeg::Codec, pixels: &mut Pixels, photo: &[u8]| {
+    let decode = |codec: &mut Codec, pixels: &mut Pixels, photo: &[u8]| {
         let header = codec.header(photo).expect("a photo");
         let frame = Frame::new(&rules.resize, (header.width, header.height), u64::MAX).expect("a photo");
         let _ = codec.decode(photo, &header, (frame.shrinks, false), pixels);
@@ -396,7 +396,7 @@ fn only_a_jpeg_of_several_scans_is_held_whole_while_it_is_scaled_down() {
     let image = photo(800, 640);
     let header = |progressive| {
         let bytes = jpeg_of(image.as_raw(), 800, 640, PixelFormat::RGB, progressive);
-        jpeg::Codec::new().expect("libjpeg-turbo").header(&bytes).expect("own output")
+        Codec::new().expect("libjpeg-turbo").header(&bytes).expect("own output")
     };
     assert_eq!([1, 2, 8].map(|shrinks| header(false).held_pixels(shrinks)), [800 * 640, 400 * 320, 100 * 80]);
     assert_eq!(header(true).held_pixels(8), 800 * 640);

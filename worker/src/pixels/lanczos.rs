@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 #[cfg(target_arch = "x86_64")]
-use crate::avx2;
+use super::avx2;
 
 /// Values that are weighed together.
 pub(crate) const LANES: usize = 32;

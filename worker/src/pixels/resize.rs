@@ -4,8 +4,8 @@
 //! and its planes cover the same area) and saves what else is most of the work beside decoding: raising chroma to full size,
 //! the way to RGB, scaling twice as many values, and all the way back to be encoded.
 
-use crate::frame::Frame;
-use crate::lanczos::{Grid, Scaler, Span};
+use super::frame::Frame;
+use super::lanczos::{Grid, Scaler, Span};
 
 /// Buffers above this many bytes are given back after use: one huge picture must not stay in memory for ever.
 pub(crate) const KEPT_BUFFER: usize = 16 << 20;

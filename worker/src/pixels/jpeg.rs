@@ -5,7 +5,7 @@ use bytes::Bytes;
 use proto::Rejection;
 use turbojpeg::{Colorspace, Compressor, Decompressor, Image, PixelFormat, ScalingFactor, Subsamp, YuvImage};
 
-use crate::resize::{Layout, Picture, Pixels};
+use super::resize::{KEPT_BUFFER, Layout, Picture, Pixels};
 
 /// A progressive JPEG may redraw so many pixels in all of its scans, within these numbers of scans: files of more are made to burn
 /// time, and those that are not have ten or so.
@@ -91,7 +91,7 @@ impl Codec {
                 let result = self.decompressor.decompress(bytes, image);
                 cmyk_to_rgb(&self.cmyk, header.adobe, pixels);
                 self.cmyk.clear();
-                self.cmyk.shrink_to(crate::resize::KEPT_BUFFER);
+                self.cmyk.shrink_to(KEPT_BUFFER);
                 result
             }
             _ if layout == Layout::Rgb => {
@@ -128,7 +128,7 @@ impl Codec {
             }
         };
         let encoded = Bytes::copy_from_slice(&self.encoded[..length]);
-        if self.encoded.len() > crate::resize::KEPT_BUFFER {
+        if self.encoded.len() > KEPT_BUFFER {
             self.encoded = Vec::new();
         }
         Ok(encoded)

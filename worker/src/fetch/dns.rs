@@ -17,7 +17,7 @@ use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout};
 
-use crate::net::AddressRules;
+use super::net::AddressRules;
 
 /// A look-up that takes longer, its turn included, has failed: it must not use up a URL's whole time.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(8);

@@ -4,7 +4,7 @@
 
 use std::arch::x86_64::*;
 
-use crate::lanczos::{self, LANES, eight, lanes};
+use super::lanczos::{self, LANES, eight, lanes};
 
 /// As [`lanczos::weigh`]: two values of a lane at a time.
 #[inline]

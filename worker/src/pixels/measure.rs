@@ -4,7 +4,7 @@ use fast_image_resize::images::{Image, ImageRef};
 use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeError, ResizeOptions, Resizer};
 use proto::shard::Moments;
 
-use crate::resize::{GREY, Picture};
+use super::resize::{GREY, Picture};
 
 /// A picture is flat if no channel's standard deviation reaches this (of 255).
 const FLAT_DEVIATION: f64 = 1.0;
@@ -116,7 +116,7 @@ fn of_planes(picture: &Picture<'_>, planes: [(&[u8], usize); 3]) -> Moments {
             of_planes_by(picture, planes, |luma, more, less| {
                 let (whole, rest) = luma.as_chunks();
                 let (whole_more, whole_less) = (more.as_chunks().0, less.as_chunks().0);
-                let (sum, squares) = crate::avx2::of_row(whole, whole_more, whole_less);
+                let (sum, squares) = super::avx2::of_row(whole, whole_more, whole_less);
                 let done = luma.len() - rest.len();
                 let last = of_row(rest, &more[done..], &less[done..]);
                 (sum + last.0, squares + last.1)
@@ -260,9 +260,9 @@ fn shrink(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::frame::Frame;
-    use crate::resize::tests::{photo, pixels};
-    use crate::resize::{Layout, Shrinker};
+    use crate::pixels::frame::Frame;
+    use crate::pixels::resize::tests::{photo, pixels};
+    use crate::pixels::resize::{Layout, Shrinker};
     use image::RgbImage;
     use image::imageops::{FilterType::Lanczos3, resize};
     use proto::Resize;
