@@ -1,7 +1,7 @@
 //! One attempt at a shard: its slice of URLs becomes tars, outcomes and the index that commits them.
 //!
-//! Samples stand in their tar in the order in which they came in: to wait for a slow server would hold up everything behind
-//! it. The outcomes are in the order of their keys.
+//! Samples stand in their tar in the order in which they arrived: waiting for a slow server would hold up all that came after
+//! it. The outcomes stand in the order of their keys.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -19,14 +19,14 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::Span;
 
-use crate::dispatch::{Dispatcher, Landed, Listed};
+use crate::dispatch::{Dispatcher, FetchResult, SliceEntry};
 use crate::metrics;
 use crate::placeholder::Placeholders;
 use crate::progress::Progress;
 use crate::upload::{self, TarUpload};
 use crate::validate::{DecodePool, Rules, Stored};
 
-/// To take back an attempt's files, after which a cluster's garbage collection has to.
+/// For deleting an attempt's files; what is left then is the cluster's garbage collection's.
 const CLEANUP_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// What all attempts of a process share.
@@ -47,57 +47,56 @@ pub(crate) struct Assignment {
     pub(crate) spec: DatasetSpec,
 }
 
-/// How an attempt ended, if it did not fail.
+/// What an attempt came to, if it did not fail.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum End {
-    /// Its index stands.
-    Won,
-    /// Another attempt's index stood first; this one's files are gone.
+pub(crate) enum AttemptResult {
+    Committed,
+    /// Another attempt, which this names, committed first; this one's files are deleted.
     LostTo(Attempt),
-    /// It was cancelled before it committed; its files are gone.
+    /// It was cancelled before it committed; its files are deleted.
     Cancelled,
 }
 
-/// Makes a shard. `tail` is dropped when the last URL has been begun, or what is left has to wait for its hosts: what then
-/// follows leaves connections idle. Once the files are uploaded, `cancel` is too late and the attempt commits.
+/// Makes a shard. `start_permit` is dropped when every URL has been started, or those that are left wait for their hosts: from
+/// then on the attempt leaves connections idle. Once the files are uploaded, `cancel` is too late and the attempt commits.
 ///
 /// # Errors
-/// If the slice cannot be understood or the store fails. What the attempt wrote is gone then, unless the index itself is in
-/// doubt.
+/// If the slice cannot be parsed or the store fails. The attempt's files are deleted then, unless nobody knows whether the
+/// index was put.
 pub(crate) async fn make_shard<T: Send>(
     tools: &Arc<Tools>,
     assignment: &Assignment,
     progress: &Progress,
-    tail: T,
+    start_permit: T,
     cancel: &CancellationToken,
-) -> anyhow::Result<End> {
+) -> anyhow::Result<AttemptResult> {
     let start = Instant::now();
     let mut files = Files::new(&tools.store, assignment);
-    let filled = tokio::select! {
-        filled = fill(tools, assignment, progress, tail, &mut files) => filled.map(Some),
+    let uploaded = tokio::select! {
+        index = fetch_and_upload(tools, assignment, progress, start_permit, &mut files) => index.map(Some),
         () = cancel.cancelled() => Ok(None),
     };
-    let index = match filled {
+    let index = match uploaded {
         Ok(Some(index)) => index,
         Ok(None) => {
-            files.take_back().await;
-            return Ok(End::Cancelled);
+            files.delete().await;
+            return Ok(AttemptResult::Cancelled);
         }
         Err(error) => {
-            files.take_back().await;
+            files.delete().await;
             return Err(error);
         }
     };
-    let standing = upload::commit(&*tools.store, &assignment.shard, &index).await?;
-    if standing.nonce != index.nonce {
-        files.take_back().await;
-        return Ok(End::LostTo(standing.attempt));
+    let committed = upload::commit(&*tools.store, &assignment.shard, &index).await?;
+    if committed.nonce != index.nonce {
+        files.delete().await;
+        return Ok(AttemptResult::LostTo(committed.attempt));
     }
     let (urls, kept) = (index.outcomes.total(), index.outcomes.of(Ok(())));
     let seconds = start.elapsed().as_secs_f32();
     tracing::info!(urls, kept, rejected = urls - kept, seconds, outcomes = ?index.outcomes, "shard committed");
     Span::current().record("urls", trace::integer(urls)).record("kept", trace::integer(kept));
-    Ok(End::Won)
+    Ok(AttemptResult::Committed)
 }
 
 /// The objects that an attempt writes.
@@ -119,27 +118,27 @@ impl Files {
             .or_insert_with(|| TarUpload::new(Arc::clone(&self.store), keys::tar(&of.shard, split, of.attempt)))
     }
 
-    async fn take_back(self) {
-        let work = async {
+    async fn delete(self) {
+        let delete = async {
             for tar in self.tars.into_values() {
                 tar.abort().await;
             }
             if let Err(error) = upload::delete(&*self.store, &self.outcomes).await {
-                tracing::warn!(key = self.outcomes, %error, "failed to take back an attempt's outcomes");
+                tracing::warn!(key = self.outcomes, %error, "failed to delete an attempt's outcomes");
             }
         };
-        if tokio::time::timeout(CLEANUP_TIMEOUT, work).await.is_err() {
-            tracing::warn!("the attempt's files could not be taken back in time");
+        if tokio::time::timeout(CLEANUP_TIMEOUT, delete).await.is_err() {
+            tracing::warn!("the attempt's files could not be deleted in time; garbage collection will");
         }
     }
 }
 
 /// Fetches the slice and uploads all that the index names.
-async fn fill<T: Send>(
+async fn fetch_and_upload<T: Send>(
     tools: &Arc<Tools>,
     assignment: &Assignment,
     progress: &Progress,
-    tail: T,
+    start_permit: T,
     files: &mut Files,
 ) -> anyhow::Result<ShardIndex> {
     let spec = &assignment.spec;
@@ -147,42 +146,42 @@ async fn fill<T: Send>(
     let rules = Arc::new(Rules { resize: spec.resize, limits: spec.limits.clone(), placeholders });
     let labels: HashMap<&str, u32> =
         (0..).zip(&spec.classes).map(|(label, class)| (class.synset.as_str(), label)).collect();
-    let listed = read_slice(&*tools.store, assignment).await?;
-    let urls = listed.len();
+    let entries = read_slice(&*tools.store, assignment).await?;
+    let urls = entries.len();
     let mut rows = Vec::with_capacity(urls);
-    let is_full = |at: &Listed| labels.get(at.synset.as_str()).is_some_and(|&label| progress.is_full(label));
-    let leave = |left: Listed| {
-        progress.count(Err(Rejection::ClassFull));
-        OutcomeRow { outcome: Rejection::ClassFull.name().to_owned(), fetched_at: now(), ..left.row() }
+    let is_full = |entry: &SliceEntry| labels.get(entry.synset.as_str()).is_some_and(|&label| progress.is_full(label));
+    let reject_full = |entry: SliceEntry| {
+        progress.count_outcome(Err(Rejection::ClassFull));
+        OutcomeRow { outcome: Rejection::ClassFull.name().to_owned(), fetched_at: now(), ..entry.into_row() }
     };
-    let (full, listed): (Vec<_>, _) = listed.into_iter().partition(&is_full);
-    rows.extend(full.into_iter().map(leave));
-    let mut batch = tools.dispatcher.batch(listed, &spec.limits);
-    let mut taken_up = std::pin::pin!(batch.taken_up());
-    let mut tail = Some(tail);
-    let mut judging = JoinSet::new();
+    let (full, entries): (Vec<_>, _) = entries.into_iter().partition(&is_full);
+    rows.extend(full.into_iter().map(reject_full));
+    let mut batch = tools.dispatcher.batch(entries, &spec.limits);
+    let mut all_started = std::pin::pin!(batch.all_started());
+    let mut start_permit = Some(start_permit);
+    let mut validating = JoinSet::new();
     while rows.len() < urls {
-        if progress.news() {
-            rows.extend(batch.take_out(is_full).into_iter().map(leave));
+        if progress.take_class_filled() {
+            rows.extend(batch.take_out(is_full).into_iter().map(reject_full));
             continue;
         }
         tokio::select! {
-            () = &mut taken_up, if tail.is_some() => drop(tail.take()),
-            landed = batch.next(), if rows.len() + judging.len() < urls => {
-                let landed = landed.context("a fetch was lost")?;
+            () = &mut all_started, if start_permit.is_some() => drop(start_permit.take()),
+            result = batch.next(), if rows.len() + validating.len() < urls => {
+                let result = result.context("a URL got no result")?;
                 let (tools, rules) = (Arc::clone(tools), Arc::clone(&rules));
-                judging.spawn(async move { judge(&tools, rules, landed).await });
+                validating.spawn(async move { validate(&tools, rules, result).await });
             }
-            Some(done) = judging.join_next() => {
-                let Fetched { mut row, outcome, kept } = done.context("a verdict failed")??;
+            Some(done) = validating.join_next() => {
+                let Validated { mut row, outcome, kept } = done.context("a validation failed")??;
                 if let Some((stored, sha256)) = kept {
                     let label = *labels.get(row.synset.as_str()).with_context(|| {
                         format!("the slice names synset {:?}, which is no class of the dataset", row.synset)
                     })?;
-                    keep(assignment, files, label, stored, &sha256, &mut row).await?;
-                    progress.keep(label);
+                    append_sample(assignment, files, label, stored, &sha256, &mut row).await?;
+                    progress.count_sample(label);
                 }
-                progress.count(outcome);
+                progress.count_outcome(outcome);
                 rows.push(row);
             }
         }
@@ -200,7 +199,7 @@ async fn fill<T: Send>(
         writer: tools.worker.clone(),
         shard: assignment.shard.shard,
         attempt: assignment.attempt,
-        outcomes: progress.so_far(),
+        outcomes: progress.outcomes(),
         tars,
         outcomes_file: Some(outcomes_file),
     })
@@ -212,54 +211,54 @@ fn now() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64)
 }
 
-async fn read_slice(store: &dyn ObjectStore, of: &Assignment) -> anyhow::Result<Vec<Listed>> {
+async fn read_slice(store: &dyn ObjectStore, of: &Assignment) -> anyhow::Result<Vec<SliceEntry>> {
     let key = keys::slice(&of.shard);
     let found = store.get(&Path::from(key.as_str())).await.with_context(|| format!("failed to read {key}"))?;
-    let packed = found.bytes().await.with_context(|| format!("failed to read {key}"))?;
-    let parse = move || -> anyhow::Result<Vec<Listed>> {
-        let listed = |entry: slice::Entry<'_>| Listed {
+    let compressed = found.bytes().await.with_context(|| format!("failed to read {key}"))?;
+    let parse = move || -> anyhow::Result<Vec<SliceEntry>> {
+        let owned = |entry: slice::Entry<'_>| SliceEntry {
             key: entry.key as i64,
             synset: entry.synset.to_owned(),
             url: entry.url.to_owned(),
         };
-        slice::entries(&slice::unpack(&packed)?).map(|entry| Ok(listed(entry?))).collect()
+        slice::entries(&slice::unpack(&compressed)?).map(|entry| Ok(owned(entry?))).collect()
     };
-    tokio::task::spawn_blocking(parse).await?.with_context(|| format!("failed to understand {key}"))
+    tokio::task::spawn_blocking(parse).await?.with_context(|| format!("failed to parse {key}"))
 }
 
-/// What became of one URL.
+/// One URL's row, and its sample if it gives one.
 #[derive(Debug)]
-struct Fetched {
-    /// Whole but for the place in a tar.
+struct Validated {
+    /// Complete but for the place in a tar.
     row: OutcomeRow,
     outcome: Outcome,
-    /// The picture, with the hash of the bytes that it was fetched as.
+    /// The picture, with the hash of the bytes as fetched.
     kept: Option<(Stored, [u8; 32])>,
 }
 
-/// Judges what was fetched.
-async fn judge(tools: &Tools, rules: Arc<Rules>, landed: Landed) -> anyhow::Result<Fetched> {
-    let Landed { listed, trace, spent, fetched } = landed;
+/// Has the body validated, if there is one.
+async fn validate(tools: &Tools, rules: Arc<Rules>, result: FetchResult) -> anyhow::Result<Validated> {
+    let FetchResult { entry, info, spent, body } = result;
     if !spent.is_zero() {
-        metrics::fetched(spent.as_secs_f64(), fetched.as_ref().map_or(0, |(body, _)| body.bytes.len()));
+        metrics::fetched(spent.as_secs_f64(), body.as_ref().map_or(0, |(body, _)| body.bytes.len()));
     }
     let mut row = OutcomeRow {
-        final_url: trace.final_url,
-        http_status: trace.status.map(i32::from),
+        final_url: info.final_url,
+        http_status: info.status.map(i32::from),
         fetched_at: now(),
         millis: spent.as_millis() as i64,
-        ..listed.row()
+        ..entry.into_row()
     };
-    let outcome = match fetched {
+    let outcome = match body {
         Err(rejection) => Err(rejection),
         Ok((body, _connection)) => {
             row.bytes = Some(body.bytes.len() as i64);
-            let verdict = tools.pool.judge(body, rules).await?;
-            row.sha256 = Some(hex::encode(verdict.sha256));
-            row.phash = verdict.phash.map(|hash| format!("{hash:016x}"));
-            row.width = verdict.size.and_then(|(width, _)| i32::try_from(width).ok());
-            row.height = verdict.size.and_then(|(_, height)| i32::try_from(height).ok());
-            verdict.outcome.map(|stored| (stored, verdict.sha256))
+            let validation = tools.pool.validate(body, rules).await?;
+            row.sha256 = Some(hex::encode(validation.sha256));
+            row.phash = validation.phash.map(|hash| format!("{hash:016x}"));
+            row.width = validation.size.and_then(|(width, _)| i32::try_from(width).ok());
+            row.height = validation.size.and_then(|(_, height)| i32::try_from(height).ok());
+            validation.outcome.map(|stored| (stored, validation.sha256))
         }
     };
     let (outcome, kept) = match outcome {
@@ -267,11 +266,11 @@ async fn judge(tools: &Tools, rules: Arc<Rules>, landed: Landed) -> anyhow::Resu
         Err(rejection) => (Err(rejection), None),
     };
     row.outcome = outcome_name(outcome).to_owned();
-    Ok(Fetched { row, outcome, kept })
+    Ok(Validated { row, outcome, kept })
 }
 
 /// Appends a sample to the tar of its split.
-async fn keep(
+async fn append_sample(
     assignment: &Assignment,
     files: &mut Files,
     label: u32,

@@ -1,61 +1,63 @@
 //! Hands the worker's connections to the URLs of all its attempts, as their hosts have room, and keeps the shares of hosts
 //! that the coordinator grants.
 //!
-//! An attempt brings all its URLs at once ([`Dispatcher::batch`]) and hears of each when it is through. What has to wait,
-//! for its host or before another try, holds no connection meanwhile.
+//! An attempt hands in all its URLs at once ([`Dispatcher::batch`]) and gets a result for each. A URL that waits for its host or
+//! for a backoff holds no connection meanwhile.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use backon::BackoffBuilder;
 use proto::outcomes::OutcomeRow;
 use proto::{Limits, Rejection};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::fetch::{Body, Fetcher, Journey, Step, Trace};
-use crate::hosts::{Ending, Hosts, Next, Pass};
-use crate::lease::{Backoff, Coordinator};
+use crate::backoff::backoff;
+use crate::fetch::{Body, Fetched, Fetcher, Request, ResponseInfo};
+use crate::hosts::{HostSignal, Hosts, Next, Pass};
+use crate::lease::Coordinator;
 use crate::metrics::InFlight;
 
-/// For one asking; answers that come much later are not taken anyway.
+/// For one call that asks for shares; a response that comes much later is not used anyway.
 const ASK_TIMEOUT: Duration = Duration::from_secs(5);
-/// Between two askings, however many hosts become brokered meanwhile.
+/// Between two calls, however many hosts become brokered meanwhile.
 const ASK_PAUSE: Duration = Duration::from_millis(20);
-/// Connections that had nothing to do for so long call for another shard.
-const STARVED: Duration = Duration::from_secs(1);
+/// Connections that had nothing to do for so long ask for another shard.
+const IDLE: Duration = Duration::from_secs(1);
 
-/// One URL, as its attempt knows it.
-#[derive(Debug)]
-pub(crate) struct Listed {
+/// One line of a slice.
+#[derive(Debug, Default)]
+pub(crate) struct SliceEntry {
     pub(crate) key: i64,
     pub(crate) synset: String,
     pub(crate) url: String,
 }
 
-impl Listed {
+impl SliceEntry {
     /// The row of a URL of which nothing else is known.
-    pub(crate) fn row(self) -> OutcomeRow {
+    pub(crate) fn into_row(self) -> OutcomeRow {
         OutcomeRow { key: self.key, synset: self.synset, url: self.url, ..OutcomeRow::default() }
     }
 }
 
-/// The right to have one URL in flight, until its body is judged.
+/// The right to have one URL in flight, until its body is validated.
 #[derive(Debug)]
-pub(crate) struct Connection {
+pub(crate) struct ConnectionPermit {
     _permit: OwnedSemaphorePermit,
     _in_flight: InFlight,
 }
 
-/// A URL that is through.
+/// What became of a URL's request.
 #[derive(Debug)]
-pub(crate) struct Landed {
-    pub(crate) listed: Listed,
-    pub(crate) trace: Trace,
-    /// How long its requests took.
+pub(crate) struct FetchResult {
+    pub(crate) entry: SliceEntry,
+    pub(crate) info: ResponseInfo,
+    /// How long its HTTP requests took.
     pub(crate) spent: Duration,
-    pub(crate) fetched: Result<(Body, Connection), Rejection>,
+    pub(crate) body: Result<(Body, ConnectionPermit), Rejection>,
 }
 
 /// One per process.
@@ -63,26 +65,26 @@ pub(crate) struct Landed {
 pub(crate) struct Dispatcher {
     fetcher: Fetcher,
     hosts: Mutex<Hosts<Job>>,
-    /// One permit per URL in flight, until its body is judged.
+    /// One permit per URL in flight, until its body is validated.
     connections: Arc<Semaphore>,
-    /// Something may be ready to begin.
+    /// A URL may have become ready to be fetched.
     changed: Notify,
     /// A host is brokered for which the coordinator was not asked yet.
     ask: Notify,
     /// Connections have had nothing to do for a while.
-    starved: Notify,
+    idle: Notify,
     batches: AtomicUsize,
 }
 
-/// A URL of a batch on its way.
+/// A URL of a batch that has no result yet.
 #[derive(Debug)]
 struct Job {
     ticket: u64,
-    begun: bool,
-    listed: Listed,
-    journey: Journey,
-    /// Why its latest try failed.
-    failed: Option<(Rejection, Trace)>,
+    started: bool,
+    entry: SliceEntry,
+    request: Request,
+    /// Why it was tried again last.
+    retried: Option<(Rejection, ResponseInfo)>,
     batch: Arc<Shared>,
 }
 
@@ -91,73 +93,76 @@ struct Job {
 struct Shared {
     id: usize,
     limits: Limits,
-    landed: mpsc::UnboundedSender<Landed>,
-    unbegun: AtomicUsize,
-    /// Done when every URL has been begun.
-    taken_up: CancellationToken,
+    results: mpsc::UnboundedSender<FetchResult>,
+    unstarted: AtomicUsize,
+    /// Cancelled when every URL has been started.
+    all_started: CancellationToken,
     dropped: CancellationToken,
 }
 
 impl Shared {
-    fn begin(&self, urls: usize) {
-        if self.unbegun.fetch_sub(urls, Ordering::AcqRel) == urls {
-            self.taken_up.cancel();
+    fn start(&self, urls: usize) {
+        if self.unstarted.fetch_sub(urls, Ordering::AcqRel) == urls {
+            self.all_started.cancel();
         }
     }
 }
 
 impl Job {
-    fn land(self, fetched: Result<(Body, Connection), Rejection>) {
-        let Self { listed, journey, failed, batch, begun, .. } = self;
-        if !begun {
-            batch.begin(1);
+    fn start(&mut self) {
+        if !std::mem::replace(&mut self.started, true) {
+            self.batch.start(1);
         }
-        let (fetched, trace) = match (fetched, failed) {
-            // What it saw of its host says more than that others saw enough of it.
-            (Err(Rejection::HostGivenUp), Some((rejection, trace))) => (Err(rejection), trace),
-            (fetched, _) => (fetched, journey.trace),
+    }
+
+    fn finish(mut self, body: Result<(Body, ConnectionPermit), Rejection>) {
+        self.start();
+        let (body, info) = match (body, self.retried) {
+            // What this URL met at its host says more than that the host was given up.
+            (Err(Rejection::HostGivenUp), Some((rejection, info))) => (Err(rejection), info),
+            (body, _) => (body, self.request.info),
         };
-        // An attempt that is gone needs no answer.
-        let _ = batch.landed.send(Landed { listed, trace, spent: journey.spent, fetched });
+        // An attempt that is gone needs no result.
+        let _ = self.batch.results.send(FetchResult { entry: self.entry, info, spent: self.request.spent, body });
+    }
+
+    /// Takes it out of its batch: it gets no result.
+    fn withdraw(mut self) -> SliceEntry {
+        self.start();
+        self.entry
     }
 }
 
-/// The URLs of one attempt. Those that are not through when it is dropped are dropped, too.
+/// The URLs of one attempt. Dropping it drops those that have no result yet.
 #[derive(Debug)]
 pub(crate) struct Batch {
     dispatcher: Arc<Dispatcher>,
     id: usize,
-    landed: mpsc::UnboundedReceiver<Landed>,
-    taken_up: CancellationToken,
+    results: mpsc::UnboundedReceiver<FetchResult>,
+    all_started: CancellationToken,
     dropped: CancellationToken,
 }
 
 impl Batch {
-    /// The next URL that is through; None when all were told of.
-    pub(crate) async fn next(&mut self) -> Option<Landed> {
-        self.landed.recv().await
+    /// The next result; None after the last one.
+    pub(crate) async fn next(&mut self) -> Option<FetchResult> {
+        self.results.recv().await
     }
 
-    /// Takes out the URLs that wait and fit; nothing will be told of them.
-    pub(crate) fn take_out(&self, fits: impl Fn(&Listed) -> bool) -> Vec<Listed> {
-        let fits = |job: &Job| job.batch.id == self.id && fits(&job.listed);
-        let jobs = self.dispatcher.hosts().take_out(Instant::now(), fits);
-        let leave = |job: Job| {
-            if !job.begun {
-                job.batch.begin(1);
-            }
-            job.listed
-        };
-        jobs.into_iter().map(leave).collect()
+    /// Takes out the URLs that wait and match; they get no result.
+    pub(crate) fn take_out(&self, matches: impl Fn(&SliceEntry) -> bool) -> Vec<SliceEntry> {
+        let matches = |job: &Job| job.batch.id == self.id && matches(&job.entry);
+        let jobs = self.dispatcher.hosts().take_out(Instant::now(), matches);
+        jobs.into_iter().map(Job::withdraw).collect()
     }
 
-    /// Returns when every URL has been begun, or connections have nothing to do because all that waits has to wait.
-    pub(crate) fn taken_up(&self) -> impl Future<Output = ()> + Send + use<> {
-        let (dispatcher, taken_up) = (Arc::clone(&self.dispatcher), self.taken_up.clone());
+    /// Returns when every URL has been started, or connections have nothing to do because all URLs that wait have to.
+    pub(crate) fn all_started(&self) -> impl Future<Output = ()> + Send + use<> {
+        let (dispatcher, all_started) = (Arc::clone(&self.dispatcher), self.all_started.clone());
         async move {
             tokio::select! {
-                () = taken_up.cancelled() => {}
-                () = dispatcher.starved.notified() => {}
+                () = all_started.cancelled() => {}
+                () = dispatcher.idle.notified() => {}
             }
         }
     }
@@ -178,7 +183,7 @@ impl Dispatcher {
             connections: Arc::new(Semaphore::new(connections.into())),
             changed: Notify::new(),
             ask: Notify::new(),
-            starved: Notify::new(),
+            idle: Notify::new(),
             batches: AtomicUsize::new(0),
         }
     }
@@ -188,7 +193,7 @@ impl Dispatcher {
         self.hosts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Tells the loops of what `hosts` has become.
+    /// Wakes the loops that a change of `hosts` concerns.
     fn wake(&self, mut hosts: MutexGuard<'_, Hosts<Job>>) {
         if hosts.ask_now() {
             self.ask.notify_one();
@@ -198,42 +203,42 @@ impl Dispatcher {
     }
 
     /// Takes up URLs, which are fetched in this order as far as their hosts allow.
-    pub(crate) fn batch(self: &Arc<Self>, urls: Vec<Listed>, limits: &Limits) -> Batch {
-        let (landed, receiver) = mpsc::unbounded_channel();
-        let (taken_up, dropped) = (CancellationToken::new(), CancellationToken::new());
+    pub(crate) fn batch(self: &Arc<Self>, entries: Vec<SliceEntry>, limits: &Limits) -> Batch {
+        let (results, receiver) = mpsc::unbounded_channel();
+        let (all_started, dropped) = (CancellationToken::new(), CancellationToken::new());
         let id = self.batches.fetch_add(1, Ordering::Relaxed);
         let shared = Arc::new(Shared {
             id,
             limits: limits.clone(),
-            landed,
-            unbegun: AtomicUsize::new(urls.len()),
-            taken_up: taken_up.clone(),
+            results,
+            unstarted: AtomicUsize::new(entries.len()),
+            all_started: all_started.clone(),
             dropped: dropped.clone(),
         });
-        if urls.is_empty() {
-            taken_up.cancel();
+        if entries.is_empty() {
+            all_started.cancel();
         }
         let now = Instant::now();
         let mut hosts = self.hosts();
-        for listed in urls {
-            match Journey::new(&listed.url) {
-                Ok(journey) => {
-                    let (host, ticket, batch) = (journey.host(), hosts.ticket(), Arc::clone(&shared));
-                    let job = Job { ticket, begun: false, listed, journey, failed: None, batch };
+        for entry in entries {
+            match Request::new(&entry.url) {
+                Ok(request) => {
+                    let (host, ticket, batch) = (request.host(), hosts.ticket(), Arc::clone(&shared));
+                    let job = Job { ticket, started: false, entry, request, retried: None, batch };
                     hosts.push(now, &host, ticket, job);
                 }
                 Err(rejection) => {
-                    shared.begin(1);
-                    let (trace, spent) = (Trace::default(), Duration::ZERO);
-                    let _ = shared.landed.send(Landed { listed, trace, spent, fetched: Err(rejection) });
+                    shared.start(1);
+                    let (info, spent) = (ResponseInfo::default(), Duration::ZERO);
+                    let _ = shared.results.send(FetchResult { entry, info, spent, body: Err(rejection) });
                 }
             }
         }
         self.wake(hosts);
-        Batch { dispatcher: Arc::clone(self), id, landed: receiver, taken_up, dropped }
+        Batch { dispatcher: Arc::clone(self), id, results: receiver, all_started, dropped }
     }
 
-    /// Begins what can be begun, for ever.
+    /// Starts each URL when there is a connection and its host has room, for ever.
     pub(crate) async fn dispatch(self: Arc<Self>) {
         while let Ok(permit) = Arc::clone(&self.connections).acquire_owned().await {
             let mut idle_since = None;
@@ -249,31 +254,32 @@ impl Dispatcher {
                 let until = match next {
                     Next::Begin(pass, job) => break (pass, job),
                     Next::GivenUp(job) => {
-                        job.land(Err(Rejection::HostGivenUp));
+                        job.finish(Err(Rejection::HostGivenUp));
                         continue;
                     }
                     Next::Wait(until) => until,
                 };
                 let idle_since = *idle_since.get_or_insert_with(Instant::now);
-                let starved = idle_since + STARVED;
-                if Instant::now() >= starved {
-                    self.starved.notify_waiters();
+                let idle = idle_since + IDLE;
+                if Instant::now() >= idle {
+                    self.idle.notify_waiters();
                 }
-                let until = until.into_iter().chain(Some(starved).filter(|at| *at > Instant::now())).min();
+                let until = until.into_iter().chain(Some(idle).filter(|at| *at > Instant::now())).min();
                 tokio::select! {
                     () = self.changed.notified() => {}
-                    () = async { match until { Some(at) => sleep_until(at).await, None => sleep(STARVED).await } } => {}
+                    () = async { match until { Some(at) => sleep_until(at).await, None => sleep(IDLE).await } } => {}
                 }
             };
-            let flight = Flight { dispatcher: Arc::clone(&self), pass: Some(pass) };
-            tokio::spawn(flight.fly(job, Connection { _permit: permit, _in_flight: InFlight::begin() }));
+            let slot = HostSlot { dispatcher: Arc::clone(&self), pass: Some(pass) };
+            tokio::spawn(slot.fetch(job, ConnectionPermit { _permit: permit, _in_flight: InFlight::begin() }));
         }
     }
 
     /// Keeps this worker's shares of brokered hosts, for ever.
     pub(crate) async fn keep_shares(self: Arc<Self>, coordinator: Arc<Coordinator>) {
         let mut sequence = 0;
-        let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(1));
+        let policy = backoff(Duration::from_millis(100), Duration::from_secs(1));
+        let mut retries = policy.build();
         loop {
             let asked = Instant::now();
             let demands = {
@@ -289,7 +295,7 @@ impl Dispatcher {
             sequence += 1;
             let pause = match coordinator.share_hosts(sequence, demands, ASK_TIMEOUT).await {
                 Ok(answer) => {
-                    backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(1));
+                    retries = policy.build();
                     let ask_again = answer.ask_again;
                     let mut hosts = self.hosts();
                     let taken = hosts.shared(asked, Instant::now(), answer);
@@ -298,7 +304,7 @@ impl Dispatcher {
                 }
                 Err(status) => {
                     tracing::debug!(%status, "failed to ask for shares of hosts; trying again");
-                    backoff.pause()
+                    retries.next().unwrap_or(ASK_PAUSE)
                 }
             };
             sleep(ASK_PAUSE).await;
@@ -307,54 +313,47 @@ impl Dispatcher {
     }
 }
 
-/// A request under way. Whatever becomes of it, its host gets the slot back.
-struct Flight {
+/// One request's place at its host, which gets it back whatever becomes of the request.
+struct HostSlot {
     dispatcher: Arc<Dispatcher>,
     pass: Option<Pass>,
 }
 
-impl Flight {
-    async fn fly(mut self, mut job: Job, connection: Connection) {
+impl HostSlot {
+    async fn fetch(mut self, mut job: Job, connection: ConnectionPermit) {
         let batch = Arc::clone(&job.batch);
         let dispatcher = Arc::clone(&self.dispatcher);
         // The process may have stood still since the pass was given out.
         if !self.pass.as_ref().is_some_and(|pass| pass.is_valid(Instant::now())) {
-            let (host, ticket) = (job.journey.host(), job.ticket);
-            self.end(Ending::Unknown, |hosts, now| hosts.push(now, &host, ticket, job));
-            return;
+            return self.give_back(HostSignal::Unknown, |hosts, now| queue(hosts, now, job));
         }
-        if !std::mem::replace(&mut job.begun, true) {
-            batch.begin(1);
-        }
-        let step = batch.dropped.run_until_cancelled(dispatcher.fetcher.fetch(&mut job.journey, &batch.limits)).await;
-        match step {
+        job.start();
+        let fetch = dispatcher.fetcher.fetch(&mut job.request, &batch.limits);
+        match batch.dropped.run_until_cancelled(fetch).await {
             None => {}
-            Some(Ok(Step::Body(body))) => {
-                self.end(Ending::Answered, |_, _| {});
-                job.land(Ok((body, connection)));
+            Some(Ok(Fetched::Body(body))) => {
+                self.give_back(HostSignal::Answered, |_, _| {});
+                job.finish(Ok((body, connection)));
             }
-            Some(Ok(Step::Elsewhere)) => {
-                let (host, ticket) = (job.journey.host(), job.ticket);
-                self.end(Ending::Answered, |hosts, now| hosts.push(now, &host, ticket, job));
-            }
-            Some(Err(failure)) => {
-                // A URL that fails once more says nothing new of its host: what is tried again are the few that fail, when all others
-                // are through.
-                let ending = match failure.ending {
-                    Ending::Failed if job.failed.is_some() => Ending::Unknown,
-                    ending => ending,
+            Some(Ok(Fetched::Redirect)) => self.give_back(HostSignal::Answered, |hosts, now| queue(hosts, now, job)),
+            Some(Err(error)) => {
+                // A URL that fails once more says nothing new of its host: retries are the few URLs that fail, after all
+                // others have their results.
+                let signal = match error.signal {
+                    HostSignal::Failed if job.retried.is_some() => HostSignal::Unknown,
+                    signal => signal,
                 };
-                let trace = std::mem::take(&mut job.journey.trace);
-                match job.journey.try_again(&failure, &batch.limits, random()) {
-                    Some(pause) => {
-                        job.failed = Some((failure.rejection, trace));
-                        let (host, ticket) = (job.journey.host(), job.ticket);
-                        self.end(ending, |hosts, now| hosts.push_later(now, pause, &host, ticket, job));
+                let info = std::mem::take(&mut job.request.info);
+                match job.request.retry(&error, &batch.limits, fastrand::f64()) {
+                    Some(backoff) => {
+                        job.retried = Some((error.rejection, info));
+                        let (host, ticket) = (job.request.host(), job.ticket);
+                        self.give_back(signal, |hosts, now| hosts.push_later(now, backoff, &host, ticket, job));
                     }
                     None => {
-                        job.journey.trace = trace;
-                        self.end(ending, |_, _| {});
-                        job.land(Err(failure.rejection));
+                        job.request.info = info;
+                        self.give_back(signal, |_, _| {});
+                        job.finish(Err(error.rejection));
                     }
                 }
             }
@@ -362,25 +361,25 @@ impl Flight {
     }
 
     /// Gives the pass back; then `then`, under the same lock.
-    fn end(&mut self, ending: Ending, then: impl FnOnce(&mut Hosts<Job>, Instant)) {
+    fn give_back(&mut self, signal: HostSignal, then: impl FnOnce(&mut Hosts<Job>, Instant)) {
         let Some(pass) = self.pass.take() else { return };
         let now = Instant::now();
         let mut hosts = self.dispatcher.hosts();
-        hosts.finish(now, pass, ending);
+        hosts.finish(now, pass, signal);
         then(&mut hosts, now);
         self.dispatcher.wake(hosts);
     }
 }
 
-impl Drop for Flight {
+impl Drop for HostSlot {
     fn drop(&mut self) {
-        self.end(Ending::Unknown, |_, _| {});
+        self.give_back(HostSignal::Unknown, |_, _| {});
     }
 }
 
-/// In 0..1.
-fn random() -> f64 {
-    (uuid::Uuid::new_v4().as_u128() % 1_000_000) as f64 / 1e6
+fn queue(hosts: &mut Hosts<Job>, now: Instant, job: Job) {
+    let (host, ticket) = (job.request.host(), job.ticket);
+    hosts.push(now, &host, ticket, job);
 }
 
 #[cfg(test)]
@@ -395,11 +394,11 @@ mod tests {
         let dispatcher = Arc::clone(&tools(Arc::new(InMemory::new())).await.dispatcher);
         let (at, limits) = (origin().await, Limits::default());
         let fetch = async |paths: &[&str]| {
-            let listed = |path: &&str| Listed { key: 0, synset: String::new(), url: format!("http://{at}/{path}") };
-            let mut batch = dispatcher.batch(paths.iter().map(listed).collect(), &limits);
+            let entry = |path: &&str| SliceEntry { url: format!("http://{at}/{path}"), ..SliceEntry::default() };
+            let mut batch = dispatcher.batch(paths.iter().map(entry).collect(), &limits);
             let mut outcomes = Vec::new();
             for _ in paths {
-                outcomes.push(batch.next().await.expect("one for each").fetched.map(drop));
+                outcomes.push(batch.next().await.expect("one for each").body.map(drop));
             }
             outcomes
         };

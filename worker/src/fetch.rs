@@ -1,22 +1,21 @@
-//! One URL to the bytes behind it, or the reason why not: under a total deadline, with every hop's address checked, and with
-//! the bytes of all bodies together under a budget. It stops where a redirect leads to another host: that host has a budget
-//! of its own (see `hosts`).
+//! A URL to the bytes behind it, or the reason why not: under a total deadline, with the address of every request checked, and
+//! with the bytes of all bodies together under a budget. Nothing here waits for a host's budget: that is `hosts`' part.
 
 mod body;
 mod client;
 mod dns;
 mod error;
-mod journey;
+mod gzip;
 mod net;
 mod opt_out;
+mod request;
 mod retry;
-mod unpack;
 
 pub(crate) use body::Body;
-pub(crate) use client::{FetchConfig, Fetcher};
+pub(crate) use client::{FetchConfig, Fetched, Fetcher};
 pub use dns::NameServer;
-pub(crate) use journey::{Journey, Step, Trace};
 pub(crate) use net::AddressRules;
+pub(crate) use request::{Request, ResponseInfo};
 
 #[cfg(test)]
 mod tests;

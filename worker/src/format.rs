@@ -2,8 +2,8 @@
 
 use image::ImageFormat as Format;
 
-/// By so many of its first bytes [`format_of`] knows a body.
-pub(crate) const TELLING_BYTES: usize = 16;
+/// So many of its first bytes tell [`format_of`] what a body is.
+pub(crate) const MAGIC_BYTES: usize = 16;
 
 /// The format of a body, if it is one that can be decoded.
 pub(crate) fn format_of(bytes: &[u8]) -> Option<Format> {

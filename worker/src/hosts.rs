@@ -52,13 +52,13 @@ impl Pass {
 
 /// What a request says about its host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Ending {
+pub(crate) enum HostSignal {
     /// It answers.
     Answered,
     /// It does not answer, or says that it is in trouble.
     Failed,
     /// It asks to be left alone for so long (429).
-    Limited(Duration),
+    Throttled(Duration),
     /// Nothing: the request was dropped, or never begun.
     Unknown,
 }
@@ -278,19 +278,19 @@ impl<T> Hosts<T> {
     }
 
     /// Gives a pass back.
-    pub(crate) fn finish(&mut self, now: Instant, pass: Pass, ending: Ending) {
+    pub(crate) fn finish(&mut self, now: Instant, pass: Pass, signal: HostSignal) {
         let host = pass.host;
         let Some(at) = self.hosts.get_mut(&host) else { return };
         at.in_flight -= 1;
         at.touched = now;
-        match ending {
-            Ending::Answered => (at.failures, at.pauses, at.given_up) = (0, 0, None),
-            Ending::Failed => at.fail(now),
-            Ending::Limited(pause) => {
+        match signal {
+            HostSignal::Answered => (at.failures, at.pauses, at.given_up) = (0, 0, None),
+            HostSignal::Failed => at.fail(now),
+            HostSignal::Throttled(pause) => {
                 at.fail(now);
                 at.quiet_until = at.quiet_until.max(now + pause);
             }
-            Ending::Unknown => {}
+            HostSignal::Unknown => {}
         }
         if at.given_up.is_some_and(|until| now < until) {
             self.given_up.extend(std::mem::take(&mut at.queue).into_values());

@@ -1,10 +1,11 @@
-//! The coordinator, as a worker sees it: calls with deadlines, terms, and a lease that is kept while its shard is made.
+//! The coordinator, as a worker sees it: calls with deadlines, terms, and a lease that is renewed while its shard is made.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
+use backon::BackoffBuilder;
 use proto::pb::fetch_service_client::FetchServiceClient;
 use proto::pb::{
     CompleteShardRequest, HostDemand, HostShare, Lease, LeaseShardRequest, ReleaseLeaseRequest, RenewLeaseRequest,
@@ -16,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status};
 
+use crate::backoff::backoff;
 use crate::hosts::{Demand, Shares};
 use crate::progress::Progress;
 
@@ -25,28 +27,8 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 const LEASE_WAIT: Duration = Duration::from_secs(20);
 /// A lease carries its dataset's spec, which names every class.
 const MAX_MESSAGE: usize = 256 << 20;
-/// A lease that is given back is a courtesy: it ends by itself.
+/// For releasing a lease, which is a courtesy: it ends by itself.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(3);
-
-/// Pauses between tries: doubling up to a limit, each a random part of itself so that workers do not come back together.
-#[derive(Debug)]
-pub(crate) struct Backoff {
-    next: Duration,
-    most: Duration,
-}
-
-impl Backoff {
-    pub(crate) fn new(first: Duration, most: Duration) -> Self {
-        Self { next: first, most }
-    }
-
-    pub(crate) fn pause(&mut self) -> Duration {
-        let pause = self.next;
-        self.next = (pause * 2).min(self.most);
-        let share = (uuid::Uuid::new_v4().as_u128() % 1000) as f64 / 1000.0;
-        pause.mul_f64(0.5 + share / 2.0)
-    }
-}
 
 type Client = FetchServiceClient<Carried<Channel>>;
 
@@ -56,9 +38,9 @@ pub(crate) struct Coordinator {
     endpoint: Endpoint,
     client: Mutex<Client>,
     worker: String,
-    /// The highest that was heard of.
-    term: AtomicU64,
-    /// Whether the last request for a lease was answered.
+    /// The highest term that a response named.
+    highest_term: AtomicU64,
+    /// Whether the last request for a lease got a response.
     reached: AtomicBool,
 }
 
@@ -89,60 +71,60 @@ impl Coordinator {
             .keep_alive_while_idle(true)
             .tcp_nodelay(true);
         let client = Mutex::new(connect(&endpoint));
-        Ok(Self { endpoint, client, worker, term: AtomicU64::new(0), reached: AtomicBool::new(false) })
+        Ok(Self { endpoint, client, worker, highest_term: AtomicU64::new(0), reached: AtomicBool::new(false) })
     }
 
     fn client(&self) -> Client {
         self.client.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Asks for a shard once; none if there is nothing to do. Until there was an answer it waits for no work, so that it is soon
-    /// known whether there is a coordinator.
+    /// Asks for a shard once; none if there is nothing to do. Until there was a response it does not wait for work, so that it
+    /// is soon known whether there is a coordinator.
     pub(crate) async fn lease(&self) -> Result<Option<Lease>, Status> {
         let wait = if self.reached.load(Ordering::Relaxed) { LEASE_WAIT } else { Duration::ZERO };
         let request = LeaseShardRequest {
-            term_seen: self.term.load(Ordering::Relaxed),
+            term_seen: self.highest_term.load(Ordering::Relaxed),
             worker: self.worker.clone(),
             wait_millis: wait.as_millis() as u64,
         };
         let mut client = self.client();
-        let answer = within(wait + CALL_TIMEOUT, client.lease_shard(Request::new(request))).await;
-        self.reached.store(answer.is_ok(), Ordering::Relaxed);
-        if let Err(status) = &answer {
+        let response = within(wait + CALL_TIMEOUT, client.lease_shard(Request::new(request))).await;
+        self.reached.store(response.is_ok(), Ordering::Relaxed);
+        if let Err(status) = &response {
             crate::metrics::answered(false);
             if is_final(status) {
-                // The coordinator never does. It is one whose term is over, or somebody else to whom the connection has led
-                // while the coordinator was away, and a connection that works would be kept for ever.
+                // The coordinator never refuses a lease. It is one whose term is over, or another server that got the
+                // connection while the coordinator was away, and a connection that works would stay for ever.
                 *self.client.lock().unwrap_or_else(PoisonError::into_inner) = connect(&self.endpoint);
             }
         }
-        let answer = answer?;
-        self.hear(answer.term)?;
-        Ok(answer.lease)
+        let response = response?;
+        self.check_term(response.term)?;
+        Ok(response.lease)
     }
 
-    /// The lease's new duration; zero if it is over. Takes note of what classes still want.
+    /// The lease's new duration; zero if it is over. Sets how many samples classes still want.
     async fn renew(&self, id: &LeaseId, progress: &Progress, timeout: Duration) -> Result<Duration, Status> {
         let kept = progress.kept();
         let request = RenewLeaseRequest {
-            term_seen: self.term.load(Ordering::Relaxed),
+            term_seen: self.highest_term.load(Ordering::Relaxed),
             worker: self.worker.clone(),
             dataset: id.dataset.clone(),
             shard: id.shard,
             attempt: id.attempt.clone(),
-            outcomes: (&progress.so_far()).into(),
+            outcomes: (&progress.outcomes()).into(),
             kept: kept.clone(),
         };
         let mut client = self.client();
-        let answer = within(timeout, client.renew_lease(Request::new(request))).await?;
-        self.hear(answer.term)?;
-        progress.limit(answer.wanted, &kept);
-        Ok(Duration::from_millis(answer.duration_millis))
+        let response = within(timeout, client.renew_lease(Request::new(request))).await?;
+        self.check_term(response.term)?;
+        progress.set_wanted(response.wanted, &kept);
+        Ok(Duration::from_millis(response.duration_millis))
     }
 
-    /// Renews a lease every third of its duration, and cancels `attempt` when it is told that the lease is over. A coordinator
-    /// that is away changes nothing: the attempt goes on, and the first index wins.
-    pub(crate) async fn keep(
+    /// Renews a lease every third of its duration, and cancels `attempt` when a response says that the lease is over. A
+    /// coordinator that is away changes nothing: the attempt goes on, and the first index wins.
+    pub(crate) async fn renew_until_over(
         &self,
         id: &LeaseId,
         duration: Duration,
@@ -152,13 +134,10 @@ impl Coordinator {
         let mut duration = duration.max(Duration::from_millis(30));
         let mut end = Instant::now() + duration;
         let mut expired = false;
-        let mut backoff = None;
+        let mut retries = None;
         loop {
-            let pause = match &mut backoff {
-                None => duration / 3,
-                Some(backoff) => Backoff::pause(backoff),
-            };
-            tokio::time::sleep(pause).await;
+            let retry = retries.as_mut().and_then(Iterator::next);
+            tokio::time::sleep(retry.unwrap_or(duration / 3)).await;
             let asked = Instant::now();
             match self.renew(id, progress, CALL_TIMEOUT.min(duration)).await {
                 Ok(Duration::ZERO) => {
@@ -167,14 +146,14 @@ impl Coordinator {
                     return;
                 }
                 Ok(renewed) => {
-                    (duration, end, expired, backoff) = (renewed, asked + renewed, false, None);
+                    (duration, end, expired, retries) = (renewed, asked + renewed, false, None);
                 }
                 Err(status) => {
-                    backoff.get_or_insert_with(|| Backoff::new(duration / 20, duration / 3));
+                    retries.get_or_insert_with(|| backoff(duration / 20, duration / 6).build());
                     tracing::debug!(%status, "failed to renew a lease");
                     if !expired && Instant::now() > end {
                         expired = true;
-                        tracing::warn!(%status, "the lease ran out without an answer; going on, the first index wins");
+                        tracing::warn!(%status, "the lease ran out without a response; going on, the first index wins");
                     }
                 }
             }
@@ -195,53 +174,50 @@ impl Coordinator {
             in_flight,
         };
         let request = ShareHostsRequest {
-            term_seen: self.term.load(Ordering::Relaxed),
+            term_seen: self.highest_term.load(Ordering::Relaxed),
             worker: self.worker.clone(),
             sequence,
             hosts: demands.into_iter().map(demand).collect(),
         };
         let mut client = self.client();
-        let answer = within(timeout, client.share_hosts(Request::new(request))).await?;
-        self.hear(answer.term)?;
+        let response = within(timeout, client.share_hosts(Request::new(request))).await?;
+        self.check_term(response.term)?;
         let share = |HostShare { host, slots, requests_per_second }| (host, slots, requests_per_second);
         Ok(Shares {
-            shares: answer.hosts.into_iter().map(share).collect(),
-            duration: Duration::from_millis(answer.duration_millis),
-            ask_again: Duration::from_millis(answer.ask_again_millis),
+            shares: response.hosts.into_iter().map(share).collect(),
+            duration: Duration::from_millis(response.duration_millis),
+            ask_again: Duration::from_millis(response.ask_again_millis),
         })
     }
 
-    /// Tells that a shard's index stands, until there is an answer or `shutdown`.
+    /// Reports a shard whose index is put, until there is a response or `shutdown`.
     pub(crate) async fn complete(&self, id: &LeaseId, shutdown: &CancellationToken) {
-        let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
-        loop {
+        for delay in backoff(Duration::from_millis(200), Duration::from_secs(10)).build() {
             let request = CompleteShardRequest {
-                term_seen: self.term.load(Ordering::Relaxed),
+                term_seen: self.highest_term.load(Ordering::Relaxed),
                 worker: self.worker.clone(),
                 dataset: id.dataset.clone(),
                 shard: id.shard,
                 attempt: id.attempt.clone(),
             };
-            let mut client = self.client();
-            let answer = within(CALL_TIMEOUT, client.complete_shard(Request::new(request))).await;
-            match answer.and_then(|answer| self.hear(answer.term)) {
+            let response = within(CALL_TIMEOUT, self.client().complete_shard(Request::new(request))).await;
+            match response.and_then(|response| self.check_term(response.term)) {
                 Ok(()) => return,
                 Err(status) if is_final(&status) => {
-                    return tracing::warn!(%status, "the coordinator refused to hear of a shard");
+                    return tracing::warn!(%status, "the coordinator refused the report of a shard");
                 }
-                Err(status) => tracing::debug!(%status, "failed to tell of a shard; trying again"),
+                Err(status) => tracing::debug!(%status, "failed to report a shard; trying again"),
             }
-            tokio::select! {
-                () = tokio::time::sleep(backoff.pause()) => {}
-                () = shutdown.cancelled() => return,
+            if shutdown.run_until_cancelled(tokio::time::sleep(delay)).await.is_none() {
+                return;
             }
         }
     }
 
-    /// Gives a lease back, if that can be done soon. `failure` is empty on an orderly exit.
+    /// Releases a lease, if that can be done soon. `failure` is empty on an orderly exit.
     pub(crate) async fn release(&self, id: &LeaseId, failure: String) {
         let request = ReleaseLeaseRequest {
-            term_seen: self.term.load(Ordering::Relaxed),
+            term_seen: self.highest_term.load(Ordering::Relaxed),
             worker: self.worker.clone(),
             dataset: id.dataset.clone(),
             shard: id.shard,
@@ -249,27 +225,26 @@ impl Coordinator {
             failure,
         };
         let tries = async {
-            let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(1));
-            loop {
+            for delay in backoff(Duration::from_millis(100), Duration::from_secs(1)).build() {
                 let mut client = self.client();
-                let answer = within(RELEASE_TIMEOUT, client.release_lease(Request::new(request.clone()))).await;
-                match answer.and_then(|answer| self.hear(answer.term)) {
+                let response = within(RELEASE_TIMEOUT, client.release_lease(Request::new(request.clone()))).await;
+                match response.and_then(|response| self.check_term(response.term)) {
                     Ok(()) => return,
                     Err(status) if is_final(&status) => return,
-                    Err(_) => tokio::time::sleep(backoff.pause()).await,
+                    Err(_) => tokio::time::sleep(delay).await,
                 }
             }
         };
         if tokio::time::timeout(RELEASE_TIMEOUT, tries).await.is_err() {
-            tracing::debug!("a lease could not be given back; it ends by itself");
+            tracing::debug!("a lease could not be released; it ends by itself");
         }
     }
 
-    /// Takes note of an answer's term, and refuses that of a coordinator which another has replaced.
-    fn hear(&self, term: u64) -> Result<(), Status> {
-        let highest = self.term.fetch_max(term, Ordering::Relaxed);
+    /// Notes a response's term, and refuses the response of a coordinator which another has replaced.
+    fn check_term(&self, term: u64) -> Result<(), Status> {
+        let highest = self.highest_term.fetch_max(term, Ordering::Relaxed);
         if term < highest {
-            return Err(Status::unavailable(format!("an answer of term {term}, when term {highest} has begun")));
+            return Err(Status::unavailable(format!("a response of term {term}, when term {highest} has begun")));
         }
         Ok(())
     }
@@ -290,11 +265,11 @@ async fn within<T>(
     timeout: Duration,
     call: impl Future<Output = Result<tonic::Response<T>, Status>>,
 ) -> Result<T, Status> {
-    let answer = tokio::time::timeout(timeout, call).await;
-    // A refusal is an answer, too.
-    crate::metrics::answered(matches!(&answer, Ok(answer) if answer.as_ref().err().is_none_or(is_final)));
-    match answer {
-        Ok(answer) => answer.map(tonic::Response::into_inner),
-        Err(_) => Err(Status::deadline_exceeded(format!("no answer in {timeout:?}"))),
+    let response = tokio::time::timeout(timeout, call).await;
+    // A refusal is a response, too.
+    crate::metrics::answered(matches!(&response, Ok(response) if response.as_ref().err().is_none_or(is_final)));
+    match response {
+        Ok(response) => response.map(tonic::Response::into_inner),
+        Err(_) => Err(Status::deadline_exceeded(format!("no response in {timeout:?}"))),
     }
 }

@@ -16,6 +16,7 @@
 //! Whatever a URL does is an outcome in the shard; only the store's failures and unreadable slices fail an attempt.
 
 mod attempt;
+mod backoff;
 mod dispatch;
 mod fetch;
 mod format;
@@ -36,6 +37,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
+use backon::BackoffBuilder;
 pub use ipnet::IpNet;
 use object_store::ObjectStore;
 use proto::pb::Lease;
@@ -47,23 +49,24 @@ use tokio_util::task::TaskTracker;
 use tracing::field::Empty;
 use tracing::{Instrument, Span};
 
-use attempt::{Assignment, End, Tools, make_shard};
+use attempt::{Assignment, AttemptResult, Tools, make_shard};
+use backoff::backoff;
 use dispatch::Dispatcher;
 pub use fetch::NameServer;
 use fetch::{AddressRules, FetchConfig, Fetcher};
-use lease::{Backoff, Coordinator, LeaseId};
+use lease::{Coordinator, LeaseId};
 pub use placeholder::PLACEHOLDERS_KEY;
 use progress::Progress;
 use validate::DecodePool;
 
-/// Shards whose last URLs are still on their way while the next ones are fetched; each holds parts of its tars in memory.
-const TAILS: usize = 4;
-/// At the end of the process a lease may have been granted whose answer is still on its way.
-const LAST_ANSWER_TIMEOUT: Duration = Duration::from_millis(250);
-/// For attempts to take back their files and leases at the end of the process.
+/// Shards that wait for their last URLs while the next shard is fetched; each holds parts of its tars in memory.
+const DRAINING_SHARDS: usize = 4;
+/// At the end of the process a lease may have been granted in a response that is still on its way.
+const LAST_LEASE_TIMEOUT: Duration = Duration::from_millis(250);
+/// For attempts to delete their files and release their leases at the end of the process.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(8);
 /// After this many failed attempts in a row the pause before the next lease grows no more.
-const MOST_FAILURES: u32 = 6;
+const MAX_COUNTED_FAILURES: u32 = 6;
 
 /// What a worker is told when it starts.
 #[derive(Debug, Clone, clap::Args)]
@@ -117,7 +120,7 @@ fn parse_contact(text: &str) -> Result<String, String> {
     }
 }
 
-/// Makes shards until `shutdown`, under a `name` that no other worker has; then gives its leases back and ends within seconds.
+/// Makes shards until `shutdown`, under a `name` that no other worker has; then releases its leases and ends within seconds.
 ///
 /// The process must have a default TLS provider (`rustls::crypto::CryptoProvider`).
 ///
@@ -137,44 +140,47 @@ pub async fn run(
     let mut loops = JoinSet::new();
     loops.spawn(Arc::clone(&tools.dispatcher).dispatch());
     loops.spawn(Arc::clone(&tools.dispatcher).keep_shares(Arc::clone(&coordinator)));
+    make_shards(&tools, &coordinator, config.shards.get().into(), &shutdown).await;
+    Ok(())
+}
 
-    // A shard holds both permits while it takes up URLs, and the second one until it is committed.
-    let shards = usize::from(config.shards.get());
-    let taking = Arc::new(Semaphore::new(shards));
-    let open = Arc::new(Semaphore::new(shards + TAILS));
+/// Leases one shard after the other and makes up to `shards` of them at once, until `shutdown`.
+async fn make_shards(tools: &Arc<Tools>, coordinator: &Arc<Coordinator>, shards: usize, shutdown: &CancellationToken) {
+    // A shard holds both permits until all its URLs are started, and the second one until it is committed.
+    let starting = Arc::new(Semaphore::new(shards));
+    let open = Arc::new(Semaphore::new(shards + DRAINING_SHARDS));
     let failures = Arc::new(AtomicU32::new(0));
     let attempts = TaskTracker::new();
-    while let Some(Ok((taking, open))) = shutdown
+    while let Some(Ok((start_permit, open))) = shutdown
         .run_until_cancelled(async {
-            tokio::try_join!(Arc::clone(&taking).acquire_owned(), Arc::clone(&open).acquire_owned())
+            tokio::try_join!(Arc::clone(&starting).acquire_owned(), Arc::clone(&open).acquire_owned())
         })
         .await
     {
-        let mut asking = std::pin::pin!(next_lease(&coordinator, &failures));
+        let mut asking = std::pin::pin!(next_lease(coordinator, &failures));
         let Some(lease) = shutdown.run_until_cancelled(&mut asking).await else {
-            if let Ok(lease) = tokio::time::timeout(LAST_ANSWER_TIMEOUT, asking).await {
+            if let Ok(lease) = tokio::time::timeout(LAST_LEASE_TIMEOUT, asking).await {
                 coordinator.release(&LeaseId::from(&lease), String::new()).await;
             }
             break;
         };
         let span = span(&lease);
-        let (tools, coordinator) = (Arc::clone(&tools), Arc::clone(&coordinator));
+        let (tools, coordinator) = (Arc::clone(tools), Arc::clone(coordinator));
         let (failures, shutdown) = (Arc::clone(&failures), shutdown.clone());
-        let work = async move {
+        let attempt = async move {
             let _open = open;
-            if work_on(&tools, &coordinator, &lease, taking, &shutdown).await {
+            if attempt_shard(&tools, &coordinator, &lease, start_permit, &shutdown).await {
                 failures.store(0, Ordering::Relaxed);
             } else {
                 failures.fetch_add(1, Ordering::Relaxed);
             }
         };
-        attempts.spawn(work.instrument(span));
+        attempts.spawn(attempt.instrument(span));
     }
     attempts.close();
     if tokio::time::timeout(SHUTDOWN_TIMEOUT, attempts.wait()).await.is_err() {
         tracing::warn!("attempts did not end in time; their leases end by themselves");
     }
-    Ok(())
 }
 
 fn decode_threads(config: &Config) -> usize {
@@ -234,57 +240,56 @@ fn span(lease: &Lease) -> Span {
     trace::continued(span, &lease.traceparent)
 }
 
-/// Waits for the next lease, however long that takes; longer after failures, so that a broken store does not use up the
+/// Waits for the next lease, however long that takes; longer after failed attempts, so that a broken store does not use up the
 /// tries of slice after slice.
 async fn next_lease(coordinator: &Coordinator, failures: &AtomicU32) -> Lease {
-    let failed = failures.load(Ordering::Relaxed).min(MOST_FAILURES);
+    let failed = failures.load(Ordering::Relaxed).min(MAX_COUNTED_FAILURES);
     if failed > 0 {
         tokio::time::sleep(Duration::from_millis(500) * 2u32.pow(failed)).await;
     }
-    let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
-    let mut told = None;
+    let policy = backoff(Duration::from_millis(200), Duration::from_secs(5));
+    let mut retries = policy.build();
+    let mut logged = None;
     loop {
         match coordinator.lease().await {
             Ok(Some(lease)) => return lease,
             Ok(None) => {
-                backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
-                told = None;
-                // A coordinator that answers at once must not be asked in a loop.
+                (retries, logged) = (policy.build(), None);
+                // A coordinator that responds at once must not be asked in a loop.
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
             Err(status) => {
-                // It may be away for long, so each way in which it fails is told of once.
-                if told.replace(status.code()) != Some(status.code()) {
-                    tracing::warn!(%status, "no answer to the request for a lease; trying again");
+                // It may be away for long, so each kind of failure is logged once.
+                if logged.replace(status.code()) != Some(status.code()) {
+                    tracing::warn!(%status, "no response to the request for a lease; trying again");
                 }
-                tokio::time::sleep(backoff.pause()).await;
+                tokio::time::sleep(retries.next().unwrap_or_default()).await;
             }
         }
     }
 }
 
-/// Makes the leased shard and tells the coordinator how that ended. Returns whether the worker is fit: false if the attempt
-/// failed.
-async fn work_on(
+/// Makes the leased shard and reports the result to the coordinator. Returns false if the attempt failed.
+async fn attempt_shard(
     tools: &Arc<Tools>,
     coordinator: &Coordinator,
     lease: &Lease,
-    taking: OwnedSemaphorePermit,
+    start_permit: OwnedSemaphorePermit,
     shutdown: &CancellationToken,
 ) -> bool {
     let id = LeaseId::from(lease);
     let progress = Progress::default();
-    progress.limit(lease.wanted.clone(), &HashMap::new());
+    progress.set_wanted(lease.wanted.clone(), &HashMap::new());
     let cancel = shutdown.child_token();
     let made = async {
         let assignment = assignment(lease)?;
-        make_shard(tools, &assignment, &progress, taking, &cancel).await
+        make_shard(tools, &assignment, &progress, start_permit, &cancel).await
     };
-    let kept = coordinator.keep(&id, Duration::from_millis(lease.duration_millis), &progress, &cancel);
+    let renewals = coordinator.renew_until_over(&id, Duration::from_millis(lease.duration_millis), &progress, &cancel);
     let made = tokio::select! {
         made = made => made,
-        // When the lease is over the attempt still has its files to take back.
-        made = async { kept.await; std::future::pending().await } => made,
+        // When the lease is over the attempt still has its files to delete.
+        made = async { renewals.await; std::future::pending().await } => made,
     };
     let span = Span::current();
     let ended = |how| {
@@ -292,16 +297,16 @@ async fn work_on(
         span.record("end", how);
     };
     match made {
-        Ok(End::Won) => {
+        Ok(AttemptResult::Committed) => {
             ended("won");
             coordinator.complete(&id, shutdown).await;
         }
-        Ok(End::LostTo(attempt)) => {
+        Ok(AttemptResult::LostTo(attempt)) => {
             ended("lost");
             tracing::info!(committed = %attempt, "another attempt committed first");
             coordinator.complete(&id, shutdown).await;
         }
-        Ok(End::Cancelled) => {
+        Ok(AttemptResult::Cancelled) => {
             ended("cancelled");
             if shutdown.is_cancelled() {
                 coordinator.release(&id, String::new()).await;
@@ -327,7 +332,7 @@ fn assignment(lease: &Lease) -> anyhow::Result<Assignment> {
     })
 }
 
-/// Judges a body as any other, under limits that let small ones through; `choice` chooses how it is stored.
+/// Validates a body as any other, under limits that let small ones through; `choice` chooses how it is stored.
 #[cfg(fuzzing)]
 pub fn fuzz_image(choice: u8, bytes: &[u8]) {
     thread_local! {
@@ -349,9 +354,9 @@ pub fn fuzz_image(choice: u8, bytes: &[u8]) {
             *validator = validate::Validator::new().ok();
         }
         if let Some(validator) = validator {
-            let verdict = validator.judge(bytes, &rules);
-            if let Ok(stored) = verdict.outcome {
-                assert!(!stored.image.is_empty() && verdict.size.is_some());
+            let validation = validator.validate(bytes, &rules);
+            if let Ok(stored) = validation.outcome {
+                assert!(!stored.image.is_empty() && validation.size.is_some());
             }
         }
     });

@@ -26,7 +26,7 @@ pub fn register(registry: &mut Registry) {
     registry.register("worker_urls", "URLs by outcome: kept, or why not", OUTCOMES.clone());
     registry.register("worker_attempts", "Attempts at shards by how they ended", ATTEMPTS.clone());
     registry.register("worker_fetched_bytes", "Bytes of bodies that were fetched whole", BYTES.clone());
-    registry.register("worker_urls_in_flight", "URLs that are being fetched or judged", IN_FLIGHT.clone());
+    registry.register("worker_urls_in_flight", "URLs that are being fetched or validated", IN_FLIGHT.clone());
     registry.register(
         "worker_fetch_seconds",
         "Time of a URL's requests, to its body or its rejection",
@@ -34,18 +34,18 @@ pub fn register(registry: &mut Registry) {
     );
     registry.register(
         "worker_decode_seconds",
-        "Time of one thread to judge, resize and encode a body",
+        "Time of one thread to validate, resize and encode a body",
         DECODE_SECONDS.clone(),
     );
-    registry.register("worker_ready", "1: the coordinator's last answer came", READY.clone());
+    registry.register("worker_ready", "1: the coordinator's last response came", READY.clone());
 }
 
-/// Whether the coordinator's last answer came.
+/// Whether the coordinator's last response came.
 pub fn ready() -> bool {
     READY.get() == 1
 }
 
-/// The coordinator has answered, or has not.
+/// The coordinator has responded, or has not.
 pub(crate) fn answered(yes: bool) {
     READY.set(yes.into());
 }
@@ -56,8 +56,8 @@ pub(crate) fn outcome(name: &'static str) {
 }
 
 /// An attempt has ended: won, lost, cancelled or failed.
-pub(crate) fn attempt(end: &'static str) {
-    ATTEMPTS.get_or_create(&[("end", end)]).inc();
+pub(crate) fn attempt(result: &'static str) {
+    ATTEMPTS.get_or_create(&[("end", result)]).inc();
 }
 
 /// A URL was fetched: so many bytes, or none.
@@ -66,8 +66,8 @@ pub(crate) fn fetched(seconds: f64, bytes: usize) {
     BYTES.inc_by(bytes as u64);
 }
 
-/// A body was judged.
-pub(crate) fn judged(seconds: f64) {
+/// A body was validated.
+pub(crate) fn validated(seconds: f64) {
     DECODE_SECONDS.observe(seconds);
 }
 

@@ -1,4 +1,4 @@
-//! What an attempt has made so far, and of what it is to make no more.
+//! What an attempt has made so far, and how many samples of a class it may make.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -8,67 +8,67 @@ use proto::{Outcome, OutcomeCounts};
 
 use crate::metrics;
 
-/// What an attempt has made so far, and of what it is to make no more.
+/// Shared by an attempt, which counts, and its lease's renewals, which report the counts and bring limits.
 #[derive(Debug, Default)]
-pub(crate) struct Progress(Mutex<Made>);
+pub(crate) struct Progress(Mutex<Counts>);
 
 #[derive(Debug, Default)]
-struct Made {
+struct Counts {
     /// URLs by outcome.
     outcomes: OutcomeCounts,
     /// Samples by label.
     kept: HashMap<u32, u64>,
-    /// The same at which a class is full; classes that are not named have no limit.
-    most: HashMap<u32, u64>,
-    /// Whether a class may have become full.
-    news: bool,
+    /// The number of samples at which a class is full; classes that are not named have no limit.
+    limits: HashMap<u32, u64>,
+    class_filled: bool,
 }
 
 impl Progress {
-    fn made(&self) -> MutexGuard<'_, Made> {
+    fn counts(&self) -> MutexGuard<'_, Counts> {
         // Nothing under the lock can leave it half changed.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn count(&self, outcome: Outcome) {
-        self.made().outcomes.add(outcome, 1);
+    pub(crate) fn count_outcome(&self, outcome: Outcome) {
+        self.counts().outcomes.add(outcome, 1);
         metrics::outcome(outcome_name(outcome));
     }
 
-    pub(crate) fn keep(&self, label: u32) {
-        let mut made = self.made();
-        let kept = made.kept.entry(label).or_default();
+    pub(crate) fn count_sample(&self, label: u32) {
+        let mut counts = self.counts();
+        let kept = counts.kept.entry(label).or_default();
         *kept += 1;
         let kept = *kept;
-        made.news |= made.most.get(&label).is_some_and(|most| kept >= *most);
+        counts.class_filled |= counts.limits.get(&label).is_some_and(|limit| kept >= *limit);
     }
 
     pub(crate) fn is_full(&self, label: u32) -> bool {
-        let made = self.made();
-        made.most.get(&label).is_some_and(|most| made.kept.get(&label).copied().unwrap_or(0) >= *most)
+        let counts = self.counts();
+        let kept = counts.kept.get(&label).copied().unwrap_or(0);
+        counts.limits.get(&label).is_some_and(|limit| kept >= *limit)
     }
 
-    /// Whether a class may have become full since this was last asked.
-    pub(crate) fn news(&self) -> bool {
-        std::mem::take(&mut self.made().news)
+    /// Whether a class may have become full since the last call.
+    pub(crate) fn take_class_filled(&self) -> bool {
+        std::mem::take(&mut self.counts().class_filled)
     }
 
-    /// Takes note of what classes still want beyond what was `reported` as kept.
-    pub(crate) fn limit(&self, wanted: HashMap<u32, u64>, reported: &HashMap<u32, u64>) {
-        let most = |(label, wanted)| (label, wanted + reported.get(&label).copied().unwrap_or(0));
-        let mut made = self.made();
-        made.most = wanted.into_iter().map(most).collect();
-        made.news = true;
+    /// Sets how many samples classes still want beyond those that were `reported` as kept.
+    pub(crate) fn set_wanted(&self, wanted: HashMap<u32, u64>, reported: &HashMap<u32, u64>) {
+        let limit = |(label, wanted)| (label, wanted + reported.get(&label).copied().unwrap_or(0));
+        let mut counts = self.counts();
+        counts.limits = wanted.into_iter().map(limit).collect();
+        counts.class_filled = !counts.limits.is_empty();
     }
 
     /// URLs by outcome.
-    pub(crate) fn so_far(&self) -> OutcomeCounts {
-        self.made().outcomes
+    pub(crate) fn outcomes(&self) -> OutcomeCounts {
+        self.counts().outcomes
     }
 
     /// Samples by label, if any class has a limit.
     pub(crate) fn kept(&self) -> HashMap<u32, u64> {
-        let made = self.made();
-        if made.most.is_empty() { HashMap::new() } else { made.kept.clone() }
+        let counts = self.counts();
+        if counts.limits.is_empty() { HashMap::new() } else { counts.kept.clone() }
     }
 }

@@ -111,14 +111,14 @@ impl TarUpload {
         })
     }
 
-    /// Takes back what is in the store already.
+    /// Deletes what is in the store already.
     pub(crate) async fn abort(self) {
         let result = match self.multipart {
             Some(multipart) => multipart.abort().await,
             None => delete(&*self.store, &self.key).await,
         };
         if let Err(error) = result {
-            tracing::warn!(key = self.key, %error, "failed to take back an unfinished tar");
+            tracing::warn!(key = self.key, %error, "failed to delete an unfinished tar");
         }
     }
 }

@@ -37,7 +37,7 @@ pub(crate) struct Rules {
 
 /// What was learned of a body.
 #[derive(Debug)]
-pub(crate) struct Verdict {
+pub(crate) struct Validation {
     pub(crate) sha256: [u8; 32],
     /// Width and height as fetched, upright, once the header was read.
     pub(crate) size: Option<(u32, u32)>,
@@ -53,7 +53,7 @@ pub(crate) struct Stored {
     pub(crate) moments: Moments,
 }
 
-/// Threads that judge bodies, so that no decoding ever runs on a thread that serves connections.
+/// Threads that validate bodies, so that no decoding ever runs on a thread that serves connections.
 #[derive(Debug, Clone)]
 pub(crate) struct DecodePool {
     jobs: mpsc::Sender<Job>,
@@ -63,7 +63,7 @@ pub(crate) struct DecodePool {
 struct Job {
     body: Body,
     rules: Arc<Rules>,
-    reply: oneshot::Sender<Verdict>,
+    reply: oneshot::Sender<Validation>,
 }
 
 impl DecodePool {
@@ -99,28 +99,28 @@ impl DecodePool {
         Ok(Self { jobs })
     }
 
-    /// Waits for a free thread and for its verdict.
-    pub(crate) async fn judge(&self, body: Body, rules: Arc<Rules>) -> anyhow::Result<Verdict> {
-        let (reply, verdict) = oneshot::channel();
+    /// Waits for a free thread and for its validation.
+    pub(crate) async fn validate(&self, body: Body, rules: Arc<Rules>) -> anyhow::Result<Validation> {
+        let (reply, validation) = oneshot::channel();
         self.jobs.send(Job { body, rules, reply }).await.ok().context("the decoding threads have ended")?;
-        verdict.await.context("a decoding thread has ended")
+        validation.await.context("a decoding thread has ended")
     }
 }
 
 impl Job {
-    /// Has the validator judge, or gives the job back if more pixels would be held at once.
-    fn done_by(self, validator: &mut Validator, most_pixels: u64) -> Option<Self> {
+    /// Has the validator work, or gives the job back if more pixels would be held at once.
+    fn done_by(self, validator: &mut Validator, max_pixels: u64) -> Option<Self> {
         // Nobody waits any more if the attempt was dropped.
         if self.reply.is_closed() {
             return None;
         }
         let start = Instant::now();
-        let Some(verdict) = validator.judge_up_to(most_pixels, &self.body.bytes, &self.rules) else {
+        let Some(validation) = validator.validate_up_to(max_pixels, &self.body.bytes, &self.rules) else {
             return Some(self);
         };
-        crate::metrics::judged(start.elapsed().as_secs_f64());
+        crate::metrics::validated(start.elapsed().as_secs_f64());
         drop(self.body);
-        let _ = self.reply.send(verdict);
+        let _ = self.reply.send(validation);
         None
     }
 }
@@ -139,7 +139,7 @@ impl From<Rejection> for Refusal {
     }
 }
 
-/// Judges bodies, with the codecs and buffers of one thread.
+/// Validates bodies, with the codecs and buffers of one thread.
 #[derive(Debug)]
 pub(crate) struct Validator {
     codec: Codec,
@@ -155,22 +155,22 @@ impl Validator {
     }
 
     #[cfg(any(test, fuzzing))]
-    pub(crate) fn judge(&mut self, bytes: &[u8], rules: &Rules) -> Verdict {
-        self.judge_up_to(u64::MAX, bytes, rules).expect("there is no limit")
+    pub(crate) fn validate(&mut self, bytes: &[u8], rules: &Rules) -> Validation {
+        self.validate_up_to(u64::MAX, bytes, rules).expect("there is no limit")
     }
 
     /// None if more pixels than these would be held at once.
-    fn judge_up_to(&mut self, most_pixels: u64, bytes: &[u8], rules: &Rules) -> Option<Verdict> {
+    fn validate_up_to(&mut self, max_pixels: u64, bytes: &[u8], rules: &Rules) -> Option<Validation> {
         let sha256 = Sha256::digest(bytes).into();
-        let mut verdict = Verdict { sha256, size: None, phash: None, outcome: Err(Rejection::Undecodable) };
+        let mut validation = Validation { sha256, size: None, phash: None, outcome: Err(Rejection::Undecodable) };
         if rules.placeholders.contains(&sha256) {
-            verdict.outcome = Err(Rejection::Placeholder);
-            return Some(verdict);
+            validation.outcome = Err(Rejection::Placeholder);
+            return Some(validation);
         }
         // A decoder that panics on somebody's bytes costs this picture, not the thread.
-        match catch_unwind(AssertUnwindSafe(|| self.store(bytes, rules, most_pixels, &mut verdict))) {
-            Ok(Ok(stored)) => verdict.outcome = Ok(stored),
-            Ok(Err(Refusal::Rejected(rejection))) => verdict.outcome = Err(rejection),
+        match catch_unwind(AssertUnwindSafe(|| self.store(bytes, rules, max_pixels, &mut validation))) {
+            Ok(Ok(stored)) => validation.outcome = Ok(stored),
+            Ok(Err(Refusal::Rejected(rejection))) => validation.outcome = Err(rejection),
             Ok(Err(Refusal::Huge)) => return None,
             Err(_) => {
                 if let Ok(fresh) = Self::new() {
@@ -180,15 +180,15 @@ impl Validator {
         }
         self.pixels.release();
         self.shrinker.release();
-        Some(verdict)
+        Some(validation)
     }
 
     fn store(
         &mut self,
         bytes: &[u8],
         rules: &Rules,
-        most_pixels: u64,
-        verdict: &mut Verdict,
+        max_pixels: u64,
+        validation: &mut Validation,
     ) -> Result<Stored, Refusal> {
         let (limits, resize) = (&rules.limits, &rules.resize);
         if (bytes.len() as u64) < limits.min_bytes {
@@ -197,26 +197,26 @@ impl Validator {
         if bytes.len() as u64 > limits.max_bytes {
             return Err(Rejection::TooLarge.into());
         }
-        let mut as_it_came = false;
+        let mut keep_bytes = false;
         let format = format_of(bytes).ok_or(Rejection::NotAnImage)?;
         let frame = if format == Format::Jpeg {
             let header = self.codec.header(bytes)?;
             let size = upright(header.width, header.height, header.orientation);
-            let frame = frame(size, rules, verdict)?;
-            if header.held_pixels(frame.shrinks) > most_pixels {
+            let frame = frame(size, rules, validation)?;
+            if header.held_pixels(frame.reduction) > max_pixels {
                 return Err(Refusal::Huge);
             }
             // Halved chroma of an odd side would lie half a pixel off.
             let rgb = resize.format != ImageFormat::Jpg || frame.width % 2 + frame.height % 2 > 0;
-            self.codec.decode(bytes, &header, (frame.shrinks, rgb), &mut self.pixels)?;
-            as_it_came = resize.reencode == Reencode::Needed
+            self.codec.decode(bytes, &header, (frame.reduction, rgb), &mut self.pixels)?;
+            keep_bytes = resize.reencode == Reencode::Needed
                 && resize.format == ImageFormat::Jpg
                 && header.is_plain()
                 && frame.keeps(size)
                 && self.codec.most(size.0, size.1).is_ok_and(|most| bytes.len() <= most);
             frame
         } else {
-            self.decode_other(bytes, format, rules, most_pixels, verdict)?
+            self.decode_other(bytes, format, rules, max_pixels, validation)?
         };
         let picture = self.shrinker.shrink(&self.pixels, &frame);
         let moments = moments(&picture);
@@ -224,11 +224,11 @@ impl Validator {
             return Err(Rejection::Flat.into());
         }
         let image = match resize.format {
-            _ if as_it_came => Bytes::copy_from_slice(bytes),
+            _ if keep_bytes => Bytes::copy_from_slice(bytes),
             ImageFormat::Jpg => self.codec.encode(&picture, resize.quality).map_err(|_| Rejection::Undecodable)?,
             ImageFormat::Png => png(&picture).map_err(|_| Rejection::Undecodable)?,
         };
-        verdict.phash = self.hasher.phash(&picture).ok();
+        validation.phash = self.hasher.phash(&picture).ok();
         Ok(Stored { image, moments })
     }
 
@@ -238,8 +238,8 @@ impl Validator {
         bytes: &[u8],
         format: Format,
         rules: &Rules,
-        most_pixels: u64,
-        verdict: &mut Verdict,
+        max_pixels: u64,
+        validation: &mut Validation,
     ) -> Result<Frame, Refusal> {
         if format == Format::WebP && is_cut_riff(bytes) {
             return Err(Rejection::Truncated.into());
@@ -255,12 +255,12 @@ impl Validator {
         let mut decoder = reader.into_decoder().map_err(|e| rejection_of(&e))?;
         let (width, height) = decoder.dimensions();
         let orientation = decoder.orientation().map_or(1, |o| o.to_exif());
-        let frame = frame(upright(width, height, orientation), rules, verdict)?;
+        let frame = frame(upright(width, height, orientation), rules, validation)?;
         if format == Format::WebP && !webp_fits(bytes, (width, height)) {
             return Err(Rejection::Undecodable.into());
         }
         let pixels = u64::from(width) * u64::from(height);
-        if pixels > most_pixels {
+        if pixels > max_pixels {
             return Err(Refusal::Huge);
         }
         // As 32-bit RGBA, and as much again for a decoder's own needs. A frame may be said to be larger than the picture.
@@ -290,8 +290,8 @@ fn check_size(width: u32, height: u32, limits: &Limits) -> Result<(), Rejection>
 }
 
 /// Takes note of a picture's size, upright, and finds what is stored of it.
-fn frame(size: (u32, u32), rules: &Rules, verdict: &mut Verdict) -> Result<Frame, Rejection> {
-    verdict.size = Some(size);
+fn frame(size: (u32, u32), rules: &Rules, validation: &mut Validation) -> Result<Frame, Rejection> {
+    validation.size = Some(size);
     check_size(size.0, size.1, &rules.limits)?;
     Frame::new(&rules.resize, size, rules.limits.max_pixels)
 }

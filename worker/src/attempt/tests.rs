@@ -235,8 +235,8 @@ async fn every_url_gets_its_one_outcome_and_index_outcomes_and_tars_agree() {
 
     let (tools, progress) = (tools(Arc::clone(&store)).await, Progress::default());
     let never = CancellationToken::new();
-    let end = make_shard(&tools, &assignment(1), &progress, (), &never).await.expect("a good store");
-    assert_eq!(end, End::Won);
+    let result = make_shard(&tools, &assignment(1), &progress, (), &never).await.expect("a good store");
+    assert_eq!(result, AttemptResult::Committed);
 
     let index = ShardIndex::from_json(&get(&*store, &keys::index(&birds(7))).await).expect("own output");
     let file = index.outcomes_file.as_ref().expect("an attempt has outcomes");
@@ -289,10 +289,10 @@ async fn the_second_of_two_attempts_loses_and_leaves_nothing() {
     let tools = tools(Arc::clone(&store)).await;
     let never = CancellationToken::new();
     let first = make_shard(&tools, &assignment(1), &Progress::default(), (), &never).await;
-    assert_eq!(first.expect("a good store"), End::Won);
+    assert_eq!(first.expect("a good store"), AttemptResult::Committed);
     let before = keys_in(&*store, "datasets").await;
     let second = make_shard(&tools, &assignment(2), &Progress::default(), (), &never).await;
-    assert_eq!(second.expect("a good store"), End::LostTo(Attempt { term: 9, n: 1 }));
+    assert_eq!(second.expect("a good store"), AttemptResult::LostTo(Attempt { term: 9, n: 1 }));
     assert_eq!(keys_in(&*store, "datasets").await, before);
 }
 
@@ -311,13 +311,13 @@ async fn a_cancelled_attempt_and_one_whose_slice_is_no_slice_leave_nothing() {
     let assignment = assignment(1);
     let attempt = make_shard(&tools, &assignment, &progress, (), &cancel);
     let cancelling = async {
-        while progress.so_far().of(Ok(())) != 20 {
+        while progress.outcomes().of(Ok(())) != 20 {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         cancel.cancel();
     };
-    let (end, ()) = tokio::join!(attempt, cancelling);
-    assert_eq!(end.expect("a good store"), End::Cancelled);
+    let (result, ()) = tokio::join!(attempt, cancelling);
+    assert_eq!(result.expect("a good store"), AttemptResult::Cancelled);
     assert_eq!(keys_in(&*store, "datasets").await, before);
 
     let packed = zstd::encode_all(&b"1\tn1\thttp://a/\nnonsense\n"[..], 1).expect("memory");
@@ -335,7 +335,7 @@ async fn urls_of_a_class_that_is_full_are_left_unfetched_and_are_told_of() {
     let urls: Vec<String> = (0..40).map(|seed| format!("http://{at}/good/{seed}")).collect();
     put_slice(&*store, 7, &urls).await;
     let (tools, progress) = (tools(Arc::clone(&store)).await, Progress::default());
-    progress.limit(HashMap::from([(0, 0)]), &HashMap::new());
+    progress.set_wanted(HashMap::from([(0, 0)]), &HashMap::new());
     assert!(progress.is_full(0) && !progress.is_full(1));
     make_shard(&tools, &assignment(1), &progress, (), &CancellationToken::new()).await.expect("a good store");
     let index = ShardIndex::from_json(&get(&*store, &keys::index(&birds(7))).await).expect("own output");
@@ -354,6 +354,6 @@ async fn urls_of_a_class_that_is_full_are_left_unfetched_and_are_told_of() {
     assert!(full > 0 && kept > 0);
     assert_eq!(progress.kept(), HashMap::from([(1, kept)]));
     assert_eq!(index.outcomes, [(Err(Rejection::ClassFull), full), (Ok(()), kept)].into_iter().collect());
-    progress.limit(HashMap::from([(1, 3)]), &progress.kept());
+    progress.set_wanted(HashMap::from([(1, 3)]), &progress.kept());
     assert!(!progress.is_full(1), "three more are wanted");
 }

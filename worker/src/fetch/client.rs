@@ -1,7 +1,6 @@
-//! The HTTP client: one hop after the other, up to a body or to another host.
+//! The HTTP client: sends a request, follows its redirects up to another host, and reads the body.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -10,20 +9,19 @@ use proto::outcomes::LONGEST_URL;
 use proto::{Limits, Rejection};
 use reqwest::header::{ACCEPT, ACCEPT_ENCODING, CONTENT_ENCODING, HeaderMap, HeaderValue, LOCATION};
 use reqwest::{Certificate, Client, Response, StatusCode};
-use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout_at};
 use url::{Host, Url};
 
-use super::body::{ALLOWANCE, Body, PACE, UNIT};
+use super::body::{Body, BodyBudget, FREE_BYTES, RATE_WINDOW};
 use super::dns::{GuardedResolver, NameServer};
-use super::error::failure_of;
-use super::journey::{Journey, Step, host_of};
+use super::error;
+use super::gzip;
 use super::net::AddressRules;
 use super::opt_out::opted_out;
-use super::retry::{Again, Failure};
-use super::unpack::is_gzip;
+use super::request::Request;
+use super::retry::{FetchError, Retry};
 
-/// Bodies of one HTTP/2 connection that may wait unread, each with [`ALLOWANCE`], before the others have to wait, too.
+/// Bodies of one HTTP/2 connection that may wait unread, each with [`FREE_BYTES`], before the others have to wait, too.
 const STREAMS: u32 = 256;
 /// An HTTP/2 connection on which nothing has come for so long is asked for a sign of life, and has as long to give it.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
@@ -40,7 +38,7 @@ pub(crate) struct FetchConfig {
     pub(crate) honour_opt_outs: bool,
     /// Trusted beside the system's.
     pub(crate) authorities: Vec<Certificate>,
-    /// Bytes of all bodies together, beyond [`ALLOWANCE`] each.
+    /// Bytes of all bodies together, beyond [`FREE_BYTES`] each.
     pub(crate) body_budget: usize,
 }
 
@@ -51,12 +49,15 @@ pub(crate) struct Fetcher {
     resolver: GuardedResolver,
     /// By connect timeout, which a client fixes when it is made; datasets rarely differ in it.
     clients: Mutex<HashMap<Duration, Client>>,
-    pub(super) budget: Arc<Semaphore>,
-    pub(super) budget_units: usize,
-    /// Its one permit lets one body grow past a budget that is used up.
-    pub(super) overflow: Arc<Semaphore>,
-    /// Bodies that wait for either.
-    pub(super) waiting: AtomicUsize,
+    budget: BodyBudget,
+}
+
+/// What a request got.
+#[derive(Debug)]
+pub(crate) enum Fetched {
+    Body(Body),
+    /// A redirect to another host, which has a budget of its own: the request goes on there when that has room.
+    Redirect,
 }
 
 impl Fetcher {
@@ -64,60 +65,44 @@ impl Fetcher {
     /// If no client can be made: the machine has no TLS roots or no name servers, say.
     pub(crate) fn new(config: FetchConfig) -> anyhow::Result<Self> {
         let resolver = GuardedResolver::new(config.rules.clone(), &config.name_servers)?;
-        let budget_units = (config.body_budget / UNIT).clamp(1, Semaphore::MAX_PERMITS);
-        let budget = Arc::new(Semaphore::new(budget_units));
-        let overflow = Arc::new(Semaphore::new(1));
-        let fetcher = Self {
-            config,
-            resolver,
-            clients: Mutex::default(),
-            budget,
-            budget_units,
-            overflow,
-            waiting: AtomicUsize::new(0),
-        };
+        let budget = BodyBudget::new(config.body_budget);
+        let fetcher = Self { config, resolver, clients: Mutex::default(), budget };
         // What cannot work must be seen at the start, not as a rejection of every URL.
         fetcher.client(Limits::default().connect_timeout())?;
         Ok(fetcher)
     }
 
-    /// The body at the end of the journey, as far as it goes on one host; what is learned on the way is noted in the journey.
-    pub(crate) async fn fetch(&self, journey: &mut Journey, limits: &Limits) -> Result<Step, Failure> {
+    /// Sends a request and follows it as long as it stays on one host. The request notes what the responses say.
+    pub(crate) async fn fetch(&self, request: &mut Request, limits: &Limits) -> Result<Fetched, FetchError> {
         let start = Instant::now();
-        let step = self.hops(journey, limits, start + limits.timeout().saturating_sub(journey.spent)).await;
-        journey.spent += start.elapsed();
-        step
+        let fetched = self.follow(request, limits, start + limits.timeout().saturating_sub(request.spent)).await;
+        request.spent += start.elapsed();
+        fetched
     }
 
-    async fn hops(&self, journey: &mut Journey, limits: &Limits, deadline: Instant) -> Result<Step, Failure> {
-        let client = self.client(limits.connect_timeout()).map_err(|_| Failure::from(Rejection::Connect))?;
+    async fn follow(&self, request: &mut Request, limits: &Limits, deadline: Instant) -> Result<Fetched, FetchError> {
+        let client = self.client(limits.connect_timeout()).map_err(|_| FetchError::from(Rejection::Connect))?;
         loop {
-            let url = &journey.url;
+            let url = &request.url;
             self.check(url)?;
-            journey.trace.status = None;
+            request.info.status = None;
             let now = Instant::now();
-            let head = deadline.min(now + limits.first_byte_timeout());
-            // What earlier hops left of the URL's time says nothing about this one's host.
-            let remainder = head == deadline && deadline - now < limits.timeout() / 2;
-            let response = match timeout_at(head, client.get(url.clone()).send()).await {
-                Err(_) if remainder => return Err(Failure::of_haste()),
-                Err(_) => return Err(Failure::of_host(Rejection::Timeout)),
-                Ok(Err(error)) => return Err(failure_of(&error, url.scheme() == "https")),
+            let head_deadline = deadline.min(now + limits.first_byte_timeout());
+            // What earlier requests left of the URL's time says nothing about this host.
+            let short_of_time = head_deadline == deadline && deadline - now < limits.timeout() / 2;
+            let response = match timeout_at(head_deadline, client.get(url.clone()).send()).await {
+                Err(_) if short_of_time => return Err(FetchError::out_of_time()),
+                Err(_) => return Err(FetchError::of_host(Rejection::Timeout)),
+                Ok(Err(error)) => return Err(error::of_request(&error, url.scheme() == "https")),
                 Ok(Ok(response)) => response,
             };
-            journey.trace.status = Some(response.status().as_u16());
-            let Some(next) = redirect(url, &response).map_err(Failure::of_url)? else {
-                return self.read(response, limits, deadline).await.map(Step::Body);
+            request.info.status = Some(response.status().as_u16());
+            let Some(to) = redirect_target(url, &response).map_err(FetchError::of_url)? else {
+                return self.read(response, limits, deadline).await.map(Fetched::Body);
             };
-            let elsewhere = host_of(&next) != host_of(url);
-            journey.visited.push(std::mem::replace(&mut journey.url, next));
-            if journey.visited.len() > limits.redirects as usize || journey.visited.contains(&journey.url) {
-                return Err(Failure::of_url(Rejection::RedirectLimit));
-            }
-            journey.trace.final_url = Some(journey.url.to_string());
-            if elsewhere {
-                // What cannot be asked has no host to wait for.
-                return self.check(&journey.url).map(|()| Step::Elsewhere).map_err(Failure::of_url);
+            if request.redirect(to, limits)? {
+                // What may not be asked has no host to wait for.
+                return self.check(&request.url).map(|()| Fetched::Redirect).map_err(FetchError::of_url);
             }
         }
     }
@@ -127,7 +112,7 @@ impl Fetcher {
         if let Some(client) = clients.get(&connect_timeout) {
             return Ok(client.clone());
         }
-        // An answer's head has hyper's limits: 100 headers and 417,792 bytes; 16 KiB over HTTP/2.
+        // A response's head has hyper's limits: 100 headers and 417,792 bytes; 16 KiB over HTTP/2.
         let client = Client::builder()
             .user_agent(&self.config.user_agent)
             .default_headers(HeaderMap::from_iter([
@@ -145,8 +130,8 @@ impl Fetcher {
             // to most hosts seldom, and then idle connections are other people's memory.
             .pool_max_idle_per_host(64)
             .pool_idle_timeout(Duration::from_secs(10))
-            .http2_initial_stream_window_size(ALLOWANCE as u32)
-            .http2_initial_connection_window_size(STREAMS * ALLOWANCE as u32)
+            .http2_initial_stream_window_size(FREE_BYTES as u32)
+            .http2_initial_connection_window_size(STREAMS * FREE_BYTES as u32)
             .http2_keep_alive_interval(KEEP_ALIVE)
             .http2_keep_alive_timeout(KEEP_ALIVE)
             .build()?;
@@ -154,7 +139,7 @@ impl Fetcher {
         Ok(client)
     }
 
-    /// Whether a hop may be asked at all. Names are checked by the resolver.
+    /// Whether a URL may be asked for. Names are checked by the resolver.
     fn check(&self, url: &Url) -> Result<(), Rejection> {
         if !matches!(url.scheme(), "http" | "https") {
             return Err(Rejection::BadUrl);
@@ -168,56 +153,56 @@ impl Fetcher {
         if permitted { Ok(()) } else { Err(Rejection::BlockedAddress) }
     }
 
-    async fn read(&self, mut response: Response, limits: &Limits, deadline: Instant) -> Result<Body, Failure> {
+    async fn read(&self, mut response: Response, limits: &Limits, mut deadline: Instant) -> Result<Body, FetchError> {
         if response.status() != StatusCode::OK {
-            return Err(Failure::of_status(response.status(), response.headers()));
+            return Err(FetchError::of_status(response.status(), response.headers()));
         }
         if self.config.honour_opt_outs && opted_out(response.headers()) {
-            return Err(Failure::of_url(Rejection::OptedOut));
+            return Err(FetchError::of_url(Rejection::OptedOut));
         }
-        let packed = response.headers().get(CONTENT_ENCODING).is_some_and(|coding| is_gzip(coding.as_bytes()));
-        let announced = response.content_length();
-        if announced.is_some_and(|length| length > limits.max_bytes) {
-            return Err(Failure::of_url(Rejection::TooLarge));
+        let compressed =
+            response.headers().get(CONTENT_ENCODING).is_some_and(|coding| gzip::is_gzip(coding.as_bytes()));
+        let content_length = response.content_length();
+        if content_length.is_some_and(|length| length > limits.max_bytes) {
+            return Err(FetchError::of_url(Rejection::TooLarge));
         }
         let max = usize::try_from(limits.max_bytes).unwrap_or(usize::MAX);
-        let announced = announced.and_then(|length| usize::try_from(length).ok());
         let mut body = Body::new();
-        let mut deadline = deadline;
-        if let Some(length) = announced {
-            self.reserve(&mut body, length, limits, &mut deadline).await?;
+        if let Some(length) = content_length.and_then(|length| usize::try_from(length).ok()) {
+            self.budget.reserve(&mut body, length, limits, &mut deadline).await?;
             body.bytes.reserve_exact(length);
         }
+        // A host that drips is no better than one that says nothing; another try would be as slow.
+        let too_slow = FetchError { retry: Retry::Never, ..FetchError::of_host(Rejection::Timeout) };
         loop {
-            let chunk = match timeout_at(deadline.min(body.paced.0 + PACE.1), response.chunk()).await {
+            let chunk = match timeout_at(deadline.min(body.window_start + RATE_WINDOW), response.chunk()).await {
                 Err(_) if Instant::now() < deadline => Bytes::new(),
-                // A host that drips is no better than one that says nothing.
-                Err(_) => return Err(Failure { again: Again::Never, ..Failure::of_host(Rejection::Timeout) }),
-                Ok(Err(_)) => return Err(Failure::of_url(Rejection::Protocol)),
-                Ok(Ok(None)) if packed => return self.unpack(body, limits, max).await,
+                Err(_) => return Err(too_slow),
+                Ok(Err(_)) => return Err(FetchError::of_url(Rejection::Protocol)),
+                Ok(Ok(None)) if compressed => return gzip::decompress(body, &self.budget, limits, max).await,
                 Ok(Ok(None)) => return Ok(body),
                 Ok(Ok(Some(chunk))) => chunk,
             };
             let length = body.bytes.len() + chunk.len();
             if length > max {
-                return Err(Failure::of_url(Rejection::TooLarge));
+                return Err(FetchError::of_url(Rejection::TooLarge));
             }
-            while length > body.room {
-                self.grow(&mut body, max, limits, &mut deadline).await?;
+            while length > body.capacity {
+                self.budget.grow(&mut body, max, limits, &mut deadline).await?;
             }
             body.bytes.extend_from_slice(&chunk);
-            if !packed && body.is_in_vain() {
-                return Err(Failure::of_url(Rejection::NotAnImage));
+            if !compressed && body.is_large_non_image() {
+                return Err(FetchError::of_url(Rejection::NotAnImage));
             }
-            if body.dawdles() && self.waiting.load(Ordering::Relaxed) > 0 {
-                return Err(Failure { again: Again::Never, ..Failure::of_host(Rejection::Timeout) });
+            if body.is_too_slow() && self.budget.is_contended() {
+                return Err(too_slow);
             }
         }
     }
 }
 
-/// Where an answer points, if it is a redirect.
-fn redirect(from: &Url, response: &Response) -> Result<Option<Url>, Rejection> {
+/// Where a response points, if it is a redirect.
+fn redirect_target(from: &Url, response: &Response) -> Result<Option<Url>, Rejection> {
     if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
         return Ok(None);
     }

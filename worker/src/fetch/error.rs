@@ -1,14 +1,14 @@
-//! Why a request failed, read from errors.
+//! Why a request failed, from the causes that an error carries.
 
 use std::error::Error;
 
 use proto::Rejection;
 
 use super::dns::{Blocked, NoSuchName};
-use super::retry::Failure;
+use super::retry::FetchError;
 
-/// Why a request failed, from the causes that reqwest's error carries.
-pub(super) fn failure_of(error: &reqwest::Error, https: bool) -> Failure {
+/// Why there was no response.
+pub(super) fn of_request(error: &reqwest::Error, https: bool) -> FetchError {
     let mut kind = None;
     let mut tls = false;
     let mut cause: Option<&(dyn Error + 'static)> = Some(error);
@@ -30,7 +30,7 @@ pub(super) fn failure_of(error: &reqwest::Error, https: bool) -> Failure {
         };
     }
     if error.is_dns() {
-        Failure::of_host(Rejection::Dns)
+        FetchError::of_host(Rejection::Dns)
     } else if tls {
         Rejection::Tls.into()
     } else if error.is_builder() {
@@ -40,10 +40,10 @@ pub(super) fn failure_of(error: &reqwest::Error, https: bool) -> Failure {
         use std::io::ErrorKind::{ConnectionAborted, ConnectionReset, InvalidData, UnexpectedEof};
         match kind {
             Some(UnexpectedEof | InvalidData | ConnectionReset | ConnectionAborted) if https => Rejection::Tls.into(),
-            _ => Failure::of_host(Rejection::Connect),
+            _ => FetchError::of_host(Rejection::Connect),
         }
     } else if error.is_timeout() {
-        Failure::of_host(Rejection::Timeout)
+        FetchError::of_host(Rejection::Timeout)
     } else {
         Rejection::Protocol.into()
     }

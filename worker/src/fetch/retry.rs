@@ -1,88 +1,98 @@
-//! Whether a request that failed is worth another try, and what its failure says of the host.
+//! The retry policy: whether a request that failed is sent again and after which backoff, and what its failure says of the
+//! host.
 
 use std::time::Duration;
 
-use proto::Rejection;
+use proto::{Limits, Rejection};
 use reqwest::StatusCode;
 use reqwest::header::{DATE, HeaderMap, HeaderValue, RETRY_AFTER};
 
-use crate::hosts::Ending;
+use crate::hosts::HostSignal;
 
-/// Before the second try; each pause after it is twice as long.
-pub(super) const FIRST_PAUSE: Duration = Duration::from_secs(1);
-/// The longest time for which one 429 silences its whole host.
-const LONGEST_HUSH: Duration = Duration::from_secs(60);
+/// Before the first retry; it doubles with each.
+const FIRST_BACKOFF: Duration = Duration::from_secs(1);
+/// The longest cooldown that one 429 gives its host.
+const MAX_COOLDOWN: Duration = Duration::from_secs(60);
 
-/// A request that failed.
+/// Why a URL has no body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Failure {
+pub(crate) struct FetchError {
     pub(crate) rejection: Rejection,
-    pub(crate) again: Again,
-    /// What it says about the host.
-    pub(crate) ending: Ending,
+    pub(super) retry: Retry,
+    pub(crate) signal: HostSignal,
 }
 
-/// Whether another try may come further.
+/// Whether a retry may come further.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Again {
+pub(super) enum Retry {
     Never,
-    /// If the server has so much time (`Retry-After`).
+    /// Not before the server wants it (`Retry-After`).
     After(Duration),
 }
 
-impl From<Rejection> for Failure {
-    /// One that stays, whatever the host.
+impl From<Rejection> for FetchError {
+    /// It stays, and says nothing of the host.
     fn from(rejection: Rejection) -> Self {
-        Self { rejection, again: Again::Never, ending: Ending::Unknown }
+        Self { rejection, retry: Retry::Never, signal: HostSignal::Unknown }
     }
 }
 
-impl Failure {
-    /// Of the way to the host, or of the host itself.
+impl FetchError {
+    /// The host, or the way to it, is at fault.
     pub(super) fn of_host(rejection: Rejection) -> Self {
-        Self { rejection, again: Again::After(Duration::ZERO), ending: Ending::Failed }
+        Self { rejection, retry: Retry::After(Duration::ZERO), signal: HostSignal::Failed }
     }
 
-    /// Of the time that a URL has in all, which others have used up.
-    pub(super) fn of_haste() -> Self {
-        Self { rejection: Rejection::Timeout, again: Again::Never, ending: Ending::Unknown }
-    }
-
-    /// Of the one URL: its host answers.
+    /// The URL alone is at fault: its host answers.
     pub(super) fn of_url(rejection: Rejection) -> Self {
-        Self { rejection, again: Again::Never, ending: Ending::Answered }
+        Self { rejection, retry: Retry::Never, signal: HostSignal::Answered }
+    }
+
+    /// Earlier requests or other bodies used the URL's time up.
+    pub(super) fn out_of_time() -> Self {
+        Rejection::Timeout.into()
     }
 
     pub(super) fn of_status(status: StatusCode, headers: &HeaderMap) -> Self {
-        let wish = retry_after(headers).unwrap_or_default();
+        let wanted = retry_after(headers).unwrap_or_default();
+        let rejection = Rejection::HttpStatus;
         match status {
             StatusCode::NOT_FOUND | StatusCode::GONE => Self::of_url(Rejection::NotFound),
             StatusCode::TOO_MANY_REQUESTS => {
-                let pause = wish.clamp(FIRST_PAUSE, LONGEST_HUSH);
-                Self { rejection: Rejection::HttpStatus, again: Again::After(wish), ending: Ending::Limited(pause) }
+                let cooldown = wanted.clamp(FIRST_BACKOFF, MAX_COOLDOWN);
+                Self { rejection, retry: Retry::After(wanted), signal: HostSignal::Throttled(cooldown) }
             }
-            _ if status.is_server_error() => Self { again: Again::After(wish), ..Self::of_host(Rejection::HttpStatus) },
-            _ => Self::of_url(Rejection::HttpStatus),
+            _ if status.is_server_error() => Self { retry: Retry::After(wanted), ..Self::of_host(rejection) },
+            _ => Self::of_url(rejection),
         }
+    }
+
+    /// The backoff before the next retry of a URL that has had `retries` and whose requests took `spent`; none if it gets no
+    /// more. A backoff longer than a URL's whole time is for another round. `random` is in 0..1.
+    pub(super) fn backoff(&self, retries: u32, spent: Duration, limits: &Limits, random: f64) -> Option<Duration> {
+        let Retry::After(wanted) = self.retry else { return None };
+        let backoff = FIRST_BACKOFF * 2u32.saturating_pow(retries.min(16));
+        let backoff = backoff.mul_f64(0.5 + random / 2.0).max(wanted);
+        // With less than half of its time it would hardly come further than it did.
+        let gets_one = retries < limits.retries && spent <= limits.timeout() / 2 && backoff <= limits.timeout();
+        gets_one.then_some(backoff)
     }
 }
 
 /// `Retry-After`: seconds, or a date, which is compared with the server's own clock (`Date`).
 fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let text = |name| headers.get(name).and_then(|value: &HeaderValue| value.to_str().ok()).map(str::trim);
-    let wish = text(RETRY_AFTER)?;
-    if let Ok(seconds) = wish.parse() {
+    let wanted = text(RETRY_AFTER)?;
+    if let Ok(seconds) = wanted.parse() {
         return Some(Duration::from_secs(seconds));
     }
     let date = |text| httpdate::parse_http_date(text).ok();
-    date(wish)?.duration_since(date(text(DATE)?)?).ok()
+    date(wanted)?.duration_since(date(text(DATE)?)?).ok()
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::journey::Journey;
     use super::*;
-    use proto::Limits;
 
     #[test]
     fn retry_after_is_seconds_or_a_date_by_the_servers_own_clock() {
@@ -101,30 +111,27 @@ mod tests {
     }
 
     #[test]
-    fn what_may_pass_is_tried_again_with_growing_pauses_within_tries_time_and_patience() {
+    fn retries_come_with_growing_backoffs_within_their_number_the_time_and_what_the_server_wants() {
         let limits = Limits::default();
-        let journey = || Journey::new("http://a.example/x.jpg").expect("a URL");
         let status = |code: u16, after: Option<&str>| {
             let headers = after.map(|value| (RETRY_AFTER, value.parse().expect("a value")));
-            Failure::of_status(StatusCode::from_u16(code).expect("a status"), &headers.into_iter().collect())
+            FetchError::of_status(StatusCode::from_u16(code).expect("a status"), &headers.into_iter().collect())
         };
-        let mut trip = journey();
-        let connect = Failure::of_host(Rejection::Connect);
-        assert_eq!(trip.try_again(&connect, &limits, 0.0), Some(Duration::from_millis(500)));
-        assert_eq!(trip.try_again(&connect, &limits, 1.0), Some(Duration::from_secs(2)));
-        assert_eq!(trip.try_again(&connect, &limits, 0.0), None, "two further tries");
+        let connect = FetchError::of_host(Rejection::Connect);
+        let (soon, late) = (Duration::ZERO, Duration::from_secs(16));
+        assert_eq!(connect.backoff(0, soon, &limits, 0.0), Some(Duration::from_millis(500)));
+        assert_eq!(connect.backoff(1, soon, &limits, 1.0), Some(Duration::from_secs(2)));
+        assert_eq!(connect.backoff(2, soon, &limits, 0.0), None, "two retries");
+        assert_eq!(connect.backoff(0, late, &limits, 0.0), None, "half of its time is gone");
 
-        let mut late = Journey { spent: Duration::from_secs(16), ..journey() };
-        assert_eq!(late.try_again(&connect, &limits, 0.0), None, "half of its time is gone");
-
-        let after = |failure: Failure| journey().try_again(&failure, &limits, 0.0);
-        assert_eq!(after(status(503, Some("7"))), Some(Duration::from_secs(7)));
-        assert_eq!(after(status(503, Some("3600"))), None, "longer than a URL's whole time");
-        assert_eq!(after(status(429, None)), Some(Duration::from_millis(500)));
+        let first = |error: FetchError| error.backoff(0, soon, &limits, 0.0);
+        assert_eq!(first(status(503, Some("7"))), Some(Duration::from_secs(7)));
+        assert_eq!(first(status(503, Some("3600"))), None, "longer than a URL's whole time");
+        assert_eq!(first(status(429, None)), Some(Duration::from_millis(500)));
         for never in [status(404, Some("1")), status(410, None), status(403, None), Rejection::Tls.into()] {
-            assert_eq!(after(never), None, "{never:?}");
+            assert_eq!(first(never), None, "{never:?}");
         }
-        assert_eq!(status(429, Some("3600")).ending, Ending::Limited(LONGEST_HUSH));
-        assert_eq!((status(500, None).ending, status(403, None).ending), (Ending::Failed, Ending::Answered));
+        assert_eq!(status(429, Some("3600")).signal, HostSignal::Throttled(MAX_COOLDOWN));
+        assert_eq!((status(500, None).signal, status(403, None).signal), (HostSignal::Failed, HostSignal::Answered));
     }
 }

@@ -6,11 +6,11 @@ use proto::{Limits, Rejection};
 use reqwest::Certificate;
 use tokio::time::{Instant, timeout};
 
-use super::client::*;
-use super::journey::*;
+use super::client::{FetchConfig, Fetched, Fetcher};
 use super::net::AddressRules;
-use super::retry::Again;
-use crate::hosts::Ending;
+use super::request::Request;
+use super::retry::Retry;
+use crate::hosts::HostSignal;
 
 /// With a budget of 1 MiB.
 fn config() -> FetchConfig {
@@ -24,7 +24,7 @@ fn config() -> FetchConfig {
     }
 }
 
-pub(super) fn fetcher() -> Fetcher {
+fn fetcher() -> Fetcher {
     let _ = rustls::crypto::ring::default_provider().install_default();
     Fetcher::new(config()).expect("a client")
 }
@@ -67,8 +67,8 @@ async fn bodies_that_drip_lose_their_part_of_the_budget_when_others_wait_for_it(
     let (mut fetcher, limits) = (fetcher(), Limits::default());
     fetcher.config.rules.allowed = vec!["127.0.0.0/8".parse().expect("a net")];
     let at = dripping().await;
-    let journey = |path: &str| Journey::new(&format!("http://{at}/{path}")).expect("a URL");
-    let (mut liar, mut good) = (journey("liar"), journey("good"));
+    let request = |path: &str| Request::new(&format!("http://{at}/{path}")).expect("a URL");
+    let (mut liar, mut good) = (request("liar"), request("good"));
     let start = Instant::now();
     let lies = fetcher.fetch(&mut liar, &limits);
     let fetched = async {
@@ -76,9 +76,9 @@ async fn bodies_that_drip_lose_their_part_of_the_budget_when_others_wait_for_it(
         fetcher.fetch(&mut good, &limits).await
     };
     let (lied, fetched) = tokio::join!(lies, fetched);
-    assert!(matches!(fetched, Ok(Step::Body(body)) if body.bytes.len() == 900 << 10));
+    assert!(matches!(fetched, Ok(Fetched::Body(body)) if body.bytes.len() == 900 << 10));
     let lied = lied.expect_err("it does not come");
-    assert_eq!((lied.rejection, lied.again, lied.ending), (Rejection::Timeout, Again::Never, Ending::Failed));
+    assert_eq!((lied.rejection, lied.retry, lied.signal), (Rejection::Timeout, Retry::Never, HostSignal::Failed));
     assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
 }
 
@@ -87,10 +87,10 @@ async fn a_host_is_not_blamed_for_the_time_that_others_took() {
     let (mut fetcher, limits) = (fetcher(), Limits { timeout_seconds: 1.0, ..Limits::default() });
     fetcher.config.rules.allowed = vec!["127.0.0.0/8".parse().expect("a net")];
     let at = crate::attempt::tests::origin().await;
-    for (path, ending) in [("silent", Ending::Failed), ("late", Ending::Unknown)] {
-        let mut journey = Journey::new(&format!("http://{at}/{path}")).expect("a URL");
-        let failure = fetcher.fetch(&mut journey, &limits).await.expect_err("it says nothing");
-        assert_eq!((failure.rejection, failure.ending), (Rejection::Timeout, ending), "{path}");
+    for (path, signal) in [("silent", HostSignal::Failed), ("late", HostSignal::Unknown)] {
+        let mut request = Request::new(&format!("http://{at}/{path}")).expect("a URL");
+        let error = fetcher.fetch(&mut request, &limits).await.expect_err("it says nothing");
+        assert_eq!((error.rejection, error.signal), (Rejection::Timeout, signal), "{path}");
     }
 }
 
@@ -139,10 +139,10 @@ async fn bodies_that_wait_for_memory_hold_up_no_others_of_their_http2_connection
     let fetcher = Fetcher::new(config).expect("a client");
     let limits = Limits { timeout_seconds: 30.0, ..Limits::default() };
     let fetch = async |length: usize| {
-        let mut journey = Journey::new(&format!("https://{address}/{length}")).expect("a URL");
-        match fetcher.fetch(&mut journey, &limits).await.expect("it answers") {
-            Step::Body(body) if body.bytes.len() == length => body,
-            step => panic!("{length} bytes were asked for: {step:?}"),
+        let mut request = Request::new(&format!("https://{address}/{length}")).expect("a URL");
+        match fetcher.fetch(&mut request, &limits).await.expect("it answers") {
+            Fetched::Body(body) if body.bytes.len() == length => body,
+            other => panic!("{length} bytes were asked for: {other:?}"),
         }
     };
     let whole_budget = fetch(8 << 20).await;

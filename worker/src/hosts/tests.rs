@@ -33,9 +33,9 @@ impl Table {
         begun
     }
 
-    fn end(&mut self, begun: Vec<(Pass, u32)>, ending: Ending) {
+    fn end(&mut self, begun: Vec<(Pass, u32)>, signal: HostSignal) {
         for (pass, _) in begun {
-            self.hosts.finish(self.now(), pass, ending);
+            self.hosts.finish(self.now(), pass, signal);
         }
     }
 
@@ -61,7 +61,7 @@ fn few_urls_of_a_host_need_no_share_but_go_two_at_a_time_in_their_order() {
     let begun = table.begin();
     assert_eq!(items(&begun), [0, 1, 4, 5]);
     assert!(table.hosts.demands(table.now()).is_empty());
-    table.end(begun, Ending::Answered);
+    table.end(begun, HostSignal::Answered);
     assert_eq!(items(&table.begin()), [2, 3]);
 }
 
@@ -78,7 +78,7 @@ fn a_host_with_many_urls_waits_for_its_share_and_the_others_do_not_wait_for_it()
     assert!(table.share("big", 3, 0.0));
     let begun = table.begin();
     assert_eq!(items(&begun), [0, 1, 2]);
-    table.end(begun, Ending::Answered);
+    table.end(begun, HostSignal::Answered);
     assert_eq!(items(&table.begin()), [3, 4, 5]);
 }
 
@@ -91,7 +91,7 @@ fn a_share_ends_by_the_workers_clock_and_what_was_in_flight_goes_on() {
     let mut begun = table.begin();
     table.millis = 9_999;
     assert!(begun.iter().all(|(pass, _)| pass.is_valid(table.now())));
-    table.hosts.finish(table.now(), begun.pop().expect("three").0, Ending::Answered);
+    table.hosts.finish(table.now(), begun.pop().expect("three").0, HostSignal::Answered);
     table.millis = 10_000;
     assert!(begun.iter().all(|(pass, _)| !pass.is_valid(table.now())));
     assert_eq!(items(&table.begin()), [0; 0]);
@@ -109,7 +109,7 @@ fn shares_are_lowered_to_what_is_wanted_before_they_are_told_and_late_answers_ar
     while done < 10 {
         let begun = table.begin();
         done += begun.len();
-        table.end(begun, Ending::Answered);
+        table.end(begun, HostSignal::Answered);
         table.millis += 100;
     }
     let demands = table.hosts.demands(table.now());
@@ -153,7 +153,7 @@ fn a_rate_spreads_requests_evenly() {
     while table.millis < 2_000 {
         let now = table.begin();
         begun += now.len();
-        table.end(now, Ending::Answered);
+        table.end(now, HostSignal::Answered);
         let Next::Wait(Some(until)) = table.hosts.next(table.now()) else { panic!("URLs wait for their time") };
         table.millis = u64::try_from((until - table.start).as_millis()).expect("soon");
     }
@@ -170,13 +170,13 @@ fn a_host_that_only_fails_is_paused_then_tried_alone_then_given_up_and_tried_onc
         table.share("dead", 4, 0.0);
         let begun = table.begin();
         tried += begun.len();
-        table.end(begun, Ending::Failed);
+        table.end(begun, HostSignal::Failed);
         match table.hosts.next(table.now()) {
             Next::Wait(Some(until)) => table.millis = u64::try_from((until - table.start).as_millis()).expect("soon"),
             Next::Wait(None) => panic!("nothing would ever happen"),
             Next::Begin(pass, _) => {
                 tried += 1;
-                table.hosts.finish(table.now(), pass, Ending::Failed);
+                table.hosts.finish(table.now(), pass, HostSignal::Failed);
             }
             Next::GivenUp(_) => given_up += 1,
         }
@@ -195,7 +195,7 @@ fn a_host_that_only_fails_is_paused_then_tried_alone_then_given_up_and_tried_onc
     table.share("dead", 4, 0.0);
     let begun = table.begin();
     assert_eq!(items(&begun), [101]);
-    table.end(begun, Ending::Answered);
+    table.end(begun, HostSignal::Answered);
     assert_eq!(items(&table.begin()), [102]);
 }
 
@@ -208,8 +208,8 @@ fn an_answer_in_between_keeps_a_host_in_service() {
     for _ in 0..20 {
         let mut begun = table.begin();
         let (pass, _) = begun.pop().expect("four at a time");
-        table.end(begun, Ending::Failed);
-        table.hosts.finish(table.now(), pass, Ending::Answered);
+        table.end(begun, HostSignal::Failed);
+        table.hosts.finish(table.now(), pass, HostSignal::Answered);
     }
     assert_eq!(table.begin().len(), 4);
 }
@@ -222,7 +222,7 @@ fn pauses_of_urls_and_of_hosts_are_waited_for_and_what_is_taken_out_is_gone() {
     table.push("a", 1..3);
     let begun = table.begin();
     assert_eq!(items(&begun), [1, 2]);
-    table.end(begun, Ending::Limited(Duration::from_secs(8)));
+    table.end(begun, HostSignal::Throttled(Duration::from_secs(8)));
     table.millis = 5_000;
     assert!(table.begin().is_empty());
     table.millis = 8_000;
@@ -230,6 +230,6 @@ fn pauses_of_urls_and_of_hosts_are_waited_for_and_what_is_taken_out_is_gone() {
     assert_eq!(items(&begun), [0]);
     table.push("a", 3..9);
     assert_eq!(table.hosts.take_out(table.now(), |item| item % 2 == 1), [3, 5, 7]);
-    table.end(begun, Ending::Answered);
+    table.end(begun, HostSignal::Answered);
     assert_eq!(items(&table.begin()), [4, 6]);
 }

@@ -17,7 +17,7 @@ pub(crate) struct Frame {
     /// The result is centred on a white square of this side.
     pub(crate) canvas: Option<u32>,
     /// How many whole times smaller than its source the result is, along the side where it is the largest.
-    pub(crate) shrinks: u32,
+    pub(crate) reduction: u32,
 }
 
 impl Frame {
@@ -52,7 +52,7 @@ impl Frame {
             width: new_width as u32,
             height: new_height as u32,
             canvas: (mode == ResizeMode::Pad).then_some(size),
-            shrinks: (kept_width / new_width as u32).min(kept_height / new_height as u32),
+            reduction: (kept_width / new_width as u32).min(kept_height / new_height as u32),
         })
     }
 
@@ -106,8 +106,8 @@ mod tests {
             assert_eq!(frame.stored(), stored, "{mode:?} {upscale} {from:?}");
         }
         assert_eq!(frame(Cover, true, (400, 300)).kept, (0.75, 1.0));
-        assert_eq!(frame(Cover, true, (400, 300)).shrinks, 3);
-        assert_eq!(frame(Pad, true, (400, 300)).shrinks, 4);
+        assert_eq!(frame(Cover, true, (400, 300)).reduction, 3);
+        assert_eq!(frame(Pad, true, (400, 300)).reduction, 4);
     }
 
     #[test]

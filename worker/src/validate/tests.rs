@@ -14,17 +14,17 @@ fn rules() -> Rules {
     Rules { resize: Resize { size: SIZE, ..Resize::default() }, limits, placeholders: Placeholders::default() }
 }
 
-fn judge(bytes: &[u8]) -> Verdict {
-    Validator::new().expect("libjpeg-turbo").judge(bytes, &rules())
+fn validate(bytes: &[u8]) -> Validation {
+    Validator::new().expect("libjpeg-turbo").validate(bytes, &rules())
 }
 
 fn rejection(bytes: &[u8]) -> Rejection {
-    judge(bytes).outcome.expect_err("a rejection")
+    validate(bytes).outcome.expect_err("a rejection")
 }
 
 /// The stored picture's pixels.
 fn stored(bytes: &[u8]) -> RgbImage {
-    let stored = judge(bytes).outcome.expect("kept");
+    let stored = validate(bytes).outcome.expect("kept");
     let image = turbojpeg::decompress(&stored.image, PixelFormat::RGB).expect("own output");
     RgbImage::from_raw(image.width as u32, image.height as u32, image.pixels).expect("whole")
 }
@@ -89,7 +89,7 @@ fn every_format_gives_the_same_picture() {
         let far = if format == ImageFormat::Gif { 8.0 } else { 0.0 };
         let bytes = encoded(image.clone(), format);
         assert!(distance(&stored(&bytes), &reference) <= far, "{format:?}");
-        assert_eq!(judge(&bytes).size, Some((150, 100)), "{format:?}");
+        assert_eq!(validate(&bytes).size, Some((150, 100)), "{format:?}");
     }
     for progressive in [false, true] {
         let bytes = jpeg_of(image.as_raw(), 150, 100, PixelFormat::RGB, progressive);
@@ -139,7 +139,7 @@ fn every_exif_orientation_is_turned_upright() {
             let turned = with_orientation(&plain, orientation, big_endian);
             assert!(distance(&stored(&turned), &wanted) < 2.0, "orientation {orientation}");
             let size = if orientation < 5 { (160, 120) } else { (120, 160) };
-            assert_eq!(judge(&turned).size, Some(size), "orientation {orientation}");
+            assert_eq!(validate(&turned).size, Some(size), "orientation {orientation}");
         }
     }
 }
@@ -162,7 +162,7 @@ fn each_mode_stores_its_size_in_either_format() {
             let rules = Rules { resize, ..rules() };
             let mut validator = Validator::new().expect("libjpeg-turbo");
             bytes.each_ref().map(|bytes| {
-                let stored = validator.judge(bytes, &rules).outcome.expect("kept");
+                let stored = validator.validate(bytes, &rules).outcome.expect("kept");
                 assert_eq!(StoredFormat::of(&stored.image), format);
                 assert_eq!(stored.moments.pixels, u64::from(size.0) * u64::from(size.1), "{mode:?}");
                 match format {
@@ -199,12 +199,12 @@ fn what_is_already_as_it_would_be_stored_is_stored_as_it_came_if_that_is_wanted(
     ] {
         for reencode in [Reencode::Always, Reencode::Needed] {
             let rules = Rules { resize: Resize { size: SIZE, reencode, ..Resize::default() }, ..rules() };
-            let stored = validator.judge(&bytes, &rules).outcome.expect("kept");
+            let stored = validator.validate(&bytes, &rules).outcome.expect("kept");
             assert_eq!(stored.image == bytes, kept && reencode == Reencode::Needed);
         }
     }
     let rules = Rules { resize: Resize { size: SIZE, reencode: Reencode::Needed, ..Resize::default() }, ..rules() };
-    let cut = validator.judge(&fits[..fits.len() * 2 / 3], &rules).outcome.expect_err("it is cut");
+    let cut = validator.validate(&fits[..fits.len() * 2 / 3], &rules).outcome.expect_err("it is cut");
     assert_eq!(cut, Rejection::Truncated);
 }
 
@@ -212,8 +212,8 @@ fn what_is_already_as_it_would_be_stored_is_stored_as_it_came_if_that_is_wanted(
 fn white_around_a_flat_picture_does_not_hide_it() {
     let resize = Resize { size: SIZE, mode: ResizeMode::Pad, ..Resize::default() };
     let flat = jpeg(&RgbImage::from_pixel(300, 200, Rgb([90, 100, 110])));
-    let verdict = Validator::new().expect("libjpeg-turbo").judge(&flat, &Rules { resize, ..rules() });
-    assert_eq!(verdict.outcome.expect_err("flat"), Rejection::Flat);
+    let validation = Validator::new().expect("libjpeg-turbo").validate(&flat, &Rules { resize, ..rules() });
+    assert_eq!(validation.outcome.expect_err("flat"), Rejection::Flat);
 }
 
 #[test]
@@ -228,7 +228,7 @@ fn a_picture_that_is_cut_is_truncated_wherever_that_is() {
         encoded(image.clone(), ImageFormat::Bmp),
         encoded(image.clone(), ImageFormat::WebP),
     ] {
-        assert!(judge(&bytes).outcome.is_ok());
+        assert!(validate(&bytes).outcome.is_ok());
         for share in [0.3, 0.5, 0.9] {
             let cut = &bytes[..(bytes.len() as f64 * share) as usize];
             assert_eq!(rejection(cut), Rejection::Truncated, "{:?} at {share}", &bytes[..4]);
@@ -257,7 +257,7 @@ fn limits_are_read_from_the_header_before_anything_is_decoded() {
     crc.update(&huge[12..29]);
     huge[29..33].copy_from_slice(&crc.sum().to_be_bytes());
     assert_eq!(rejection(&huge), Rejection::TooManyPixels);
-    assert_eq!(judge(&huge).size, Some((20_000, 20_000)));
+    assert_eq!(validate(&huge).size, Some((20_000, 20_000)));
 
     assert_eq!(rejection(&encoded(photo(200, 15), ImageFormat::Bmp)), Rejection::TooFewPixels);
     assert_eq!(rejection(&jpeg(&photo(100, 401))), Rejection::Aspect);
@@ -280,8 +280,8 @@ fn a_known_placeholder_is_named_before_any_other_reason() {
     let bytes = encoded(RgbImage::new(1, 1), ImageFormat::Gif);
     let listed = format!("{} a single pixel", proto::shard::sha256_hex(&bytes));
     let rules = Rules { placeholders: Placeholders::parse(&listed).expect("a list"), ..rules() };
-    let verdict = Validator::new().expect("libjpeg-turbo").judge(&bytes, &rules);
-    assert_eq!(verdict.outcome.expect_err("listed"), Rejection::Placeholder);
+    let validation = Validator::new().expect("libjpeg-turbo").validate(&bytes, &rules);
+    assert_eq!(validation.outcome.expect_err("listed"), Rejection::Placeholder);
 }
 
 #[test]
@@ -307,9 +307,9 @@ fn no_bytes_after_a_magic_number_panic_or_leave_a_validator_unfit() {
             let at = random() % bytes.len();
             bytes[at] = random() as u8;
         }
-        let _ = validator.judge(&bytes, &rules());
+        let _ = validator.validate(&bytes, &rules());
     }
-    assert!(validator.judge(&good, &rules()).outcome.is_ok());
+    assert!(validator.validate(&good, &rules()).outcome.is_ok());
 }
 
 /// Prints what one core needs for the pictures of a tar: `GLEANER_PHOTOS=photos.tar cargo test -p gleaner-worker -- --ignored
@@ -339,7 +339,7 @@ fn cpu_time_of_decode_resize_and_encode() {
         times.push((name, start.elapsed().as_secs_f64() * 1000.0 / n));
     };
     let mut rejected = Vec::new();
-    measure("all", &mut |photo| rejected.extend(validator.judge(photo, &rules).outcome.err()));
+    measure("all", &mut |photo| rejected.extend(validator.validate(photo, &rules).outcome.err()));
     rejected.truncate(rejected.len() / ROUNDS);
     measure("sha256", &mut |photo| {
         std::hint::black_box(Sha256::digest(photo));
@@ -348,7 +348,7 @@ fn cpu_time_of_decode_resize_and_encode() {
     let decode = |codec: &mut Codec, pixels: &mut Pixels, photo: &[u8]| {
         let header = codec.header(photo).expect("a photo");
         let frame = Frame::new(&rules.resize, (header.width, header.height), u64::MAX).expect("a photo");
-        let _ = codec.decode(photo, &header, (frame.shrinks, false), pixels);
+        let _ = codec.decode(photo, &header, (frame.reduction, false), pixels);
         frame
     };
     measure("decode", &mut |photo| {
@@ -398,7 +398,7 @@ fn only_a_jpeg_of_several_scans_is_held_whole_while_it_is_scaled_down() {
         let bytes = jpeg_of(image.as_raw(), 800, 640, PixelFormat::RGB, progressive);
         Codec::new().expect("libjpeg-turbo").header(&bytes).expect("own output")
     };
-    assert_eq!([1, 2, 8].map(|shrinks| header(false).held_pixels(shrinks)), [800 * 640, 400 * 320, 100 * 80]);
+    assert_eq!([1, 2, 8].map(|reduction| header(false).held_pixels(reduction)), [800 * 640, 400 * 320, 100 * 80]);
     assert_eq!(header(true).held_pixels(8), 800 * 640);
 }
 
@@ -406,25 +406,28 @@ fn only_a_jpeg_of_several_scans_is_held_whole_while_it_is_scaled_down() {
 async fn huge_pictures_take_their_turns_without_holding_up_others() {
     let pool = DecodePool::start(1).expect("a thread");
     let rules = Arc::new(Rules { limits: Limits { max_pixels: 1 << 30, ..rules().limits }, ..rules() });
-    let judged = |bytes: &[u8]| pool.judge(Body::holding(bytes.to_vec()), Arc::clone(&rules));
+    let validated = |bytes: &[u8]| pool.validate(Body::holding(bytes.to_vec()), Arc::clone(&rules));
     let huge = encoded(GrayImage::new(4200, 4200), ImageFormat::Png);
-    let (first, second) = (judged(&huge), judged(&huge));
+    let (first, second) = (validated(&huge), validated(&huge));
     let small = async {
         // Behind both of them in the queue.
         tokio::task::yield_now().await;
         for seed in 0..20 {
-            let verdict = judged(&jpeg(&photo(100 + seed, 100))).await.expect("a verdict");
-            assert!(verdict.outcome.is_ok());
+            let validation = validated(&jpeg(&photo(100 + seed, 100))).await.expect("a validation");
+            assert!(validation.outcome.is_ok());
         }
         Instant::now()
     };
     let huge = async {
-        let verdicts = tokio::try_join!(first, second).expect("verdicts");
-        (verdicts, Instant::now())
+        let validations = tokio::try_join!(first, second).expect("validations");
+        (validations, Instant::now())
     };
     let (small_done, ((first, second), huge_done)) = tokio::join!(small, huge);
     assert!(small_done < huge_done);
-    for verdict in [first, second] {
-        assert_eq!((verdict.size, verdict.outcome.expect_err("it is black")), (Some((4200, 4200)), Rejection::Flat));
+    for validation in [first, second] {
+        assert_eq!(
+            (validation.size, validation.outcome.expect_err("it is black")),
+            (Some((4200, 4200)), Rejection::Flat)
+        );
     }
 }

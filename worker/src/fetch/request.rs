@@ -1,0 +1,105 @@
+//! One URL of a list on its way to a body, over redirects and retries.
+
+use std::time::Duration;
+
+use proto::outcomes::LONGEST_URL;
+use proto::{Limits, Rejection};
+use url::Url;
+
+use super::retry::FetchError;
+
+/// What the responses to a request said, beside the body.
+#[derive(Debug, Default)]
+pub(crate) struct ResponseInfo {
+    /// Where redirects led, if there were any.
+    pub(crate) final_url: Option<String>,
+    /// Of the last response.
+    pub(crate) status: Option<u16>,
+}
+
+/// A request for the picture behind a URL.
+#[derive(Debug)]
+pub(crate) struct Request {
+    /// What is asked for next: the list's URL, or where a redirect led.
+    pub(super) url: Url,
+    /// The URLs that answered with a redirect, the list's first.
+    redirected: Vec<Url>,
+    pub(crate) info: ResponseInfo,
+    /// The time that its HTTP requests have taken; waiting for a host or a backoff does not count.
+    pub(crate) spent: Duration,
+    retries: u32,
+}
+
+impl Request {
+    pub(crate) fn new(url: &str) -> Result<Self, Rejection> {
+        if url.len() > LONGEST_URL {
+            return Err(Rejection::BadUrl);
+        }
+        let url = Url::parse(url).map_err(|_| Rejection::BadUrl)?;
+        if !matches!(url.scheme(), "http" | "https") || url.host().is_none() {
+            return Err(Rejection::BadUrl);
+        }
+        Ok(Self { url, redirected: Vec::new(), info: ResponseInfo::default(), spent: Duration::ZERO, retries: 0 })
+    }
+
+    /// The host that is asked next, as budgets name it.
+    pub(crate) fn host(&self) -> String {
+        host_of(&self.url)
+    }
+
+    /// Follows a redirect. Returns whether it leads to another host.
+    pub(super) fn redirect(&mut self, to: Url, limits: &Limits) -> Result<bool, FetchError> {
+        let other_host = host_of(&to) != self.host();
+        self.redirected.push(std::mem::replace(&mut self.url, to));
+        if self.redirected.len() > limits.redirects as usize || self.redirected.contains(&self.url) {
+            return Err(FetchError::of_url(Rejection::RedirectLimit));
+        }
+        self.info.final_url = Some(self.url.to_string());
+        Ok(other_host)
+    }
+
+    /// Begins again with the list's URL if the error's policy says so; returns the backoff before that. `random` is in 0..1.
+    pub(crate) fn retry(&mut self, error: &FetchError, limits: &Limits, random: f64) -> Option<Duration> {
+        let backoff = error.backoff(self.retries, self.spent, limits, random)?;
+        self.retries += 1;
+        if !self.redirected.is_empty() {
+            self.url = self.redirected.swap_remove(0);
+            self.redirected.clear();
+        }
+        self.info = ResponseInfo::default();
+        Some(backoff)
+    }
+}
+
+fn host_of(url: &Url) -> String {
+    let host = url.host_str().unwrap_or_default();
+    let host = host.strip_suffix('.').unwrap_or(host);
+    match url.port() {
+        Some(port) if port != 80 && port != 443 => format!("{host}:{port}"),
+        _ => host.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_retry_begins_with_the_url_of_the_list() {
+        let limits = Limits::default();
+        let mut request = Request::new("http://a.example/x.jpg").expect("a URL");
+        let to = Url::parse("https://b.example:444/y.jpg").expect("a URL");
+        assert_eq!(request.redirect(to, &limits), Ok(true));
+        assert_eq!(request.host(), "b.example:444");
+        request.retry(&FetchError::of_host(Rejection::Timeout), &limits, 0.5).expect("it gets one");
+        assert_eq!((request.host().as_str(), request.redirected.len()), ("a.example", 0));
+    }
+
+    #[test]
+    fn http_and_https_share_a_host_and_so_does_the_rooted_name() {
+        for same in ["http://a.example/", "https://A.example/", "http://a.example.:80/", "http://u:p@a.example/"] {
+            assert_eq!(Request::new(same).expect("a URL").host(), "a.example", "{same}");
+        }
+        assert_eq!(Request::new("http://[::1]:8080/").expect("a URL").host(), "[::1]:8080");
+    }
+}
