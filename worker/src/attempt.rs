@@ -8,8 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
-use object_store::path::Path;
-use object_store::{ObjectStore, ObjectStoreExt};
+use object_store::ObjectStore;
 use proto::outcomes::OutcomeRow;
 use proto::rejection::outcome_name;
 use proto::shard::Origin;
@@ -23,6 +22,7 @@ use crate::dispatch::{Dispatcher, FetchResult, SliceEntry};
 use crate::metrics;
 use crate::placeholder::Placeholders;
 use crate::progress::Progress;
+use crate::store;
 use crate::upload::{self, TarUpload};
 use crate::validate::{DecodePool, Rules, Stored};
 
@@ -213,8 +213,7 @@ fn now() -> i64 {
 
 async fn read_slice(store: &dyn ObjectStore, of: &Assignment) -> anyhow::Result<Vec<SliceEntry>> {
     let key = keys::slice(&of.shard);
-    let found = store.get(&Path::from(key.as_str())).await.with_context(|| format!("failed to read {key}"))?;
-    let compressed = found.bytes().await.with_context(|| format!("failed to read {key}"))?;
+    let compressed = store::read(store, &key).await.with_context(|| format!("failed to read {key}"))?;
     let parse = move || -> anyhow::Result<Vec<SliceEntry>> {
         let owned = |entry: slice::Entry<'_>| SliceEntry {
             key: entry.key as i64,

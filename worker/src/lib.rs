@@ -26,6 +26,7 @@ pub mod metrics;
 mod pixels;
 mod placeholder;
 mod progress;
+mod store;
 mod upload;
 mod validate;
 

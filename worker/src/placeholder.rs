@@ -3,7 +3,9 @@
 use std::collections::HashSet;
 
 use anyhow::Context;
-use object_store::{ObjectStore, ObjectStoreExt, path::Path};
+use object_store::ObjectStore;
+
+use crate::store;
 
 /// Where a cluster lists its own, in the form of `data/placeholders.txt`.
 pub const PLACEHOLDERS_KEY: &str = "worker/placeholders.txt";
@@ -18,9 +20,8 @@ impl Placeholders {
     /// Those that are shipped, and those in the store, if it lists any.
     pub(crate) async fn load(store: &dyn ObjectStore) -> anyhow::Result<Self> {
         let mut all = Self::parse(SHIPPED).context("the shipped list of placeholders")?;
-        match store.get(&Path::from(PLACEHOLDERS_KEY)).await {
-            Ok(found) => {
-                let bytes = found.bytes().await.with_context(|| format!("failed to read {PLACEHOLDERS_KEY}"))?;
+        match store::read(store, PLACEHOLDERS_KEY).await {
+            Ok(bytes) => {
                 let text = std::str::from_utf8(&bytes).with_context(|| format!("{PLACEHOLDERS_KEY} is not UTF-8"))?;
                 all.0.extend(Self::parse(text).with_context(|| format!("{PLACEHOLDERS_KEY} in the store"))?.0);
             }
@@ -34,7 +35,8 @@ impl Placeholders {
         let mut hashes = HashSet::new();
         for (number, line) in text.lines().enumerate() {
             let Some(word) = line.split_whitespace().next().filter(|word| !word.starts_with('#')) else { continue };
-            let hash = parse_hash(word).with_context(|| {
+            let mut hash = [0; 32];
+            hex::decode_to_slice(word, &mut hash).with_context(|| {
                 format!("line {}: {word:?} is no SHA-256: 64 hex digits are, then a space and a remark", number + 1)
             })?;
             hashes.insert(hash);
@@ -47,20 +49,10 @@ impl Placeholders {
     }
 }
 
-fn parse_hash(word: &str) -> Option<[u8; 32]> {
-    let mut hash = [0; 32];
-    if word.len() != 64 || !word.is_ascii() {
-        return None;
-    }
-    for (byte, at) in hash.iter_mut().zip((0..64).step_by(2)) {
-        *byte = u8::from_str_radix(&word[at..at + 2], 16).ok()?;
-    }
-    Some(hash)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use object_store::ObjectStoreExt;
     use object_store::memory::InMemory;
     use proto::shard::sha256_hex;
     use sha2::{Digest, Sha256};

@@ -2,7 +2,6 @@
 
 use std::mem;
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::Context;
 use bytes::Bytes;
@@ -12,13 +11,12 @@ use proto::index::{ClassCounts, StoredFile, Tar};
 use proto::shard::{Moments, Origin, TarWriter, sha256_hex};
 use proto::{Sample, ShardId, ShardIndex, Stored, keys};
 
+use crate::store::with_retries;
+
 /// Tars go up in parts of this size, which is the least that S3 wants: all open tars of all open shards hold as much in memory.
 const PART_BYTES: usize = 5 << 20;
 /// Parts of one tar on their way at once; then the writer waits, and with it the fetching.
 const PARTS_IN_FLIGHT: usize = 2;
-/// The index is put again so often when the store does not say whether it stands.
-const COMMIT_TRIES: u32 = 6;
-const COMMIT_PAUSE: Duration = Duration::from_millis(200);
 
 /// One tar on its way into the store.
 #[derive(Debug)]
@@ -79,7 +77,8 @@ impl TarUpload {
         let multipart = match &mut self.multipart {
             Some(multipart) => multipart,
             begun @ None => {
-                let upload = self.store.put_multipart(&Path::from(self.key.as_str())).await?;
+                let path = Path::from(self.key.as_str());
+                let upload = with_retries(&self.key, || self.store.put_multipart(&path)).await?;
                 begun.insert(WriteMultipart::new_with_chunk_size(upload, PART_BYTES))
             }
         };
@@ -95,9 +94,10 @@ impl TarUpload {
         let stored = match self.multipart.take() {
             Some(mut multipart) => {
                 multipart.put(rest);
-                multipart.finish().await
+                // Nothing can put a part again that the store did not take: the attempt fails.
+                multipart.finish().await.map(drop)
             }
-            None => self.store.put(&Path::from(self.key.as_str()), rest.into()).await,
+            None => put(&*self.store, &self.key, rest.into()).await,
         };
         stored.with_context(|| format!("failed to upload {}", self.key))?;
         Ok(Tar {
@@ -126,9 +126,13 @@ impl TarUpload {
 /// Puts a whole file.
 pub(crate) async fn put_file(store: &dyn ObjectStore, key: String, content: Bytes) -> anyhow::Result<StoredFile> {
     let file = StoredFile { bytes: content.len() as u64, sha256: sha256_hex(&content), key };
-    let path = Path::from(file.key.as_str());
-    store.put(&path, content.into()).await.with_context(|| format!("failed to upload {}", file.key))?;
+    put(store, &file.key, content.into()).await.with_context(|| format!("failed to upload {}", file.key))?;
     Ok(file)
+}
+
+async fn put(store: &dyn ObjectStore, key: &str, payload: PutPayload) -> object_store::Result<()> {
+    let path = Path::from(key);
+    with_retries(key, || async { store.put(&path, payload.clone()).await.map(drop) }).await
 }
 
 /// Deletes an object; one that is not there is no error.
@@ -139,32 +143,25 @@ pub(crate) async fn delete(store: &dyn ObjectStore, key: &str) -> object_store::
     }
 }
 
-/// Puts the index if there is none, and returns the one that stands: this one if its nonce is this one's.
+/// Puts the index if there is none, and returns the one that is there: this one if its nonce is this one's.
 ///
-/// An error means that nobody knows: the index may stand, so nothing that it names may be deleted.
+/// An error means that nobody knows: the index may be there, so nothing that it names may be deleted.
 pub(crate) async fn commit(store: &dyn ObjectStore, of: &ShardId, index: &ShardIndex) -> anyhow::Result<ShardIndex> {
     let key = keys::index(of);
     let path = Path::from(key.as_str());
     let payload = PutPayload::from(index.to_json());
-    let mut pause = COMMIT_PAUSE;
-    for attempt in 1.. {
-        let put = store.put_opts(&path, payload.clone(), PutMode::Create.into()).await;
-        if put.is_ok() {
-            return Ok(index.clone());
-        }
-        // Whatever the store answered: what stands there decides. A put that was retried below us may have met itself.
+    let put_or_read = || async {
+        let Err(put) = store.put_opts(&path, payload.clone(), PutMode::Create.into()).await else { return Ok(None) };
+        // Whatever the store said: what is there decides. A put that the store's client retried may have met itself.
         match store.get(&path).await {
-            Ok(found) => {
-                let bytes = found.bytes().await.with_context(|| format!("failed to read {key}"))?;
-                return ShardIndex::from_json(&bytes).with_context(|| format!("failed to understand {key}"));
-            }
-            Err(error) if attempt == COMMIT_TRIES => {
-                return Err(put.err().unwrap_or(error)).with_context(|| format!("failed to put {key}"));
-            }
-            Err(error) => tracing::warn!(key, attempt, %error, "whether the index stands is unknown; trying again"),
+            Ok(found) => found.bytes().await.map(Some),
+            Err(object_store::Error::NotFound { .. }) => Err(put),
+            Err(error) => Err(error),
         }
-        tokio::time::sleep(pause).await;
-        pause *= 2;
-    }
-    unreachable!("the last try returns")
+    };
+    let found = with_retries(&key, put_or_read).await.with_context(|| format!("failed to put {key}"))?;
+    found.map_or_else(
+        || Ok(index.clone()),
+        |bytes| ShardIndex::from_json(&bytes).with_context(|| format!("failed to parse {key}")),
+    )
 }

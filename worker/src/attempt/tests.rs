@@ -1,12 +1,22 @@
+use std::collections::HashSet;
 use std::net::SocketAddr;
+use std::sync::Mutex;
 
 use bytes::Bytes;
+use futures::stream::BoxStream;
 use object_store::local::LocalFileSystem;
+use object_store::path::Path as ObjectPath;
+use object_store::{
+    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStoreExt, PutMultipartOptions,
+    PutOptions, PutPayload, PutResult,
+};
 use proto::index::ClassCounts;
 use proto::shard::read_block;
 use proto::{Class, DatasetId, Limits, OutcomeCounts, Rejection, Resize, Stored};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+
+use tonic::async_trait;
 
 use super::*;
 use crate::fetch::{AddressRules, FetchConfig, Fetcher};
@@ -356,4 +366,95 @@ async fn urls_of_a_class_that_is_full_are_left_unfetched_and_are_told_of() {
     assert_eq!(index.outcomes, [(Err(Rejection::ClassFull), full), (Ok(()), kept)].into_iter().collect());
     progress.set_wanted(HashMap::from([(1, 3)]), &progress.kept());
     assert!(!progress.is_full(1), "three more are wanted");
+}
+
+/// A store whose first read and first write of each object fails.
+#[derive(Debug, Default)]
+struct FailsOnce {
+    store: object_store::memory::InMemory,
+    failed: Mutex<HashSet<(&'static str, String)>>,
+}
+
+impl std::fmt::Display for FailsOnce {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("FailsOnce")
+    }
+}
+
+impl FailsOnce {
+    fn fail(&self, operation: &'static str, at: &ObjectPath) -> object_store::Result<()> {
+        match self.failed.lock().expect("no panic").insert((operation, at.to_string())) {
+            true => Err(object_store::Error::Generic { store: "FailsOnce", source: "out of order".into() }),
+            false => Ok(()),
+        }
+    }
+}
+
+#[async_trait]
+impl ObjectStore for FailsOnce {
+    async fn put_opts(
+        &self,
+        at: &ObjectPath,
+        payload: PutPayload,
+        options: PutOptions,
+    ) -> object_store::Result<PutResult> {
+        self.fail("put", at)?;
+        self.store.put_opts(at, payload, options).await
+    }
+
+    async fn put_multipart_opts(
+        &self,
+        at: &ObjectPath,
+        options: PutMultipartOptions,
+    ) -> object_store::Result<Box<dyn MultipartUpload>> {
+        self.fail("put", at)?;
+        self.store.put_multipart_opts(at, options).await
+    }
+
+    async fn get_opts(&self, at: &ObjectPath, options: GetOptions) -> object_store::Result<GetResult> {
+        self.fail("get", at)?;
+        self.store.get_opts(at, options).await
+    }
+
+    fn delete_stream(
+        &self,
+        locations: BoxStream<'static, object_store::Result<ObjectPath>>,
+    ) -> BoxStream<'static, object_store::Result<ObjectPath>> {
+        self.store.delete_stream(locations)
+    }
+
+    fn list(&self, prefix: Option<&ObjectPath>) -> BoxStream<'static, object_store::Result<ObjectMeta>> {
+        self.store.list(prefix)
+    }
+
+    async fn list_with_delimiter(&self, prefix: Option<&ObjectPath>) -> object_store::Result<ListResult> {
+        self.store.list_with_delimiter(prefix).await
+    }
+
+    async fn copy_opts(&self, from: &ObjectPath, to: &ObjectPath, options: CopyOptions) -> object_store::Result<()> {
+        self.store.copy_opts(from, to, options).await
+    }
+}
+
+#[tokio::test]
+async fn an_attempt_outlives_failures_of_the_store() {
+    let store = Arc::new(FailsOnce::default());
+    let at = origin().await;
+    put_slice(&store.store, 7, &[format!("http://{at}/good/1"), format!("http://{at}/good/2")]).await;
+    let tools = tools(Arc::<FailsOnce>::clone(&store)).await;
+    let result = make_shard(&tools, &assignment(1), &Progress::default(), (), &CancellationToken::new()).await;
+    assert_eq!(result.expect("failures that pass"), AttemptResult::Committed);
+    let failed = store.failed.lock().expect("no panic").clone();
+    for (operation, part) in [
+        ("get", crate::placeholder::PLACEHOLDERS_KEY),
+        ("get", "slices/"),
+        ("put", "shards/"),
+        ("put", "outcomes/"),
+        ("put", "index/"),
+    ] {
+        assert!(
+            failed.iter().any(|(of, key)| *of == operation && key.contains(part)),
+            "{operation} {part}: {failed:?}"
+        );
+    }
 }
