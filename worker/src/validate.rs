@@ -10,6 +10,7 @@ use std::time::Instant;
 use anyhow::Context;
 use bytes::Bytes;
 use image::ImageFormat as Format;
+use image::metadata::Orientation;
 use image::{DynamicImage, ExtendedColorType, ImageDecoder, ImageEncoder, ImageError, ImageReader};
 use proto::shard::Moments;
 use proto::{ImageFormat, Limits, Reencode, Rejection, Resize};
@@ -18,7 +19,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::fetch::Body;
 use crate::format::{format_of, is_cut_riff, webp_fits};
-use crate::pixels::{Codec, Frame, Hasher, Picture, Pixels, Shrinker, is_flat, moments};
+use crate::pixels::{Codec, DecodeAs, Frame, Hasher, Picture, Pixels, Shrinker, is_flat, moments};
 use crate::placeholder::Placeholders;
 
 /// Pictures of which more pixels than this are held at once are decoded one at a time, on a thread of their own, so that a few of
@@ -208,8 +209,10 @@ impl Validator {
             }
             // Halved chroma of an odd side would lie half a pixel off.
             let rgb = resize.format != ImageFormat::Jpg || frame.width % 2 + frame.height % 2 > 0;
-            self.codec.decode(bytes, &header, (frame.reduction, rgb), &mut self.pixels)?;
+            let how = DecodeAs { reduction: frame.reduction, rgb };
+            let sound = self.codec.decode(bytes, &header, how, &mut self.pixels)?;
             keep_bytes = resize.reencode == Reencode::Needed
+                && sound
                 && resize.format == ImageFormat::Jpg
                 && header.is_plain()
                 && frame.keeps(size)
@@ -254,7 +257,7 @@ impl Validator {
         reader.limits(memory(bytes.len() as u64 * 2 + DECODERS_OWN));
         let mut decoder = reader.into_decoder().map_err(|e| rejection_of(&e))?;
         let (width, height) = decoder.dimensions();
-        let orientation = decoder.orientation().map_or(1, |o| o.to_exif());
+        let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
         let frame = frame(upright(width, height, orientation), rules, validation)?;
         if format == Format::WebP && !webp_fits(bytes, (width, height)) {
             return Err(Rejection::Undecodable.into());
@@ -272,8 +275,9 @@ impl Validator {
     }
 }
 
-fn upright(width: u32, height: u32, orientation: u8) -> (u32, u32) {
-    if orientation >= 5 { (height, width) } else { (width, height) }
+/// The size of a picture that is turned upright.
+fn upright(width: u32, height: u32, orientation: Orientation) -> (u32, u32) {
+    if orientation.to_exif() >= 5 { (height, width) } else { (width, height) }
 }
 
 fn check_size(width: u32, height: u32, limits: &Limits) -> Result<(), Rejection> {

@@ -2,9 +2,13 @@
 //! and encoding.
 
 use bytes::Bytes;
+use image::metadata::Orientation;
 use proto::Rejection;
-use turbojpeg::{Colorspace, Compressor, Decompressor, Image, PixelFormat, ScalingFactor, Subsamp, YuvImage};
+use turbojpeg::{
+    Colorspace, Compressor, DecompressHeader, Decompressor, Image, PixelFormat, ScalingFactor, Subsamp, YuvImage,
+};
 
+use super::markers::{self, Markers};
 use super::resize::{KEPT_BUFFER, Layout, Picture, Pixels};
 
 /// A progressive JPEG may redraw so many pixels in all of its scans, within these numbers of scans: files of more are made to burn
@@ -22,35 +26,47 @@ pub(crate) struct Codec {
 }
 
 /// What a JPEG says of itself before its pixels.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(crate) struct Header {
     pub(crate) width: u32,
     pub(crate) height: u32,
-    /// EXIF: 1 to 8.
-    pub(crate) orientation: u8,
+    pub(crate) orientation: Orientation,
     colorspace: Colorspace,
     subsamp: Subsamp,
     lossless: bool,
-    /// Has Adobe's marker: its CMYK values are stored inverted.
-    adobe: bool,
     /// All of it has to be read before any of its pixels is known.
-    scans: bool,
+    several_scans: bool,
+    /// The same picture without what libjpeg warned of in the header.
+    repaired: Option<Vec<u8>>,
+}
+
+/// How a JPEG is decoded.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct DecodeAs {
+    /// The picture will be scaled down by as much: it is decoded at 1/2, 1/4 or 1/8 of its size if that is enough (other eighths
+    /// are slower than the whole).
+    pub(crate) reduction: u32,
+    /// As RGB, even if the file's own planes could be scaled.
+    pub(crate) rgb: bool,
 }
 
 impl Codec {
     pub(crate) fn new() -> turbojpeg::Result<Self> {
-        let decompressor = decompressor()?;
+        let decompressor = Decompressor::new()?;
         let mut compressor = Compressor::new()?;
         compressor.set_subsamp(Subsamp::Sub2x2)?;
         Ok(Self { decompressor, compressor, cmyk: Vec::new(), encoded: Vec::new() })
     }
 
-    /// Reads the header alone, with a fresh decompressor: a used one keeps the last picture's tables, and after a header that
-    /// failed it refuses every other one.
+    /// Reads the header alone.
     pub(crate) fn header(&mut self, bytes: &[u8]) -> Result<Header, Rejection> {
-        self.decompressor = decompressor().map_err(|_| Rejection::Undecodable)?;
-        let header = self.decompressor.read_header(bytes).map_err(|e| rejection_of(&e, bytes))?;
-        let Markers { orientation, adobe, scans } = scan_markers(bytes);
+        let mut repaired = None;
+        let header = match self.read_header(bytes) {
+            Err(error) if is_warning_of_form(&error) => self.read_header(repaired.insert(markers::repair(bytes))),
+            header => header,
+        };
+        let header = header.map_err(|e| rejection_of(&e, bytes))?;
+        let Markers { orientation, several_scans } = Markers::read(bytes);
         let pixels = |side: usize| u32::try_from(side).map_err(|_| Rejection::TooManyPixels);
         Ok(Header {
             width: pixels(header.width)?,
@@ -59,37 +75,66 @@ impl Codec {
             colorspace: header.colorspace,
             subsamp: header.subsamp,
             lossless: header.is_lossless,
-            adobe,
-            scans,
+            several_scans,
+            repaired,
         })
     }
 
-    /// Decodes into `into`, at 1/2, 1/4 or 1/8 of the size if `shrinks` says that it will shrink by as much (other eighths
-    /// are slower than the whole); as RGB if `rgb` or if the file's own planes are none that can be scaled. The image must be
-    /// whole: libjpeg's warnings count, because what they report are pixels that it made up.
+    /// With a fresh decompressor: a used one keeps the last picture's tables, and after a header that failed it refuses every
+    /// other one.
+    fn read_header(&mut self, bytes: &[u8]) -> turbojpeg::Result<DecompressHeader> {
+        self.decompressor = Decompressor::new()?;
+        self.decompressor.read_header(bytes)
+    }
+
+    /// Decodes into `into`. Every pixel must be there: what libjpeg warns of are mostly pixels that it made up, and then the
+    /// picture is rejected. Returns whether there was nothing to warn of at all.
     pub(crate) fn decode(
         &mut self,
         bytes: &[u8],
         header: &Header,
-        (shrinks, rgb): (u32, bool),
+        how: DecodeAs,
         into: &mut Pixels,
-    ) -> Result<(), Rejection> {
-        let scale = header.scale(shrinks);
+    ) -> Result<bool, Rejection> {
+        let read = header.repaired.as_deref().unwrap_or(bytes);
+        let mut result = self.try_decode(read, header, how, into);
+        if header.repaired.is_none() && result.as_ref().is_err_and(is_warning_of_form) {
+            let repaired = markers::repair(bytes);
+            result = self.read_header(&repaired).and_then(|_| self.try_decode(&repaired, header, how, into));
+            if result.is_ok() {
+                return Ok(false);
+            }
+        }
+        match result {
+            Ok(()) => Ok(header.repaired.is_none()),
+            Err(error) if is_harmless(&error, bytes) => Ok(false),
+            Err(error) => Err(rejection_of(&error, bytes)),
+        }
+    }
+
+    fn try_decode(
+        &mut self,
+        bytes: &[u8],
+        header: &Header,
+        DecodeAs { reduction, rgb }: DecodeAs,
+        into: &mut Pixels,
+    ) -> turbojpeg::Result<()> {
+        let scale = header.scale(reduction);
         let pixels = u64::from(header.width) * u64::from(header.height);
         let scans = (SCANNED_PIXELS / pixels.max(1)).clamp(MAX_SCANS.0, MAX_SCANS.1);
-        self.decompressor.set_scan_limit(scans as u32).map_err(|_| Rejection::Undecodable)?;
-        self.decompressor.set_scaling_factor(scale).map_err(|_| Rejection::Undecodable)?;
+        self.decompressor.set_scan_limit(scans as u32)?;
+        self.decompressor.set_scaling_factor(scale)?;
         let (width, height) = (scale.scale(header.width as usize), scale.scale(header.height as usize));
         let size = (width as u32, height as u32);
         let layout = if rgb { Layout::Rgb } else { header.layout() };
         let pixels = into.reset(layout, size, header.orientation);
-        let result = match header.colorspace {
+        match header.colorspace {
             Colorspace::CMYK | Colorspace::YCCK => {
                 self.cmyk.resize(width * height * 4, 0);
                 let pitch = width * 4;
                 let image = Image { pixels: self.cmyk.as_mut_slice(), width, pitch, height, format: PixelFormat::CMYK };
                 let result = self.decompressor.decompress(bytes, image);
-                cmyk_to_rgb(&self.cmyk, header.adobe, pixels);
+                cmyk_to_rgb(&self.cmyk, pixels);
                 self.cmyk.clear();
                 self.cmyk.shrink_to(KEPT_BUFFER);
                 result
@@ -102,10 +147,6 @@ impl Codec {
                 let image = YuvImage { pixels, width, align: 1, height, subsamp: header.subsamp };
                 self.decompressor.decompress_to_yuv(bytes, image)
             }
-        };
-        match result {
-            Err(e) if !is_harmless(&e, bytes) => Err(rejection_of(&e, bytes)),
-            _ => Ok(()),
         }
     }
 
@@ -141,9 +182,9 @@ impl Codec {
 }
 
 impl Header {
-    /// What it is decoded at if it will shrink by so much.
-    fn scale(&self, shrinks: u32) -> ScalingFactor {
-        match shrinks {
+    /// The scale at which it is decoded.
+    fn scale(&self, reduction: u32) -> ScalingFactor {
+        match reduction {
             _ if self.lossless => ScalingFactor::ONE,
             8.. => ScalingFactor::ONE_EIGHTH,
             4.. => ScalingFactor::ONE_QUARTER,
@@ -153,14 +194,14 @@ impl Header {
     }
 
     /// How many pixels are in memory at once while it is decoded.
-    pub(crate) fn held_pixels(&self, shrinks: u32) -> u64 {
-        let scale = if self.scans { ScalingFactor::ONE } else { self.scale(shrinks) };
+    pub(crate) fn held_pixels(&self, reduction: u32) -> u64 {
+        let scale = if self.several_scans { ScalingFactor::ONE } else { self.scale(reduction) };
         scale.scale(self.width as usize) as u64 * scale.scale(self.height as usize) as u64
     }
 
     /// Whether an upright image in colour is meant, as [`Codec::encode`] makes it.
     pub(crate) fn is_plain(&self) -> bool {
-        self.colorspace == Colorspace::YCbCr && self.orientation <= 1 && !self.lossless
+        self.colorspace == Colorspace::YCbCr && self.orientation == Orientation::NoTransforms && !self.lossless
     }
 
     /// Of the planes in the file.
@@ -178,109 +219,42 @@ impl Header {
     }
 }
 
-fn decompressor() -> turbojpeg::Result<Decompressor> {
-    Decompressor::new()
+/// Whether this is a warning about what the file says beside its pixels, which [`markers::repair`] takes out. Only the first
+/// warning of a picture has a text, so what else there is to warn of shows when the repaired file is read.
+fn is_warning_of_form(error: &turbojpeg::Error) -> bool {
+    let turbojpeg::Error::TurboJpegError(text) = error else { return false };
+    // A damaged colour profile, an unknown version of JFIF, an unknown transform (libjpeg takes the usual one), a baseline scan
+    // that names other coefficients than all, and bytes between segments.
+    let of_form =
+        ["bad ICC marker", "unknown JFIF revision", "Unknown Adobe color transform", "Invalid SOS parameters"];
+    of_form.iter().any(|part| text.contains(part)) || is_before_marker(text, |marker| !matches!(marker, 0xd0..=0xd9))
 }
 
-/// Warnings about a header's form, which cost no pixel. Only the first warning of an image has a text, so the end is looked at
-/// too.
+/// Whether every pixel is there all the same. Bytes before the end (0xd9) come after the last pixel.
 fn is_harmless(error: &turbojpeg::Error, bytes: &[u8]) -> bool {
     let turbojpeg::Error::TurboJpegError(text) = error else { return false };
-    let formal = text.contains("Invalid SOS parameters") || text.contains("Inconsistent progression sequence");
-    formal && has_end(bytes)
+    let odd_progression = text.contains("Inconsistent progression sequence") && markers::has_end(bytes);
+    odd_progression || is_before_marker(text, |marker| marker == 0xd9)
+}
+
+/// Whether the text is "Corrupt JPEG data: 40 extraneous bytes before marker 0xd9", with such a marker.
+fn is_before_marker(text: &str, marker: impl Fn(u8) -> bool) -> bool {
+    let code = text.split_once("extraneous bytes before marker 0x").map(|(_, code)| code.trim());
+    code.and_then(|code| u8::from_str_radix(code, 16).ok()).is_some_and(marker)
 }
 
 fn rejection_of(error: &turbojpeg::Error, bytes: &[u8]) -> Rejection {
     let cut = matches!(error, turbojpeg::Error::TurboJpegError(text) if text.contains("Premature end of JPEG"));
-    if cut || !has_end(bytes) { Rejection::Truncated } else { Rejection::Undecodable }
+    if cut || !markers::has_end(bytes) { Rejection::Truncated } else { Rejection::Undecodable }
 }
 
-/// Whether the last marker is there, perhaps followed by padding.
-fn has_end(bytes: &[u8]) -> bool {
-    let padding = bytes.iter().rev().take_while(|b| matches!(b, 0 | b'\n' | b'\r' | b' ')).count();
-    bytes[..bytes.len() - padding].ends_with(&[0xff, 0xd9])
-}
-
-/// Naive conversion; what an ink looks like on paper (its ICC profile) is left aside.
-fn cmyk_to_rgb(cmyk: &[u8], inverted: bool, rgb: &mut [u8]) {
-    let flip = if inverted { 0 } else { 255 };
+/// Naive conversion, without regard to what an ink looks like on paper (its ICC profile). Inks are stored inverted, as
+/// Adobe does it; browsers take them so even without Adobe's marker.
+fn cmyk_to_rgb(cmyk: &[u8], rgb: &mut [u8]) {
     for (ink, pixel) in cmyk.chunks_exact(4).zip(rgb.chunks_exact_mut(3)) {
-        let black = u32::from(ink[3] ^ flip);
+        let black = u32::from(ink[3]);
         for channel in 0..3 {
-            let product = u32::from(ink[channel] ^ flip) * black;
-            pixel[channel] = ((product + 127) / 255) as u8;
+            pixel[channel] = ((u32::from(ink[channel]) * black + 127) / 255) as u8;
         }
     }
-}
-
-/// What the segments before the pixels say.
-struct Markers {
-    /// EXIF's; 1 if there is none.
-    orientation: u8,
-    adobe: bool,
-    /// More than one scan is to come.
-    scans: bool,
-}
-
-fn scan_markers(bytes: &[u8]) -> Markers {
-    let (mut orientation, mut adobe) = (1, false);
-    let (mut progressive, mut components, mut in_first_scan) = (false, None, None);
-    let mut at = 2;
-    while let Some(&[0xff, marker]) = bytes.get(at..at + 2).and_then(|two| <&[u8; 2]>::try_from(two).ok()) {
-        match marker {
-            0xff => at += 1,               // fill
-            0x01 | 0xd0..=0xd8 => at += 2, // markers without a segment
-            0xd9 => break,
-            0xda => {
-                in_first_scan = bytes.get(at + 4);
-                break;
-            }
-            _ => {
-                let Some(&[high, low]) = bytes.get(at + 2..at + 4).and_then(|two| <&[u8; 2]>::try_from(two).ok())
-                else {
-                    break;
-                };
-                let length = usize::from(u16::from_be_bytes([high, low]));
-                let Some(segment) = bytes.get(at + 4..at + 2 + length.max(2)) else { break };
-                match marker {
-                    0xe1 => orientation = exif_orientation(segment).unwrap_or(orientation),
-                    0xee => adobe |= segment.starts_with(b"Adobe"),
-                    // Frames (T.81, table B.1): all but the tables that stand among them.
-                    0xc0..=0xcf if !matches!(marker, 0xc4 | 0xc8 | 0xcc) => {
-                        progressive = matches!(marker & 3, 2);
-                        components = segment.get(5);
-                    }
-                    _ => {}
-                }
-                at += 2 + length.max(2);
-            }
-        }
-    }
-    Markers { orientation, adobe, scans: progressive || in_first_scan != components }
-}
-
-/// Tag 0x0112 of the first directory of an EXIF segment (Exif 2.3, 4.6.4).
-fn exif_orientation(segment: &[u8]) -> Option<u8> {
-    let tiff = segment.strip_prefix(b"Exif\0\0")?;
-    let big = match tiff.get(..4)? {
-        b"MM\0*" => true,
-        b"II*\0" => false,
-        _ => return None,
-    };
-    let short = |at: usize| {
-        let two = <[u8; 2]>::try_from(tiff.get(at..at.checked_add(2)?)?).ok()?;
-        Some(if big { u16::from_be_bytes(two) } else { u16::from_le_bytes(two) })
-    };
-    let long = |at: usize| {
-        let four = <[u8; 4]>::try_from(tiff.get(at..at.checked_add(4)?)?).ok()?;
-        Some(if big { u32::from_be_bytes(four) } else { u32::from_le_bytes(four) })
-    };
-    let directory = usize::try_from(long(4)?).ok()?;
-    for entry in 0..usize::from(short(directory)?) {
-        let at = directory.checked_add(2 + entry * 12)?;
-        if short(at)? == 0x0112 {
-            return u8::try_from(short(at.checked_add(8)?)?).ok().filter(|o| (1..=8).contains(o));
-        }
-    }
-    None
 }

@@ -4,6 +4,8 @@
 //! and its planes cover the same area) and saves what else is most of the work beside decoding: raising chroma to full size,
 //! the way to RGB, scaling twice as many values, and all the way back to be encoded.
 
+use image::metadata::Orientation;
+
 use super::frame::Frame;
 use super::lanczos::{Grid, Scaler, Span};
 
@@ -87,13 +89,14 @@ pub(crate) struct Pixels {
     buffer: Vec<u8>,
     layout: Layout,
     size: (u32, u32),
+    /// EXIF's, or 0.
     orientation: u8,
 }
 
 impl Pixels {
-    /// Makes it an image of this layout, size and EXIF orientation, its content unspecified, and returns its bytes.
-    pub(crate) fn reset(&mut self, layout: Layout, size: (u32, u32), orientation: u8) -> &mut [u8] {
-        (self.layout, self.size, self.orientation) = (layout, size, orientation);
+    /// Makes it an image of this layout, size and orientation, its content unspecified, and returns its bytes.
+    pub(crate) fn reset(&mut self, layout: Layout, size: (u32, u32), orientation: Orientation) -> &mut [u8] {
+        (self.layout, self.size, self.orientation) = (layout, size, orientation.to_exif());
         let (_, length) = layout.planes(size);
         if self.buffer.len() < length {
             self.buffer.resize(length, 0);
@@ -102,7 +105,7 @@ impl Pixels {
     }
 
     /// Takes the RGB pixels of another decoder.
-    pub(crate) fn replace(&mut self, rgb: Vec<u8>, size: (u32, u32), orientation: u8) {
+    pub(crate) fn replace(&mut self, rgb: Vec<u8>, size: (u32, u32), orientation: Orientation) {
         self.buffer = rgb;
         self.reset(Layout::Rgb, size, orientation);
     }
@@ -282,7 +285,7 @@ pub(crate) mod tests {
 
     pub(crate) fn pixels(image: &RgbImage) -> Pixels {
         let mut pixels = Pixels::default();
-        pixels.replace(image.as_raw().clone(), image.dimensions(), 1);
+        pixels.replace(image.as_raw().clone(), image.dimensions(), Orientation::NoTransforms);
         pixels
     }
 
@@ -316,7 +319,7 @@ pub(crate) mod tests {
     fn slope(layout: Layout, size: (u32, u32)) -> Pixels {
         let mut pixels = Pixels::default();
         let (planes, _) = layout.planes(size);
-        let buffer = pixels.reset(layout, size, 1);
+        let buffer = pixels.reset(layout, size, Orientation::NoTransforms);
         for plane in planes {
             let start = plane.start;
             for i in 0..plane.length() {
@@ -361,7 +364,7 @@ pub(crate) mod tests {
         }
         // The same by planes: pure colour inside, white around.
         let mut source = Pixels::default();
-        source.reset(Layout::HALVED, (40, 22), 1).fill(77);
+        source.reset(Layout::HALVED, (40, 22), Orientation::NoTransforms).fill(77);
         let picture = shrinker.shrink(&source, &frame(40, ResizeMode::Pad, (40, 22)));
         let [(luma, _), (blue, _), _] = picture.planes().expect("planes");
         assert_eq!([luma[7 * 40], luma[8 * 40], luma[29 * 40], luma[30 * 40]], [255, 77, 77, 255]);

@@ -1,5 +1,4 @@
 use image::ImageFormat;
-use image::metadata::Orientation;
 use image::{GrayImage, Rgb, RgbImage, Rgba, RgbaImage};
 use turbojpeg::{Compressor, Image, PixelFormat, Subsamp};
 
@@ -348,7 +347,7 @@ fn cpu_time_of_decode_resize_and_encode() {
     let decode = |codec: &mut Codec, pixels: &mut Pixels, photo: &[u8]| {
         let header = codec.header(photo).expect("a photo");
         let frame = Frame::new(&rules.resize, (header.width, header.height), u64::MAX).expect("a photo");
-        let _ = codec.decode(photo, &header, (frame.reduction, false), pixels);
+        let _ = codec.decode(photo, &header, DecodeAs { reduction: frame.reduction, rgb: false }, pixels);
         frame
     };
     measure("decode", &mut |photo| {
@@ -430,4 +429,72 @@ async fn huge_pictures_take_their_turns_without_holding_up_others() {
             (Some((4200, 4200)), Rejection::Flat)
         );
     }
+}
+
+/// A segment with this marker and body.
+fn segment(marker: u8, body: &[u8]) -> Vec<u8> {
+    [&[0xff, marker], &(body.len() as u16 + 2).to_be_bytes()[..], body].concat()
+}
+
+/// With more bytes before the first place where these are.
+fn insert_before(bytes: &[u8], place: &[u8], more: &[u8]) -> Vec<u8> {
+    let at = bytes.windows(place.len()).position(|window| window == place).expect("it is there");
+    [&bytes[..at], more, &bytes[at..]].concat()
+}
+
+#[test]
+fn a_jpeg_whose_pixels_are_all_there_is_kept_however_odd_the_rest_is() {
+    let image = photo(200, 150);
+    let plain = jpeg(&image);
+    let reference = stored(&plain);
+    let end = plain.len() - 2;
+    let junk: Vec<u8> = (1..=120).collect();
+    let replaced = |from: &[u8], to: &[u8]| {
+        let at = plain.windows(from.len()).position(|window| window == from).expect("it is there");
+        [&plain[..at], to, &plain[at + from.len()..]].concat()
+    };
+    let scan_of_one = replaced(&[0, 63, 0], &[0, 0, 0]);
+    let adobe = [b"Adobe", &[0, 100, 0, 0, 0, 0, 7][..]].concat();
+    let without_jfif = [&plain[..2], &plain[20..]].concat();
+    for (what, bytes) in [
+        ("bytes between segments", insert_before(&plain, &[0xff, 0xc4], &junk)),
+        ("bytes before the end", [&plain[..end], &junk[..40], &plain[end..]].concat()),
+        ("bytes after the end", [&plain[..], &junk].concat()),
+        ("an unknown version of JFIF", replaced(b"JFIF\0\x01", b"JFIF\0\x09")),
+        ("an unknown transform", insert_before(&without_jfif, &[0xff, 0xdb], &segment(0xee, &adobe))),
+        ("a damaged profile", insert_before(&plain, &[0xff, 0xdb], &segment(0xe2, b"ICC_PROFILE\0\x05\x02 nothing"))),
+        ("a scan of the first coefficient alone", scan_of_one.clone()),
+        ("the same with a trailer", [&scan_of_one[..], b"SEFT"].concat()),
+        ("several of these", insert_before(&[&scan_of_one[..], &junk].concat(), &[0xff, 0xc4], &junk)),
+    ] {
+        assert!(distance(&stored(&bytes), &reference) < 0.01, "{what}");
+        // It is not stored as it came: who reads the shard need not be so patient.
+        let resize = Resize { size: 150, mode: ResizeMode::KeepRatio, reencode: Reencode::Needed, ..Resize::default() };
+        let rules = Rules { resize, ..rules() };
+        let kept = Validator::new().expect("libjpeg-turbo").validate(&bytes, &rules).outcome.expect("kept");
+        assert_eq!(kept.image == bytes, what == "bytes after the end", "{what}");
+    }
+    // The same oddities hide no damage.
+    for bytes in [&plain, &insert_before(&plain, &[0xff, 0xc4], &junk), &scan_of_one] {
+        let cut = &bytes[..bytes.len() * 2 / 3];
+        assert_eq!(rejection(cut), Rejection::Truncated);
+        assert_eq!(rejection(&[cut, &[0xff, 0xd9]].concat()), Rejection::Undecodable);
+    }
+}
+
+#[test]
+fn inks_are_taken_as_inverted_with_and_without_adobes_marker() {
+    let image = photo(120, 90);
+    let inks: Vec<u8> = image.pixels().flat_map(|p| [p[0], p[1], p[2], 255]).collect();
+    let cmyk = jpeg_of(&inks, 120, 90, PixelFormat::CMYK, false);
+    let at = cmyk.windows(2).position(|two| two == [0xff, 0xee]).expect("libjpeg-turbo writes it");
+    let length = 2 + usize::from(u16::from_be_bytes([cmyk[at + 2], cmyk[at + 3]]));
+    // Without the marker a transform of the inks is not known either, so this one has none.
+    let mut without = cmyk.clone();
+    without.drain(at..at + length);
+    assert_eq!(cmyk[at + length - 1], 2, "YCCK");
+    assert!(validate(&without).outcome.is_ok());
+    let mut plain = cmyk;
+    plain[at + length - 1] = 0;
+    assert!(distance(&stored(&without), &stored(&plain)) < 0.01);
 }
