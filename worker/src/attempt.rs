@@ -18,13 +18,14 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::Span;
 
+use crate::decode_pool::DecodePool;
 use crate::dispatch::{Dispatcher, FetchResult, SliceEntry};
 use crate::metrics;
 use crate::placeholder::Placeholders;
 use crate::progress::Progress;
 use crate::store;
 use crate::upload::{self, TarUpload};
-use crate::validate::{DecodePool, Rules, Stored};
+use crate::validate::{Rules, Stored};
 
 /// For deleting an attempt's files; what is left then is the cluster's garbage collection's.
 const CLEANUP_TIMEOUT: Duration = Duration::from_secs(3);

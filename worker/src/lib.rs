@@ -17,6 +17,7 @@
 
 mod attempt;
 mod backoff;
+mod decode_pool;
 mod dispatch;
 mod fetch;
 mod format;
@@ -52,13 +53,13 @@ use tracing::{Instrument, Span};
 
 use attempt::{Assignment, AttemptResult, Tools, make_shard};
 use backoff::backoff;
+use decode_pool::DecodePool;
 use dispatch::Dispatcher;
 pub use fetch::NameServer;
 use fetch::{AddressRules, FetchConfig, Fetcher};
 use lease::{Coordinator, LeaseId};
 pub use placeholder::PLACEHOLDERS_KEY;
 use progress::Progress;
-use validate::DecodePool;
 
 /// Shards that wait for their last URLs while the next shard is fetched; each holds parts of its tars in memory.
 const DRAINING_SHARDS: usize = 4;
@@ -141,6 +142,11 @@ pub async fn run(
     let mut loops = JoinSet::new();
     loops.spawn(Arc::clone(&tools.dispatcher).dispatch());
     loops.spawn(Arc::clone(&tools.dispatcher).keep_shares(Arc::clone(&coordinator)));
+    let pool = tools.pool.clone();
+    loops.spawn(async move {
+        let error = pool.watch().await;
+        tracing::error!(%error, "decoding threads are lost");
+    });
     make_shards(&tools, &coordinator, config.shards.get().into(), &shutdown).await;
     Ok(())
 }

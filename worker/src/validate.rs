@@ -4,8 +4,6 @@
 
 use std::io::{Cursor, ErrorKind};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
 
 use anyhow::Context;
 use bytes::Bytes;
@@ -14,17 +12,13 @@ use image::metadata::Orientation;
 use image::{DynamicImage, ExtendedColorType, ImageDecoder, ImageEncoder, ImageError, ImageReader};
 use proto::shard::Moments;
 use proto::{ImageFormat, Limits, Reencode, Rejection, Resize};
+#[cfg(any(test, fuzzing))]
 use sha2::{Digest, Sha256};
-use tokio::sync::{mpsc, oneshot};
 
-use crate::fetch::Body;
 use crate::format::{format_of, is_cut_riff, webp_fits};
 use crate::pixels::{Codec, DecodeAs, Frame, Hasher, Picture, Pixels, Shrinker, is_flat, moments};
 use crate::placeholder::Placeholders;
 
-/// Pictures of which more pixels than this are held at once are decoded one at a time, on a thread of their own, so that a few of
-/// them together can neither fill the memory nor hold up the others.
-const HUGE_PIXELS: u64 = 16 << 20;
 /// What decoders may hold beside a picture's pixels.
 const DECODERS_OWN: u64 = 16 << 20;
 
@@ -46,84 +40,19 @@ pub(crate) struct Validation {
     pub(crate) outcome: Result<Stored, Rejection>,
 }
 
+impl Validation {
+    /// Of a body that could not be read as a picture.
+    pub(crate) fn undecodable(sha256: [u8; 32]) -> Self {
+        Self { sha256, size: None, phash: None, outcome: Err(Rejection::Undecodable) }
+    }
+}
+
 /// A picture as it will be stored.
 #[derive(Debug)]
 pub(crate) struct Stored {
     pub(crate) image: Bytes,
     /// Of the pixels that were encoded: what a decoder gives back differs by JPEG's own rounding.
     pub(crate) moments: Moments,
-}
-
-/// Threads that validate bodies, so that no decoding ever runs on a thread that serves connections.
-#[derive(Debug, Clone)]
-pub(crate) struct DecodePool {
-    jobs: mpsc::Sender<Job>,
-}
-
-#[derive(Debug)]
-struct Job {
-    body: Body,
-    rules: Arc<Rules>,
-    reply: oneshot::Sender<Validation>,
-}
-
-impl DecodePool {
-    /// Starts `threads` threads, and one for huge pictures; they end when the pool and its clones are dropped.
-    pub(crate) fn start(threads: usize) -> anyhow::Result<Self> {
-        let (jobs, queue) = mpsc::channel::<Job>(threads * 2);
-        // No more than there are connections.
-        let (huge_jobs, mut huge_queue) = mpsc::unbounded_channel::<Job>();
-        let queue = Arc::new(Mutex::new(queue));
-        let thread = |name: String, work: Box<dyn FnOnce() + Send>| {
-            std::thread::Builder::new().name(name).spawn(work).context("no thread for decoding")
-        };
-        for n in 0..threads {
-            let (queue, huge_jobs) = (Arc::clone(&queue), huge_jobs.clone());
-            let mut validator = Validator::new()?;
-            let next = move || queue.lock().unwrap_or_else(PoisonError::into_inner).blocking_recv();
-            let work = move || {
-                while let Some(job) = next() {
-                    if let Some(huge) = job.done_by(&mut validator, HUGE_PIXELS) {
-                        let _ = huge_jobs.send(huge);
-                    }
-                }
-            };
-            thread(format!("decode-{n}"), Box::new(work))?;
-        }
-        let mut validator = Validator::new()?;
-        let work = move || {
-            while let Some(job) = huge_queue.blocking_recv() {
-                job.done_by(&mut validator, u64::MAX);
-            }
-        };
-        thread("decode-huge".to_owned(), Box::new(work))?;
-        Ok(Self { jobs })
-    }
-
-    /// Waits for a free thread and for its validation.
-    pub(crate) async fn validate(&self, body: Body, rules: Arc<Rules>) -> anyhow::Result<Validation> {
-        let (reply, validation) = oneshot::channel();
-        self.jobs.send(Job { body, rules, reply }).await.ok().context("the decoding threads have ended")?;
-        validation.await.context("a decoding thread has ended")
-    }
-}
-
-impl Job {
-    /// Has the validator work, or gives the job back if more pixels would be held at once.
-    fn done_by(self, validator: &mut Validator, max_pixels: u64) -> Option<Self> {
-        // Nobody waits any more if the attempt was dropped.
-        if self.reply.is_closed() {
-            return None;
-        }
-        let start = Instant::now();
-        let Some(validation) = validator.validate_up_to(max_pixels, &self.body.bytes, &self.rules) else {
-            return Some(self);
-        };
-        crate::metrics::validated(start.elapsed().as_secs_f64());
-        drop(self.body);
-        let _ = self.reply.send(validation);
-        None
-    }
 }
 
 /// Why a body is not stored.
@@ -157,13 +86,18 @@ impl Validator {
 
     #[cfg(any(test, fuzzing))]
     pub(crate) fn validate(&mut self, bytes: &[u8], rules: &Rules) -> Validation {
-        self.validate_up_to(u64::MAX, bytes, rules).expect("there is no limit")
+        self.validate_up_to(u64::MAX, Sha256::digest(bytes).into(), bytes, rules).expect("there is no limit")
     }
 
-    /// None if more pixels than these would be held at once.
-    fn validate_up_to(&mut self, max_pixels: u64, bytes: &[u8], rules: &Rules) -> Option<Validation> {
-        let sha256 = Sha256::digest(bytes).into();
-        let mut validation = Validation { sha256, size: None, phash: None, outcome: Err(Rejection::Undecodable) };
+    /// Validates a body with this hash; none if more than `max_pixels` would be held at once.
+    pub(crate) fn validate_up_to(
+        &mut self,
+        max_pixels: u64,
+        sha256: [u8; 32],
+        bytes: &[u8],
+        rules: &Rules,
+    ) -> Option<Validation> {
+        let mut validation = Validation::undecodable(sha256);
         if rules.placeholders.contains(&sha256) {
             validation.outcome = Err(Rejection::Placeholder);
             return Some(validation);
@@ -348,4 +282,4 @@ fn rejection_of(error: &ImageError) -> Rejection {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

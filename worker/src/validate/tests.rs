@@ -8,7 +8,7 @@ use super::{ImageFormat as StoredFormat, *};
 
 const SIZE: u32 = 64;
 
-fn rules() -> Rules {
+pub(crate) fn rules() -> Rules {
     let limits = Limits { min_bytes: 100, min_side: 16, max_pixels: 1_000_000, max_aspect: 4.0, ..Limits::default() };
     Rules { resize: Resize { size: SIZE, ..Resize::default() }, limits, placeholders: Placeholders::default() }
 }
@@ -34,7 +34,7 @@ fn distance(a: &RgbImage, b: &RgbImage) -> f64 {
 }
 
 /// Smooth, different in every corner, colourful.
-fn photo(width: u32, height: u32) -> RgbImage {
+pub(crate) fn photo(width: u32, height: u32) -> RgbImage {
     RgbImage::from_fn(width, height, |x, y| {
         let wave = (f64::from(x) * 0.1).sin() * (f64::from(y) * 0.07).cos() * 40.0;
         Rgb([(x * 200 / width) as u8 + 20, (y * 200 / height) as u8 + 20, (128.0 + wave) as u8])
@@ -49,11 +49,11 @@ fn jpeg_of(pixels: &[u8], width: u32, height: u32, format: PixelFormat, progress
     compressor.compress_to_vec(Image { pixels, width, pitch: width * format.size(), height, format }).expect("encodes")
 }
 
-fn jpeg(image: &RgbImage) -> Vec<u8> {
+pub(crate) fn jpeg(image: &RgbImage) -> Vec<u8> {
     jpeg_of(image.as_raw(), image.width(), image.height(), PixelFormat::RGB, false)
 }
 
-fn encoded(image: impl Into<DynamicImage>, format: ImageFormat) -> Vec<u8> {
+pub(crate) fn encoded(image: impl Into<DynamicImage>, format: ImageFormat) -> Vec<u8> {
     let mut bytes = Cursor::new(Vec::new());
     image.into().write_to(&mut bytes, format).expect("encodes");
     bytes.into_inner()
@@ -399,36 +399,6 @@ fn only_a_jpeg_of_several_scans_is_held_whole_while_it_is_scaled_down() {
     };
     assert_eq!([1, 2, 8].map(|reduction| header(false).held_pixels(reduction)), [800 * 640, 400 * 320, 100 * 80]);
     assert_eq!(header(true).held_pixels(8), 800 * 640);
-}
-
-#[tokio::test]
-async fn huge_pictures_take_their_turns_without_holding_up_others() {
-    let pool = DecodePool::start(1).expect("a thread");
-    let rules = Arc::new(Rules { limits: Limits { max_pixels: 1 << 30, ..rules().limits }, ..rules() });
-    let validated = |bytes: &[u8]| pool.validate(Body::holding(bytes.to_vec()), Arc::clone(&rules));
-    let huge = encoded(GrayImage::new(4200, 4200), ImageFormat::Png);
-    let (first, second) = (validated(&huge), validated(&huge));
-    let small = async {
-        // Behind both of them in the queue.
-        tokio::task::yield_now().await;
-        for seed in 0..20 {
-            let validation = validated(&jpeg(&photo(100 + seed, 100))).await.expect("a validation");
-            assert!(validation.outcome.is_ok());
-        }
-        Instant::now()
-    };
-    let huge = async {
-        let validations = tokio::try_join!(first, second).expect("validations");
-        (validations, Instant::now())
-    };
-    let (small_done, ((first, second), huge_done)) = tokio::join!(small, huge);
-    assert!(small_done < huge_done);
-    for validation in [first, second] {
-        assert_eq!(
-            (validation.size, validation.outcome.expect_err("it is black")),
-            (Some((4200, 4200)), Rejection::Flat)
-        );
-    }
 }
 
 /// A segment with this marker and body.
