@@ -76,11 +76,12 @@ pub(crate) struct Dispatcher {
     batches: AtomicUsize,
 }
 
-/// A URL of a batch that has no result yet.
+/// A URL of a batch that has no result yet. It gets one whatever happens: one that is dropped, as by a panic, is rejected.
 #[derive(Debug)]
 struct Job {
     ticket: u64,
     started: bool,
+    finished: bool,
     entry: SliceEntry,
     request: Request,
     /// Why it was tried again last.
@@ -115,21 +116,32 @@ impl Job {
         }
     }
 
-    fn finish(mut self, body: Result<(Body, ConnectionPermit), Rejection>) {
+    fn finish(&mut self, body: Result<(Body, ConnectionPermit), Rejection>) {
         self.start();
-        let (body, info) = match (body, self.retried) {
+        self.finished = true;
+        let (entry, info) = (std::mem::take(&mut self.entry), std::mem::take(&mut self.request.info));
+        let (body, info) = match (body, self.retried.take()) {
             // What this URL met at its host says more than that the host was given up.
             (Err(Rejection::HostGivenUp), Some((rejection, info))) => (Err(rejection), info),
-            (body, _) => (body, self.request.info),
+            (body, _) => (body, info),
         };
         // An attempt that is gone needs no result.
-        let _ = self.batch.results.send(FetchResult { entry: self.entry, info, spent: self.request.spent, body });
+        let _ = self.batch.results.send(FetchResult { entry, info, spent: self.request.spent, body });
     }
 
     /// Takes it out of its batch: it gets no result.
     fn withdraw(mut self) -> SliceEntry {
         self.start();
-        self.entry
+        self.finished = true;
+        std::mem::take(&mut self.entry)
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        if !self.finished {
+            self.finish(Err(Rejection::Protocol));
+        }
     }
 }
 
@@ -224,7 +236,7 @@ impl Dispatcher {
             match Request::new(&entry.url) {
                 Ok(request) => {
                     let (host, ticket, batch) = (request.host(), hosts.ticket(), Arc::clone(&shared));
-                    let job = Job { ticket, started: false, entry, request, retried: None, batch };
+                    let job = Job { ticket, started: false, finished: false, entry, request, retried: None, batch };
                     hosts.push(now, &host, ticket, job);
                 }
                 Err(rejection) => {
@@ -253,7 +265,7 @@ impl Dispatcher {
                 };
                 let until = match next {
                     Next::Begin(pass, job) => break (pass, job),
-                    Next::GivenUp(job) => {
+                    Next::GivenUp(mut job) => {
                         job.finish(Err(Rejection::HostGivenUp));
                         continue;
                     }
@@ -388,6 +400,7 @@ mod tests {
 
     use super::*;
     use crate::attempt::tests::{origin, tools};
+    use crate::fetch::tests::fetcher;
 
     #[tokio::test]
     async fn urls_that_fail_again_and_again_do_not_make_their_host_look_dead() {
@@ -407,5 +420,21 @@ mod tests {
         let start = Instant::now();
         assert_eq!(fetch(&["good/1"]).await, [Ok(())]);
         assert!(start.elapsed() < Duration::from_secs(1), "it was paused: {:?}", start.elapsed());
+    }
+
+    #[tokio::test]
+    async fn a_url_whose_task_panics_is_rejected() {
+        let dispatcher = Arc::new(Dispatcher::new(fetcher(), 1));
+        let entry = SliceEntry { url: "http://a.example/".to_owned(), ..SliceEntry::default() };
+        let mut batch = dispatcher.batch(vec![entry], &Limits::default());
+        let job = dispatcher.hosts().take_out(Instant::now(), |_| true).pop().expect("it waits");
+        let panics = tokio::spawn(async move {
+            let _job = job;
+            panic!("a bug");
+        });
+        assert!(panics.await.is_err_and(|error| error.is_panic()));
+        let result = batch.next().await.expect("a result");
+        assert_eq!((result.entry.url.as_str(), result.body.map(drop)), ("http://a.example/", Err(Rejection::Protocol)));
+        assert!(batch.all_started.is_cancelled());
     }
 }

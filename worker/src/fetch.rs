@@ -18,4 +18,4 @@ pub(crate) use net::AddressRules;
 pub(crate) use request::{Request, ResponseInfo};
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -38,7 +38,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, anyhow, ensure};
 use backon::BackoffBuilder;
 pub use ipnet::IpNet;
 use object_store::ObjectStore;
@@ -127,7 +127,8 @@ fn parse_contact(text: &str) -> Result<String, String> {
 /// The process must have a default TLS provider (`rustls::crypto::CryptoProvider`).
 ///
 /// # Errors
-/// If the configuration cannot work. A coordinator or store that is away is waited for.
+/// If the configuration cannot work, or if a task that all shards need has ended. A coordinator or store that is away is waited
+/// for.
 pub async fn run(
     name: String,
     config: Config,
@@ -139,16 +140,30 @@ pub async fn run(
     let cores = decode_threads(&config);
     tracing::info!(worker = name, connections = config.connections, decode_threads = cores, "worker started");
 
-    let mut loops = JoinSet::new();
-    loops.spawn(Arc::clone(&tools.dispatcher).dispatch());
-    loops.spawn(Arc::clone(&tools.dispatcher).keep_shares(Arc::clone(&coordinator)));
-    let pool = tools.pool.clone();
-    loops.spawn(async move {
-        let error = pool.watch().await;
-        tracing::error!(%error, "decoding threads are lost");
+    let mut background = JoinSet::new();
+    let (dispatcher, sharing, asked) =
+        (Arc::clone(&tools.dispatcher), Arc::clone(&tools.dispatcher), Arc::clone(&coordinator));
+    background.spawn(async move {
+        dispatcher.dispatch().await;
+        anyhow!("URLs are no longer dispatched")
     });
-    make_shards(&tools, &coordinator, config.shards.get().into(), &shutdown).await;
-    Ok(())
+    background.spawn(async move {
+        sharing.keep_shares(asked).await;
+        anyhow!("shares of hosts are no longer kept")
+    });
+    background.spawn(tools.pool.clone().watch());
+    supervise(background, make_shards(&tools, &coordinator, config.shards.get().into(), &shutdown)).await
+}
+
+/// Does the work, unless one of the background tasks, which have no end, ends first.
+async fn supervise(mut background: JoinSet<anyhow::Error>, work: impl Future<Output = ()>) -> anyhow::Result<()> {
+    tokio::select! {
+        () = work => Ok(()),
+        Some(ended) = background.join_next() => {
+            let error = ended.unwrap_or_else(|panic| anyhow!(panic));
+            Err(error.context("a task that the worker cannot do without has ended"))
+        }
+    }
 }
 
 /// Leases one shard after the other and makes up to `shards` of them at once, until `shutdown`.

@@ -253,3 +253,11 @@ async fn an_attempt_that_fails_says_why() {
     assert!(failure.contains("no class of the dataset"), "{failure}");
     cluster.ends().await;
 }
+
+#[tokio::test]
+async fn a_background_task_that_panics_ends_the_worker_with_an_error() {
+    let mut background = JoinSet::new();
+    background.spawn(async { panic!("a bug") });
+    let error = supervise(background, std::future::pending()).await.expect_err("the task has ended");
+    assert!(format!("{error:#}").contains("panic"), "{error:#}");
+}

@@ -24,7 +24,7 @@ fn config() -> FetchConfig {
     }
 }
 
-fn fetcher() -> Fetcher {
+pub(crate) fn fetcher() -> Fetcher {
     let _ = rustls::crypto::ring::default_provider().install_default();
     Fetcher::new(config()).expect("a client")
 }
