@@ -178,7 +178,7 @@ impl Fetcher {
             let chunk = match timeout_at(deadline.min(body.window_start + RATE_WINDOW), response.chunk()).await {
                 Err(_) if Instant::now() < deadline => Bytes::new(),
                 Err(_) => return Err(too_slow),
-                Ok(Err(_)) => return Err(FetchError::of_url(Rejection::Protocol)),
+                Ok(Err(error)) => return Err(error::of_body(&error)),
                 Ok(Ok(None)) if compressed => return gzip::decompress(body, &self.budget, limits, max).await,
                 Ok(Ok(None)) => return Ok(body),
                 Ok(Ok(Some(chunk))) => chunk,
