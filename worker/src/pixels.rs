@@ -1,13 +1,11 @@
 //! From JPEG or RGB to the picture that is stored: decoding, scaling, measuring, encoding.
 
-#[cfg(target_arch = "x86_64")]
-mod avx2;
 mod frame;
 mod jpeg;
-mod lanczos;
 mod markers;
 mod measure;
 mod resize;
+mod scale;
 
 pub(crate) use frame::Frame;
 pub(crate) use jpeg::{Codec, DecodeAs};

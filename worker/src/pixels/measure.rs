@@ -107,36 +107,7 @@ fn times(chroma: i16, factor: i16) -> i16 {
 }
 
 /// Each value of chroma stands for the 2 x 2 pixels that it covers.
-fn of_planes(picture: &Picture<'_>, planes: [(&[u8], usize); 3]) -> Moments {
-    #[cfg(target_arch = "x86_64")]
-    {
-        /// The same in vectors.
-        #[target_feature(enable = "avx2")]
-        fn with_avx2(picture: &Picture<'_>, planes: [(&[u8], usize); 3]) -> Moments {
-            of_planes_by(picture, planes, |luma, more, less| {
-                let (whole, rest) = luma.as_chunks();
-                let (whole_more, whole_less) = (more.as_chunks().0, less.as_chunks().0);
-                let (sum, squares) = super::avx2::of_row(whole, whole_more, whole_less);
-                let done = luma.len() - rest.len();
-                let last = of_row(rest, &more[done..], &less[done..]);
-                (sum + last.0, squares + last.1)
-            })
-        }
-        if std::arch::is_x86_feature_detected!("avx2") {
-            #[allow(unsafe_code, reason = "the processor has AVX2")]
-            return unsafe { with_avx2(picture, planes) };
-        }
-    }
-    of_planes_by(picture, planes, of_row)
-}
-
-/// By what does as [`of_row`] does.
-#[inline(always)]
-fn of_planes_by(
-    picture: &Picture<'_>,
-    [luma, blue, red]: [(&[u8], usize); 3],
-    of_row: impl Fn(&[u8], &[u8], &[u8]) -> (u64, u64),
-) -> Moments {
+fn of_planes(picture: &Picture<'_>, [luma, blue, red]: [(&[u8], usize); 3]) -> Moments {
     let (width, height) = (picture.width as usize, picture.height as usize);
     let mut moments = Moments { pixels: width as u64 * height as u64, ..Moments::default() };
     let shifts = |width: usize| [0; 3].map(|_| Shift { more: vec![0; width], less: vec![0; width] });
@@ -306,22 +277,6 @@ mod tests {
         assert_eq!(found.pixels, 9);
         assert_eq!(found.sum, [4 * 255 + 5 * 254, 4 * 255, 4 * 255]);
         assert_eq!(found.sum_of_squares[1], 4 * 255 * 255);
-    }
-
-    #[test]
-    fn vectors_and_plain_loops_find_the_same_moments() {
-        for (width, height) in [(100_u32, 71_u32), (32, 2), (31, 5), (258, 256)] {
-            let mut state = 7_u32;
-            let length = width.next_multiple_of(2) * height.next_multiple_of(2) / 2 * 3;
-            let next = |_| {
-                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                (state >> 24) as u8
-            };
-            let values: Vec<u8> = (0..length).map(next).collect();
-            let picture = Picture { width, height, layout: Layout::HALVED, values: &values };
-            let planes = picture.planes().expect("planes");
-            assert_eq!(of_planes(&picture, planes), of_planes_by(&picture, planes, of_row), "{width} x {height}");
-        }
     }
 
     #[test]

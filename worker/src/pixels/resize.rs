@@ -7,7 +7,7 @@
 use image::metadata::Orientation;
 
 use super::frame::Frame;
-use super::lanczos::{Grid, Scaler, Span};
+use super::scale::{Grid, Scaler, Span};
 
 /// Buffers above this many bytes are given back after use: one huge picture must not stay in memory for ever.
 pub(crate) const KEPT_BUFFER: usize = 16 << 20;
@@ -200,8 +200,9 @@ impl Shrinker {
         Picture { width, height, layout, values: &self.stored }
     }
 
-    /// Gives a large buffer back.
+    /// Gives large buffers back.
     pub(crate) fn release(&mut self) {
+        self.scaler.release(KEPT_BUFFER);
         if self.stored.capacity() > KEPT_BUFFER {
             self.stored = Vec::new();
         }
