@@ -1,7 +1,7 @@
 //! One attempt at a shard: its slice of URLs becomes tars, outcomes and the index that commits them.
 //!
-//! Samples stand in their tar in the order in which they arrived: waiting for a slow server would hold up all that came after
-//! it. The outcomes stand in the order of their keys.
+//! Samples stand in their tar in the order in which they arrived: waiting for a slow server would hold up all that came
+//! after it. The outcomes stand in the order of their keys.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -58,12 +58,13 @@ pub(crate) enum AttemptResult {
     Cancelled,
 }
 
-/// Makes a shard. `start_permit` is dropped when every URL has been started, or those that are left wait for their hosts: from
-/// then on the attempt leaves connections idle. Once the files are uploaded, `cancel` is too late and the attempt commits.
+/// Makes a shard. `start_permit` is dropped when every URL has been started, or those that are left wait for their
+/// hosts: from then on the attempt leaves connections idle. Once the files are uploaded, `cancel` is too late and the
+/// attempt commits.
 ///
 /// # Errors
-/// If the slice cannot be parsed or the store fails. The attempt's files are deleted then, unless nobody knows whether the
-/// index was put.
+/// If the slice cannot be parsed or the store fails. The attempt's files are deleted then, unless nobody knows whether
+/// the index was put.
 pub(crate) async fn make_shard<T: Send>(
     tools: &Arc<Tools>,
     assignment: &Assignment,

@@ -16,8 +16,8 @@ use crate::fetch::Body;
 use crate::metrics;
 use crate::validate::{Rules, Validation, Validator};
 
-/// Pictures of which more pixels than this are held at once are decoded one at a time, on a thread of their own, so that a few of
-/// them together can neither fill the memory nor hold up the others.
+/// Pictures of which more pixels than this are held at once are decoded one at a time, on a thread of their own, so
+/// that a few of them together can neither fill the memory nor hold up the others.
 const HUGE_PIXELS: u64 = 16 << 20;
 /// No picture within the limits takes a decoder nearly as long, even on a slow and busy machine.
 const DEADLINE: Duration = Duration::from_secs(180);
@@ -103,8 +103,8 @@ impl DecodePool {
         validation.await.context("a decoding thread has ended")
     }
 
-    /// Rejects pictures from which decoders do not come back, and starts other threads in their place. Returns when more threads
-    /// are stuck than there should be in all.
+    /// Rejects pictures from which decoders do not come back, and starts other threads in their place. Returns when
+    /// more threads are stuck than there should be in all.
     pub(crate) async fn watch(self) -> anyhow::Error {
         self.watch_with(DEADLINE / CHECKS).await
     }

@@ -1,8 +1,8 @@
-//! Hands the worker's connections to the URLs of all its attempts, as their hosts have room, and keeps the shares of hosts
-//! that the coordinator grants.
+//! Hands the worker's connections to the URLs of all its attempts, as their hosts have room, and keeps the shares of
+//! hosts that the coordinator grants.
 //!
-//! An attempt hands in all its URLs at once ([`Dispatcher::batch`]) and gets a result for each. A URL that waits for its host or
-//! for a backoff holds no connection meanwhile.
+//! An attempt hands in all its URLs at once ([`Dispatcher::batch`]) and gets a result for each. A URL that waits for
+//! its host or for a backoff holds no connection meanwhile.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -76,7 +76,8 @@ pub(crate) struct Dispatcher {
     batches: AtomicUsize,
 }
 
-/// A URL of a batch that has no result yet. It gets one whatever happens: one that is dropped, as by a panic, is rejected.
+/// A URL of a batch that has no result yet. It gets one whatever happens: one that is dropped, as by a panic, is
+/// rejected.
 #[derive(Debug)]
 struct Job {
     ticket: u64,
@@ -349,8 +350,8 @@ impl HostSlot {
             }
             Some(Ok(Fetched::Redirect)) => self.give_back(HostSignal::Answered, |hosts, now| queue(hosts, now, job)),
             Some(Err(error)) => {
-                // A URL that fails once more says nothing new of its host: retries are the few URLs that fail, after all
-                // others have their results.
+                // A URL that fails once more says nothing new of its host: retries are the few URLs that fail, after
+                // all others have their results.
                 let signal = match error.signal {
                     HostSignal::Failed if job.retried.is_some() => HostSignal::Unknown,
                     signal => signal,
@@ -443,8 +444,8 @@ mod tests {
         assert!(batch.all_started.is_cancelled());
     }
 
-    /// A server that breaks its first response to each path off in the way that the path names, and then gives the picture; and
-    /// how often it was asked for which path.
+    /// A server that breaks its first response to each path off in the way that the path names, and then gives the
+    /// picture; and how often it was asked for which path.
     async fn breaks_off_once() -> (SocketAddr, Arc<Mutex<HashMap<String, u32>>>) {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
         let at = listener.local_addr().expect("bound");

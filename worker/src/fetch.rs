@@ -1,5 +1,6 @@
-//! A URL to the bytes behind it, or the reason why not: under a total deadline, with the address of every request checked, and
-//! with the bytes of all bodies together under a budget. Nothing here waits for a host's budget: that is `hosts`' part.
+//! A URL to the bytes behind it, or the reason why not: under a total deadline, with the address of every request
+//! checked, and with the bytes of all bodies together under a budget. Nothing here waits for a host's budget: that is
+//! `hosts`' part.
 
 mod body;
 mod client;

@@ -1,4 +1,5 @@
-//! The coordinator, as a worker sees it: calls with deadlines, terms, and a lease that is renewed while its shard is made.
+//! The coordinator, as a worker sees it: calls with deadlines, terms, and a lease that is renewed while its shard is
+//! made.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -78,8 +79,8 @@ impl Coordinator {
         self.client.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Asks for a shard once; none if there is nothing to do. Until there was a response it does not wait for work, so that it
-    /// is soon known whether there is a coordinator.
+    /// Asks for a shard once; none if there is nothing to do. Until there was a response it does not wait for work, so
+    /// that it is soon known whether there is a coordinator.
     pub(crate) async fn lease(&self) -> Result<Option<Lease>, Status> {
         let wait = if self.reached.load(Ordering::Relaxed) { LEASE_WAIT } else { Duration::ZERO };
         let request = LeaseShardRequest {

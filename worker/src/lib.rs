@@ -2,15 +2,17 @@
 //!
 //! A worker holds no state but its leases. The modules, in the order in which a URL meets them:
 //!
-//! - `lease`: calls to the coordinator, and the lease that is renewed while its shard is made; `progress` is what goes up with
-//!   it and comes down.
+//! - `lease`: calls to the coordinator, and the lease that is renewed while its shard is made; `progress` is what goes
+//!   up with it and comes down.
 //! - `attempt`: one attempt at a shard, from its slice in the store to the index that commits it.
 //! - `dispatch`, `hosts`: which URL is fetched next; each waits until its host has room.
-//! - `fetch`: a URL to its body under limits; a file each for the HTTP client, redirects, retries, the memory of bodies,
-//!   compressed bodies, opt-outs, name look-ups and permitted addresses.
-//! - `validate`, `format`, `placeholder`: a body to a stored picture or a rejection, on threads of their own.
+//! - `fetch`: a URL to its body under limits; a file each for the HTTP client, redirects, retries, the memory of
+//!   bodies, compressed bodies, opt-outs, name look-ups and permitted addresses.
+//! - `decode_pool`, `validate`, `format`, `placeholder`: a body to a stored picture or a rejection, on threads of their
+//!   own.
 //! - `pixels`: JPEG, scaling to the stored size, measuring.
-//! - `upload`: tars that are uploaded while they grow, and the index, put last and only if there is none.
+//! - `upload`, `store`: tars that are uploaded while they grow, and the index, put last and only if there is none;
+//!   operations on the store are tried again, with `backoff`.
 //! - `metrics`: what a worker tells of itself.
 //!
 //! Whatever a URL does is an outcome in the shard; only the store's failures and unreadable slices fail an attempt.
@@ -93,8 +95,8 @@ pub struct Config {
     #[arg(long, env = "GLEANER_BODY_MEMORY", default_value = "24", value_name = "MIB")]
     pub body_memory: NonZero<u32>,
 
-    /// Also reach the addresses of this net (CIDR), such as 127.0.0.0/8; may be repeated. Private, loopback, link-local and
-    /// other special addresses are not reached otherwise.
+    /// Also reach the addresses of this net (CIDR), such as 127.0.0.0/8; may be repeated. Private, loopback, link-local
+    /// and other special addresses are not reached otherwise.
     #[arg(long, env = "GLEANER_ALLOW_NET", value_delimiter = ',', value_name = "CIDR")]
     pub allow_net: Vec<IpNet>,
 
@@ -122,13 +124,14 @@ fn parse_contact(text: &str) -> Result<String, String> {
     }
 }
 
-/// Makes shards until `shutdown`, under a `name` that no other worker has; then releases its leases and ends within seconds.
+/// Makes shards until `shutdown`, under a `name` that no other worker has; then releases its leases and ends within
+/// seconds.
 ///
 /// The process must have a default TLS provider (`rustls::crypto::CryptoProvider`).
 ///
 /// # Errors
-/// If the configuration cannot work, or if a task that all shards need has ended. A coordinator or store that is away is waited
-/// for.
+/// If the configuration cannot work, or if a task that all shards need has ended. A coordinator or store that is away
+/// is waited for.
 pub async fn run(
     name: String,
     config: Config,
@@ -262,8 +265,8 @@ fn span(lease: &Lease) -> Span {
     trace::continued(span, &lease.traceparent)
 }
 
-/// Waits for the next lease, however long that takes; longer after failed attempts, so that a broken store does not use up the
-/// tries of slice after slice.
+/// Waits for the next lease, however long that takes; longer after failed attempts, so that a broken store does not use
+/// up the tries of slice after slice.
 async fn next_lease(coordinator: &Coordinator, failures: &AtomicU32) -> Lease {
     let failed = failures.load(Ordering::Relaxed).min(MAX_COUNTED_FAILURES);
     if failed > 0 {

@@ -13,7 +13,8 @@ use proto::{Sample, ShardId, ShardIndex, Stored, keys};
 
 use crate::store::with_retries;
 
-/// Tars go up in parts of this size, which is the least that S3 wants: all open tars of all open shards hold as much in memory.
+/// Tars go up in parts of this size, which is the least that S3 wants: all open tars of all open shards hold as much in
+/// memory.
 const PART_BYTES: usize = 5 << 20;
 /// Parts of one tar on their way at once; then the writer waits, and with it the fetching.
 const PARTS_IN_FLIGHT: usize = 2;

@@ -1,6 +1,6 @@
-//! Bytes to a stored sample, or the reason why not: known placeholders, limits on bytes, the header's limits on pixels, a full
-//! decode, resize, flat pictures, encode. Colour profiles (ICC) are left aside, alpha is laid over white, of an animation the
-//! first frame counts.
+//! Bytes to a stored sample, or the reason why not: known placeholders, limits on bytes, the header's limits on pixels,
+//! a full decode, resize, flat pictures, encode. Colour profiles (ICC) are left aside, alpha is laid over white, of an
+//! animation the first frame counts.
 
 use std::io::{Cursor, ErrorKind};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -200,7 +200,8 @@ impl Validator {
         if pixels > max_pixels {
             return Err(Refusal::Huge);
         }
-        // As 32-bit RGBA, and as much again for a decoder's own needs. A frame may be said to be larger than the picture.
+        // As 32-bit RGBA, and as much again for a decoder's own needs. A frame may be said to be larger than the
+        // picture.
         decoder.set_limits(memory(pixels * 32 + DECODERS_OWN)).map_err(|e| rejection_of(&e))?;
         let image = DynamicImage::from_decoder(decoder).map_err(|e| rejection_of(&e))?;
         let rgb = if image.color().has_alpha() { over_white(image) } else { image.into_rgb8().into_raw() };

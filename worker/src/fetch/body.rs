@@ -98,8 +98,8 @@ impl BodyBudget {
         self.waiting.load(Ordering::Relaxed) > 0
     }
 
-    /// Makes room for a body of known length. The body waits for all of its part before it holds any, so that bodies cannot
-    /// block each other for good.
+    /// Makes room for a body of known length. The body waits for all of its part before it holds any, so that bodies
+    /// cannot block each other for good.
     pub(super) async fn reserve(
         &self,
         body: &mut Body,
@@ -117,8 +117,9 @@ impl BodyBudget {
         Ok(())
     }
 
-    /// Doubles the capacity of a body of unknown length, up to `max`. The body holds a part of the budget already, so it does
-    /// not wait for more of it: if there is no more, it waits to be the one body that may go beyond, and then never again.
+    /// Doubles the capacity of a body of unknown length, up to `max`. The body holds a part of the budget already, so
+    /// it does not wait for more of it: if there is no more, it waits to be the one body that may go beyond, and then
+    /// never again.
     pub(super) async fn grow(
         &self,
         body: &mut Body,
@@ -158,7 +159,8 @@ impl BodyBudget {
         Ok(())
     }
 
-    /// Waits for permits. The server is not to blame for the wait, so `deadline` moves by as much; but the wait ends, too.
+    /// Waits for permits. The server is not to blame for the wait, so `deadline` moves by as much; but the wait ends,
+    /// too.
     async fn wait_for(
         &self,
         permits: impl Future<Output = Result<OwnedSemaphorePermit, AcquireError>>,

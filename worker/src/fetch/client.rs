@@ -126,8 +126,8 @@ impl Fetcher {
             .dns_resolver(Arc::new(self.resolver.clone()))
             .connect_timeout(connect_timeout)
             .tls_certs_merge(self.config.authorities.iter().cloned())
-            // As many as a host's budget may have had open: fewer would be opened again and again. A shuffled list comes back
-            // to most hosts seldom, and then idle connections are other people's memory.
+            // As many as a host's budget may have had open: fewer would be opened again and again. A shuffled list
+            // comes back to most hosts seldom, and then idle connections are other people's memory.
             .pool_max_idle_per_host(64)
             .pool_idle_timeout(Duration::from_secs(10))
             .http2_initial_stream_window_size(FREE_BYTES as u32)

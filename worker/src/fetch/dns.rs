@@ -1,6 +1,6 @@
-//! The resolver of the worker's HTTP client. It asks name servers itself, so that a list full of dead names neither keeps
-//! threads waiting nor floods anybody: answers are remembered, and so are failures; few questions are open at once; each has a
-//! deadline. Only addresses that the rules permit are handed on, at every look-up anew.
+//! The resolver of the worker's HTTP client. It asks name servers itself, so that a list full of dead names neither
+//! keeps threads waiting nor floods anybody: answers are remembered, and so are failures; few questions are open at
+//! once; each has a deadline. Only addresses that the rules permit are handed on, at every look-up anew.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -87,8 +87,8 @@ enum Failed {
 }
 
 impl GuardedResolver {
-    /// `servers`: instead of those of the system's `resolv.conf`. The system's hosts file counts in any case; on a machine
-    /// without name servers (a laptop without a network, say) nothing else does.
+    /// `servers`: instead of those of the system's `resolv.conf`. The system's hosts file counts in any case; on a
+    /// machine without name servers (a laptop without a network, say) nothing else does.
     ///
     /// # Errors
     /// If the resolver cannot be set up.
@@ -133,11 +133,11 @@ impl Inner {
     /// All addresses of a host.
     async fn lookup(&self, host: &str) -> Result<Vec<IpAddr>, Failed> {
         let Ok(mut name) = hickory_resolver::proto::rr::Name::from_utf8(host) else { return Err(Failed::NoSuchName) };
-        // A name of one word may be one of the local network, for which the system's search list is. All others are whole: to
-        // try each with every suffix of a cluster's search list would make several questions of one. Only where private nets
-        // are allowed a short name may be one of theirs: `web.pictures`, of a cluster's service. Which is tried first, the name
-        // as it is or the list, says the system's `ndots`: in a cluster the list, where a name server that cannot ask the world
-        // would fail over the other.
+        // A name of one word may be one of the local network, for which the system's search list is. All others are
+        // whole: to try each with every suffix of a cluster's search list would make several questions of one. Only
+        // where private nets are allowed a short name may be one of theirs: `web.pictures`, of a cluster's service.
+        // Which is tried first, the name as it is or the list, says the system's `ndots`: in a cluster the list, where
+        // a name server that cannot ask the world would fail over the other.
         let labels = name.num_labels();
         let short = labels == 1 || labels <= MOST_SHORT_LABELS && !self.rules.allowed.is_empty();
         name.set_fqdn(!short);

@@ -25,7 +25,8 @@ pub(super) fn of_request(error: &reqwest::Error, https: bool) -> FetchError {
     } else if error.is_builder() {
         Rejection::BadUrl.into()
     } else if error.is_connect() {
-        // A TCP connection that is not made is refused, unreachable or late; one that ends again at once did so in its handshake.
+        // A TCP connection that is not made is refused, unreachable or late; one that ends again at once did so in its
+        // handshake.
         match kind {
             Some(UnexpectedEof | ConnectionReset | ConnectionAborted) if https => FetchError::of_host(Rejection::Tls),
             Some(InvalidData) if https => Rejection::Tls.into(),

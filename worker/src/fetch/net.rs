@@ -1,8 +1,8 @@
 //! Which addresses a worker may reach.
 //!
-//! A URL list is somebody else's text: it must not be able to make a worker speak to what only the worker can reach. Names
-//! are checked when a connection is about to be made (`dns`), so a name that changes its address between two look-ups gains
-//! nothing; IP literals never see a resolver and are checked before the request.
+//! A URL list is somebody else's text: it must not be able to make a worker speak to what only the worker can reach.
+//! Names are checked when a connection is about to be made (`dns`), so a name that changes its address between two
+//! look-ups gains nothing; IP literals never see a resolver and are checked before the request.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -61,7 +61,8 @@ fn is_global_v6(address: Ipv6Addr) -> bool {
         [0x2001, second, ..] if second < 0x200 => false,     // protocol assignments, Teredo, ORCHID
         [0x2001, 0xdb8, ..] => false,                        // documentation
         [0x3fff, second, ..] if second < 0x1000 => false,    // documentation
-        // 2000::/3 is all that is given out as global unicast: what lies outside is local, multicast, embedded or unassigned.
+        // 2000::/3 is all that is given out as global unicast: what lies outside is local, multicast, embedded or
+        // unassigned.
         [first, ..] => first & 0xe000 == 0x2000,
     }
 }

@@ -58,7 +58,8 @@ impl Request {
         Ok(other_host)
     }
 
-    /// Begins again with the list's URL if the error's policy says so; returns the backoff before that. `random` is in 0..1.
+    /// Begins again with the list's URL if the error's policy says so; returns the backoff before that. `random` is in
+    /// 0..1.
     pub(crate) fn retry(&mut self, error: &FetchError, limits: &Limits, random: f64) -> Option<Duration> {
         let backoff = error.backoff(self.retries, self.spent, limits, random)?;
         self.retries += 1;

@@ -1,5 +1,5 @@
-//! The retry policy: whether a request that failed is sent again and after which backoff, and what its failure says of the
-//! host.
+//! The retry policy: whether a request that failed is sent again and after which backoff, and what its failure says of
+//! the host.
 
 use std::time::Duration;
 
@@ -67,8 +67,8 @@ impl FetchError {
         }
     }
 
-    /// The backoff before the next retry of a URL that has had `retries` and whose requests took `spent`; none if it gets no
-    /// more. A backoff longer than a URL's whole time is for another round. `random` is in 0..1.
+    /// The backoff before the next retry of a URL that has had `retries` and whose requests took `spent`; none if it
+    /// gets no more. A backoff longer than a URL's whole time is for another round. `random` is in 0..1.
     pub(super) fn backoff(&self, retries: u32, spent: Duration, limits: &Limits, random: f64) -> Option<Duration> {
         let Retry::After(wanted) = self.retry else { return None };
         let backoff = FIRST_BACKOFF * 2u32.saturating_pow(retries.min(16));

@@ -36,8 +36,8 @@ fn starting_as_jpeg(length: usize) -> Vec<u8> {
     bytes
 }
 
-/// A server that announces a large body to each that asks and sends a little of it in every tenth of a second; `good` has all of it at
-/// once.
+/// A server that announces a large body to each that asks and sends a little of it in every tenth of a second; `good`
+/// has all of it at once.
 async fn dripping() -> std::net::SocketAddr {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("loopback");
@@ -94,8 +94,8 @@ async fn a_host_is_not_blamed_for_the_time_that_others_took() {
     }
 }
 
-/// A server that speaks HTTP/2 alone and answers each request with as many bytes as its path says, its certificate, and the connections
-/// that it has taken.
+/// A server that speaks HTTP/2 alone and answers each request with as many bytes as its path says, its certificate, and
+/// the connections that it has taken.
 async fn http2() -> (std::net::SocketAddr, Certificate, Arc<AtomicUsize>) {
     let own = rcgen::generate_simple_self_signed(vec!["127.0.0.1".to_owned()]).expect("a certificate");
     let authority = Certificate::from_pem(own.cert.pem().as_bytes()).expect("PEM");

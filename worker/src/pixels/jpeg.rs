@@ -1,5 +1,5 @@
-//! JPEG by libjpeg-turbo: decoding, scaled down where that is enough and to the planes that the file holds where it can be,
-//! and encoding.
+//! JPEG by libjpeg-turbo: decoding, scaled down where that is enough and to the planes that the file holds where it can
+//! be, and encoding.
 
 use bytes::Bytes;
 use image::metadata::Orientation;
@@ -11,8 +11,8 @@ use turbojpeg::{
 use super::markers::{self, Markers};
 use super::resize::{KEPT_BUFFER, Layout, Picture, Pixels};
 
-/// A progressive JPEG may redraw so many pixels in all of its scans, within these numbers of scans: files of more are made to burn
-/// time, and those that are not have ten or so.
+/// A progressive JPEG may redraw so many pixels in all of its scans, within these numbers of scans: files of more are
+/// made to burn time, and those that are not have ten or so.
 const SCANNED_PIXELS: u64 = 2_000_000_000;
 const MAX_SCANS: (u64, u64) = (20, 200);
 
@@ -43,8 +43,8 @@ pub(crate) struct Header {
 /// How a JPEG is decoded.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct DecodeAs {
-    /// The picture will be scaled down by as much: it is decoded at 1/2, 1/4 or 1/8 of its size if that is enough (other eighths
-    /// are slower than the whole).
+    /// The picture will be scaled down by as much: it is decoded at 1/2, 1/4 or 1/8 of its size if that is enough
+    /// (other eighths are slower than the whole).
     pub(crate) reduction: u32,
     /// As RGB, even if the file's own planes could be scaled.
     pub(crate) rgb: bool,
@@ -80,15 +80,15 @@ impl Codec {
         })
     }
 
-    /// With a fresh decompressor: a used one keeps the last picture's tables, and after a header that failed it refuses every
-    /// other one.
+    /// With a fresh decompressor: a used one keeps the last picture's tables, and after a header that failed it refuses
+    /// every other one.
     fn read_header(&mut self, bytes: &[u8]) -> turbojpeg::Result<DecompressHeader> {
         self.decompressor = Decompressor::new()?;
         self.decompressor.read_header(bytes)
     }
 
-    /// Decodes into `into`. Every pixel must be there: what libjpeg warns of are mostly pixels that it made up, and then the
-    /// picture is rejected. Returns whether there was nothing to warn of at all.
+    /// Decodes into `into`. Every pixel must be there: what libjpeg warns of are mostly pixels that it made up, and
+    /// then the picture is rejected. Returns whether there was nothing to warn of at all.
     pub(crate) fn decode(
         &mut self,
         bytes: &[u8],
@@ -219,12 +219,12 @@ impl Header {
     }
 }
 
-/// Whether this is a warning about what the file says beside its pixels, which [`markers::repair`] takes out. Only the first
-/// warning of a picture has a text, so what else there is to warn of shows when the repaired file is read.
+/// Whether this is a warning about what the file says beside its pixels, which [`markers::repair`] takes out. Only the
+/// first warning of a picture has a text, so what else there is to warn of shows when the repaired file is read.
 fn is_warning_of_form(error: &turbojpeg::Error) -> bool {
     let turbojpeg::Error::TurboJpegError(text) = error else { return false };
-    // A damaged colour profile, an unknown version of JFIF, an unknown transform (libjpeg takes the usual one), a baseline scan
-    // that names other coefficients than all, and bytes between segments.
+    // A damaged colour profile, an unknown version of JFIF, an unknown transform (libjpeg takes the usual one), a
+    // baseline scan that names other coefficients than all, and bytes between segments.
     let of_form =
         ["bad ICC marker", "unknown JFIF revision", "Unknown Adobe color transform", "Invalid SOS parameters"];
     of_form.iter().any(|part| text.contains(part)) || is_before_marker(text, |marker| !matches!(marker, 0xd0..=0xd9))

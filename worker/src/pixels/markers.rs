@@ -40,8 +40,8 @@ impl Markers {
     }
 }
 
-/// The same pictures without what has no bearing on pixels or contradicts itself: metadata, bytes between segments, and numbers
-/// that do not exist, for which libjpeg takes the usual ones.
+/// The same pictures without what has no bearing on pixels or contradicts itself: metadata, bytes between segments, and
+/// numbers that do not exist, for which libjpeg takes the usual ones.
 pub(super) fn repair(bytes: &[u8]) -> Vec<u8> {
     let frame = Segments::of(bytes).find(|segment| is_frame(segment.marker));
     let components = frame.and_then(|frame| frame.body.get(5)).copied().unwrap_or(0);
@@ -74,7 +74,8 @@ pub(super) fn repair(bytes: &[u8]) -> Vec<u8> {
         let mut at = first_scan;
         while let Some(scan) = find(&repaired, at, START_OF_SCAN) {
             at = scan + 2;
-            // Its length, the number of components, two bytes for each; then the first and last coefficient and their bits.
+            // Its length, the number of components, two bytes for each; then the first and last coefficient and their
+            // bits.
             let coefficients = repaired.get(at + 2).map_or(0, |&components| at + 3 + 2 * usize::from(components));
             if let Some(values) = repaired.get_mut(coefficients..coefficients + 3) {
                 values.copy_from_slice(&[0, 63, 0]);

@@ -26,8 +26,8 @@ pub(crate) fn is_flat(moments: &Moments) -> bool {
     })
 }
 
-/// The sum of some values and that of their squares, in lanes so that the compiler can use vectors. Nothing here can wrap; the
-/// wrapping operations keep checks out of the vectors.
+/// The sum of some values and that of their squares, in lanes so that the compiler can use vectors. Nothing here can
+/// wrap; the wrapping operations keep checks out of the vectors.
 #[derive(Debug, Clone, Copy)]
 struct Lanes<const N: usize> {
     sum: [u16; N],
@@ -70,8 +70,8 @@ fn of_rgb(rgb: &[u8]) -> Moments {
     moments
 }
 
-/// What chroma adds to one colour along a row: as bytes to add and to subtract, which saturate as colours do, and of which a vector holds
-/// twice as many as of signed numbers.
+/// What chroma adds to one colour along a row: as bytes to add and to subtract, which saturate as colours do, and of
+/// which a vector holds twice as many as of signed numbers.
 #[derive(Debug)]
 struct Shift {
     more: Vec<u8>,
@@ -174,9 +174,9 @@ impl Hasher {
         Self { resizer: Resizer::default(), basis: std::array::from_fn(|u| std::array::from_fn(|x| wave(u + 1, x))) }
     }
 
-    /// A 64-bit perceptual hash after C. Zauner's pHash (2010): the 8 x 8 lowest frequencies, without the constant ones, of the
-    /// 32 x 32 luma image's cosine transform, a bit for each that is above their median. Pictures that look alike differ in few
-    /// bits.
+    /// A 64-bit perceptual hash after C. Zauner's pHash (2010): the 8 x 8 lowest frequencies, without the constant
+    /// ones, of the 32 x 32 luma image's cosine transform, a bit for each that is above their median. Pictures that
+    /// look alike differ in few bits.
     pub(crate) fn phash(&mut self, picture: &Picture<'_>) -> Result<u64, ResizeError> {
         const N: usize = HASHED_SIDE;
         let mut luma = [[0f32; N]; N];

@@ -1,8 +1,8 @@
 //! Pixels to their stored form: cut, scaled with Lanczos' filter over all source pixels, turned upright, padded.
 //!
-//! A JPEG holds luma and, mostly at half the size, two planes of chroma. To scale these planes as they are is exact (an image
-//! and its planes cover the same area) and saves what else is most of the work beside decoding: raising chroma to full size,
-//! the way to RGB, scaling twice as many values, and all the way back to be encoded.
+//! A JPEG holds luma and, mostly at half the size, two planes of chroma. To scale these planes as they are is exact (an
+//! image and its planes cover the same area) and saves what else is most of the work beside decoding: raising chroma to
+//! full size, the way to RGB, scaling twice as many values, and all the way back to be encoded.
 
 use image::metadata::Orientation;
 
@@ -24,8 +24,8 @@ pub(crate) enum Layout {
     Rgb,
     /// Luma alone.
     Grey,
-    /// A plane of luma, one of blue and one of red chroma, as in a JPEG. Chroma has one value for `across` x `down` pixels; luma
-    /// has columns and rows beyond the image so that both are whole.
+    /// A plane of luma, one of blue and one of red chroma, as in a JPEG. Chroma has one value for `across` x `down`
+    /// pixels; luma has columns and rows beyond the image so that both are whole.
     Ycc {
         /// 1, 2 or 4.
         across: u32,
@@ -147,8 +147,8 @@ pub(crate) struct Shrinker {
 }
 
 impl Shrinker {
-    /// `pixels` as `frame` has them stored: RGB stays RGB, all else becomes [`Layout::HALVED`], for which the frame's sides must
-    /// be even. Valid until the next call.
+    /// `pixels` as `frame` has them stored: RGB stays RGB, all else becomes [`Layout::HALVED`], for which the frame's
+    /// sides must be even. Valid until the next call.
     pub(crate) fn shrink(&mut self, pixels: &Pixels, frame: &Frame) -> Picture<'_> {
         let layout = if pixels.layout == Layout::Rgb { Layout::Rgb } else { Layout::HALVED };
         let (width, height) = frame.stored();
@@ -248,7 +248,8 @@ fn place(from: &[u8], size: (u32, u32), channels: usize, to: &mut [u8], plane: &
     }
 }
 
-/// Turns an image so that EXIF's orientation (2 to 8) becomes upright; `width` and `height` are those of the upright one.
+/// Turns an image so that EXIF's orientation (2 to 8) becomes upright; `width` and `height` are those of the upright
+/// one.
 fn turn(from: &[u8], (width, height): (u32, u32), channels: usize, orientation: u8, to: &mut [u8]) {
     let (width, height) = (width as usize, height as usize);
     let row = if orientation >= 5 { height } else { width };

@@ -1,8 +1,8 @@
 //! Images of 8-bit values, scaled with Lanczos' filter of three lobes.
 //!
-//! fast_image_resize does it on every processor but those with AVX2: there our own code takes a seventh off the CPU time of a
-//! photo's whole way from JPEG to JPEG, because it keeps weights, which the crate works out anew for each plane, and has vectors
-//! for rows of single values.
+//! fast_image_resize does it on every processor but those with AVX2: there our own code takes a seventh off the CPU
+//! time of a photo's whole way from JPEG to JPEG, because it keeps weights, which the crate works out anew for each
+//! plane, and has vectors for rows of single values.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;

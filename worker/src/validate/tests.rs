@@ -311,8 +311,8 @@ fn no_bytes_after_a_magic_number_panic_or_leave_a_validator_unfit() {
     assert!(validator.validate(&good, &rules()).outcome.is_ok());
 }
 
-/// Prints what one core needs for the pictures of a tar: `GLEANER_PHOTOS=photos.tar cargo test -p gleaner-worker -- --ignored
-/// --nocapture cpu_time`.
+/// Prints what one core needs for the pictures of a tar: `GLEANER_PHOTOS=photos.tar cargo test -p gleaner-worker --
+/// --ignored --nocapture cpu_time`.
 #[test]
 #[ignore = "a measurement; needs a tar of photos"]
 fn cpu_time_of_decode_resize_and_encode() {

@@ -1,7 +1,8 @@
 //! Scaling on x86-64 processors with AVX2: first down, then across, each rounded to bytes.
 //!
-//! Weights are kept, since photos come in few sizes. A row of single values, of which each result wants nine or so, does not suit
-//! vectors: so rows are weighed across 32 at a time, turned so that their values stand side by side, by the same step as down.
+//! Weights are kept, since photos come in few sizes. A row of single values, of which each result wants nine or so,
+//! does not suit vectors: so rows are weighed across 32 at a time, turned so that their values stand side by side, by
+//! the same step as down.
 
 #![allow(unsafe_code, reason = "vectors are loaded and stored by address")]
 
@@ -226,7 +227,8 @@ fn store(values: __m256i, into: &mut [u8; LANES]) {
     unsafe { _mm256_storeu_si256(into.as_mut_ptr().cast(), values) };
 }
 
-/// The first eight values of [`LANES`] rows, which are `width` long, as columns: rows y and y + 16 in the two halves of a vector.
+/// The first eight values of [`LANES`] rows, which are `width` long, as columns: rows y and y + 16 in the two halves of
+/// a vector.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn to_columns(rows: &[u8], width: usize, columns: &mut [[u8; LANES]; 8]) {

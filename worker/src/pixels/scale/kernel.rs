@@ -1,7 +1,7 @@
 //! Lanczos' filter of three lobes.
 
-/// sinc(x) sinc(x / 3): both sines come from one polynomial, within 1e-10. Two sines of the mathematical library for each weight
-/// would be a tenth of all work on a picture.
+/// sinc(x) sinc(x / 3): both sines come from one polynomial, within 1e-10. Two sines of the mathematical library for
+/// each weight would be a tenth of all work on a picture.
 pub(super) fn lanczos3(x: f64) -> f64 {
     use std::f64::consts::PI;
     /// sin(a) / a by powers of a squared, up to the 14th of a: (-1)^k / (2k + 1)!
