@@ -144,7 +144,7 @@ pub(crate) fn spec() -> DatasetSpec {
     DatasetSpec {
         classes: vec![class("n1"), class("n2")],
         resize: Resize { size: 64, quality: 90, ..Resize::default() },
-        limits: Limits { max_bytes: 2 << 20, timeout_seconds: 1.5, connect_timeout_seconds: 1.0, ..Limits::default() },
+        limits: Limits { max_bytes: 2 << 20, timeout_seconds: 4.0, connect_timeout_seconds: 1.0, ..Limits::default() },
         ..DatasetSpec::default()
     }
 }
