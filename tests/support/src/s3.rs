@@ -197,7 +197,7 @@ impl Bucket {
         let keys = text.split("<Key>").skip(1).filter_map(|rest| rest.split("</Key>").next());
         let mut answer = "<DeleteResult>".to_owned();
         for key in keys {
-            answer += &match self.store.delete(&Path::parse(key)?).await {
+            answer += &match self.store.delete(&Path::parse(unescape(key))?).await {
                 Ok(()) | Err(Error::NotFound { .. }) => format!("<Deleted><Key>{key}</Key></Deleted>"),
                 Err(error) => {
                     let message = escape(&error.to_string());
@@ -261,6 +261,11 @@ fn parse_range(text: &str) -> Option<GetRange> {
 
 fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
+}
+
+fn unescape(text: &str) -> String {
+    let plain = text.replace("&lt;", "<").replace("&gt;", ">").replace("&quot;", "\"").replace("&apos;", "'");
+    plain.replace("&amp;", "&")
 }
 
 fn xml(text: String) -> Response<Body> {
