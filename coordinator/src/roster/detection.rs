@@ -108,8 +108,8 @@ impl Generation {
 /// How likely it is that a departure is what the others are due to; 0: it is no failure.
 fn blame(departure: &Departure) -> u8 {
     match departure.cause {
-        Cause::Exited | Cause::Unspecified | Cause::Error if !departure.induced => 3,
-        Cause::Exited | Cause::Unspecified | Cause::Error => 2,
+        Cause::Exited | Cause::Unspecified | Cause::Error | Cause::Diverged if !departure.induced => 3,
+        Cause::Exited | Cause::Unspecified | Cause::Error | Cause::Diverged => 2,
         Cause::Collective => 1,
         Cause::Asked | Cause::Finished | Cause::Terminated => 0,
     }

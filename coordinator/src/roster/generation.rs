@@ -147,7 +147,7 @@ impl Member {
 
     /// A process that failed by itself, or was given up, has a training state that nobody can trust; one that exited has none.
     pub(super) fn is_untrusted(&self) -> bool {
-        matches!(self.cause(), Some(Cause::Error | Cause::Unspecified))
+        matches!(self.cause(), Some(Cause::Error | Cause::Unspecified | Cause::Diverged))
     }
 }
 

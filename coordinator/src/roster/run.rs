@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use proto::RunSpec;
-use proto::pb;
+use proto::pb::{self, left::Cause};
 use proto::run_event::{EventRecord, RunEvent};
 
 use super::generation::{Generation, GenerationPhase, LeaveReason, Member};
@@ -87,6 +87,8 @@ pub(crate) struct Run {
     failures: u32,
     failed_step: u64,
     last_failure: String,
+    /// Its training state was not finite: another generation would fail in the same way.
+    diverged: bool,
     pub(super) backoff_until: Duration,
     pub(super) enough_since: Option<Duration>,
     pub(super) reform: Reform,
@@ -122,6 +124,7 @@ impl Run {
             failures: 0,
             failed_step: 0,
             last_failure: String::new(),
+            diverged: false,
             backoff_until: now.at,
             enough_since: None,
             reform: Reform::Gather,
@@ -181,7 +184,8 @@ impl Run {
                     self.checkpoints.truncate(at + 1);
                 }
                 self.wait(Reform::Gather);
-                (self.cancelling, self.failures, self.resumed_after) = (false, 0, self.generation);
+                (self.cancelling, self.failures, self.diverged) = (false, 0, false);
+                self.resumed_after = self.generation;
                 self.step = self.checkpoints.last().map_or(0, |checkpoint| checkpoint.step);
             }
         }
@@ -200,15 +204,16 @@ impl Run {
     fn fail_generation(&mut self, now: Now, step: u64, reason: &str) {
         let seen = self.active().and_then(|generation| {
             let LeaveReason::Failure(failure) = generation.closed()? else { return None };
-            Some((failure.cause == pb::left::Cause::Error, generation.start))
+            Some((failure.cause, generation.start))
         });
         // What a rank reports of itself comes again at the same step; what befalls it from outside does not.
         let progress = match seen {
-            Some((false, start)) => start.is_some_and(|start| step > start),
-            Some((true, _)) | None => step > self.failed_step,
+            Some((Cause::Error, _)) | None => step > self.failed_step,
+            Some((_, start)) => start.is_some_and(|start| step > start),
         };
+        self.diverged = matches!(seen, Some((Cause::Diverged, _)));
         self.failures = if progress { 1 } else { self.failures + 1 };
-        if let Some((true, _)) = seen {
+        if let Some((Cause::Error, _)) = seen {
             self.backoff_until = now.at + Duration::from_secs(1 << self.failures.min(5));
         }
         self.failed_step = if seen.is_some() { self.failed_step.max(step) } else { step };
@@ -220,6 +225,9 @@ impl Run {
     /// Why it is of no use to form another generation, if so.
     pub(super) fn hopeless(&self) -> Option<String> {
         let (failures, last) = (self.failures, &self.last_failure);
+        if self.diverged {
+            return Some(last.clone());
+        }
         (failures >= self.spec.ranks.max_failures)
             .then(|| format!("{failures} generations failed without a step between them; the last: {last}"))
     }

@@ -133,3 +133,20 @@ fn a_run_that_is_resumed_at_a_step_forgets_what_came_after_it() {
     let run = run("r", 1, 1, scene.now(), &scene.history);
     assert_eq!(run.checkpoints.len(), 2, "the history says the same");
 }
+
+#[test]
+fn a_run_whose_loss_is_not_finite_is_not_tried_again_until_somebody_resumes_it() {
+    let mut scene = Scene::with_run(1, 2);
+    scene.hello("a", 2, vec![]);
+    scene.start(0);
+    scene.leave("a", 1, 1, 1, Cause::Diverged, 7);
+    scene.leave("a", 1, 0, 0, Cause::Collective, 7);
+    assert_eq!((scene.state(), failures(&scene), scene.history.len()), (pb::RunState::Failed, 1, 3));
+    assert!(
+        matches!(scene.last(), RunEvent::Failed { reason } if reason.contains("rank 1") && reason.contains("Diverged"))
+    );
+    let actions = scene.roster.resume("r", "again".into(), None);
+    scene.take(actions);
+    scene.wait(1.5, &["a"]);
+    assert_eq!(scene.run().generation, 2);
+}
