@@ -106,7 +106,7 @@ mod tests {
     fn the_flags_are_these_and_no_more() {
         Cli::command().debug_assert();
         #[rustfmt::skip]
-        let expected: [(&[&str], &str); 26] = [
+        let expected: [(&[&str], &str); 27] = [
             (&["local"], "store listen workers ranks allow-net exit-with-stdin"),
             (&["dataset", "create"], "urls store-key format synset-column url-column synsets url-template class-names \
                 size resize no-upscale encode-format reencode quality validation test seed slice-urls per-class min-bytes spec set wait timeout"),
@@ -121,7 +121,7 @@ mod tests {
             (&["dataset", "manifest"], "version"),
             (&["dataset", "delete"], "yes"),
             (&["run", "submit"], "file set dataset name from dry-run wait follow timeout"),
-            (&["run", "list"], ""),
+            (&["run", "list"], "limit"),
             (&["run", "describe"], ""),
             (&["run", "watch"], ""),
             (&["run", "wait"], "timeout"),
@@ -131,7 +131,8 @@ mod tests {
             (&["run", "compare"], ""),
             (&["run", "explain"], ""),
             (&["run", "cancel"], ""),
-            (&["run", "resume"], "wait timeout"),
+            (&["run", "resume"], "at wait timeout"),
+            (&["run", "delete"], "yes"),
             (&["status"], ""),
             (&["doctor"], "store"),
         ];

@@ -6,7 +6,6 @@ mod export;
 mod outcomes;
 mod reader;
 
-use std::io::IsTerminal;
 use std::ops::ControlFlow;
 use std::time::Duration;
 
@@ -21,6 +20,7 @@ use tonic::Status;
 
 use self::create::{CreateArgs, RefreshArgs};
 use crate::client::{Cluster, ClusterArgs, TimeoutArgs, answer, follow, insist, wait_for};
+use crate::confirm;
 use crate::exit::{Ended, Exit};
 use crate::output::{Format, Progress, Table, note, percent, say, say_json, state_name};
 
@@ -286,17 +286,7 @@ async fn manifest_json(cluster: &Cluster, name: &str, version: u32) -> Result<Ve
 
 async fn delete(of: NameArgs, yes: bool) -> Result<()> {
     let NameArgs { name, cluster } = of;
-    if !yes {
-        if !std::io::stdin().is_terminal() {
-            return Err(Ended::usage(format!("deletes dataset {name} with all its images; say -y if that is meant")));
-        }
-        note(format!("delete dataset {name} with all its images? [y/N]"));
-        let mut line = String::new();
-        std::io::stdin().read_line(&mut line)?;
-        if !line.trim().eq_ignore_ascii_case("y") {
-            return Err(Ended::error(Exit::Failed, "nothing was deleted"));
-        }
-    }
+    confirm::deletion(&format!("dataset {name} with all its images"), yes)?;
     let client = Cluster::new(&cluster)?.datasets;
     insist(async || answer(client.clone().delete_dataset(DeleteDatasetRequest { name: name.clone() })).await).await?;
     note(format!("{name}: deleted"));

@@ -5,11 +5,13 @@
 //! - [`roles`]: `coordinator`, `worker`, `trainer`, `rank`; [`local`]: all of them as one process tree; [`store`]: opens the store,
 //!   [`metered`] counts its requests, [`metrics`] serves the counts over HTTP; [`process`]: sockets and the signal to end;
 //! - [`client`]: the way to the coordinator; [`dataset`], [`lists`], [`run`], [`settings`], [`status`], [`doctor`]: for people;
+//!   [`confirm`] asks before something is deleted, [`time`] writes moments and spans;
 //! - `demo`: the whole job, shown on one machine; [`allocator`]: how a worker's process uses memory.
 
 mod allocator;
 mod cli;
 mod client;
+mod confirm;
 mod dataset;
 #[cfg(feature = "demo")]
 mod demo;
@@ -27,6 +29,7 @@ mod settings;
 mod status;
 mod store;
 mod telemetry;
+mod time;
 
 use std::process::ExitCode;
 use std::time::Duration;

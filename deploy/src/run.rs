@@ -2,6 +2,7 @@
 
 mod cancel;
 mod compare;
+mod delete;
 mod describe;
 mod explain;
 mod list;
@@ -22,8 +23,8 @@ use crate::client::{ClusterArgs, TimeoutArgs};
 pub(crate) enum Command {
     /// Submit a training run
     Submit(submit::Args),
-    /// List all runs
-    List(ClusterArgs),
+    /// List the runs, the newest first
+    List(list::Args),
     /// Show a run: its state, its newest figures, its history, its spec
     Describe(NameArgs),
     /// Show the learning curve until the run has ended
@@ -49,6 +50,8 @@ pub(crate) enum Command {
     Cancel(NameArgs),
     /// Queue a cancelled or failed run again, from its last checkpoint
     Resume(resume::Args),
+    /// Delete a run that has ended, with its checkpoints and its model
+    Delete(delete::Args),
 }
 
 /// A run by name.
@@ -75,5 +78,6 @@ pub(crate) async fn run(command: Command) -> Result<()> {
         Command::Explain(of) => explain::run(&of).await,
         Command::Cancel(of) => cancel::run(&of).await,
         Command::Resume(args) => resume::run(&args).await,
+        Command::Delete(args) => delete::run(&args).await,
     }
 }

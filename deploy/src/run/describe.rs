@@ -8,6 +8,7 @@ use proto::run_event::EventRecord;
 use super::{NameArgs, view};
 use crate::client::{Cluster, answer};
 use crate::output::{Format, say, say_json};
+use crate::time::{moment, now_millis, span};
 
 /// Runs the command.
 pub(super) async fn run(of: &NameArgs) -> Result<()> {
@@ -16,15 +17,20 @@ pub(super) async fn run(of: &NameArgs) -> Result<()> {
     match of.cluster.output {
         Format::Json => say_json(&view::to_json(&run)?),
         Format::Table => {
-            description(&run).iter().for_each(say);
+            description(&run, now_millis()).iter().for_each(say);
             Ok(())
         }
     }
 }
 
 /// `describe` for people.
-fn description(run: &Run) -> Vec<String> {
+fn description(run: &Run, now_millis: u64) -> Vec<String> {
     let mut lines = vec![view::phase(run)];
+    let ran = view::duration(run, now_millis).map_or(String::new(), |millis| {
+        format!(", {} {}", if run.ended_millis > 0 { "ran for" } else { "running for" }, span(millis))
+    });
+    let age = span(now_millis.saturating_sub(run.submitted_millis));
+    lines.push(format!("submitted {} ({age} ago){ran}", moment(run.submitted_millis)));
     lines.push(format!("dataset {}, manifest version {}", run.dataset, run.manifest_version));
     lines.push(format!(
         "step {} of {} ({} epochs); generation {} with {} ranks; checkpoint at step {}",
@@ -42,7 +48,7 @@ fn description(run: &Run) -> Vec<String> {
     lines.extend(newest.into_iter().flatten().map(|metric| view::point(metric, run.epochs)));
     lines.push(String::new());
     lines.extend(run.events.iter().map(|json| match serde_json::from_str::<EventRecord>(json) {
-        Ok(record) => format!("{:>4}  {}", record.n, view::happened(&record.event)),
+        Ok(record) => format!("{:>4}  {}  {}", record.n, moment(record.at_millis), view::happened(&record.event)),
         Err(_) => json.clone(),
     }));
     if let Ok(spec) = RunSpec::from_json(&run.spec_json)
@@ -74,7 +80,10 @@ mod tests {
         assert_eq!(value["spec"]["dataset"], "birds");
         assert_eq!(value["events"][0]["event"]["kind"], "cancelled");
         assert_eq!(value["test"]["top1"], 0.5);
-        let text = description(&run).join("\n");
-        assert!(text.starts_with("birds-1 done") && text.contains("   1  cancelled"), "{text}");
+        let run = Run { submitted_millis: 60_000, began_millis: 90_000, ended_millis: 150_000, ..run };
+        let text = description(&run, 240_000).join("\n");
+        let expected = "birds-1 done\nsubmitted 1970-01-01T00:01:00Z (3m0s ago), ran for 1m0s\n";
+        assert!(text.starts_with(expected), "{text}");
+        assert!(text.contains("   1  1970-01-01T00:00:00Z  cancelled"), "{text}");
     }
 }

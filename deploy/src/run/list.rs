@@ -1,26 +1,45 @@
 //! `gleaner run list`
 
 use anyhow::Result;
-use proto::pb::{ListRunsRequest, Metric};
+use proto::pb::{ListRunsRequest, Metric, Run};
 
 use super::view;
 use crate::client::{Cluster, ClusterArgs, answer};
 use crate::output::{Format, Table, say_json};
+use crate::time::{now_millis, span};
+
+/// Arguments of `gleaner run list`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Only the newest N runs [default: all]
+    #[arg(short = 'n', long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    limit: Option<u32>,
+    #[command(flatten)]
+    cluster: ClusterArgs,
+}
 
 /// Runs the command.
-pub(super) async fn run(args: &ClusterArgs) -> Result<()> {
-    let mut client = Cluster::new(args)?.runs;
-    let mut runs = answer(client.list_runs(ListRunsRequest { limit: 0 })).await?.runs;
-    runs.sort_by(|a, b| a.run.cmp(&b.run));
-    if args.output == Format::Json {
+pub(super) async fn run(args: &Args) -> Result<()> {
+    let mut client = Cluster::new(&args.cluster)?.runs;
+    let request = ListRunsRequest { limit: args.limit.unwrap_or(0) };
+    let runs = answer(client.list_runs(request)).await?.runs;
+    if args.cluster.output == Format::Json {
         return say_json(&runs.iter().map(view::to_json).collect::<Result<Vec<_>>>()?);
     }
-    let mut table = Table::new(&["run", "state", "dataset", "ranks", "step", "validation", "test", "reason"]);
+    table(&runs, now_millis()).say();
+    Ok(())
+}
+
+fn table(runs: &[Run], now_millis: u64) -> Table {
+    let mut table =
+        Table::new(&["run", "state", "age", "duration", "dataset", "ranks", "step", "validation", "test", "reason"]);
     let top1 = |metric: &Option<Metric>| metric.as_ref().map_or("-".to_owned(), |metric| format!("{:.3}", metric.top1));
     for run in runs {
         table.row(vec![
             run.run.clone(),
-            view::state(&run),
+            view::state(run),
+            span(now_millis.saturating_sub(run.submitted_millis)),
+            view::duration(run, now_millis).map_or("-".to_owned(), span),
             run.dataset.clone(),
             run.world_size.to_string(),
             format!("{}/{}", run.step, run.epochs * run.steps_per_epoch),
@@ -29,6 +48,38 @@ pub(super) async fn run(args: &ClusterArgs) -> Result<()> {
             run.reason.clone(),
         ]);
     }
-    table.say();
-    Ok(())
+    table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proto::pb::RunState;
+
+    #[test]
+    fn each_run_has_its_age_and_for_how_long_it_ran_or_has_been_running() {
+        let run = |name: &str, state: RunState, [submitted_millis, began_millis, ended_millis]: [u64; 3]| Run {
+            run: name.into(),
+            state: state.into(),
+            dataset: "birds".into(),
+            submitted_millis,
+            began_millis,
+            ended_millis,
+            ..Run::default()
+        };
+        let runs = [
+            run("c", RunState::Waiting, [90_000, 0, 0]),
+            run("b", RunState::Running, [50_000, 60_000, 0]),
+            run("a", RunState::Done, [0, 10_000, 95_000]),
+        ];
+        let lines = table(&runs, 100_000).lines();
+        let cells: Vec<Vec<&str>> = lines.iter().map(|line| line.split_whitespace().take(4).collect()).collect();
+        let expected = [
+            ["RUN", "STATE", "AGE", "DURATION"],
+            ["c", "waiting", "10s", "-"],
+            ["b", "running", "50s", "40s"],
+            ["a", "done", "1m40s", "1m25s"],
+        ];
+        assert_eq!(cells, expected);
+    }
 }

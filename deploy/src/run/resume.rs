@@ -12,6 +12,9 @@ use crate::client::{Cluster, TimeoutArgs, answer, insist};
 pub(crate) struct Args {
     #[command(flatten)]
     of: NameArgs,
+    /// Go on from the checkpoint of this step instead, one of those that are kept; what came after it is forgotten
+    #[arg(long, value_name = "STEP")]
+    at: Option<u64>,
     /// Wait until the run has ended
     #[arg(long)]
     wait: bool,
@@ -23,7 +26,7 @@ pub(crate) struct Args {
 pub(super) async fn run(args: &Args) -> Result<()> {
     let Args { of, .. } = args;
     let client = Cluster::new(&of.cluster)?.runs;
-    let request = ResumeRunRequest { request_id: Uuid::new_v4().to_string(), run: of.run.clone(), step: None };
+    let request = ResumeRunRequest { request_id: Uuid::new_v4().to_string(), run: of.run.clone(), step: args.at };
     let run = insist(async || answer(client.clone().resume_run(request.clone())).await).await?;
     if args.wait {
         return wait::run(of, args.timeout.timeout, false).await;

@@ -38,9 +38,16 @@ pub(super) fn happened(event: &RunEvent) -> String {
         RunEvent::Cancelling => "cancelling".to_owned(),
         RunEvent::Cancelled => "cancelled".to_owned(),
         RunEvent::Failed { reason } => format!("failed: {reason}"),
-        RunEvent::Resumed { .. } => "resumed".to_owned(),
+        RunEvent::Resumed { step: None, .. } => "resumed".to_owned(),
+        RunEvent::Resumed { step: Some(step), .. } => format!("resumed at step {step}"),
         RunEvent::Done { model, .. } => format!("done; the model is in {model}"),
     }
+}
+
+/// For how many milliseconds a run has been running, or ran until its end; None if it has not begun.
+pub(super) fn duration(run: &Run, now_millis: u64) -> Option<u64> {
+    let end = if run.ended_millis > 0 { run.ended_millis } else { now_millis };
+    (run.began_millis > 0).then(|| end.saturating_sub(run.began_millis))
 }
 
 /// The message as JSON: the state by its name, spec and events as objects.
