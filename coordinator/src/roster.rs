@@ -15,7 +15,7 @@ mod ranks;
 mod run;
 mod schedule;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::time::Duration;
 
 use proto::pb::{self, coordinator_message::Message};
@@ -60,6 +60,28 @@ pub(crate) struct Agent {
     /// It is shutting down.
     leaving: bool,
     heard: Duration,
+    reports: Reports,
+}
+
+/// The reports of an agent, over all its streams.
+#[derive(Debug, Clone, Default)]
+struct Reports {
+    /// The sequence number of the newest that came.
+    newest: u64,
+    /// All up to this number are settled: what follows from them is in the store.
+    settled: u64,
+    /// Those that came and are not settled, in order.
+    open: VecDeque<Report>,
+}
+
+/// What is known of a report that is not settled.
+#[derive(Debug, Clone)]
+struct Report {
+    sequence: u64,
+    run: String,
+    generation: u64,
+    /// It says how a rank left.
+    departure: bool,
 }
 
 #[derive(Debug, Clone)]

@@ -261,8 +261,9 @@ impl Runs {
             Input::AgentMessage { agent, connection, .. } if !inner.is_current(&agent, connection) => Vec::new(),
             Input::AgentMessage { agent, message, .. } => match &message {
                 agent_message::Message::Heartbeat(heartbeat) => {
-                    inner.roster.heartbeat(now, &agent, heartbeat);
-                    vec![Action::Send { agent, message: Message::HeartbeatAck(pb::HeartbeatAck {}) }]
+                    let acknowledged = inner.roster.heartbeat(now, &agent, heartbeat);
+                    let ack = Message::HeartbeatAck(pb::HeartbeatAck { acknowledged });
+                    vec![Action::Send { agent, message: ack }]
                 }
                 agent_message::Message::Serving(serving) => inner.roster.serving(now, &agent, serving),
                 agent_message::Message::Rank(report) => {

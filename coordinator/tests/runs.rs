@@ -129,7 +129,7 @@ impl Agent {
 
     async fn rank(&self, said: Said) {
         let run = "birds-1".to_owned();
-        let message = pb::RankMessage { run, generation: 1, rank: 0, device: 0, message: Some(said) };
+        let message = pb::RankMessage { run, generation: 1, message: Some(said), ..Default::default() };
         self.say(ToCoordinator::Rank(message)).await;
     }
 }

@@ -7,16 +7,16 @@ pub(crate) mod devices;
 mod link;
 mod logs;
 pub mod metrics;
+mod outbox;
 mod process;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::ffi::OsString;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use object_store::ObjectStore;
-use proto::metric::MetricKind;
 use proto::pb::{self, agent_message, coordinator_message, left::Cause, rank_message};
 use proto::trace;
 use tokio::sync::mpsc;
@@ -28,6 +28,7 @@ pub use self::config::{CacheConfig, Config};
 pub use self::devices::{describe, devices};
 use self::link::Link;
 use self::logs::Logs;
+use self::outbox::Outbox;
 pub use self::process::RANK_ENVIRONMENT;
 use self::process::{Heard, Process, What};
 use crate::learn::context::Setup;
@@ -58,7 +59,8 @@ struct Agent {
     to_coordinator: Option<mpsc::Sender<pb::AgentMessage>>,
     /// It is shutting down.
     leaving: bool,
-    waiting: VecDeque<pb::RankMessage>,
+    /// What the coordinator must hear.
+    outbox: Outbox,
 }
 
 /// A device, and the rank on it.
@@ -131,7 +133,7 @@ pub async fn run(
         term: 0,
         to_coordinator: None,
         leaving: false,
-        waiting: VecDeque::new(),
+        outbox: Outbox::default(),
     };
     info!(agent = agent.name, address = agent.address, devices = agent.slots.len(), "agent started");
     let link = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(link::keep(endpoint, links)));
@@ -171,12 +173,14 @@ impl Agent {
         match link {
             Link::Opened(to) => {
                 self.to_coordinator = Some(to);
+                self.outbox.rewind();
                 let hello = self.hello();
                 self.say(agent_message::Message::Hello(hello));
-                self.send_waiting();
+                self.send_reports();
             }
             Link::Closed => {
                 self.to_coordinator = None;
+                self.outbox.rewind();
                 metrics::set_ready(false);
             }
             Link::Said(message) => self.obey(*message),
@@ -217,6 +221,7 @@ impl Agent {
             Message::Leave(leave) => self.leave(&leave),
             Message::Kill(kill) => self.kill(&kill),
             Message::HeartbeatAck(ack) => {
+                self.outbox.acknowledged(ack.acknowledged);
                 for seat in self.slots.iter().filter_map(|slot| slot.seat.as_ref()) {
                     seat.process.order(Message::HeartbeatAck(ack));
                 }
@@ -259,7 +264,7 @@ impl Agent {
                 pb::Left { cause: Cause::Exited.into(), step: 0, detail: "its agent is shutting down".to_owned() };
             let message = Some(rank_message::Message::Left(left));
             let pb::Join { run, generation, rank, device, .. } = join;
-            return self.report(pb::RankMessage { run, generation, rank, device, message });
+            return self.report(pb::RankMessage { run, generation, rank, device, message, ..Default::default() });
         }
         let device = join.device as usize;
         // A rank of another run holds nothing that this one could use.
@@ -310,7 +315,14 @@ impl Agent {
                 trace::failed(&span, &detail);
                 let left = pb::Left { cause: Cause::Error.into(), step: 0, detail };
                 let message = Some(rank_message::Message::Left(left));
-                self.report(pb::RankMessage { run, generation, rank, device: device as u32, message });
+                self.report(pb::RankMessage {
+                    run,
+                    generation,
+                    rank,
+                    device: device as u32,
+                    message,
+                    ..Default::default()
+                });
             }
         }
     }
@@ -352,7 +364,7 @@ impl Agent {
             pb::Left { cause: Cause::Exited.into(), step: 0, detail: "killed as the coordinator asked".to_owned() };
         let message = Some(rank_message::Message::Left(left));
         self.gone(&run, generation);
-        self.report(pb::RankMessage { run, generation, rank, device: device as u32, message });
+        self.report(pb::RankMessage { run, generation, rank, device: device as u32, message, ..Default::default() });
     }
 
     /// After the last rank of a run here has gone, from `generation`, nothing of the run is kept but the store of a later generation.
@@ -398,7 +410,14 @@ impl Agent {
                 self.logs.line(&run, generation, rank, &line);
                 // It is in the store anyhow, so it waits for no coordinator, and takes no room from what does.
                 let message = Some(rank_message::Message::Log(pb::LogLine { generation, rank, line }));
-                self.say(agent_message::Message::Rank(pb::RankMessage { run, generation, rank, device, message }));
+                self.say(agent_message::Message::Rank(pb::RankMessage {
+                    run,
+                    generation,
+                    rank,
+                    device,
+                    message,
+                    ..Default::default()
+                }));
             }
             What::Exited(status) => {
                 metrics::rank_lost();
@@ -408,7 +427,7 @@ impl Agent {
                 self.slots[device as usize].seat = None;
                 self.gone(&run, generation);
                 let message = Some(rank_message::Message::Left(left));
-                self.report(pb::RankMessage { run, generation, rank, device, message });
+                self.report(pb::RankMessage { run, generation, rank, device, message, ..Default::default() });
             }
         }
     }
@@ -423,7 +442,7 @@ impl Agent {
         };
         let devices = self.slots.iter().map(life).collect();
         self.say(agent_message::Message::Heartbeat(pb::Heartbeat { devices, leaving: self.leaving }));
-        self.send_waiting();
+        self.send_reports();
     }
 
     /// Says something that is of no use later.
@@ -433,29 +452,17 @@ impl Agent {
     }
 
     /// Tells the coordinator, as soon as there is one.
-    fn report(&mut self, mut message: pb::RankMessage) {
-        if let Some(rank_message::Message::Stepped(newest)) = &mut message.message {
-            // While messages wait, of a device's steps only the newest counts; the curve's points are in the store as well.
-            self.waiting.retain_mut(|other| match &mut other.message {
-                Some(rank_message::Message::Stepped(older)) if other.device == message.device => {
-                    older.metrics.retain(|point| point.kind != MetricKind::Step.name());
-                    newest.metrics.splice(0..0, older.metrics.drain(..));
-                    false
-                }
-                _ => true,
-            });
-        }
-        self.waiting.push_back(message);
-        self.send_waiting();
+    fn report(&mut self, message: pb::RankMessage) {
+        self.outbox.push(message);
+        self.send_reports();
     }
 
-    fn send_waiting(&mut self) {
-        while let Some(message) = self.waiting.front() {
-            if !self.say(agent_message::Message::Rank(message.clone())) {
-                return;
-            }
-            self.waiting.pop_front();
-        }
+    fn send_reports(&mut self) {
+        let Some(to) = &self.to_coordinator else { return };
+        self.outbox.send(|report| {
+            let message = Some(agent_message::Message::Rank(report.clone()));
+            to.try_send(pb::AgentMessage { message }).is_ok()
+        });
     }
 }
 

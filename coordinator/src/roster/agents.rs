@@ -1,11 +1,12 @@
 //! What agents say of themselves: hello, heartbeats, the end of a stream.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use proto::pb::{self, left::Cause};
 
 use super::generation::{Absence, GenerationPhase};
-use super::{Action, Agent, Device, DeviceId, Now, Occupant, Roster, Run, RunPhase, kill};
+use super::{Action, Agent, Device, DeviceId, Now, Occupant, Report, Reports, Roster, Run, RunPhase, kill};
 
 impl Roster {
     /// An agent has connected, for the first time or again.
@@ -23,7 +24,8 @@ impl Roster {
             }
         }
         let address = hello.advertise_address.clone();
-        let agent = Agent { address, devices, connected: true, leaving: false, heard: now.at };
+        let reports = self.agents.remove(&hello.agent).map(|agent| agent.reports).unwrap_or_default();
+        let agent = Agent { address, devices, connected: true, leaving: false, heard: now.at, reports };
         self.agents.insert(hello.agent.clone(), agent);
         let concerned = self.live.values().filter(|run| run.agents().any(|agent| *agent == hello.agent));
         let concerned: Vec<String> = concerned.map(|run| run.name.clone()).collect();
@@ -101,9 +103,11 @@ impl Roster {
         }
     }
 
-    /// An agent is there, and says when it last heard of its processes.
-    pub(crate) fn heartbeat(&mut self, now: Now, agent: &str, heartbeat: &pb::Heartbeat) {
-        let Some(known) = self.agents.get_mut(agent) else { return };
+    /// An agent is there, and says when it last heard of its processes. Returns up to which number its reports are settled.
+    pub(crate) fn heartbeat(&mut self, now: Now, agent: &str, heartbeat: &pb::Heartbeat) -> u64 {
+        let Some(known) = self.agents.get_mut(agent) else { return 0 };
+        known.reports.settle(&self.live);
+        let settled = known.reports.settled;
         (known.heard, known.leaving) = (now.at, heartbeat.leaving);
         let generations = self.live.values_mut().filter_map(Run::active_mut);
         let members = generations.flat_map(|generation| &mut generation.members);
@@ -112,10 +116,42 @@ impl Roster {
             member.silent = Duration::from_millis(device.silent_millis);
             member.heartbeat = device.rank.unwrap_or_default();
         }
+        settled
     }
 
     /// This process was held up for so long, so that it could hear nobody: that is nobody's silence.
     pub(crate) fn discount_stall(&mut self, now: Now, stall: Duration) {
         self.agents.values_mut().for_each(|agent| agent.heard = (agent.heard + stall).min(now.at));
+    }
+}
+
+impl Reports {
+    /// Takes note of a report. False: it came before.
+    pub(super) fn note(&mut self, message: &pb::RankMessage) -> bool {
+        if message.sequence == 0 {
+            return true;
+        }
+        if message.sequence <= self.newest {
+            return false;
+        }
+        self.newest = message.sequence;
+        let departure = matches!(message.message, Some(pb::rank_message::Message::Left(_)));
+        let (sequence, run, generation) = (message.sequence, message.run.clone(), message.generation);
+        self.open.push_back(Report { sequence, run, generation, departure });
+        true
+    }
+
+    /// A report is settled when its run has nothing left to write. How a rank left is part of the event that follows when all have left, so
+    /// that settles only with the generation.
+    fn settle(&mut self, live: &BTreeMap<String, Run>) {
+        let is_open = |report: &Report| {
+            let Some(run) = live.get(&report.run) else { return false };
+            let current = run.active().is_some_and(|generation| generation.n == report.generation);
+            !run.unwritten.is_empty() || (report.departure && current)
+        };
+        while let Some(report) = self.open.front().filter(|report| !is_open(report)) {
+            self.settled = report.sequence;
+            self.open.pop_front();
+        }
     }
 }

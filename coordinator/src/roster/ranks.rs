@@ -55,6 +55,9 @@ impl Roster {
     pub(crate) fn rank(&mut self, now: Now, agent: &str, message: &pb::RankMessage) -> Vec<Action> {
         let mut actions = Vec::new();
         let device = DeviceId { agent: agent.to_owned(), index: message.device };
+        if self.agents.get_mut(agent).is_some_and(|agent| !agent.reports.note(message)) {
+            return actions;
+        }
         self.note_occupant(now, &device, message);
         let Some(run) = self.live.get_mut(&message.run) else {
             // A rank of an ended run has left: its device is free.
@@ -82,11 +85,14 @@ impl Roster {
                 generation.start.get_or_insert(joined.step);
                 run.step = joined.step;
                 for pb::Damaged { key, reason } in joined.damaged.clone() {
-                    run.propose(RunEvent::Damaged { key, reason }, &mut actions);
+                    if run.has_checkpoint(&key) {
+                        run.propose(RunEvent::Damaged { key, reason }, &mut actions);
+                    }
                 }
             }
             Some(Report::Stepped(stepped)) if rank == 0 => run.step = stepped.step,
-            Some(Report::Checkpointed(made)) if rank == 0 => {
+            // An older coordinator may have written it, and died before it said so.
+            Some(Report::Checkpointed(made)) if rank == 0 && !run.has_checkpoint(&made.key) => {
                 let pb::Checkpointed { step, key, digests, top1 } = made.clone();
                 let digests = digests.into_iter().collect();
                 run.propose(RunEvent::Checkpoint { step, key, digests, top1 }, &mut actions);

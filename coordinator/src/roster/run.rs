@@ -244,6 +244,10 @@ impl Run {
         });
     }
 
+    pub(super) fn has_checkpoint(&self, key: &str) -> bool {
+        self.checkpoints.iter().any(|checkpoint| checkpoint.key == key)
+    }
+
     /// The checkpoint with the best validation; of equal ones the newest.
     pub(crate) fn best(&self) -> Option<&pb::Checkpointed> {
         let measured = self.checkpoints.iter().filter(|checkpoint| checkpoint.top1.is_some());

@@ -103,7 +103,8 @@ impl Scene {
     }
 
     fn say(&mut self, agent: &str, generation: u64, rank: u32, device: u32, said: Said) {
-        let message = pb::RankMessage { run: "r".into(), generation, rank, device, message: Some(said) };
+        let message = Some(said);
+        let message = pb::RankMessage { run: "r".into(), generation, rank, device, message, ..Default::default() };
         let actions = self.roster.rank(self.now(), agent, &message);
         self.take(actions);
     }

@@ -23,8 +23,8 @@ impl Reports {
             run: run.clone(),
             generation: *generation,
             rank: *rank,
-            device: 0,
             message: Some(message),
+            ..Default::default()
         });
     }
 

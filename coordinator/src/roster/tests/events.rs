@@ -150,3 +150,45 @@ fn a_run_whose_loss_is_not_finite_is_not_tried_again_until_somebody_resumes_it()
     scene.wait(1.5, &["a"]);
     assert_eq!(scene.run().generation, 2);
 }
+
+#[test]
+fn a_report_is_acknowledged_when_what_follows_from_it_is_written_and_counts_once() {
+    let mut scene = Scene::with_run(1, 2);
+    scene.hello("a", 2, vec![]);
+    scene.start(0);
+    let report = |scene: &mut Scene, sequence, rank, said| {
+        let (run, message) = ("r".into(), Some(said));
+        let message = pb::RankMessage { sequence, run, generation: 1, rank, device: rank, message };
+        let actions = scene.roster.rank(scene.now(), "a", &message);
+        scene.take(actions);
+    };
+    let settled = |scene: &mut Scene| scene.roster.heartbeat(scene.now(), "a", &pb::Heartbeat::default());
+    let made = pb::Checkpointed { step: 5, key: "c".into(), digests: Default::default(), top1: None };
+    scene.held = Some(Vec::new());
+    report(&mut scene, 1, 0, Said::Stepped(pb::Stepped { step: 5, metrics: vec![] }));
+    assert_eq!(settled(&mut scene), 1);
+    report(&mut scene, 2, 0, Said::Checkpointed(made.clone()));
+    assert_eq!(settled(&mut scene), 1, "it is not written yet");
+    scene.release();
+    assert_eq!(settled(&mut scene), 2);
+    report(&mut scene, 2, 0, Said::Checkpointed(made.clone()));
+    assert_eq!(scene.history.len(), 2, "it was heard before");
+
+    let left =
+        |cause: Cause, detail: &str| Said::Left(pb::Left { cause: cause.into(), step: 5, detail: detail.into() });
+    report(&mut scene, 3, 1, left(Cause::Error, "out of memory"));
+    assert_eq!(settled(&mut scene), 2, "the other rank has yet to leave");
+    // The coordinator dies here. The next one hears of the rank that it is there and has left, then what was not acknowledged.
+    let mut next = Scene::new();
+    next.roster.add(run("r", 1, 2, next.now(), &scene.history));
+    next.history = scene.history;
+    let occupied = [0, 1].map(|rank| next.occupied(&device("a", rank), 1, rank, rank == 0)).into();
+    next.hello("a", 2, occupied);
+    report(&mut next, 2, 0, Said::Checkpointed(made));
+    assert_eq!(next.history.len(), 2, "the older coordinator wrote it");
+    report(&mut next, 3, 1, left(Cause::Error, "out of memory"));
+    report(&mut next, 4, 0, left(Cause::Collective, "aborted"));
+    assert!(matches!(&next.history[2].event, RunEvent::Failure { reason, .. } if reason.contains("out of memory")));
+    assert!(next.sent.iter().any(|(_, message)| is_kill(message, 1)), "its training state is not trusted");
+    assert_eq!(settled(&mut next), 4);
+}
