@@ -88,7 +88,7 @@ impl Seat {
     fn left(&mut self, cause: Cause, detail: &str) {
         let span = std::mem::replace(&mut self.span, Span::none());
         span.record("step", trace::integer(self.alive.step)).record("left", cause.as_str_name());
-        if matches!(cause, Cause::Collective | Cause::Error | Cause::Exited) {
+        if matches!(cause, Cause::Collective | Cause::Error | Cause::Exited | Cause::Diverged) {
             trace::failed(&span, detail);
         }
     }

@@ -167,6 +167,7 @@ pub(crate) fn serve(
             Ok(Ending::Finished) => (Cause::Finished, String::new()),
             Err(Failure::Collective(detail)) => (Cause::Collective, detail.clone()),
             Err(Failure::Here(error)) => (Cause::Error, format!("{error:#}")),
+            Err(Failure::Diverged(detail)) => (Cause::Diverged, detail.clone()),
         };
         // A state that is no longer whole must not be counted on.
         let step = job.as_ref().filter(|job| job.held).map_or(0, |job| job.progress.step);

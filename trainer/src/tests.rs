@@ -468,3 +468,21 @@ fn what_cannot_be_trained_is_refused_in_words() {
     let said = refused(&spec("f32"));
     assert!(said.contains("shards/train/000002-1.1.tar"), "{said}");
 }
+
+#[test]
+fn a_state_that_is_not_finite_is_no_checkpoint_and_a_loss_that_is_not_ends_the_generation() {
+    let world = World::new();
+    let diverged = |every_epochs: &str, learning_rate: &str| {
+        let rank = world.rank();
+        let spec = spec("f32").replace("\"learning_rate\": 0.01", &format!("\"learning_rate\": {learning_rate}"));
+        let spec = spec.replace("\"every_epochs\": 2.0", &format!("\"every_epochs\": {every_epochs}"));
+        let _generation = world.generation("run", &spec, 1, &[&rank], &[]);
+        let left = rank.left(Cause::Diverged);
+        assert_eq!(last_checkpoint(&rank.all()).map(|made| made.step), None);
+        left
+    };
+    let left = diverged("2.0", "1e60");
+    assert!(left.step == 1 && left.detail.contains("the loss of step 1"), "{left:?}");
+    let left = diverged("0.2", "1e60");
+    assert!(left.step == 1 && left.detail.contains("not finite after step 1"), "{left:?}");
+}

@@ -11,6 +11,9 @@ pub(crate) enum Failure {
     /// This one cannot go on.
     #[error("{0:#}")]
     Here(anyhow::Error),
+    /// The loss or the state is not finite: it would be so again.
+    #[error("{0}")]
+    Diverged(String),
 }
 
 impl From<torch::Error> for Failure {

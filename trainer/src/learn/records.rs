@@ -2,12 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
 use proto::metric::{MetricKind, MetricPoint};
 use proto::pb::{self, rank_heartbeat::Activity};
 
 use super::checkpoint::Snapshot;
 use super::control::Wishes;
+use super::failure::Failure;
 use super::history::{History, Sums};
 use super::job::Job;
 use super::membership::Seat;
@@ -139,7 +139,7 @@ impl<'a> Records<'a> {
 
     /// Begins a checkpoint if one is due, or, at the run's end, writes the last one. One at a time and beside the training, which is held
     /// up by the copy alone: what is due while the store is still at the one before, or the coordinator is away, is made up for later.
-    pub(super) fn checkpoint_if_due(&mut self, job: &Job, wishes: &Wishes, over: bool) -> Result<()> {
+    pub(super) fn checkpoint_if_due(&mut self, job: &Job, wishes: &Wishes, over: bool) -> Result<(), Failure> {
         if self.seat.rank != 0 {
             return Ok(());
         }
@@ -159,7 +159,7 @@ impl<'a> Records<'a> {
     }
 
     /// A checkpoint of this very state is in the store, unless the coordinator is away.
-    pub(super) fn last_checkpoint(&mut self, job: &Job, wishes: &Wishes) -> Result<()> {
+    pub(super) fn last_checkpoint(&mut self, job: &Job, wishes: &Wishes) -> Result<(), Failure> {
         self.written(job);
         if self.seat.rank == 0 && self.saved < job.progress.step && wishes.in_contact(job.spec.failure_detection()) {
             self.begin_checkpoint(job)?;
@@ -168,11 +168,18 @@ impl<'a> Records<'a> {
         Ok(())
     }
 
-    /// Copies the state, and has it written.
-    fn begin_checkpoint(&mut self, job: &Job) -> Result<()> {
+    /// Copies the state, and has it written. A ruined one is refused, so that it never takes the place of a sound checkpoint.
+    fn begin_checkpoint(&mut self, job: &Job) -> Result<(), Failure> {
         let step = job.progress.step;
-        let snapshot =
-            Snapshot::take(&job.run, self.seat.generation, job.steps_per_epoch, &job.progress, &job.tensors())?;
+        let tensors = job.tensors();
+        for (name, tensor) in &tensors {
+            if tensor.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
+                return Err(Failure::Diverged(format!(
+                    "{name} is not finite after step {step}: choose a lower train.learning_rate; the last checkpoint before it is sound"
+                )));
+            }
+        }
+        let snapshot = Snapshot::take(&job.run, self.seat.generation, job.steps_per_epoch, &job.progress, &tensors)?;
         let top1 = self.validated.filter(|(at, _)| *at == step).map(|(_, top1)| top1);
         let (store, reports) = (job.home.store.clone(), self.reports.clone());
         let write = async move {

@@ -166,7 +166,8 @@ fn train_step(
         return Err(anyhow!("step {step} has {} samples on all ranks, its plan has {samples}", count(2)).into());
     }
     if !sums.loss.is_finite() {
-        return Err(anyhow!("the loss of step {step} is {}: choose a lower train.learning_rate", sums.loss).into());
+        let loss = format!("the loss of step {step} is {}: choose a lower train.learning_rate", sums.loss);
+        return Err(Failure::Diverged(loss));
     }
 
     wishes.at(Activity::Updating);
