@@ -1,6 +1,5 @@
-//! The agent: offers this machine's devices, and runs a rank process on each that is assigned. It decides nothing: it passes on what the
-//! coordinator says to ranks and what ranks say to the coordinator, says who is silent and who is gone, serves the stores of generations,
-//! and keeps logs.
+//! The agent offers this machine's devices and runs a rank process on each that is assigned. It decides nothing: it passes messages on
+//! between coordinator and ranks, reports which ranks are silent or gone, serves the stores of generations, and stores logs.
 
 mod config;
 pub(crate) mod devices;
@@ -26,18 +25,18 @@ use tracing::{Span, info, warn};
 
 pub use self::config::{CacheConfig, Config};
 pub use self::devices::{describe, devices};
-use self::link::Link;
+use self::link::LinkEvent;
 use self::logs::Logs;
 use self::outbox::Outbox;
 pub use self::process::RANK_ENVIRONMENT;
-use self::process::{Heard, Process, What};
+use self::process::{Event, Process, RankEvent};
 use crate::learn::context::Setup;
 use crate::torch;
 
 const HEARTBEAT: Duration = Duration::from_millis(250);
-/// Log lines are in the store after so long.
+/// Log lines are written to the store this often.
 const FLUSH: Duration = Duration::from_secs(2);
-/// At the end the last lines of logs may take so long.
+/// When the agent ends, writing the last log lines may take this long.
 const LAST_LOGS: Duration = Duration::from_secs(10);
 
 struct Agent {
@@ -46,10 +45,10 @@ struct Agent {
     interface: Option<String>,
     cache: CacheConfig,
     rank_command: Vec<OsString>,
-    /// Hears what ranks have asked of the object store.
+    /// Is called with the store requests that ranks have made.
     used: fn(&pb::StoreUse),
-    slots: Vec<Slot>,
-    heard: mpsc::Sender<Heard>,
+    slots: Vec<DeviceSlot>,
+    rank_events: mpsc::Sender<RankEvent>,
     processes: u64,
     /// The stores of generations, by run.
     stores: HashMap<String, (u64, torch::Store)>,
@@ -57,37 +56,37 @@ struct Agent {
     logs: Logs,
     term: u64,
     to_coordinator: Option<mpsc::Sender<pb::AgentMessage>>,
-    /// It is shutting down.
+    /// Whether the agent is shutting down.
     leaving: bool,
     /// What the coordinator must hear.
     outbox: Outbox,
 }
 
 /// A device, and the rank on it.
-struct Slot {
+struct DeviceSlot {
     device: String,
-    seat: Option<Seat>,
+    rank: Option<LocalRank>,
 }
 
-struct Seat {
+struct LocalRank {
     id: u64,
     process: Process,
     run: String,
     generation: u64,
     rank: u32,
     joined: bool,
-    /// Of its generation, until it has left that.
+    /// The span of its generation, until it has left that.
     span: Span,
-    /// Its last word of what it is at.
-    alive: pb::RankHeartbeat,
-    heard: Instant,
+    /// The newest one.
+    heartbeat: pb::RankHeartbeat,
+    last_heard: Instant,
 }
 
-impl Seat {
-    /// Ends the span of the generation, if it goes on.
-    fn left(&mut self, cause: Cause, detail: &str) {
+impl LocalRank {
+    /// Ends the span of the generation, unless it has ended already.
+    fn end_span(&mut self, cause: Cause, detail: &str) {
         let span = std::mem::replace(&mut self.span, Span::none());
-        span.record("step", trace::integer(self.alive.step)).record("left", cause.as_str_name());
+        span.record("step", trace::integer(self.heartbeat.step)).record("left", cause.as_str_name());
         if matches!(cause, Cause::Collective | Cause::Error | Cause::Exited | Cause::Diverged) {
             trace::failed(&span, detail);
         }
@@ -95,10 +94,10 @@ impl Seat {
 }
 
 /// Runs a trainer agent until `shutdown`, under a `name` that no other agent has. `rank_command` starts a rank process: a program that
-/// calls [`run_rank`] on the same store, with stdin and stdout left to it. `used` hears what the ranks have asked of the store.
+/// calls [`crate::run_rank`] on the same store, with stdin and stdout left to it. `used` is called with the store requests of the ranks.
 ///
 /// # Errors
-/// If the settings cannot be meant so. Whatever fails later is tried again, or told to the coordinator.
+/// If the settings are wrong. Whatever fails later is retried, or reported to the coordinator.
 pub async fn run(
     name: String,
     config: Config,
@@ -113,8 +112,8 @@ pub async fn run(
         None => devices::devices(),
     };
     let grace = Duration::from_secs(config.leave_seconds.into());
-    let (address, interface) = link::own_place(&endpoint, config.advertise_address, config.interface)?;
-    let (heard, mut from_ranks) = mpsc::channel(1024);
+    let (address, interface) = link::advertised_address(&endpoint, config.advertise_address, config.interface)?;
+    let (rank_events, mut from_ranks) = mpsc::channel(1024);
     let (serving, mut served) = mpsc::channel(16);
     let (links, mut from_link) = mpsc::channel(64);
     let mut agent = Agent {
@@ -124,8 +123,8 @@ pub async fn run(
         cache: config.cache,
         rank_command,
         used,
-        slots: devices.into_iter().map(|device| Slot { device, seat: None }).collect(),
-        heard,
+        slots: devices.into_iter().map(|device| DeviceSlot { device, rank: None }).collect(),
+        rank_events,
         processes: 0,
         stores: HashMap::new(),
         serving,
@@ -136,16 +135,16 @@ pub async fn run(
         outbox: Outbox::default(),
     };
     info!(agent = agent.name, address = agent.address, devices = agent.slots.len(), "agent started");
-    let link = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(link::keep(endpoint, links)));
+    let link = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(link::keep_open(endpoint, links)));
     let (mut heartbeat, mut flush) = (interval(HEARTBEAT), interval(FLUSH));
     heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
     flush.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut end: Option<Instant> = None;
     loop {
         tokio::select! {
-            Some(link) = from_link.recv() => agent.link(link),
-            Some(heard) = from_ranks.recv() => agent.heard(heard),
-            Some((serve, store)) = served.recv() => agent.served(serve, store),
+            Some(event) = from_link.recv() => agent.on_link(event),
+            Some(event) = from_ranks.recv() => agent.on_rank(event),
+            Some((serve, store)) = served.recv() => agent.on_served(serve, store),
             _ = heartbeat.tick() => agent.heartbeat(),
             _ = flush.tick() => agent.logs.flush(),
             () = shutdown.cancelled(), if end.is_none() => {
@@ -157,7 +156,7 @@ pub async fn run(
             break;
         }
     }
-    // What was said last has a moment to reach the coordinator.
+    // The last messages need a moment to reach the coordinator.
     tokio::time::sleep(Duration::from_millis(100)).await;
     drop(link);
     agent.slots.clear();
@@ -169,28 +168,28 @@ pub async fn run(
 }
 
 impl Agent {
-    fn link(&mut self, link: Link) {
-        match link {
-            Link::Opened(to) => {
+    fn on_link(&mut self, event: LinkEvent) {
+        match event {
+            LinkEvent::Opened(to) => {
                 self.to_coordinator = Some(to);
                 self.outbox.rewind();
                 let hello = self.hello();
-                self.say(agent_message::Message::Hello(hello));
+                self.send(agent_message::Message::Hello(hello));
                 self.send_reports();
             }
-            Link::Closed => {
+            LinkEvent::Closed => {
                 self.to_coordinator = None;
                 self.outbox.rewind();
                 metrics::set_ready(false);
             }
-            Link::Said(message) => self.obey(*message),
+            LinkEvent::Message(message) => self.handle(*message),
         }
     }
 
     fn hello(&self) -> pb::Hello {
         let occupied = self.slots.iter().zip(0..).filter_map(|(slot, device)| {
-            let Seat { run, generation, rank, joined, alive, .. } = slot.seat.as_ref()?;
-            let (run, generation, rank, joined, step) = (run.clone(), *generation, *rank, *joined, alive.step);
+            let LocalRank { run, generation, rank, joined, heartbeat, .. } = slot.rank.as_ref()?;
+            let (run, generation, rank, joined, step) = (run.clone(), *generation, *rank, *joined, heartbeat.step);
             Some(pb::Occupied { device, run, generation, rank, joined, step })
         });
         pb::Hello {
@@ -202,7 +201,7 @@ impl Agent {
         }
     }
 
-    fn obey(&mut self, message: coordinator_message::Message) {
+    fn handle(&mut self, message: coordinator_message::Message) {
         use coordinator_message::Message;
         match message {
             Message::Welcome(welcome) if welcome.term < self.term => {
@@ -214,7 +213,7 @@ impl Agent {
                 metrics::set_ready(true);
                 info!(term = welcome.term, "connected to the coordinator");
             }
-            // A stream that was refused may still carry words.
+            // A stream to an outdated coordinator may still deliver messages: they are ignored.
             _ if self.to_coordinator.is_none() => {}
             Message::Serve(serve) => self.serve(serve),
             Message::Join(join) => self.join(join),
@@ -222,14 +221,14 @@ impl Agent {
             Message::Kill(kill) => self.kill(&kill),
             Message::HeartbeatAck(ack) => {
                 self.outbox.acknowledged(ack.acknowledged);
-                for seat in self.slots.iter().filter_map(|slot| slot.seat.as_ref()) {
-                    seat.process.order(Message::HeartbeatAck(ack));
+                for local in self.slots.iter().filter_map(|slot| slot.rank.as_ref()) {
+                    local.process.send(Message::HeartbeatAck(ack));
                 }
             }
         }
     }
 
-    /// Opens the store of a generation, beside everything else: looking up the own name may take a while.
+    /// Opens the store of a generation on a blocking thread, since looking up the own name may take a while.
     fn serve(&mut self, serve: pb::Serve) {
         let (address, done) = (self.address.clone(), self.serving.clone());
         tokio::task::spawn_blocking(move || {
@@ -238,7 +237,7 @@ impl Agent {
         });
     }
 
-    fn served(&mut self, serve: pb::Serve, store: torch::Result<torch::Store>) {
+    fn on_served(&mut self, serve: pb::Serve, store: torch::Result<torch::Store>) {
         let pb::Serve { run, generation } = serve;
         let (port, error) = match store {
             Ok(store) => {
@@ -248,7 +247,7 @@ impl Agent {
             }
             Err(error) => (0, error.to_string()),
         };
-        self.say(agent_message::Message::Serving(pb::Serving { run, generation, port, error }));
+        self.send(agent_message::Message::Serving(pb::Serving { run, generation, port, error }));
     }
 
     fn keep_store(&mut self, run: String, generation: u64, store: torch::Store) {
@@ -259,7 +258,7 @@ impl Agent {
 
     fn join(&mut self, mut join: pb::Join) {
         if self.leaving {
-            // It crossed the word that this agent leaves.
+            // The coordinator sent this before it heard that the agent is leaving.
             let left =
                 pb::Left { cause: Cause::Exited.into(), step: 0, detail: "its agent is shutting down".to_owned() };
             let message = Some(rank_message::Message::Left(left));
@@ -267,11 +266,12 @@ impl Agent {
             return self.report(pb::RankMessage { run, generation, rank, device, message, ..Default::default() });
         }
         let device = join.device as usize;
-        // A rank of another run holds nothing that this one could use.
+        // The state of another run's rank is of no use to this run.
         let slot = self.slots.get_mut(device);
-        if let Some(Seat { run, generation, .. }) = slot.and_then(|slot| slot.seat.take_if(|seat| seat.run != join.run))
+        if let Some(LocalRank { run, generation, .. }) =
+            slot.and_then(|slot| slot.rank.take_if(|local| local.run != join.run))
         {
-            self.gone(&run, generation);
+            self.release(&run, generation);
         }
         let Some(slot) = self.slots.get_mut(device) else {
             warn!(device, "asked to join on a device that is not here");
@@ -283,9 +283,9 @@ impl Agent {
         if !own.is_empty() {
             join.traceparent = own;
         }
-        if let Some(seat) = &mut slot.seat {
-            (seat.generation, seat.rank, seat.joined, seat.span) = (generation, rank, true, span);
-            seat.process.order(coordinator_message::Message::Join(join));
+        if let Some(local) = &mut slot.rank {
+            (local.generation, local.rank, local.joined, local.span) = (generation, rank, true, span);
+            local.process.send(coordinator_message::Message::Join(join));
             return;
         }
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -299,15 +299,15 @@ impl Agent {
         };
         self.processes += 1;
         let id = self.processes;
-        match Process::start(&self.rank_command, (&setup, self.interface.as_deref()), (device, id), &self.heard) {
+        match Process::start(&self.rank_command, (&setup, self.interface.as_deref()), (device, id), &self.rank_events) {
             Ok(process) => {
                 metrics::rank_started();
                 info!(run, generation, rank, device, "rank started");
-                process.order(coordinator_message::Message::Join(join));
-                let heard = Instant::now();
-                let alive = pb::RankHeartbeat::default();
-                self.slots[device].seat =
-                    Some(Seat { id, process, run, generation, rank, joined: true, span, alive, heard });
+                process.send(coordinator_message::Message::Join(join));
+                let last_heard = Instant::now();
+                let heartbeat = pb::RankHeartbeat::default();
+                self.slots[device].rank =
+                    Some(LocalRank { id, process, run, generation, rank, joined: true, span, heartbeat, last_heard });
             }
             Err(error) => {
                 let detail = format!("{error:#}");
@@ -329,47 +329,47 @@ impl Agent {
 
     fn leave(&mut self, leave: &pb::Leave) {
         if leave.abort && self.stores.get(&leave.run).is_some_and(|(generation, _)| *generation == leave.generation) {
-            // Ranks that still wait for each other at the store find out at once.
+            // Ranks that still wait for each other at the store fail at once.
             drop_store(self.stores.remove(&leave.run));
         }
-        for seat in self.slots.iter().filter_map(|slot| slot.seat.as_ref()) {
-            if (seat.run.as_str(), seat.generation) == (leave.run.as_str(), leave.generation) {
-                seat.process.order(coordinator_message::Message::Leave(leave.clone()));
+        for local in self.slots.iter().filter_map(|slot| slot.rank.as_ref()) {
+            if (local.run.as_str(), local.generation) == (leave.run.as_str(), leave.generation) {
+                local.process.send(coordinator_message::Message::Leave(leave.clone()));
             }
         }
     }
 
-    /// Asks every rank here to leave after its step, with a checkpoint, and for no new ones.
+    /// Asks every rank here to leave after its step, with a checkpoint; from now on the agent takes no new ones.
     fn leave_all(&mut self) {
         self.leaving = true;
         self.heartbeat();
-        for seat in self.slots.iter().filter_map(|slot| slot.seat.as_ref()).filter(|seat| seat.joined) {
-            let (run, generation) = (seat.run.clone(), seat.generation);
+        for local in self.slots.iter().filter_map(|slot| slot.rank.as_ref()).filter(|local| local.joined) {
+            let (run, generation) = (local.run.clone(), local.generation);
             let leave = pb::Leave { run, generation, checkpoint: true, abort: false };
-            seat.process.order(coordinator_message::Message::Leave(leave));
+            local.process.send(coordinator_message::Message::Leave(leave));
         }
     }
 
     fn busy(&self) -> bool {
-        self.slots.iter().filter_map(|slot| slot.seat.as_ref()).any(|seat| seat.joined)
+        self.slots.iter().filter_map(|slot| slot.rank.as_ref()).any(|local| local.joined)
     }
 
     fn kill(&mut self, kill: &pb::Kill) {
         let device = kill.device as usize;
-        let is_it = |seat: &mut Seat| seat.run == kill.run && seat.generation <= kill.generation;
-        let seat = self.slots.get_mut(device).and_then(|slot| slot.seat.take_if(is_it));
-        let Some(Seat { id, run, generation, rank, .. }) = seat else { return };
+        let is_it = |local: &mut LocalRank| local.run == kill.run && local.generation <= kill.generation;
+        let local = self.slots.get_mut(device).and_then(|slot| slot.rank.take_if(is_it));
+        let Some(LocalRank { id, run, generation, rank, .. }) = local else { return };
         info!(run, generation, rank, device, process = id, "rank ended");
         let left =
             pb::Left { cause: Cause::Exited.into(), step: 0, detail: "killed as the coordinator asked".to_owned() };
         let message = Some(rank_message::Message::Left(left));
-        self.gone(&run, generation);
+        self.release(&run, generation);
         self.report(pb::RankMessage { run, generation, rank, device: device as u32, message, ..Default::default() });
     }
 
-    /// After the last rank of a run here has gone, from `generation`, nothing of the run is kept but the store of a later generation.
-    fn gone(&mut self, run: &str, generation: u64) {
-        if !self.slots.iter().filter_map(|slot| slot.seat.as_ref()).any(|seat| seat.run == run) {
+    /// Frees what the agent holds for a run whose last rank here left `generation`: the store, unless it is a later generation's, and logs.
+    fn release(&mut self, run: &str, generation: u64) {
+        if !self.slots.iter().filter_map(|slot| slot.rank.as_ref()).any(|local| local.run == run) {
             if self.stores.get(run).is_some_and(|(of, _)| *of <= generation) {
                 drop_store(self.stores.remove(run));
             }
@@ -377,40 +377,40 @@ impl Agent {
         }
     }
 
-    fn heard(&mut self, Heard { device, process, what }: Heard) {
-        let Some(seat) = self.slots[device].seat.as_mut().filter(|seat| seat.id == process) else { return };
-        let (run, generation, rank) = (seat.run.clone(), seat.generation, seat.rank);
+    fn on_rank(&mut self, RankEvent { device, process, event }: RankEvent) {
+        let Some(local) = self.slots[device].rank.as_mut().filter(|local| local.id == process) else { return };
+        let (run, generation, rank) = (local.run.clone(), local.generation, local.rank);
         let device = device as u32;
-        match what {
-            What::Message(message) => {
-                seat.heard = Instant::now();
+        match event {
+            Event::Message(message) => {
+                local.last_heard = Instant::now();
                 let for_the_agent = message.run.is_empty();
                 match &message.message {
-                    Some(rank_message::Message::Joined(joined)) => seat.alive.step = joined.step,
-                    Some(rank_message::Message::Stepped(stepped)) => seat.alive.step = stepped.step,
-                    Some(rank_message::Message::Heartbeat(alive)) => seat.alive = *alive,
+                    Some(rank_message::Message::Joined(joined)) => local.heartbeat.step = joined.step,
+                    Some(rank_message::Message::Stepped(stepped)) => local.heartbeat.step = stepped.step,
+                    Some(rank_message::Message::Heartbeat(heartbeat)) => local.heartbeat = *heartbeat,
                     Some(rank_message::Message::StoreUse(used)) => (self.used)(used),
-                    Some(rank_message::Message::Left(left)) if message.generation == seat.generation => {
-                        (seat.joined, seat.alive.step) = (false, left.step);
-                        seat.left(left.cause(), &left.detail);
+                    Some(rank_message::Message::Left(left)) if message.generation == local.generation => {
+                        (local.joined, local.heartbeat.step) = (false, left.step);
+                        local.end_span(left.cause(), &left.detail);
                     }
                     _ => {}
                 }
                 let terminated = matches!(&message.message, Some(rank_message::Message::Left(left)) if left.cause() == Cause::Terminated);
                 if terminated {
-                    // It has said its last word.
-                    self.slots[device as usize].seat = None;
-                    self.gone(&run, generation);
+                    // It sends nothing after this.
+                    self.slots[device as usize].rank = None;
+                    self.release(&run, generation);
                 }
                 if !for_the_agent {
                     self.report(pb::RankMessage { device, ..message });
                 }
             }
-            What::Line(line) => {
+            Event::Line(line) => {
                 self.logs.line(&run, generation, rank, &line);
-                // It is in the store anyhow, so it waits for no coordinator, and takes no room from what does.
+                // The line is stored anyhow, so it does not wait in memory for a coordinator to come back.
                 let message = Some(rank_message::Message::Log(pb::LogLine { generation, rank, line }));
-                self.say(agent_message::Message::Rank(pb::RankMessage {
+                self.send(agent_message::Message::Rank(pb::RankMessage {
                     run,
                     generation,
                     rank,
@@ -419,13 +419,13 @@ impl Agent {
                     ..Default::default()
                 }));
             }
-            What::Exited(status) => {
+            Event::Exited(status) => {
                 metrics::rank_lost();
                 warn!(run, generation, rank, status, "rank process is gone");
-                seat.left(Cause::Exited, &status);
-                let left = pb::Left { cause: Cause::Exited.into(), step: seat.alive.step, detail: status };
-                self.slots[device as usize].seat = None;
-                self.gone(&run, generation);
+                local.end_span(Cause::Exited, &status);
+                let left = pb::Left { cause: Cause::Exited.into(), step: local.heartbeat.step, detail: status };
+                self.slots[device as usize].rank = None;
+                self.release(&run, generation);
                 let message = Some(rank_message::Message::Left(left));
                 self.report(pb::RankMessage { run, generation, rank, device, message, ..Default::default() });
             }
@@ -433,25 +433,25 @@ impl Agent {
     }
 
     fn heartbeat(&mut self) {
-        metrics::set_devices(self.slots.len(), self.slots.iter().filter(|slot| slot.seat.is_some()).count());
-        let life = |slot: &Slot| {
-            slot.seat.as_ref().map_or_else(pb::DeviceHeartbeat::default, |seat| pb::DeviceHeartbeat {
-                silent_millis: seat.heard.elapsed().as_millis() as u64,
-                rank: Some(seat.alive),
+        metrics::set_devices(self.slots.len(), self.slots.iter().filter(|slot| slot.rank.is_some()).count());
+        let of = |slot: &DeviceSlot| {
+            slot.rank.as_ref().map_or_else(pb::DeviceHeartbeat::default, |local| pb::DeviceHeartbeat {
+                silent_millis: local.last_heard.elapsed().as_millis() as u64,
+                rank: Some(local.heartbeat),
             })
         };
-        let devices = self.slots.iter().map(life).collect();
-        self.say(agent_message::Message::Heartbeat(pb::Heartbeat { devices, leaving: self.leaving }));
+        let devices = self.slots.iter().map(of).collect();
+        self.send(agent_message::Message::Heartbeat(pb::Heartbeat { devices, leaving: self.leaving }));
         self.send_reports();
     }
 
-    /// Says something that is of no use later.
-    fn say(&self, message: agent_message::Message) -> bool {
+    /// Sends a message if the stream is open and has room; otherwise drops it. Returns whether it was sent.
+    fn send(&self, message: agent_message::Message) -> bool {
         let message = pb::AgentMessage { message: Some(message) };
         self.to_coordinator.as_ref().is_some_and(|to| to.try_send(message).is_ok())
     }
 
-    /// Tells the coordinator, as soon as there is one.
+    /// Sends a report as soon as a coordinator is connected, and again until it is acknowledged.
     fn report(&mut self, message: pb::RankMessage) {
         self.outbox.push(message);
         self.send_reports();
@@ -466,7 +466,7 @@ impl Agent {
     }
 }
 
-/// Dropping a server joins its thread, for which the loop need not wait.
+/// Drops a store on a blocking thread, because that joins the server's thread.
 fn drop_store(store: Option<(u64, torch::Store)>) {
     if let Some(store) = store {
         tokio::task::spawn_blocking(move || drop(store));

@@ -16,16 +16,16 @@ use proto::{Attempt, DatasetId, Manifest, OutcomeCounts, Resize, RunSpec, Sample
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
-use crate::data::batch::{Batch, Light, Pixels};
-use crate::data::blocks::Blocks;
+use crate::data::batch::{Batch, ColorJitter, Pixels};
+use crate::data::blocks::BlockReader;
 use crate::data::cache::Cache;
 use crate::data::loader::Loader;
 use crate::data::normalise::Normalise;
 use crate::data::plan::lanes_of;
 use crate::data::random;
 use crate::learn::alexnet::AlexNet;
-use crate::learn::context::{Home, Setup};
-use crate::learn::control::{Pulse, Wishes};
+use crate::learn::context::{RankContext, Setup};
+use crate::learn::control::{ControlFlags, Heartbeat};
 use crate::learn::{schedule, step};
 use crate::rank::serve;
 use crate::torch::{Group, Member, Op, Reducer, Store};
@@ -193,7 +193,7 @@ pub fn steps(spec: &RunSpec, count: u64, rank: u32, world: u32, port: u16) -> Re
         device,
         timeout: Duration::from_secs(300),
     };
-    let group = Group::meet("127.0.0.1", port, member, || false)?;
+    let group = Group::join("127.0.0.1", port, member, || false)?;
     let crop = i64::from(spec.input.crop);
     let model = AlexNet::new(&spec.model, 1000, crop, spec.seed, kind, device);
     let mut sgd = step::optimizer(&model, &spec.train);
@@ -209,7 +209,7 @@ pub fn steps(spec: &RunSpec, count: u64, rank: u32, world: u32, port: u16) -> Re
     let own: i64 = shares.iter().sum();
     let pixels = Pixels {
         pixels: Tensor::randint(256, [own, crop, crop, 3], (Kind::Uint8, device)),
-        lights: vec![Light::default(); own as usize],
+        jitters: vec![ColorJitter::default(); own as usize],
         labels: Tensor::randint(1000, [own], (Kind::Int64, device)),
         keys: (0..own as u64).collect(),
     };
@@ -234,7 +234,7 @@ pub fn loader(store: &Path, spec: &RunSpec, cache_bytes: u64) -> Result<Vec<Figu
     let manifest = Manifest::from_json(&std::fs::read(store.join("manifest.json"))?)?;
     let runtime = tokio::runtime::Runtime::new()?;
     let folder: Arc<dyn ObjectStore> = Arc::new(LocalFileSystem::new_with_prefix(store)?);
-    let blocks = Arc::new(Blocks::new(folder, &manifest, Split::Train));
+    let blocks = Arc::new(BlockReader::new(folder, &manifest, Split::Train));
     let threads = spec.ranks.threads.max(1);
     tch::set_num_threads(threads as i32);
     let loader = Loader {
@@ -278,7 +278,7 @@ pub fn run(store: &Path, spec: &RunSpec, cache_bytes: u64) -> Result<Figures> {
         cache_dir: None,
         cache_disk_bytes: 0,
     };
-    let home = Home { store: folder, runtime: runtime.handle().clone(), setup };
+    let context = RankContext { store: folder, runtime: runtime.handle().clone(), setup };
     let meeting = Store::serve("127.0.0.1")?;
     let join = pb::Join {
         run: format!("bench-{}", std::process::id()),
@@ -298,12 +298,12 @@ pub fn run(store: &Path, spec: &RunSpec, cache_bytes: u64) -> Result<Figures> {
     let clock = Clock::start()?;
     let (orders, to_rank) = channel();
     let (reports, said) = channel();
-    let pulse = Arc::new(Pulse::new());
+    let heartbeat = Arc::new(Heartbeat::new());
     // There is no coordinator that could be away.
-    pulse.hear_for(Duration::from_secs(24 * 3600));
-    let wishes = Arc::new(Wishes::new(&join, pulse.clone()));
-    std::thread::spawn(move || serve(&home, &to_rank, &reports, &pulse, &|| {}));
-    orders.send((join, wishes))?;
+    heartbeat.assume_contact_for(Duration::from_secs(24 * 3600));
+    let flags = Arc::new(ControlFlags::new(&join, heartbeat.clone()));
+    std::thread::spawn(move || serve(&context, &to_rank, &reports, &heartbeat, &|| {}));
+    orders.send((join, flags))?;
     let mut images = 0;
     for message in said {
         match message.message {

@@ -9,7 +9,7 @@ mod jpeg;
 pub(crate) mod loader;
 pub(crate) mod normalise;
 pub(crate) mod plan;
+mod prefetch;
 pub(crate) mod random;
-mod ready;
 pub(crate) mod requests;
 pub(crate) mod store;

@@ -1,16 +1,15 @@
-//! The trainer: learns from what the workers fetched, on as many devices as there are, and goes on when some of them die.
+//! The trainer: learns from what the workers fetched, on as many devices as there are, and goes on when some of them fail.
 //!
-//! The life of a run, file by file:
-//! - `agent` offers this machine's devices to the coordinator over one stream (`link`), and runs a rank `process` on each that is
-//!   assigned; it keeps their `logs`;
-//! - `rank` is that process: it takes part in one generation after the other, as its agent says over `ipc`;
-//! - `job` is what it holds of its run: data, network, progress; here the ranks agree on a state;
-//! - `plan` says which samples come in which order, `stream` reads them from the store, `batch` cuts what is looked at out of them (`jpeg`
-//!   decodes), `cache` keeps them decoded, `loader` does all this ahead of the step (`ready` says how far), `normalise` makes numbers of bytes;
-//! - `train` is the loop, in the order of the mathematics: `alexnet` the network, `step` loss and optimizer, `c10d` the collectives;
-//! - `timing` says where the time of a step went; `evaluate` measures a split; `checkpoint` keeps the state and the trained model; `history` the ledger and the learning curve.
-//!
-//! Whatever is random comes from `random`, as a function of what it is for.
+//! It has five rooms. Each uses only those below it:
+//! - `agent` offers this machine's devices to the coordinator (`link`), runs a rank `process` on each that is assigned, and stores their `logs`;
+//! - `rank` is that process: it takes part in one generation after another, as its agent tells it in frames (`ipc`);
+//! - `learn` is a run on one rank (`job`): the ranks connect (`membership`) and `agree` on a state; `train` is the loop in the order of the
+//!   mathematics, with `alexnet`, `step` and `schedule`; `evaluate` measures a split; `records`, `history` and `checkpoint` are what is kept
+//!   on the way, `export` the trained model; `control` is how other threads reach the training thread;
+//! - `data` brings samples to the device: `plan` is their order, `requests` the batches of a rank, `blocks` reads the store, `jpeg` decodes,
+//!   `augment` crops and jitters, `cache` keeps decoded images, `loader` does all this ahead of the step into the queue of `prefetch`,
+//!   `normalise` makes the network's input. Random numbers are functions of what they are for (`random`);
+//! - `torch` is what libtorch has and `tch` does not bind: collectives (`group`, `reducer`), `device`, `autocast`, `optimizer`, `tensor`.
 
 mod agent;
 #[cfg(feature = "bench")]

@@ -1,7 +1,7 @@
-//! The rank process: lives through generations, keeps its state between them, and does what its agent says.
+//! The rank process takes part in one generation after another, as its agent tells it, and keeps its state between them.
 //!
-//! Three threads: one reads orders, one trains, one writes reports and signs of life. So a rank that trains, validates or waits for data
-//! is heard, and one that hangs as a process is not.
+//! It has three threads: one reads the agent's messages, one trains, one writes reports and heartbeats. So a rank that trains, validates or
+//! waits for data sends heartbeats, and a process that hangs does not.
 
 pub(crate) mod ipc;
 
@@ -18,28 +18,28 @@ use proto::trace;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{error, info, warn};
 
-use crate::learn::context::{Home, Setup};
-use crate::learn::control::{Pulse, Wishes};
+use crate::learn::context::{RankContext, Setup};
+use crate::learn::control::{ControlFlags, Heartbeat};
 use crate::learn::failure::Failure;
 use crate::learn::job::Job;
 use crate::learn::reports::Reports;
 use crate::learn::train::{Ending, generation};
 
-/// A rank is heard at least this often.
-const SIGN_OF_LIFE: Duration = Duration::from_millis(250);
+/// Time between two heartbeats.
+const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(250);
 
 /// Runs one rank until its agent closes its stdin. On SIGTERM it leaves its generation after the step, with a checkpoint, and ends.
-/// `used` gives what was asked of the store since it was last called, for the agent. `flush` is called when the rank has left a generation
-/// in order and may be killed soon, to export the generation's span; nobody waits for it then, as long as it takes no more than a moment.
+/// `used` returns the store requests since its last call, for the agent. `flush` is called after the rank has left a generation in order,
+/// to export the generation's span before the process may be killed; it must return soon.
 ///
 /// # Errors
-/// If the agent says nothing, or something that is no order.
+/// If the agent sends nothing, or something that is not a message.
 pub async fn run_rank(
     store: Arc<dyn ObjectStore>,
     used: fn() -> Option<pb::StoreUse>,
     flush: impl Fn() + Send + 'static,
 ) -> Result<()> {
-    // A rank of which any thread is gone would keep the others waiting; a rank that is gone is replaced.
+    // A rank without one of its threads would keep the other ranks waiting. A process that has exited is replaced.
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
         hook(info);
@@ -52,34 +52,34 @@ pub async fn run_rank(
     let setup = tokio::task::spawn_blocking(move || ipc::read(&mut stdin)).await??;
     let setup: Setup =
         serde_json::from_slice(&setup.context("the agent said nothing; ranks are started by `gleaner trainer`")?)?;
-    let home = Home { store, runtime, setup };
-    let pulse = Arc::new(Pulse::new());
-    let current: Arc<Mutex<Option<Arc<Wishes>>>> = Arc::default();
-    let (heard, joined) = (pulse.clone(), current.clone());
+    let context = RankContext { store, runtime, setup };
+    let heartbeat = Arc::new(Heartbeat::new());
+    let current: Arc<Mutex<Option<Arc<ControlFlags>>>> = Arc::default();
+    let (heard, joined) = (heartbeat.clone(), current.clone());
     spawn("orders", move || {
         let result = read_orders(&orders, &heard, &joined);
-        // What is not written yet is in the agent's or the store's hands no more; the training thread may hang in a collective.
+        // The agent is gone, so nobody reads reports any more, and the training thread may hang in a collective.
         std::process::exit(i32::from(result.is_err()));
     })?;
     let mut terminate = signal(SignalKind::terminate())?;
-    let told = pulse.clone();
+    let told = heartbeat.clone();
     tokio::spawn(async move {
         terminate.recv().await;
         told.terminated.store(true, Ordering::SeqCst);
         match current.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
-            Some(wishes) if !wishes.over.load(Ordering::SeqCst) => wishes.leave_after_step(true),
-            // It holds at most a state that others hold, too.
+            Some(flags) if !flags.left.load(Ordering::SeqCst) => flags.leave_after_step(true),
+            // Outside a generation it holds at most a state that other ranks hold, too.
             _ => std::process::exit(0),
         }
     });
     let (done, ended) = tokio::sync::oneshot::channel();
-    let beating = pulse.clone();
+    let beating = heartbeat.clone();
     spawn("reports", move || {
         write_reports(&to_write, &beating, used);
         let _ = done.send(());
     })?;
-    // Its end ends the reports, when all are written.
-    spawn("train", move || serve(&home, &to_train, &reports, &pulse, &flush))?;
+    // When this thread ends, the reports thread writes what is left and ends.
+    spawn("train", move || serve(&context, &to_train, &reports, &heartbeat, &flush))?;
     ended.await.context("the reporting thread panicked")
 }
 
@@ -88,40 +88,40 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
     Ok(())
 }
 
-/// Reads until the agent is gone. A `Leave` goes to the generation that it is for, past the training thread.
+/// Reads messages until the agent is gone. A `Leave` sets the flags of its generation at once, whatever the training thread does.
 fn read_orders(
-    orders: &Sender<(pb::Join, Arc<Wishes>)>,
-    pulse: &Arc<Pulse>,
-    current: &Mutex<Option<Arc<Wishes>>>,
+    orders: &Sender<(pb::Join, Arc<ControlFlags>)>,
+    heartbeat: &Arc<Heartbeat>,
+    current: &Mutex<Option<Arc<ControlFlags>>>,
 ) -> Result<()> {
     let mut stdin = std::io::stdin().lock();
     let current = || current.lock().unwrap_or_else(PoisonError::into_inner);
     while let Some(frame) = ipc::read(&mut stdin)? {
         match pb::CoordinatorMessage::decode(frame.as_slice())?.message {
             Some(coordinator_message::Message::Join(join)) => {
-                pulse.hear();
-                let wishes = Arc::new(Wishes::new(&join, pulse.clone()));
-                if let Some(old) = current().replace(wishes.clone()) {
+                heartbeat.note_contact();
+                let flags = Arc::new(ControlFlags::new(&join, heartbeat.clone()));
+                if let Some(old) = current().replace(flags.clone()) {
                     old.abort();
                 }
-                if orders.send((join, wishes)).is_err() {
+                if orders.send((join, flags)).is_err() {
                     break;
                 }
             }
             Some(coordinator_message::Message::Leave(leave)) => {
-                if let Some(wishes) = current().as_ref().filter(|wishes| wishes.concern(&leave)) {
-                    wishes.hear(&leave);
+                if let Some(flags) = current().as_ref().filter(|flags| flags.are_for(&leave)) {
+                    flags.obey(&leave);
                 }
             }
-            Some(coordinator_message::Message::HeartbeatAck(_)) => pulse.hear(),
+            Some(coordinator_message::Message::HeartbeatAck(_)) => heartbeat.note_contact(),
             _ => {}
         }
     }
     Ok(())
 }
 
-/// Writes reports as they come, and between them signs of life and what was asked of the store, until there are no more.
-fn write_reports(reports: &Receiver<pb::RankMessage>, pulse: &Pulse, used: fn() -> Option<pb::StoreUse>) {
+/// Writes reports as they come, and heartbeats and store use at intervals, until the training thread has ended.
+fn write_reports(reports: &Receiver<pb::RankMessage>, heartbeat: &Heartbeat, used: fn() -> Option<pb::StoreUse>) {
     let mut stdout = std::io::stdout().lock();
     let mut write = |message: pb::RankMessage| ipc::write(&mut stdout, &message.encode_to_vec());
     let to_agent = |message| pb::RankMessage { message: Some(message), ..Default::default() };
@@ -132,9 +132,9 @@ fn write_reports(reports: &Receiver<pb::RankMessage>, pulse: &Pulse, used: fn() 
         let written = match report {
             Ok(message) => write(message),
             Err(_) => {
-                due = Instant::now() + SIGN_OF_LIFE;
+                due = Instant::now() + HEARTBEAT_INTERVAL;
                 let used = used().map(rank_message::Message::StoreUse);
-                let alive = rank_message::Message::Heartbeat(pulse.alive());
+                let alive = rank_message::Message::Heartbeat(heartbeat.alive());
                 used.into_iter().chain([alive]).try_for_each(|message| write(to_agent(message)))
             }
         };
@@ -144,23 +144,23 @@ fn write_reports(reports: &Receiver<pb::RankMessage>, pulse: &Pulse, used: fn() 
     }
 }
 
-/// Takes part in one generation after the other, until there are no more orders, or the process is to end.
+/// Takes part in one generation after another, until there are no more of them or the process was told to terminate.
 pub(crate) fn serve(
-    home: &Home,
-    orders: &Receiver<(pb::Join, Arc<Wishes>)>,
+    context: &RankContext,
+    orders: &Receiver<(pb::Join, Arc<ControlFlags>)>,
     reports: &Sender<pb::RankMessage>,
-    pulse: &Pulse,
+    heartbeat: &Heartbeat,
     flush: &dyn Fn(),
 ) {
     let mut job: Option<Job> = None;
-    for (join, wishes) in orders {
+    for (join, flags) in orders {
         let span = trace::generation("rank", &join).entered();
         let reports =
             Reports { run: join.run.clone(), generation: join.generation, rank: join.rank, to: reports.clone() };
-        let result = take_part(home, &mut job, &join, &wishes, &reports);
-        wishes.over.store(true, Ordering::SeqCst);
-        wishes.at(Activity::Idle);
-        let terminated = pulse.terminated.load(Ordering::SeqCst);
+        let result = take_part(context, &mut job, &join, &flags, &reports);
+        flags.left.store(true, Ordering::SeqCst);
+        flags.set_activity(Activity::Idle);
+        let terminated = heartbeat.terminated.load(Ordering::SeqCst);
         let (cause, detail) = match &result {
             Ok(Ending::Asked) if terminated => (Cause::Terminated, String::new()),
             Ok(Ending::Asked) => (Cause::Asked, String::new()),
@@ -169,8 +169,8 @@ pub(crate) fn serve(
             Err(Failure::Here(error)) => (Cause::Error, format!("{error:#}")),
             Err(Failure::Diverged(detail)) => (Cause::Diverged, detail.clone()),
         };
-        // A state that is no longer whole must not be counted on.
-        let step = job.as_ref().filter(|job| job.held).map_or(0, |job| job.progress.step);
+        // Step 0 says that this rank holds no whole state.
+        let step = job.as_ref().filter(|job| job.has_state).map_or(0, |job| job.progress.step);
         match &result {
             Ok(ending) => info!(generation = join.generation, rank = join.rank, step, ?ending, "left the generation"),
             Err(failure @ Failure::Collective(_)) => {
@@ -199,17 +199,17 @@ pub(crate) fn serve(
 }
 
 fn take_part(
-    home: &Home,
+    context: &RankContext,
     job: &mut Option<Job>,
     join: &pb::Join,
-    wishes: &Wishes,
+    flags: &ControlFlags,
     reports: &Reports,
 ) -> Result<Ending, Failure> {
     info!(run = join.run, generation = join.generation, rank = join.rank, world = join.world_size, "joining");
-    wishes.at(Activity::Opening);
+    flags.set_activity(Activity::Opening);
     let job = match job.take().filter(|job| job.run == join.run) {
         Some(open) => job.insert(open),
-        None => job.insert(Job::open(home, join)?),
+        None => job.insert(Job::open(context, join)?),
     };
-    generation(job, join, wishes, reports)
+    generation(job, join, flags, reports)
 }

@@ -18,8 +18,8 @@ use proto::shard::{Origin, TarWriter, sha256_hex};
 use proto::{Attempt, DatasetId, Manifest, OutcomeCounts, Resize, Sample, Split, Stored, keys};
 
 use crate::learn::checkpoint;
-use crate::learn::context::{Home, Setup};
-use crate::learn::control::{Pulse, Wishes};
+use crate::learn::context::{RankContext, Setup};
+use crate::learn::control::{ControlFlags, Heartbeat};
 use crate::rank::serve;
 use crate::torch::{self, tensor::Named};
 
@@ -31,7 +31,7 @@ fn dataset() -> DatasetId {
 }
 
 /// A store with a dataset of three classes, which differ in colour: 150 samples to train on, 12 each to validate and to test.
-struct World {
+pub(crate) struct World {
     _folder: tempfile::TempDir,
     runtime: tokio::runtime::Runtime,
     store: Arc<dyn ObjectStore>,
@@ -39,7 +39,7 @@ struct World {
 }
 
 impl World {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let store = object_store::local::LocalFileSystem::new_with_prefix(folder.path()).expect("the folder is there");
         let runtime = tokio::runtime::Runtime::new().expect("a runtime");
@@ -130,30 +130,59 @@ impl World {
         self.rank_on(None)
     }
 
-    /// A rank whose device answers as `fake` says, which is given the rank's pulse.
-    fn rank_on(&self, fake: Option<Box<dyn FnOnce(Arc<Pulse>) -> torch::Fake>>) -> Rank {
-        let (orders, to_rank) = channel();
-        let (reports, said) = channel();
+    /// What a rank process on the CPU has.
+    pub(crate) fn context(&self) -> RankContext {
         let setup = Setup {
             device: "cpu".to_owned(),
             advertise_address: "127.0.0.1".to_owned(),
             threads: 1,
-            // Holds about half of the images, so that both ways are gone.
+            // Holds about half of the images, so that samples come from it and from the store.
             cache_bytes: (80 * 3 * SIZE * SIZE) as u64,
             cache_dir: None,
             cache_disk_bytes: 0,
         };
-        let home = Home { store: self.store.clone(), runtime: self.runtime.handle().clone(), setup };
-        let pulse = Arc::new(Pulse::new());
-        // There is no coordinator that could be away.
-        pulse.hear_for(DEADLINE);
-        let beating = pulse.clone();
-        let fake = fake.map(|fake| fake(pulse.clone()));
+        RankContext { store: self.store.clone(), runtime: self.runtime.handle().clone(), setup }
+    }
+
+    /// The coordinator's message that makes a rank join a generation whose store is served at `port`.
+    pub(crate) fn join(
+        &self,
+        run: &str,
+        spec: &str,
+        generation: u64,
+        (rank, world): (usize, usize),
+        port: u16,
+    ) -> pb::Join {
+        pb::Join {
+            run: run.to_owned(),
+            generation,
+            device: rank as u32,
+            rank: rank as u32,
+            world_size: world as u32,
+            store: format!("127.0.0.1:{port}"),
+            spec_json: spec.to_owned(),
+            manifest_key: self.manifest.key.clone(),
+            manifest_sha256: self.manifest.sha256.clone(),
+            elapsed_seconds: 1.0,
+            ..pb::Join::default()
+        }
+    }
+
+    /// A rank whose device answers as `fake` says, which is given the rank's heartbeat.
+    fn rank_on(&self, fake: Option<Box<dyn FnOnce(Arc<Heartbeat>) -> torch::Fake>>) -> Rank {
+        let (orders, to_rank) = channel();
+        let (reports, said) = channel();
+        let context = self.context();
+        let heartbeat = Arc::new(Heartbeat::new());
+        // These tests have no coordinator.
+        heartbeat.assume_contact_for(DEADLINE);
+        let beating = heartbeat.clone();
+        let fake = fake.map(|fake| fake(heartbeat.clone()));
         std::thread::spawn(move || {
             torch::FAKE.set(fake);
-            serve(&home, &to_rank, &reports, &beating, &|| {});
+            serve(&context, &to_rank, &reports, &beating, &|| {});
         });
-        Rank { orders, said, heard: Mutex::default(), pulse }
+        Rank { orders, said, heard: Mutex::default(), heartbeat }
     }
 
     /// Has the ranks join a new generation.
@@ -166,27 +195,14 @@ impl World {
         checkpoints: &[pb::Checkpointed],
     ) -> Generation {
         let store = torch::Store::serve("127.0.0.1").expect("loopback");
-        let wishes = ranks.iter().enumerate().map(|(rank, to)| {
-            let join = pb::Join {
-                run: run.to_owned(),
-                generation: n,
-                device: rank as u32,
-                rank: rank as u32,
-                world_size: ranks.len() as u32,
-                store: format!("127.0.0.1:{}", store.port()),
-                spec_json: spec.to_owned(),
-                manifest_key: self.manifest.key.clone(),
-                manifest_sha256: self.manifest.sha256.clone(),
-                checkpoints: checkpoints.to_vec(),
-                elapsed_seconds: 1.0,
-                start: None,
-                traceparent: String::new(),
-            };
-            let wishes = Arc::new(Wishes::new(&join, to.pulse.clone()));
-            to.orders.send((join, wishes.clone())).expect("the rank lives");
-            wishes
+        let flags = ranks.iter().enumerate().map(|(rank, to)| {
+            let join = self.join(run, spec, n, (rank, ranks.len()), store.port());
+            let join = pb::Join { checkpoints: checkpoints.to_vec(), ..join };
+            let flags = Arc::new(ControlFlags::new(&join, to.heartbeat.clone()));
+            to.orders.send((join, flags.clone())).expect("the rank lives");
+            flags
         });
-        Generation { wishes: wishes.collect(), _store: store }
+        Generation { flags: flags.collect(), _store: store }
     }
 
     /// Runs from the beginning to the end, undisturbed.
@@ -230,15 +246,15 @@ impl World {
 }
 
 struct Generation {
-    wishes: Vec<Arc<Wishes>>,
+    flags: Vec<Arc<ControlFlags>>,
     _store: torch::Store,
 }
 
 struct Rank {
-    orders: Sender<(pb::Join, Arc<Wishes>)>,
+    orders: Sender<(pb::Join, Arc<ControlFlags>)>,
     said: Receiver<pb::RankMessage>,
     heard: Mutex<Vec<Message>>,
-    pulse: Arc<Pulse>,
+    heartbeat: Arc<Heartbeat>,
 }
 
 impl Rank {
@@ -262,7 +278,7 @@ impl Rank {
 
     fn wait_for_step(&self, step: u64) {
         let begun = Instant::now();
-        while self.pulse.step() < step {
+        while self.heartbeat.step() < step {
             assert!(begun.elapsed() < DEADLINE, "step {step} never came");
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -385,7 +401,7 @@ fn survivors_of_a_lost_rank_go_on_and_end_as_an_undisturbed_run() {
     let (a, b, lost) = (world.rank(), world.rank(), world.rank());
     let first = world.generation("run", &spec("f64"), 1, &[&lost, &a, &b], &[]);
     lost.wait_for_step(7);
-    first.wishes[0].abort();
+    first.flags[0].abort();
     lost.left(Cause::Collective);
     let steps = [a.left(Cause::Collective).step, b.left(Cause::Collective).step];
     assert!(steps.iter().all(|&step| (6..20).contains(&step)), "{steps:?}");
@@ -403,8 +419,8 @@ fn a_step_whose_reduction_is_late_and_then_fails_on_one_rank_is_applied_by_none_
     let world = World::new();
     let undisturbed = world.whole("undisturbed", &spec("f64"), 1);
     let a = world.rank();
-    let peer = a.pulse.clone();
-    let fake = |own: Arc<Pulse>| -> torch::Fake {
+    let peer = a.heartbeat.clone();
+    let fake = |own: Arc<Heartbeat>| -> torch::Fake {
         let mut asked = 0;
         Box::new(move || {
             if own.step() != 7 || asked == 500 {
@@ -435,7 +451,7 @@ fn a_run_that_left_with_a_checkpoint_resumes_in_the_middle_of_an_epoch_as_if_not
     let first = world.generation("run", &spec("f64"), 1, &[&a, &b], &[]);
     a.wait_for_step(6);
     // One rank is told; both leave after the same step.
-    first.wishes[1].hear(&pb::Leave { run: "run".into(), generation: 1, checkpoint: true, abort: false });
+    first.flags[1].obey(&pb::Leave { run: "run".into(), generation: 1, checkpoint: true, abort: false });
     let steps = [a.left(Cause::Asked).step, b.left(Cause::Asked).step];
     assert!(steps[0] == steps[1] && steps[0] % 5 != 0, "in the middle of an epoch: {steps:?}");
     let checkpoint = last_checkpoint(&a.all()).expect("a checkpoint was asked for");

@@ -1,4 +1,5 @@
-//! The stream to the coordinator: re-opened after any error, for ever. A coordinator may be dead for minutes; ranks train on meanwhile.
+//! The stream to the coordinator. It is reconnected after every error for as long as the agent runs: a coordinator may be dead for
+//! minutes, and ranks go on training meanwhile.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket};
@@ -11,22 +12,22 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Endpoint;
 use tracing::warn;
 
-/// For the connection, and for the answer to `Connect`.
+/// Time limit of the connection, and of the response to `Connect`.
 const DEADLINE: Duration = Duration::from_secs(10);
-/// Between attempts, at most.
-const MOST_PAUSE: Duration = Duration::from_secs(2);
-/// Messages that wait for the network.
-const WAITING: usize = 256;
+/// The longest pause between two attempts to connect.
+const MAX_PAUSE: Duration = Duration::from_secs(2);
+/// How many messages may wait to be sent.
+const SEND_BUFFER: usize = 256;
 
-/// What becomes of the stream.
+/// What happens to the stream.
 #[derive(Debug)]
-pub(crate) enum Link {
-    /// A stream is being opened; what is sent here goes over it, first of all a `Hello`.
+pub(crate) enum LinkEvent {
+    /// A stream is being opened. It carries what is sent here, which must begin with a `Hello`.
     Opened(mpsc::Sender<pb::AgentMessage>),
-    /// It has ended.
+    /// The stream has ended.
     Closed,
-    /// The coordinator said something.
-    Said(Box<pb::coordinator_message::Message>),
+    /// A message of the coordinator.
+    Message(Box<pb::coordinator_message::Message>),
 }
 
 /// Where the coordinator is.
@@ -40,9 +41,9 @@ pub(crate) fn endpoint(coordinator: &str) -> Result<Endpoint> {
         .keep_alive_while_idle(true))
 }
 
-/// Where other machines reach this one, and the network interface of that address, if it is known: as told, or else the address from which
-/// the coordinator is reached. What is told need not be this machine's own (a host name, an address in front of it).
-pub(crate) fn own_place(
+/// The address at which other machines reach this one, and its network interface if that is known: the given `address`, the first address
+/// of the given `interface`, or else the local address of the route to the coordinator. A given address may be a host name.
+pub(crate) fn advertised_address(
     coordinator: &Endpoint,
     address: Option<String>,
     interface: Option<String>,
@@ -95,37 +96,40 @@ fn own_address(endpoint: &Endpoint) -> Result<String> {
     Ok(socket.local_addr()?.ip().to_string())
 }
 
-/// Keeps a stream open until nobody listens.
-pub(crate) async fn keep(endpoint: Endpoint, links: mpsc::Sender<Link>) {
+/// Keeps a stream open until the receiver of its events is dropped.
+pub(crate) async fn keep_open(endpoint: Endpoint, links: mpsc::Sender<LinkEvent>) {
     let mut pause = Duration::from_millis(100);
     while !links.is_closed() {
         match stream(&endpoint, &links).await {
             Ok(()) => pause = Duration::from_millis(100),
             Err(error) => warn!(error = format!("{error:#}"), "no stream to the coordinator; trying again"),
         }
-        if links.send(Link::Closed).await.is_err() {
+        if links.send(LinkEvent::Closed).await.is_err() {
             return;
         }
-        // Spread out, so that not all agents come back at once.
+        // Jitter, so that not all agents reconnect at the same time.
         let spread = f64::from(uuid::Uuid::new_v4().as_bytes()[0]) / 255.0;
         tokio::time::sleep(pause.mul_f64(0.5 + spread)).await;
-        pause = (pause * 2).min(MOST_PAUSE);
+        pause = (pause * 2).min(MAX_PAUSE);
     }
 }
 
-/// One stream, until it ends. An error only if it never stood.
-async fn stream(endpoint: &Endpoint, links: &mpsc::Sender<Link>) -> Result<()> {
+/// Runs one stream until it ends.
+///
+/// # Errors
+/// If it could not be opened.
+async fn stream(endpoint: &Endpoint, links: &mpsc::Sender<LinkEvent>) -> Result<()> {
     let mut client = TrainerServiceClient::new(endpoint.connect().await?);
-    let (send, to_send) = mpsc::channel(WAITING);
-    if links.send(Link::Opened(send)).await.is_err() {
+    let (send, to_send) = mpsc::channel(SEND_BUFFER);
+    if links.send(LinkEvent::Opened(send)).await.is_err() {
         return Ok(());
     }
     let answer = tokio::time::timeout(DEADLINE, client.connect(ReceiverStream::new(to_send))).await;
-    let mut said = answer.context("the coordinator did not answer")??.into_inner();
+    let mut messages = answer.context("the coordinator did not answer")??.into_inner();
     loop {
-        match said.message().await {
+        match messages.message().await {
             Ok(Some(pb::CoordinatorMessage { message: Some(message) })) => {
-                if links.send(Link::Said(Box::new(message))).await.is_err() {
+                if links.send(LinkEvent::Message(Box::new(message))).await.is_err() {
                     return Ok(());
                 }
             }
@@ -148,7 +152,7 @@ mod tests {
         let coordinator = endpoint("http://127.0.0.1:7070").expect("an address");
         let loopback = ("127.0.0.1".to_owned(), Some("lo".to_owned()));
         let place = |address: Option<&str>, interface: Option<&str>| {
-            own_place(&coordinator, address.map(str::to_owned), interface.map(str::to_owned))
+            advertised_address(&coordinator, address.map(str::to_owned), interface.map(str::to_owned))
         };
         assert_eq!(place(None, None).expect("a route"), loopback);
         assert_eq!(place(None, Some("lo")).expect("it has one"), loopback);

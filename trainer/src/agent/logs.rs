@@ -1,4 +1,4 @@
-//! What ranks write on stderr, on its way to the store.
+//! Writes what ranks print on stderr to the store.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use crate::data::store::put;
 /// Lines beyond this are dropped while the store does not take them.
 const MOST_BYTES: usize = 4 << 20;
 
-/// Lines that are not in the store yet, by the rank that said them.
+/// Lines that are not in the store yet, by rank.
 pub(crate) struct Logs {
     store: Arc<dyn ObjectStore>,
     open: HashMap<(String, u64, u32), Open>,
@@ -27,7 +27,7 @@ struct Open {
 }
 
 impl Logs {
-    /// Without lines.
+    /// No lines yet.
     pub(crate) fn new(store: Arc<dyn ObjectStore>) -> Self {
         Self { store, open: HashMap::new(), writes: JoinSet::new() }
     }
@@ -41,7 +41,7 @@ impl Logs {
         }
     }
 
-    /// Has all new lines written, unless earlier ones still are.
+    /// Starts to write all new lines, unless a write is still in flight.
     pub(crate) fn flush(&mut self) {
         while self.writes.try_join_next().is_some() {}
         if !self.writes.is_empty() {
@@ -62,13 +62,13 @@ impl Logs {
         }
     }
 
-    /// Forgets a run's counts of files, once its ranks are gone from here.
+    /// Forgets a run's file counts after its last rank here has ended.
     pub(crate) fn close(&mut self, run: &str) {
         self.flush();
         self.open.retain(|(of, ..), open| of != run || !open.text.is_empty());
     }
 
-    /// Writes all that is left.
+    /// Writes all remaining lines and waits for it.
     pub(crate) async fn finish(&mut self) {
         while self.writes.join_next().await.is_some() {}
         self.flush();

@@ -1,5 +1,4 @@
-//! What the coordinator must hear of this agent's ranks, whatever becomes of it: each report is kept until it is acknowledged, and goes out
-//! again over the next stream.
+//! Reports of this agent's ranks to the coordinator. Each is kept until it is acknowledged, and sent again over the next stream.
 
 use std::collections::VecDeque;
 
@@ -10,13 +9,13 @@ use proto::pb::{self, rank_message::Message};
 #[derive(Debug, Default)]
 pub(super) struct Outbox {
     reports: VecDeque<pb::RankMessage>,
-    /// So many of them have gone out over the present stream.
+    /// How many of them have been sent over the current stream.
     sent: usize,
     sequence: u64,
 }
 
 impl Outbox {
-    /// Adds a report. Of a device's steps that have not gone out only the newest counts; the curve's points are in the store as well.
+    /// Adds a report. Only the newest step of a device is kept among unsent reports; the curve's points are in the store as well.
     pub(super) fn push(&mut self, mut report: pb::RankMessage) {
         if let Some(Message::Stepped(newest)) = &mut report.message {
             let mut unsent = self.reports.split_off(self.sent);
@@ -35,19 +34,19 @@ impl Outbox {
         self.reports.push_back(report);
     }
 
-    /// Sends what has not gone out, until `send` takes no more.
+    /// Sends unsent reports until `send` returns false.
     pub(super) fn send(&mut self, send: impl Fn(&pb::RankMessage) -> bool) {
         while self.reports.get(self.sent).is_some_and(&send) {
             self.sent += 1;
         }
     }
 
-    /// The stream has ended: nobody knows what has arrived.
+    /// The stream has ended: all unacknowledged reports are sent again.
     pub(super) fn rewind(&mut self) {
         self.sent = 0;
     }
 
-    /// Forgets the reports up to this number.
+    /// Removes the reports up to this number.
     pub(super) fn acknowledged(&mut self, sequence: u64) {
         while self.reports.front().is_some_and(|report| report.sequence <= sequence) {
             self.reports.pop_front();

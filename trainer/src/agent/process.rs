@@ -1,4 +1,4 @@
-//! One rank process, as its agent sees it: started, spoken to, heard, ended.
+//! One rank process, as its agent sees it: started, spoken to, events, ended.
 
 use std::ffi::OsString;
 use std::process::Stdio;
@@ -25,17 +25,19 @@ const NCCL_INTERFACE: &str = "NCCL_SOCKET_IFNAME";
 /// A log line's bytes; the rest is cut off.
 const LONGEST_LINE: usize = 8 << 10;
 
-/// What is heard of a process, with the number of its device and its own.
+/// An event of a rank process.
 #[derive(Debug)]
-pub(crate) struct Heard {
+pub(crate) struct RankEvent {
     pub device: usize,
+    /// Counts the processes that this agent has started.
     pub process: u64,
-    pub what: What,
+    pub event: Event,
 }
 
-/// What is heard of a process.
+/// What has happened.
 #[derive(Debug)]
-pub(crate) enum What {
+pub(crate) enum Event {
+    /// It sent this.
     Message(pb::RankMessage),
     /// A line on its stderr.
     Line(String),
@@ -46,7 +48,7 @@ pub(crate) enum What {
 /// A running rank process. Dropping it kills it.
 #[derive(Debug)]
 pub(crate) struct Process {
-    orders: mpsc::UnboundedSender<Vec<u8>>,
+    messages: mpsc::UnboundedSender<Vec<u8>>,
     _kill: oneshot::Sender<()>,
 }
 
@@ -56,7 +58,7 @@ impl Process {
         command: &[OsString],
         (setup, interface): (&Setup, Option<&str>),
         (device, process): (usize, u64),
-        heard: &mpsc::Sender<Heard>,
+        events: &mpsc::Sender<RankEvent>,
     ) -> Result<Self> {
         let (program, arguments) = command.split_first().context("the command that starts a rank is empty")?;
         let mut command = Command::new(program);
@@ -84,8 +86,8 @@ impl Process {
             anyhow::bail!("a rank process has no pipes");
         };
         // Few and small: what the coordinator says to one rank.
-        let (orders, mut to_write) = mpsc::unbounded_channel::<Vec<u8>>();
-        orders.send(serde_json::to_vec(setup)?)?;
+        let (to_rank, mut to_write) = mpsc::unbounded_channel::<Vec<u8>>();
+        to_rank.send(serde_json::to_vec(setup)?)?;
         tokio::spawn(async move {
             while let Some(frame) = to_write.recv().await {
                 if ipc::send(&mut stdin, &frame).await.is_err() {
@@ -94,10 +96,10 @@ impl Process {
             }
         });
         let tell = {
-            let heard = heard.clone();
-            move |what| {
-                let heard = heard.clone();
-                async move { heard.send(Heard { device, process, what }).await.is_ok() }
+            let events = events.clone();
+            move |event| {
+                let events = events.clone();
+                async move { events.send(RankEvent { device, process, event }).await.is_ok() }
             }
         };
         let messages = tokio::spawn({
@@ -105,7 +107,7 @@ impl Process {
             async move {
                 while let Ok(Some(frame)) = ipc::receive(&mut stdout).await {
                     let Ok(message) = pb::RankMessage::decode(frame.as_slice()) else { return };
-                    if !tell(What::Message(message)).await {
+                    if !tell(Event::Message(message)).await {
                         return;
                     }
                 }
@@ -119,7 +121,7 @@ impl Process {
                 while matches!(stderr.read_until(b'\n', &mut line).await, Ok(1..)) {
                     let text = String::from_utf8_lossy(&line[..line.len().min(LONGEST_LINE)]).trim_end().to_owned();
                     line.clear();
-                    if !tell(What::Line(text)).await {
+                    if !tell(Event::Line(text)).await {
                         return;
                     }
                 }
@@ -134,16 +136,16 @@ impl Process {
                 }
             }
             let status = child.wait().await;
-            // All that it said comes before its end.
+            // What it sent and wrote comes before its end.
             let _ = tokio::join!(messages, lines);
-            tell(What::Exited(status.map_or_else(|error| error.to_string(), |status| status.to_string()))).await;
+            tell(Event::Exited(status.map_or_else(|error| error.to_string(), |status| status.to_string()))).await;
         });
-        Ok(Self { orders, _kill: kill })
+        Ok(Self { messages: to_rank, _kill: kill })
     }
 
-    /// Passes an order on. If the process is gone that is heard in another way.
-    pub(crate) fn order(&self, message: pb::coordinator_message::Message) {
+    /// Sends a message. If the process is gone, that is an event of its own.
+    pub(crate) fn send(&self, message: pb::coordinator_message::Message) {
         let message = pb::CoordinatorMessage { message: Some(message) };
-        let _ = self.orders.send(message.encode_to_vec());
+        let _ = self.messages.send(message.encode_to_vec());
     }
 }

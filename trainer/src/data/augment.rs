@@ -1,6 +1,6 @@
-//! From stored images to what the network looks at: choose a part, decode, scale, mirror.
+//! Augmentation: crops a part of a stored image, scales and flips it, and draws its color jitter.
 //!
-//! What is done to a sample depends on seed, epoch and the sample's key alone, and its pixels not on whether they were cached.
+//! What is drawn for a sample depends on seed, epoch and the sample's key alone. The pixels are the same whether the image was cached or not.
 
 use std::sync::Arc;
 
@@ -10,23 +10,23 @@ use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer
 use proto::run_spec::{Cut, Input};
 use proto::{ImageFormat, Sample};
 
-use super::batch::Light;
+use super::batch::ColorJitter;
 use super::image::Image;
 use super::jpeg::{self, Area};
 use super::random;
 
 /// How samples become input.
 #[derive(Debug, Clone)]
-pub(crate) enum Views {
-    /// A random part, perhaps mirrored, in random light: for each epoch (from 0) and sample another one.
+pub(crate) enum Augmentation {
+    /// A random crop, flip and color jitter, drawn anew for each epoch (from 0) and sample.
     Training { input: Input, seed: u64, epoch: u64 },
-    /// The centre.
+    /// The centre crop.
     Evaluation { crop: u32 },
 }
 
-/// What of one image is looked at, and how.
+/// What was drawn for one image.
 #[derive(Debug, Clone, Copy, PartialEq)]
-struct View {
+struct Transform {
     area: Area,
     flip: bool,
     brightness: f32,
@@ -34,7 +34,7 @@ struct View {
     saturation: f32,
 }
 
-/// Which draw of a sample decides what.
+/// What each random number of a sample decides.
 mod draw {
     pub(super) const LEFT: u64 = 0;
     pub(super) const TOP: u64 = 1;
@@ -42,43 +42,43 @@ mod draw {
     pub(super) const BRIGHTNESS: u64 = 3;
     pub(super) const CONTRAST: u64 = 4;
     pub(super) const SATURATION: u64 = 5;
-    /// Two for each try to find a part.
+    /// Two for each attempt to draw a size.
     pub(super) const SHAPES: u64 = 6;
 }
 
-impl Views {
+impl Augmentation {
     /// Side of the network's input.
     pub(crate) fn crop(&self) -> usize {
         match self {
-            Views::Training { input, .. } => input.crop as usize,
-            Views::Evaluation { crop } => *crop as usize,
+            Augmentation::Training { input, .. } => input.crop as usize,
+            Augmentation::Evaluation { crop } => *crop as usize,
         }
     }
 
-    /// Whether all of an image must be known to light a part of it.
-    fn whole(&self) -> bool {
-        matches!(self, Views::Training { input, .. } if input.contrast > 0.0)
+    /// Whether the color jitter of a part depends on the whole image.
+    fn needs_whole_image(&self) -> bool {
+        matches!(self, Augmentation::Training { input, .. } if input.contrast > 0.0)
     }
 
-    fn of(&self, key: u64, width: usize, height: usize) -> Result<View> {
+    fn transform(&self, key: u64, width: usize, height: usize) -> Result<Transform> {
         let crop = self.crop();
-        let scales = matches!(self, Views::Training { input, .. } if input.cut == Cut::Resized);
+        let scales = matches!(self, Augmentation::Training { input, .. } if input.cut == Cut::Resized);
         ensure!(
             scales || width.min(height) >= crop,
             "it has {width} x {height} pixels, of which input.crop = {crop} cannot be cut"
         );
-        let Views::Training { input, seed, epoch } = self else {
+        let Augmentation::Training { input, seed, epoch } = self else {
             let area = Area { left: (width - crop) / 2, top: (height - crop) / 2, width: crop, height: crop };
-            return Ok(View { area, flip: false, brightness: 1.0, contrast: 1.0, saturation: 1.0 });
+            return Ok(Transform { area, flip: false, brightness: 1.0, contrast: 1.0, saturation: 1.0 });
         };
         let draws = random::key(&[*seed, *epoch, key]);
         let (w, h) = match input.cut {
             Cut::Translate => (crop, crop),
-            Cut::Resized => shape(draws, input, width, height),
+            Cut::Resized => random_size(draws, input, width, height),
         };
         let place = |draw, room: usize| random::below(draws, draw, room as u64 + 1) as usize;
         let around_one = |draw, by: f64| 1.0 + by as f32 * (2.0 * random::uniform(draws, draw) - 1.0);
-        Ok(View {
+        Ok(Transform {
             area: Area { left: place(draw::LEFT, width - w), top: place(draw::TOP, height - h), width: w, height: h },
             flip: input.flip && random::below(draws, draw::FLIP, 2) == 1,
             brightness: around_one(draw::BRIGHTNESS, input.brightness),
@@ -88,10 +88,10 @@ impl Views {
     }
 }
 
-/// Width and height of a random part of an image (the Inception networks' augmentation, Szegedy et al., 2015, as torchvision's
+/// Width and height of a random crop (the Inception networks' augmentation, Szegedy et al., 2015, as torchvision's
 /// `RandomResizedCrop` draws it): its area is a uniform share of the image's, the logarithm of its aspect ratio uniform. If none of ten
 /// fits, the largest part with the nearest ratio.
-fn shape(draws: u64, input: &Input, width: usize, height: usize) -> (usize, usize) {
+fn random_size(draws: u64, input: &Input, width: usize, height: usize) -> (usize, usize) {
     let (w, h) = (width as f64, height as f64);
     let ratio = input.max_aspect.ln();
     for attempt in 0..10 {
@@ -108,13 +108,13 @@ fn shape(draws: u64, input: &Input, width: usize, height: usize) -> (usize, usiz
     (fitting(h * aspect, width).min(width), fitting(w / aspect, height).min(height))
 }
 
-impl View {
-    /// Brightness b scales, contrast c draws towards the grey of the whole image (or away from it), saturation s towards the pixel's own
-    /// grey: one map, held within its range at the end, where torchvision holds it after each.
-    fn light(&self, grey: impl FnOnce() -> f32) -> Light {
+impl Transform {
+    /// Brightness scales; contrast blends with the mean grey of the whole image; saturation blends with the pixel's own grey. All three are
+    /// one linear map, clamped once at the end, where torchvision clamps after each.
+    fn color_jitter(&self, grey: impl FnOnce() -> f32) -> ColorJitter {
         let Self { brightness, contrast, saturation, .. } = *self;
         let gain = brightness * contrast;
-        Light {
+        ColorJitter {
             gain: gain * saturation,
             grey: gain * (1.0 - saturation),
             offset: if contrast == 1.0 { 0.0 } else { (1.0 - contrast) * brightness * grey() },
@@ -122,20 +122,20 @@ impl View {
     }
 }
 
-/// Decodes and cuts, on one thread, in memory that it keeps.
-pub(crate) struct Cutter {
+/// Decodes and augments on one thread, in buffers that it keeps.
+pub(crate) struct Augmenter {
     decoder: jpeg::Decoder,
     pixels: Vec<u8>,
     resizer: Resizer,
 }
 
-impl Cutter {
-    /// A cutter.
+impl Augmenter {
+    /// An augmenter without buffers yet.
     pub(crate) fn new() -> Result<Self> {
         Ok(Self { decoder: jpeg::Decoder::new()?, pixels: Vec::new(), resizer: Resizer::new() })
     }
 
-    /// Decodes all of a sample.
+    /// Decodes a whole sample.
     pub(crate) fn decode(&mut self, sample: &Sample) -> Result<Arc<Image>> {
         let Sample { key, label, ref image } = *sample;
         let context = || format!("sample {key}");
@@ -151,28 +151,39 @@ impl Cutter {
         Ok(Arc::new(Image::new(key, label, size, pixels)))
     }
 
-    /// Writes what is looked at of a decoded image: crop x crop x 3 bytes.
-    pub(crate) fn cut(&mut self, image: &Image, views: &Views, into: &mut [u8]) -> Result<Light> {
+    /// Augments a decoded image and writes crop x crop x 3 bytes.
+    pub(crate) fn apply(&mut self, image: &Image, augmentation: &Augmentation, into: &mut [u8]) -> Result<ColorJitter> {
         let Image { key, width, height, ref pixels, .. } = *image;
-        let view = views.of(key, width, height).with_context(|| format!("sample {key}"))?;
-        write(&mut self.resizer, (pixels, Area { left: 0, top: 0, width, height }), &view, views.crop(), into)?;
-        Ok(view.light(|| image.grey()))
+        let transform = augmentation.transform(key, width, height).with_context(|| format!("sample {key}"))?;
+        write(
+            &mut self.resizer,
+            (pixels, Area { left: 0, top: 0, width, height }),
+            &transform,
+            augmentation.crop(),
+            into,
+        )?;
+        Ok(transform.color_jitter(|| image.grey()))
     }
 
-    /// Decodes no more of a sample than what is looked at, and writes that.
-    pub(crate) fn decode_and_cut(&mut self, sample: &Sample, views: &Views, into: &mut [u8]) -> Result<Light> {
-        if views.whole() || ImageFormat::of(&sample.image) == ImageFormat::Png {
+    /// The same, from an encoded sample: decodes no more than the crop, if that is possible.
+    pub(crate) fn decode_and_apply(
+        &mut self,
+        sample: &Sample,
+        augmentation: &Augmentation,
+        into: &mut [u8],
+    ) -> Result<ColorJitter> {
+        if augmentation.needs_whole_image() || ImageFormat::of(&sample.image) == ImageFormat::Png {
             let image = self.decode(sample)?;
-            return self.cut(&image, views, into);
+            return self.apply(&image, augmentation, into);
         }
         let Sample { key, ref image, .. } = *sample;
         let context = || format!("sample {key}");
-        let mut view = None;
-        let wanted = |width, height| Ok(view.insert(views.of(key, width, height)?).area);
+        let mut transform = None;
+        let wanted = |width, height| Ok(transform.insert(augmentation.transform(key, width, height)?).area);
         let (_, part) = self.decoder.decode(image, wanted, &mut self.pixels).with_context(context)?;
-        let view = view.with_context(context)?;
-        write(&mut self.resizer, (&self.pixels, part), &view, views.crop(), into)?;
-        Ok(view.light(|| 0.0))
+        let transform = transform.with_context(context)?;
+        write(&mut self.resizer, (&self.pixels, part), &transform, augmentation.crop(), into)?;
+        Ok(transform.color_jitter(|| 0.0))
     }
 }
 
@@ -181,15 +192,15 @@ fn png(bytes: &[u8]) -> Result<((usize, usize), Vec<u8>)> {
     Ok(((image.width() as usize, image.height() as usize), image.into_raw()))
 }
 
-/// Writes a view as crop x crop pixels, from pixels that are a part of the image.
+/// Crops, scales and flips to crop x crop pixels. `pixels` are the part `part` of the image.
 fn write(
     resizer: &mut Resizer,
     (pixels, part): (&[u8], Area),
-    view: &View,
+    transform: &Transform,
     crop: usize,
     into: &mut [u8],
 ) -> Result<()> {
-    let View { area, flip, .. } = *view;
+    let Transform { area, flip, .. } = *transform;
     let (left, top) = (area.left - part.left, area.top - part.top);
     if (area.width, area.height) == (crop, crop) {
         let rows = pixels.chunks_exact(3 * part.width).skip(top);
@@ -204,7 +215,7 @@ fn write(
     let source = ImageRef::new(part.width as u32, part.height as u32, pixels, PixelType::U8x3)?;
     let source = CroppedImage::new(&source, left as u32, top as u32, area.width as u32, area.height as u32)?;
     let mut target = Target::from_slice_u8(crop as u32, crop as u32, into, PixelType::U8x3)?;
-    // A triangle as wide as the scale asks for, which is what Pillow calls bilinear.
+    // A triangle filter as wide as the scale requires, which Pillow calls bilinear.
     let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Bilinear));
     resizer.resize(&source, &mut target, &options)?;
     if flip {
@@ -213,7 +224,7 @@ fn write(
     Ok(())
 }
 
-/// Turns a row's pixels from right to left, in its place: what is written for the first time is written in long strides alone.
+/// Reverses a row of pixels in place. That is faster than copying it in reverse, because memory is first written in long runs.
 fn mirror(row: &mut [u8]) {
     row.as_chunks_mut::<3>().0.reverse();
 }
@@ -231,29 +242,30 @@ mod tests {
         Image::new(key, 3, (SIZE, SIZE), (0..SIZE * SIZE).flat_map(pixel).collect())
     }
 
-    fn training(epoch: u64, input: Input) -> Views {
-        Views::Training { input: Input { crop: 32, ..input }, seed: 1, epoch }
+    fn training(epoch: u64, input: Input) -> Augmentation {
+        Augmentation::Training { input: Input { crop: 32, ..input }, seed: 1, epoch }
     }
 
-    fn cut(key: u64, views: &Views) -> (Vec<u8>, Light) {
-        let mut into = vec![0; 3 * views.crop() * views.crop()];
-        let light = Cutter::new().expect("memory").cut(&image(key), views, &mut into).expect("large enough");
-        (into, light)
+    fn cut(key: u64, augmentation: &Augmentation) -> (Vec<u8>, ColorJitter) {
+        let mut into = vec![0; 3 * augmentation.crop() * augmentation.crop()];
+        let jitter =
+            Augmenter::new().expect("memory").apply(&image(key), augmentation, &mut into).expect("large enough");
+        (into, jitter)
     }
 
     #[test]
-    fn views_differ_by_sample_and_epoch_and_are_otherwise_the_same() {
+    fn augmentation_differs_by_sample_and_epoch_and_is_otherwise_the_same() {
         let input = Input::default();
-        let views = |epoch| (0..40).map(|key| cut(key, &training(epoch, input.clone()))).collect::<Vec<_>>();
-        let (first, second) = (views(0), views(1));
-        assert_eq!(first, views(0));
+        let augmentation = |epoch| (0..40).map(|key| cut(key, &training(epoch, input.clone()))).collect::<Vec<_>>();
+        let (first, second) = (augmentation(0), augmentation(1));
+        assert_eq!(first, augmentation(0));
         assert!(first.iter().zip(&second).filter(|(one, other)| one == other).count() < 3);
         let corners: std::collections::BTreeSet<_> = first.iter().map(|(pixels, _)| (pixels[0], pixels[1])).collect();
         assert!(corners.len() > 20, "places and mirrors: {corners:?}");
     }
 
     #[test]
-    fn a_mirrored_view_has_its_columns_in_reverse() {
+    fn a_flipped_crop_has_its_columns_in_reverse() {
         for (part, step) in [(Cut::Translate, 1.0), (Cut::Resized, 0.9)] {
             let input = Input { cut: part, ..Input::default() };
             let mirrored = (0..40)
@@ -272,10 +284,10 @@ mod tests {
     #[test]
     fn resized_parts_have_the_areas_and_ratios_that_the_spec_allows() {
         let input = Input { cut: Cut::Resized, min_area: 0.2, max_aspect: 2.0, crop: 32, ..Input::default() };
-        let views = training(3, input);
+        let augmentation = training(3, input);
         let mut areas = Vec::new();
         for key in 0..500 {
-            let Area { left, top, width, height } = views.of(key, 300, 200).expect("any size").area;
+            let Area { left, top, width, height } = augmentation.transform(key, 300, 200).expect("any size").area;
             assert!(left + width <= 300 && top + height <= 200);
             let (area, ratio) = ((width * height) as f64 / 60_000.0, width as f64 / height as f64);
             assert!((0.19..=1.0).contains(&area) && (0.48..=2.05).contains(&ratio), "{width} x {height}");
@@ -292,41 +304,42 @@ mod tests {
         let picture = turbojpeg::Image { pixels: &pixels[..], width: 90, pitch: 270, height: 80, format };
         let jpeg = turbojpeg::compress(picture, 80, turbojpeg::Subsamp::Sub2x2).expect("an image");
         let jpeg = Bytes::copy_from_slice(&jpeg);
-        let mut cutter = Cutter::new().expect("memory");
+        let mut augmenter = Augmenter::new().expect("memory");
         let one = |contrast, cut| Input { contrast, cut, saturation: 0.4, ..Input::default() };
         let cuts = [one(0.0, Cut::Translate), one(0.0, Cut::Resized), one(0.3, Cut::Resized)];
-        let views = cuts.into_iter().map(|input| training(1, input)).chain([Views::Evaluation { crop: 32 }]);
-        for views in views {
+        let augmentation =
+            cuts.into_iter().map(|input| training(1, input)).chain([Augmentation::Evaluation { crop: 32 }]);
+        for augmentation in augmentation {
             for key in 0..30 {
                 let sample = Sample { key, label: 1, image: jpeg.clone() };
                 let (mut part, mut whole) = (vec![0; 3 * 32 * 32], vec![1; 3 * 32 * 32]);
-                let light = cutter.decode_and_cut(&sample, &views, &mut part).expect("a JPEG");
-                let image = cutter.decode(&sample).expect("a JPEG");
-                assert_eq!(cutter.cut(&image, &views, &mut whole).expect("large enough"), light);
-                assert_eq!(part, whole, "{views:?} {key}");
+                let jitter = augmenter.decode_and_apply(&sample, &augmentation, &mut part).expect("a JPEG");
+                let image = augmenter.decode(&sample).expect("a JPEG");
+                assert_eq!(augmenter.apply(&image, &augmentation, &mut whole).expect("large enough"), jitter);
+                assert_eq!(part, whole, "{augmentation:?} {key}");
             }
         }
     }
 
     #[test]
     fn evaluation_sees_the_centre_and_nothing_is_cut_of_what_is_too_small() {
-        let (pixels, light) = cut(0, &Views::Evaluation { crop: 30 });
-        assert_eq!((&pixels[..3], light), (&[5, 5, 200][..], Light::default()));
-        let error = Views::Evaluation { crop: 41 }.of(7, 50, 40).expect_err("too small").to_string();
+        let (pixels, jitter) = cut(0, &Augmentation::Evaluation { crop: 30 });
+        assert_eq!((&pixels[..3], jitter), (&[5, 5, 200][..], ColorJitter::default()));
+        let error = Augmentation::Evaluation { crop: 41 }.transform(7, 50, 40).expect_err("too small").to_string();
         assert!(error.contains("50 x 40") && error.contains("input.crop = 41"), "{error}");
     }
 
     #[test]
-    fn light_is_brightness_contrast_and_saturation_in_turn() {
+    fn color_jitter_is_brightness_contrast_and_saturation_in_turn() {
         let area = Area { left: 0, top: 0, width: 1, height: 1 };
-        let light = |brightness, contrast, saturation| {
-            View { area, flip: false, brightness, contrast, saturation }.light(|| 0.5)
+        let jitter = |brightness, contrast, saturation| {
+            Transform { area, flip: false, brightness, contrast, saturation }.color_jitter(|| 0.5)
         };
-        assert_eq!(light(1.0, 1.0, 1.0), Light::default());
-        assert_eq!(light(1.5, 1.0, 1.0), Light { gain: 1.5, ..Light::default() });
-        // Without contrast all is the image's grey, without saturation the pixel's.
-        assert_eq!(light(1.0, 0.0, 1.0), Light { gain: 0.0, grey: 0.0, offset: 0.5 });
-        assert_eq!(light(1.0, 1.0, 0.0), Light { gain: 0.0, grey: 1.0, offset: 0.0 });
+        assert_eq!(jitter(1.0, 1.0, 1.0), ColorJitter::default());
+        assert_eq!(jitter(1.5, 1.0, 1.0), ColorJitter { gain: 1.5, ..ColorJitter::default() });
+        // At contrast 0 all pixels have the image's mean grey, at saturation 0 each has its own.
+        assert_eq!(jitter(1.0, 0.0, 1.0), ColorJitter { gain: 0.0, grey: 0.0, offset: 0.5 });
+        assert_eq!(jitter(1.0, 1.0, 0.0), ColorJitter { gain: 0.0, grey: 1.0, offset: 0.0 });
         assert!((image(0).grey() - (0.299 * 19.5 + 0.587 * 19.5 + 0.114 * 200.0) / 255.0).abs() < 1e-4);
     }
 }

@@ -20,8 +20,8 @@ pub(crate) struct Batch {
 pub(crate) struct Pixels {
     /// [samples, crop, crop, 3], bytes.
     pub pixels: Tensor,
-    /// Each sample's.
-    pub lights: Vec<Light>,
+    /// The color jitter of each sample.
+    pub jitters: Vec<ColorJitter>,
     /// [samples], 64-bit integers.
     pub labels: Tensor,
     /// The samples' keys.
@@ -34,27 +34,27 @@ impl Pixels {
         let of = |tensor: &Tensor| tensor.narrow(0, start as i64, count as i64);
         Self {
             pixels: of(&self.pixels),
-            lights: self.lights[start..start + count].to_vec(),
+            jitters: self.jitters[start..start + count].to_vec(),
             labels: of(&self.labels),
             keys: self.keys[start..start + count].to_vec(),
         }
     }
 }
 
-/// What red, green and blue give to the grey of a pixel (ITU-R BT.601, as Pillow and torchvision have it).
+/// The weights of red, green and blue in the grey of a pixel (ITU-R BT.601, as in Pillow and torchvision).
 pub(crate) const GREY: [f32; 3] = [0.299, 0.587, 0.114];
 
-/// What is done to a sample's colours, which are 0 to 1: each channel x becomes `gain` x + `grey` g + `offset`, within 0 to 1, where g is
-/// the pixel's grey. Brightness, contrast and saturation one after the other are one such map.
+/// The color jitter of a sample, whose channels are 0 to 1: each channel x becomes `gain` x + `grey` g + `offset`, clamped to 0 to 1, where
+/// g is the pixel's grey. Brightness, contrast and saturation one after the other are one such map.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Light {
+pub(crate) struct ColorJitter {
     pub gain: f32,
     pub grey: f32,
     pub offset: f32,
 }
 
-impl Default for Light {
-    /// As it was.
+impl Default for ColorJitter {
+    /// No change.
     fn default() -> Self {
         Self { gain: 1.0, grey: 0.0, offset: 0.0 }
     }

@@ -1,4 +1,4 @@
-//! Blocks of samples from the object store: read by range, checked, without the samples that the manifest skips.
+//! Reads blocks of samples from the object store by range, checks them, and leaves out the samples that the manifest skips.
 
 use std::sync::Arc;
 
@@ -13,9 +13,9 @@ use tokio::sync::OnceCell;
 
 use super::store::{ATTEMPT_TIMEOUT, get_checked, retried};
 
-/// One split of a manifest as a flat list of blocks, which is how a plan numbers them.
+/// Reads the blocks of one split of a manifest, which are numbered as in a plan.
 #[derive(Debug)]
-pub(crate) struct Blocks {
+pub(crate) struct BlockReader {
     store: Arc<dyn ObjectStore>,
     blocks: Vec<Block>,
     classes: u32,
@@ -29,19 +29,19 @@ struct Block {
     length: u64,
     samples: u32,
     kept: u32,
-    /// Where its shard's skips stand, and the place of its first sample among them.
+    /// The index of its shard in `shards`, and the index of its first sample in the shard's skips.
     shard: usize,
     first: u32,
 }
 
-/// A shard's bitmap, read when the first of its blocks is.
+/// A shard's bitmap of skips, read together with the first of its blocks.
 #[derive(Debug)]
 struct ShardSkips {
     file: Option<StoredFile>,
     skips: OnceCell<Skips>,
 }
 
-impl Blocks {
+impl BlockReader {
     /// The blocks of `split`, in the manifest's order.
     pub(crate) fn new(store: Arc<dyn ObjectStore>, manifest: &Manifest, split: Split) -> Self {
         let (mut blocks, mut shards) = (Vec::new(), Vec::new());
@@ -58,12 +58,12 @@ impl Blocks {
         Self { store, blocks, classes: manifest.classes.len() as u32, shards }
     }
 
-    /// How many samples of each block count.
+    /// How many samples of each block are not skipped.
     pub(crate) fn kept(&self) -> Vec<u32> {
         self.blocks.iter().map(|block| block.kept).collect()
     }
 
-    /// How many samples count.
+    /// How many samples are not skipped.
     pub(crate) fn samples(&self) -> u64 {
         self.blocks.iter().map(|block| u64::from(block.kept)).sum()
     }
@@ -73,7 +73,7 @@ impl Blocks {
         self.blocks[block as usize].length
     }
 
-    /// The samples of a block that count, in order.
+    /// The samples of a block that are not skipped, in order.
     pub(crate) async fn read(&self, block: u32) -> Result<Vec<Sample>> {
         let block = &self.blocks[block as usize];
         let Block { tar, offset, length, samples, kept, shard, first } = block;

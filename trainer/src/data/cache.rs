@@ -15,46 +15,46 @@ use proto::Split;
 use tracing::warn;
 
 use super::image::Image;
-use super::plan::{Place, Turns};
+use super::plan::{SampleId, UseTimes};
 
 /// Images in the file take whole pages of so many bytes.
 const PAGE: usize = 64 << 10;
 
 /// An image of the dataset.
-pub(crate) type Id = (Split, Place);
+pub(crate) type ImageId = (Split, SampleId);
 
 /// When an image is needed: epochs (from 0) in the upper half, the part of the epoch in the lower. A moment in the plan, not on a clock.
-pub(crate) type Moment = u64;
+pub(crate) type PlanTime = u64;
 
 /// It has been promised to somebody who comes for it, before all others.
-const NOW: Moment = 0;
+const RESERVED: PlanTime = 0;
 
 /// When the images of a batch are needed again.
 #[derive(Debug, Clone)]
-pub(crate) enum Again {
+pub(crate) enum NextUse {
     /// Not at all.
     Never,
     /// All at this time.
-    At(Moment),
+    At(PlanTime),
     /// In an epoch, when the plan says so.
-    In(u32, Arc<Turns>),
+    InEpoch(u32, Arc<UseTimes>),
 }
 
-impl Again {
+impl NextUse {
     /// At the end of epoch `epoch`.
     pub(crate) fn at_the_end_of(epoch: u32) -> Self {
-        Self::At((Moment::from(epoch) + 1) << 32)
+        Self::At((PlanTime::from(epoch) + 1) << 32)
     }
 
     /// When that is for this image.
-    pub(crate) fn of(&self, place: Place) -> Option<Moment> {
+    pub(crate) fn of(&self, sample_id: SampleId) -> Option<PlanTime> {
         match self {
-            Again::Never => None,
-            Again::At(moment) => Some(*moment),
+            NextUse::Never => None,
+            NextUse::At(time) => Some(*time),
             // Counted from 1, so that nothing is due before what is promised.
-            Again::In(epoch, turns) => {
-                turns.of(place).map(|turn| ((Moment::from(*epoch) << 32) | Moment::from(turn)).max(NOW + 1))
-            }
+            NextUse::InEpoch(epoch, use_times) => use_times
+                .of(sample_id)
+                .map(|time| ((PlanTime::from(*epoch) << 32) | PlanTime::from(time)).max(RESERVED + 1)),
         }
     }
 }
@@ -68,14 +68,14 @@ pub(crate) struct Cache {
 
 #[derive(Debug, Default)]
 struct State {
-    entries: HashMap<Id, (Moment, Held)>,
+    entries: HashMap<ImageId, (PlanTime, Stored)>,
     memory: Tier,
     disk: Tier,
     free: Vec<u32>,
 }
 
 #[derive(Debug, Clone)]
-enum Held {
+enum Stored {
     Memory(Arc<Image>),
     /// Key, label, size, and where its pixels are.
     Disk(u64, u32, (usize, usize), Arc<[u32]>),
@@ -86,7 +86,7 @@ enum Held {
 struct Tier {
     limit: u64,
     used: u64,
-    order: BTreeSet<(Moment, Id)>,
+    order: BTreeSet<(PlanTime, ImageId)>,
 }
 
 impl Cache {
@@ -112,27 +112,27 @@ impl Cache {
     }
 
     /// Whether the image is here. If so, it stays until it is taken.
-    pub(crate) fn promise(&self, id: Id) -> bool {
-        self.state().retime(id, Some(NOW))
+    pub(crate) fn reserve(&self, id: ImageId) -> bool {
+        self.state().reschedule(id, Some(RESERVED))
     }
 
     /// The image, if it is here. It is kept for the time when it is needed `again`, and let go if that is never.
-    pub(crate) fn take(&self, id: Id, again: Option<Moment>) -> Option<Arc<Image>> {
-        let held = {
+    pub(crate) fn get(&self, id: ImageId, next_use: Option<PlanTime>) -> Option<Arc<Image>> {
+        let stored = {
             let mut state = self.state();
-            let (_, held) = state.entries.get(&id)?.clone();
+            let (_, stored) = state.entries.get(&id)?.clone();
             // The pages of what is never needed again must not be given to others while they are read.
-            if again.is_some() || matches!(held, Held::Memory(_)) {
-                state.retime(id, again);
+            if next_use.is_some() || matches!(stored, Stored::Memory(_)) {
+                state.reschedule(id, next_use);
             }
-            held
+            stored
         };
-        match held {
-            Held::Memory(image) => Some(image),
-            Held::Disk(key, label, size, pages) => {
+        match stored {
+            Stored::Memory(image) => Some(image),
+            Stored::Disk(key, label, size, pages) => {
                 let read = self.read(&pages, 3 * size.0 * size.1);
-                if again.is_none() || read.is_err() {
-                    self.state().retime(id, None);
+                if next_use.is_none() || read.is_err() {
+                    self.state().reschedule(id, None);
                 }
                 let pixels = read.map_err(|error| warn!(%error, "the cache's file cannot be read")).ok()?;
                 Some(Arc::new(Image::new(key, label, size, pixels)))
@@ -141,16 +141,16 @@ impl Cache {
     }
 
     /// Whether an image of so many bytes would be kept if it came now.
-    pub(crate) fn wants(&self, bytes: usize, again: Option<Moment>) -> bool {
+    pub(crate) fn would_keep(&self, bytes: usize, next_use: Option<PlanTime>) -> bool {
         let state = self.state();
-        again.is_some_and(|again| {
-            state.memory.has_room(bytes as u64, again) || state.disk.has_room(in_pages(bytes) as u64, again)
+        next_use.is_some_and(|next_use| {
+            state.memory.has_room(bytes as u64, next_use) || state.disk.has_room(in_pages(bytes) as u64, next_use)
         })
     }
 
     /// Keeps the image for the time when it is needed `again`, if it is worth it.
-    pub(crate) fn keep(&self, id: Id, image: &Arc<Image>, again: Option<Moment>) {
-        let Some(again) = again else { return };
+    pub(crate) fn keep(&self, id: ImageId, image: &Arc<Image>, next_use: Option<PlanTime>) {
+        let Some(next_use) = next_use else { return };
         let mut to_disk = Vec::new();
         {
             let mut state = self.state();
@@ -158,35 +158,35 @@ impl Cache {
                 return;
             }
             let bytes = image.pixels.len() as u64;
-            if state.memory.has_room(bytes, again) {
+            if state.memory.has_room(bytes, next_use) {
                 while state.memory.used + bytes > state.memory.limit
-                    && let Some((moment, last)) = state.memory.last_after(again)
+                    && let Some((time, last)) = state.memory.last_after(next_use)
                 {
-                    if let Some((_, Held::Memory(image))) = state.remove(last) {
-                        to_disk.push((last, image, moment));
+                    if let Some((_, Stored::Memory(image))) = state.remove(last) {
+                        to_disk.push((last, image, time));
                     }
                 }
             }
             match state.memory.used + bytes <= state.memory.limit {
-                true => state.insert(id, again, Held::Memory(image.clone())),
-                false => to_disk.push((id, image.clone(), again)),
+                true => state.insert(id, next_use, Stored::Memory(image.clone())),
+                false => to_disk.push((id, image.clone(), next_use)),
             }
         }
-        for (id, image, again) in to_disk {
-            self.keep_on_disk(id, &image, again);
+        for (id, image, next_use) in to_disk {
+            self.keep_on_disk(id, &image, next_use);
         }
     }
 
-    fn keep_on_disk(&self, id: Id, image: &Image, again: Moment) {
+    fn keep_on_disk(&self, id: ImageId, image: &Image, next_use: PlanTime) {
         let Some(file) = &self.file else { return };
         let bytes = in_pages(image.pixels.len());
         let pages: Arc<[u32]> = {
             let mut state = self.state();
-            if !state.disk.has_room(bytes as u64, again) {
+            if !state.disk.has_room(bytes as u64, next_use) {
                 return;
             }
             while state.free.len() < bytes / PAGE {
-                let Some((_, last)) = state.disk.last_after(again) else { return };
+                let Some((_, last)) = state.disk.last_after(next_use) else { return };
                 state.remove(last);
             }
             let left = state.free.len() - bytes / PAGE;
@@ -197,7 +197,7 @@ impl Cache {
         let mut state = self.state();
         match written {
             Ok(()) if !state.entries.contains_key(&id) => {
-                state.insert(id, again, Held::Disk(image.key, image.label, (image.width, image.height), pages));
+                state.insert(id, next_use, Stored::Disk(image.key, image.label, (image.width, image.height), pages));
             }
             Ok(()) => state.free.extend(pages.iter()),
             Err(error) => {
@@ -216,11 +216,11 @@ impl Cache {
     }
 
     /// Other images are needed from now on, or at other times, as after a change of ranks.
-    pub(crate) fn replan(&self, again: impl Fn(Id) -> Option<Moment>) {
+    pub(crate) fn reschedule_all(&self, next_use: impl Fn(ImageId) -> Option<PlanTime>) {
         let mut state = self.state();
-        let ids: Vec<Id> = state.entries.keys().copied().collect();
+        let ids: Vec<ImageId> = state.entries.keys().copied().collect();
         for id in ids {
-            state.retime(id, again(id));
+            state.reschedule(id, next_use(id));
         }
     }
 }
@@ -233,21 +233,21 @@ fn at(page: u32) -> u64 {
     u64::from(page) * PAGE as u64
 }
 
-impl Held {
+impl Stored {
     fn bytes(&self) -> u64 {
         match self {
-            Held::Memory(image) => image.pixels.len() as u64,
-            Held::Disk(.., pages) => (pages.len() * PAGE) as u64,
+            Stored::Memory(image) => image.pixels.len() as u64,
+            Stored::Disk(.., pages) => (pages.len() * PAGE) as u64,
         }
     }
 }
 
 impl Tier {
     /// Whether there is room, or enough that is needed later.
-    fn has_room(&self, bytes: u64, again: Moment) -> bool {
+    fn has_room(&self, bytes: u64, next_use: PlanTime) -> bool {
         let mut free = self.limit.saturating_sub(self.used);
         // The largest image is seldom larger than a few of the others, so this looks at a few.
-        let mut later = self.order.iter().rev().take_while(|(moment, _)| *moment > again);
+        let mut later = self.order.iter().rev().take_while(|(time, _)| *time > next_use);
         while free < bytes {
             if later.next().is_none() {
                 return false;
@@ -258,48 +258,48 @@ impl Tier {
     }
 
     /// What is needed last, if that is after `again`.
-    fn last_after(&self, again: Moment) -> Option<(Moment, Id)> {
-        self.order.last().copied().filter(|(moment, _)| *moment > again)
+    fn last_after(&self, next_use: PlanTime) -> Option<(PlanTime, ImageId)> {
+        self.order.last().copied().filter(|(time, _)| *time > next_use)
     }
 }
 
 impl State {
-    fn tier(&mut self, held: &Held) -> &mut Tier {
-        match held {
-            Held::Memory(_) => &mut self.memory,
-            Held::Disk(..) => &mut self.disk,
+    fn tier(&mut self, stored: &Stored) -> &mut Tier {
+        match stored {
+            Stored::Memory(_) => &mut self.memory,
+            Stored::Disk(..) => &mut self.disk,
         }
     }
 
-    fn insert(&mut self, id: Id, again: Moment, held: Held) {
-        let bytes = held.bytes();
-        let tier = self.tier(&held);
+    fn insert(&mut self, id: ImageId, next_use: PlanTime, stored: Stored) {
+        let bytes = stored.bytes();
+        let tier = self.tier(&stored);
         tier.used += bytes;
-        tier.order.insert((again, id));
-        self.entries.insert(id, (again, held));
+        tier.order.insert((next_use, id));
+        self.entries.insert(id, (next_use, stored));
     }
 
-    fn remove(&mut self, id: Id) -> Option<(Moment, Held)> {
-        let (moment, held) = self.entries.remove(&id)?;
-        let bytes = held.bytes();
-        let tier = self.tier(&held);
+    fn remove(&mut self, id: ImageId) -> Option<(PlanTime, Stored)> {
+        let (time, stored) = self.entries.remove(&id)?;
+        let bytes = stored.bytes();
+        let tier = self.tier(&stored);
         tier.used -= bytes;
-        tier.order.remove(&(moment, id));
-        if let Held::Disk(.., pages) = &held {
+        tier.order.remove(&(time, id));
+        if let Stored::Disk(.., pages) = &stored {
             self.free.extend(pages.iter());
         }
-        Some((moment, held))
+        Some((time, stored))
     }
 
     /// Whether it is here; if it is, it is needed at another time from now on.
-    fn retime(&mut self, id: Id, again: Option<Moment>) -> bool {
-        let Some(again) = again else { return self.remove(id).is_some() };
-        let Some((moment, held)) = self.entries.get_mut(&id) else { return false };
-        let before = std::mem::replace(moment, again);
-        let held = held.clone();
-        let tier = self.tier(&held);
+    fn reschedule(&mut self, id: ImageId, next_use: Option<PlanTime>) -> bool {
+        let Some(next_use) = next_use else { return self.remove(id).is_some() };
+        let Some((time, stored)) = self.entries.get_mut(&id) else { return false };
+        let before = std::mem::replace(time, next_use);
+        let stored = stored.clone();
+        let tier = self.tier(&stored);
         tier.order.remove(&(before, id));
-        tier.order.insert((again, id));
+        tier.order.insert((next_use, id));
         true
     }
 }
@@ -313,8 +313,8 @@ mod tests {
         Arc::new(Image::new(u64::from(n), n, (100, 10), vec![n as u8; 3000]))
     }
 
-    fn id(n: u32) -> Id {
-        (Split::Train, Place { block: 0, sample: n })
+    fn id(n: u32) -> ImageId {
+        (Split::Train, SampleId { block: 0, sample: n })
     }
 
     /// Reads `n` images in a new random order in each epoch; the share of reads that found their image.
@@ -326,19 +326,19 @@ mod tests {
         };
         let mut hits = 0;
         for epoch in 0..epochs {
-            let mut turns = vec![0; n as usize];
-            for (turn, i) in order(epoch + 1).into_iter().enumerate() {
-                turns[i as usize] = ((epoch + 1) << 32) + turn as u64 * (u64::from(u32::MAX) / u64::from(n));
+            let mut use_times = vec![0; n as usize];
+            for (time, i) in order(epoch + 1).into_iter().enumerate() {
+                use_times[i as usize] = ((epoch + 1) << 32) + time as u64 * (u64::from(u32::MAX) / u64::from(n));
             }
             for i in order(epoch) {
-                let again = (epoch + 1 < epochs).then_some(turns[i as usize]);
-                match cache.promise(id(i)) {
+                let next_use = (epoch + 1 < epochs).then_some(use_times[i as usize]);
+                match cache.reserve(id(i)) {
                     true => {
-                        let found = cache.take(id(i), again).expect("it was promised");
+                        let found = cache.get(id(i), next_use).expect("it was promised");
                         assert_eq!((found.key, found.label, found.pixels[2999]), (u64::from(i), i, i as u8));
                         hits += u32::from(epoch > 0);
                     }
-                    false => cache.keep(id(i), &image(i), again),
+                    false => cache.keep(id(i), &image(i), next_use),
                 }
                 let state = cache.state();
                 assert!(state.memory.used <= state.memory.limit && state.disk.used <= state.disk.limit);
@@ -371,20 +371,22 @@ mod tests {
         let cache = Cache::new(2 * 3000, None).expect("no file");
         cache.keep(id(1), &image(1), Some(100));
         cache.keep(id(2), &image(2), Some(200));
-        assert!(cache.wants(3000, Some(150)) && !cache.wants(3000, Some(300)) && !cache.wants(3000, None));
-        assert!(cache.promise(id(2)));
-        assert!(!cache.wants(3000, Some(150)), "what is left is needed sooner");
+        assert!(
+            cache.would_keep(3000, Some(150)) && !cache.would_keep(3000, Some(300)) && !cache.would_keep(3000, None)
+        );
+        assert!(cache.reserve(id(2)));
+        assert!(!cache.would_keep(3000, Some(150)), "what is left is needed sooner");
         cache.keep(id(3), &image(3), Some(50));
-        assert!(!cache.promise(id(1)) && cache.promise(id(3)) && cache.promise(id(2)));
-        cache.replan(|id| (id.1.sample == 3).then_some(7));
-        assert!(!cache.promise(id(2)) && cache.promise(id(3)));
+        assert!(!cache.reserve(id(1)) && cache.reserve(id(3)) && cache.reserve(id(2)));
+        cache.reschedule_all(|id| (id.1.sample == 3).then_some(7));
+        assert!(!cache.reserve(id(2)) && cache.reserve(id(3)));
     }
 
     #[test]
     fn an_image_that_is_larger_than_the_limit_is_not_kept() {
         let cache = Cache::new(2999, None).expect("no file");
-        assert!(!cache.wants(3000, Some(1)));
+        assert!(!cache.would_keep(3000, Some(1)));
         cache.keep(id(1), &image(1), Some(1));
-        assert!(!cache.promise(id(1)));
+        assert!(!cache.reserve(id(1)));
     }
 }

@@ -7,9 +7,9 @@ use super::batch::GREY;
 /// A decoded image.
 #[derive(Debug)]
 pub(crate) struct Image {
-    /// As in the store.
+    /// The sample's key.
     pub key: u64,
-    /// The place of its class in the manifest.
+    /// The index of its class in the manifest.
     pub label: u32,
     pub width: usize,
     pub height: usize,

@@ -1,13 +1,13 @@
-//! Batches, always ahead of the step: from a plan's places to tensors of bytes.
+//! Loads batches ahead of the step: from the samples that a plan names to tensors of bytes.
 //!
 //! ```text
-//! scout      walks the plan far ahead; has the blocks read that are not in the cache, at most AHEAD_BYTES before they are needed
-//! feeder     takes the samples out of the blocks as they arrive, and makes the tensors
-//! decoders   own threads: decode what the cache does not hold, and write each its part of the tensor
+//! readahead  walks the plan ahead of the rest and reads the blocks of samples that are not cached, at most AHEAD_BYTES of them at a time
+//! feeder     takes the samples out of the blocks as they arrive, and allocates the tensors
+//! decoders   threads of their own: decode what is not cached, augment, and write their part of the tensor
 //! assembler  one thread: puts the batches in order
 //! ```
 //!
-//! All channels are bounded, so the training thread's pace holds back the rest. Dropping a [`Batches`] ends all of it.
+//! All channels are bounded, so that nothing runs further ahead of the training thread than that. Dropping [`Batches`] ends all stages.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -22,20 +22,20 @@ use tch::{Device, Tensor};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::augment::{Cutter, Views};
-use super::batch::{Batch, Light, Pixels};
-use super::blocks::Blocks;
-use super::cache::{Again, Cache};
-use super::plan::Place;
-use super::ready::Ready;
-use super::requests::{Request, needed, training};
+use super::augment::{Augmentation, Augmenter};
+use super::batch::{Batch, ColorJitter, Pixels};
+use super::blocks::BlockReader;
+use super::cache::{Cache, NextUse};
+use super::plan::SampleId;
+use super::prefetch::PrefetchQueue;
+use super::requests::{BatchRequest, needed, training};
 use crate::torch::tensor::{Chunk, Slab};
 
-/// Blocks may be read, or on their way, that come to so many bytes before the first of their samples is needed.
+/// Blocks of which no sample has been taken yet may have this many bytes together.
 const AHEAD_BYTES: u64 = 64 << 20;
-/// The scout is at most so many samples ahead of the decoders.
+/// The readahead is at most this many samples ahead of the decoders.
 const AHEAD_SAMPLES: usize = 1 << 14;
-/// Samples that one thread decodes at a time.
+/// How many samples one thread decodes at a time.
 const PART: usize = 8;
 
 /// Where a rank's batches come from.
@@ -44,37 +44,40 @@ pub(crate) struct Loader {
     /// The split that is read.
     pub split: Split,
     /// Its blocks.
-    pub blocks: Arc<Blocks>,
+    pub blocks: Arc<BlockReader>,
     /// Shared by all loaders of a dataset in this process.
     pub cache: Arc<Cache>,
     /// Threads that decode.
     pub threads: usize,
-    /// For which the batches are.
+    /// The device that the batches are for.
     pub device: Device,
-    /// What the reads run on.
+    /// The runtime of the reads.
     pub runtime: tokio::runtime::Handle,
 }
 
 impl Loader {
     /// The batches of a rank that trains from step `from` (over the whole run, from 0) to the end of the last epoch.
-    pub(crate) fn train(&self, spec: &RunSpec, mine: Range<u32>, from: u64) -> Result<Batches> {
+    pub(crate) fn train(&self, spec: &RunSpec, own_lanes: Range<u32>, from: u64) -> Result<Batches> {
         let kept = self.blocks.kept();
-        self.cache.replan(needed(&kept, spec, mine.clone(), from));
-        self.batches(training(kept, spec, mine, from))
+        self.cache.reschedule_all(needed(&kept, spec, own_lanes.clone(), from));
+        self.batches(training(kept, spec, own_lanes, from))
     }
 
-    /// Has the requests made into batches, one after the other.
-    pub(crate) fn batches(&self, requests: impl Iterator<Item = Request> + Send + 'static) -> Result<Batches> {
-        // Not so far that an epoch's samples are looked for before they have been decoded in the one before.
+    /// Starts to make these batches, in their order.
+    pub(crate) fn batches(&self, requests: impl Iterator<Item = BatchRequest> + Send + 'static) -> Result<Batches> {
+        // Less than an epoch, so that a sample is not looked up in the cache before its last use has put it there.
         let ahead = (self.blocks.samples() as usize / 16).clamp(512, AHEAD_SAMPLES);
         let (found, to_feed) = mpsc::channel(ahead);
         let (parts, to_decode) = mpsc::channel(2 * self.threads);
         let (decoded, to_assemble) = sync_channel(2 * self.threads);
-        let ready = Arc::new(Ready::default());
-        let scout =
-            Scout { loader: self.clone(), ahead: Arc::new(Semaphore::new(AHEAD_BYTES as usize)), open: HashMap::new() };
+        let queue = Arc::new(PrefetchQueue::default());
+        let readahead = Readahead {
+            loader: self.clone(),
+            ahead: Arc::new(Semaphore::new(AHEAD_BYTES as usize)),
+            open: HashMap::new(),
+        };
         let tasks = [
-            AbortOnDropHandle::new(self.runtime.spawn(scout.run(requests, found))),
+            AbortOnDropHandle::new(self.runtime.spawn(readahead.run(requests, found))),
             AbortOnDropHandle::new(self.runtime.spawn(feed(to_feed, parts, decoded.clone(), self.device))),
         ];
         let to_decode = Arc::new(Mutex::new(to_decode));
@@ -82,57 +85,66 @@ impl Loader {
             let (loader, jobs, decoded) = (self.clone(), to_decode.clone(), decoded.clone());
             thread(&format!("decode-{i}"), move || loader.decode(&jobs, &decoded))?;
         }
-        let batches = Batches { ready: ready.clone(), _tasks: tasks };
+        let batches = Batches { queue: queue.clone(), _tasks: tasks };
         thread("assemble", move || {
-            assemble(&to_assemble, &ready);
-            ready.end();
+            assemble(&to_assemble, &queue);
+            queue.finish();
         })?;
         Ok(batches)
     }
 
-    fn decode(&self, jobs: &Mutex<mpsc::Receiver<Part>>, decoded: &SyncSender<Decoded>) {
-        let mut cutter = None;
+    fn decode(&self, jobs: &Mutex<mpsc::Receiver<DecodeJob>>, decoded: &SyncSender<DecodedPart>) {
+        let mut augmenter = None;
         loop {
             let Some(job) = jobs.lock().unwrap_or_else(PoisonError::into_inner).blocking_recv() else { return };
-            let Part { batch, part, items, mut chunk } = job;
-            let side = 3 * batch.views.crop() * batch.views.crop();
-            let known = items.into_iter().zip(chunk.chunks_exact_mut(side)).map(|((place, source), into)| {
-                let cutter = match &mut cutter {
-                    Some(cutter) => cutter,
-                    none => none.insert(Cutter::new()?),
+            let DecodeJob { batch, part, items, mut chunk } = job;
+            let side = 3 * batch.augmentation.crop() * batch.augmentation.crop();
+            let known = items.into_iter().zip(chunk.chunks_exact_mut(side)).map(|((sample_id, source), into)| {
+                let augmenter = match &mut augmenter {
+                    Some(augmenter) => augmenter,
+                    none => none.insert(Augmenter::new()?),
                 };
-                self.write(cutter, &batch, place, source, into)
+                self.write(augmenter, &batch, sample_id, source, into)
             });
-            let done = known.collect::<Result<Vec<Known>>>().map(|samples| Written { samples, chunk });
-            if decoded.send(Decoded { batch, part, done }).is_err() {
+            let done = known.collect::<Result<Vec<SampleInfo>>>().map(|samples| FilledPart { samples, chunk });
+            if decoded.send(DecodedPart { batch, part, done }).is_err() {
                 return;
             }
         }
     }
 
-    /// Writes what is looked at of one sample.
-    fn write(&self, cutter: &mut Cutter, batch: &Head, place: Place, source: Source, into: &mut [u8]) -> Result<Known> {
-        let (id, again) = ((self.split, place), batch.again.of(place));
-        // Also what was not there when it was looked for may have come.
-        if let Some(image) = self.cache.take(id, again) {
-            let light = cutter.cut(&image, &batch.views, into)?;
-            return Ok(Known { key: image.key, label: image.label, light });
+    /// Writes the augmented pixels of one sample.
+    fn write(
+        &self,
+        augmenter: &mut Augmenter,
+        batch: &BatchPlan,
+        sample_id: SampleId,
+        source: Input,
+        into: &mut [u8],
+    ) -> Result<SampleInfo> {
+        let (id, next_use) = ((self.split, sample_id), batch.next_use.of(sample_id));
+        // It may have been cached since the readahead looked.
+        if let Some(image) = self.cache.get(id, next_use) {
+            let jitter = augmenter.apply(&image, &batch.augmentation, into)?;
+            return Ok(SampleInfo { key: image.key, label: image.label, jitter });
         }
         let sample = match source {
-            Source::Encoded(sample) => sample,
-            // It was promised, so its file cannot be read.
-            Source::Cached => self.runtime.block_on(self.blocks.read(place.block))?.swap_remove(place.sample as usize),
+            Input::Encoded(sample) => sample,
+            // It was reserved, so it is missing only if the cache's file cannot be read.
+            Input::Cached => {
+                self.runtime.block_on(self.blocks.read(sample_id.block))?.swap_remove(sample_id.sample as usize)
+            }
         };
         let Sample { key, label, .. } = sample;
-        // The size that it will have is not known yet; that of its input is near enough to ask whether it would be kept.
-        let light = if self.cache.wants(into.len(), again) {
-            let image = cutter.decode(&sample)?;
-            self.cache.keep(id, &image, again);
-            cutter.cut(&image, &batch.views, into)?
+        // The decoded size is not known yet. The size of the input is near enough to decide whether the cache would keep the image.
+        let jitter = if self.cache.would_keep(into.len(), next_use) {
+            let image = augmenter.decode(&sample)?;
+            self.cache.keep(id, &image, next_use);
+            augmenter.apply(&image, &batch.augmentation, into)?
         } else {
-            cutter.decode_and_cut(&sample, &batch.views, into)?
+            augmenter.decode_and_apply(&sample, &batch.augmentation, into)?
         };
-        Ok(Known { key, label, light })
+        Ok(SampleInfo { key, label, jitter })
     }
 }
 
@@ -144,141 +156,148 @@ fn thread(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
 /// Batches in the order of their requests.
 #[derive(Debug)]
 pub(crate) struct Batches {
-    ready: Arc<Ready<Result<Batch>>>,
+    queue: Arc<PrefetchQueue<Result<Batch>>>,
     _tasks: [AbortOnDropHandle<()>; 2],
 }
 
 impl Batches {
-    /// The next batch; None after the last, and when `given_up` says so while there is none yet.
-    pub(crate) fn next(&mut self, given_up: impl Fn() -> bool) -> Option<Result<Batch>> {
-        self.ready.next(given_up)
+    /// The next batch; None after the last one, or if `cancelled` returns true while there is none yet.
+    pub(crate) fn next(&mut self, cancelled: impl Fn() -> bool) -> Option<Result<Batch>> {
+        self.queue.pop(cancelled)
     }
 }
 
 impl Drop for Batches {
     fn drop(&mut self) {
-        self.ready.refuse();
+        self.queue.close();
     }
 }
 
-/// What is known of a batch before its samples are there.
+/// A batch before its samples have been read.
 #[derive(Debug)]
-struct Head {
+struct BatchPlan {
     number: u64,
     step: u64,
     samples: u64,
     shares: Vec<i64>,
-    /// How many of the samples are this rank's.
+    /// How many of the samples this rank has.
     own: usize,
-    views: Views,
-    again: Again,
+    augmentation: Augmentation,
+    next_use: NextUse,
 }
 
-/// A sample on its way from the scout to the feeder.
-struct Item {
-    batch: Arc<Head>,
-    place: Place,
-    source: Found,
+/// A sample on its way from the readahead to the feeder.
+struct PlannedSample {
+    batch: Arc<BatchPlan>,
+    sample_id: SampleId,
+    source: Location,
 }
 
-enum Found {
+enum Location {
     Cached,
-    InBlock(Arc<Open>),
+    InBlock(Arc<OpenBlock>),
 }
 
-struct Part {
-    batch: Arc<Head>,
+struct DecodeJob {
+    batch: Arc<BatchPlan>,
     part: usize,
-    items: Vec<(Place, Source)>,
+    items: Vec<(SampleId, Input)>,
     chunk: Chunk,
 }
 
-enum Source {
+enum Input {
     Cached,
     Encoded(Sample),
 }
 
-struct Decoded {
-    batch: Arc<Head>,
+struct DecodedPart {
+    batch: Arc<BatchPlan>,
     part: usize,
-    done: Result<Written>,
+    done: Result<FilledPart>,
 }
 
-/// A part of a batch whose pixels are in their place.
-struct Written {
-    samples: Vec<Known>,
+/// A part of a batch whose pixels have been written.
+struct FilledPart {
+    samples: Vec<SampleInfo>,
     chunk: Chunk,
 }
 
-struct Known {
+struct SampleInfo {
     key: u64,
     label: u32,
-    light: Light,
+    jitter: ColorJitter,
 }
 
-/// A block that is read, or on its way.
-struct Open {
-    /// An error is passed to each that waits, as its text.
+/// A block that is being read or has been.
+struct OpenBlock {
+    /// An error is passed as text, because several may wait for it.
     samples: Shared<BoxFuture<'static, Result<Arc<Vec<Sample>>, String>>>,
-    /// Held until the first sample is taken.
+    /// The block's share of AHEAD_BYTES, until its first sample is taken.
     ahead: Mutex<Option<OwnedSemaphorePermit>>,
     _read: AbortOnDropHandle<()>,
 }
 
-impl Open {
-    async fn sample(&self, place: Place) -> Result<Sample> {
+impl OpenBlock {
+    async fn sample(&self, sample_id: SampleId) -> Result<Sample> {
         drop(self.ahead.lock().unwrap_or_else(PoisonError::into_inner).take());
         let samples = self.samples.clone().await.map_err(|error| anyhow!(error))?;
-        samples.get(place.sample as usize).cloned().context("a plan names a sample that its block does not have")
+        samples.get(sample_id.sample as usize).cloned().context("a plan names a sample that its block does not have")
     }
 }
 
-struct Scout {
+struct Readahead {
     loader: Loader,
     ahead: Arc<Semaphore>,
-    /// Blocks whose samples are not all found yet: how many are left, and the block if one of them was not in the cache.
-    open: HashMap<u32, (u32, Option<Arc<Open>>)>,
+    /// Blocks of which samples are still to come in the plan: how many, and the block if one of its samples was not cached.
+    open: HashMap<u32, (u32, Option<Arc<OpenBlock>>)>,
 }
 
-impl Scout {
-    async fn run(mut self, requests: impl Iterator<Item = Request> + Send + 'static, found: mpsc::Sender<Item>) {
+impl Readahead {
+    async fn run(
+        mut self,
+        requests: impl Iterator<Item = BatchRequest> + Send + 'static,
+        found: mpsc::Sender<PlannedSample>,
+    ) {
         let mut plan = HashMap::new();
-        for (number, Request { step, uses, samples, shares, places, views, again }) in (0..).zip(requests) {
+        for (number, BatchRequest { step, uses, samples, shares, sample_ids, augmentation, next_use }) in
+            (0..).zip(requests)
+        {
             if let Some(uses) = uses {
                 plan = uses;
                 self.open.clear();
             }
-            let batch = Arc::new(Head { number, step, samples, shares, own: places.len(), views, again });
-            for place in places {
-                let uses = plan.get(&place.block).copied().unwrap_or(1);
-                let source = self.find(uses, place).await;
-                // An item at a time, not a batch: all blocks before this one must be able to be used, or the scout could wait for ever
-                // for the bytes that they are ahead.
-                if found.send(Item { batch: batch.clone(), place, source }).await.is_err() {
+            let batch =
+                Arc::new(BatchPlan { number, step, samples, shares, own: sample_ids.len(), augmentation, next_use });
+            for sample_id in sample_ids {
+                let uses = plan.get(&sample_id.block).copied().unwrap_or(1);
+                let source = self.find(uses, sample_id).await;
+                // Samples are sent one at a time, not a batch at a time: otherwise the readahead could wait for ever for bytes of blocks
+                // whose samples it has not sent yet.
+                if found.send(PlannedSample { batch: batch.clone(), sample_id, source }).await.is_err() {
                     return;
                 }
             }
         }
     }
 
-    async fn find(&mut self, uses: u32, place: Place) -> Found {
-        let cached = self.loader.cache.promise((self.loader.split, place));
-        let (left, block) = self.open.remove(&place.block).unwrap_or((uses, None));
+    async fn find(&mut self, uses: u32, sample_id: SampleId) -> Location {
+        let cached = self.loader.cache.reserve((self.loader.split, sample_id));
+        let (left, block) = self.open.remove(&sample_id.block).unwrap_or((uses, None));
         let (block, source) = match (cached, block) {
-            (true, block) => (block, Found::Cached),
-            (false, Some(block)) => (Some(block.clone()), Found::InBlock(block)),
+            (true, block) => (block, Location::Cached),
+            (false, Some(block)) => (Some(block.clone()), Location::InBlock(block)),
             (false, None) => {
-                let block = self.read(place.block).await;
-                (Some(block.clone()), Found::InBlock(block))
+                let block = self.read(sample_id.block).await;
+                (Some(block.clone()), Location::InBlock(block))
             }
         };
         if left > 1 {
-            self.open.insert(place.block, (left - 1, block));
+            self.open.insert(sample_id.block, (left - 1, block));
         }
         source
     }
 
-    async fn read(&self, block: u32) -> Arc<Open> {
+    async fn read(&self, block: u32) -> Arc<OpenBlock> {
         let bytes = self.loader.blocks.bytes(block).min(AHEAD_BYTES) as u32;
         let ahead = self.ahead.clone().acquire_many_owned(bytes).await.ok();
         let (done, wait) = tokio::sync::oneshot::channel();
@@ -288,40 +307,40 @@ impl Scout {
             let _ = done.send(read);
         });
         let samples = wait.map(|read| read.unwrap_or_else(|_| Err("the read was ended".to_owned()))).boxed().shared();
-        Arc::new(Open { samples, ahead: Mutex::new(ahead), _read: AbortOnDropHandle::new(read) })
+        Arc::new(OpenBlock { samples, ahead: Mutex::new(ahead), _read: AbortOnDropHandle::new(read) })
     }
 }
 
-/// Gathers samples into parts of batches. An error goes to the assembler in the place of its part.
+/// Gathers samples into parts of batches. An error goes to the assembler in place of the part.
 async fn feed(
-    mut found: mpsc::Receiver<Item>,
-    parts: mpsc::Sender<Part>,
-    decoded: SyncSender<Decoded>,
+    mut found: mpsc::Receiver<PlannedSample>,
+    parts: mpsc::Sender<DecodeJob>,
+    decoded: SyncSender<DecodedPart>,
     device: Device,
 ) {
     let (mut part, mut items, mut seen, mut slab) = (0, Vec::with_capacity(PART), 0, None);
-    while let Some(Item { batch, place, source }) = found.recv().await {
+    while let Some(PlannedSample { batch, sample_id, source }) = found.recv().await {
         let source = match source {
-            Found::Cached => Source::Cached,
-            Found::InBlock(block) => match block.sample(place).await {
-                Ok(sample) => Source::Encoded(sample),
+            Location::Cached => Input::Cached,
+            Location::InBlock(block) => match block.sample(sample_id).await {
+                Ok(sample) => Input::Encoded(sample),
                 Err(error) => {
-                    // The channel to the assembler may be full, and this must not block the runtime.
-                    let failed = Decoded { batch, part, done: Err(error) };
+                    // The channel to the assembler may be full, and sending blocks: not on a thread of the runtime.
+                    let failed = DecodedPart { batch, part, done: Err(error) };
                     let _ = tokio::task::spawn_blocking(move || decoded.send(failed)).await;
                     return;
                 }
             },
         };
-        items.push((place, source));
+        items.push((sample_id, source));
         seen += 1;
         let last = seen == batch.own;
         if last || items.len() == PART {
             let items = std::mem::replace(&mut items, Vec::with_capacity(PART));
-            let crop = batch.views.crop();
+            let crop = batch.augmentation.crop();
             let shape = [batch.own as i64, crop as i64, crop as i64, 3];
             let chunk = slab.get_or_insert_with(|| Slab::new(&shape, device)).chunk(3 * crop * crop * items.len());
-            if parts.send(Part { batch, part, items, chunk }).await.is_err() {
+            if parts.send(DecodeJob { batch, part, items, chunk }).await.is_err() {
                 return;
             }
             part += 1;
@@ -333,17 +352,17 @@ async fn feed(
 }
 
 /// A batch, its parts, and how many of them are missing.
-type Unfinished = (Arc<Head>, Vec<Option<Written>>, usize);
+type Unfinished = (Arc<BatchPlan>, Vec<Option<FilledPart>>, usize);
 
-/// Puts parts in the order of batches and parts, until they end, nobody wants them, or one is an error.
-fn assemble(decoded: &Receiver<Decoded>, ready: &Ready<Result<Batch>>) {
+/// Puts finished batches into the queue in their order, until there are no more parts, the queue is closed, or a part is an error.
+fn assemble(decoded: &Receiver<DecodedPart>, queue: &PrefetchQueue<Result<Batch>>) {
     let mut waiting: HashMap<u64, Unfinished> = HashMap::new();
     let mut next = 0;
-    for Decoded { batch, part, done } in decoded {
+    for DecodedPart { batch, part, done } in decoded {
         let written = match done {
             Ok(written) => written,
             Err(error) => {
-                ready.put(Err(error), 0);
+                queue.push(Err(error), 0);
                 return;
             }
         };
@@ -355,9 +374,9 @@ fn assemble(decoded: &Receiver<Decoded>, ready: &Ready<Result<Batch>>) {
         while let Some((_, _, 0)) = waiting.get(&next) {
             let Some((head, slots, _)) = waiting.remove(&next) else { return };
             let Some(pixels) = join(slots) else { return };
-            let Head { step, samples, ref shares, .. } = *head;
+            let BatchPlan { step, samples, ref shares, .. } = *head;
             let bytes = pixels.pixels.numel();
-            if !ready.put(Ok(Batch { step, samples, shares: shares.clone(), pixels }), bytes) {
+            if !queue.push(Ok(Batch { step, samples, shares: shares.clone(), pixels }), bytes) {
                 return;
             }
             next += 1;
@@ -365,14 +384,14 @@ fn assemble(decoded: &Receiver<Decoded>, ready: &Ready<Result<Batch>>) {
     }
 }
 
-fn join(parts: Vec<Option<Written>>) -> Option<Pixels> {
+fn join(parts: Vec<Option<FilledPart>>) -> Option<Pixels> {
     let (samples, chunks): (Vec<_>, Vec<_>) =
-        parts.into_iter().flatten().map(|Written { samples, chunk }| (samples, chunk)).unzip();
-    let known: Vec<Known> = samples.into_iter().flatten().collect();
+        parts.into_iter().flatten().map(|FilledPart { samples, chunk }| (samples, chunk)).unzip();
+    let known: Vec<SampleInfo> = samples.into_iter().flatten().collect();
     let labels: Vec<i64> = known.iter().map(|sample| i64::from(sample.label)).collect();
     Some(Pixels {
         pixels: Chunk::join(chunks)?,
-        lights: known.iter().map(|sample| sample.light).collect(),
+        jitters: known.iter().map(|sample| sample.jitter).collect(),
         labels: Tensor::from_slice(&labels),
         keys: known.iter().map(|sample| sample.key).collect(),
     })

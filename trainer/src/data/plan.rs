@@ -6,8 +6,8 @@
 //! shuffles each lane's pieces of blocks; within a window of pieces the lane's samples are shuffled, and what comes out is spread evenly
 //! over the epoch's steps.
 //!
-//! Nothing is laid out per sample but the windows at hand: 100,000,000 samples are some million blocks, and a lane's place in the line is
-//! found from them.
+//! Only the current windows are held sample by sample: 100,000,000 samples are some million blocks, and a lane's position is found from
+//! these.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -17,9 +17,9 @@ use super::random::{key, shuffle};
 /// Blocks in the windows of all lanes together. With blocks of 2 MiB this bounds what a single rank holds to 256 MiB.
 const WINDOW_BLOCKS: usize = 128;
 
-/// A sample of a split: the `sample`-th one that counts of the `block`-th block.
+/// A sample of a split: the `sample`-th one of the `block`-th block, not counting those that are skipped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) struct Place {
+pub(crate) struct SampleId {
     /// Counts the split's blocks from 0.
     pub block: u32,
     /// Counts the block's samples that are not skipped from 0.
@@ -52,21 +52,21 @@ pub(crate) struct EpochPlan {
     seed: u64,
 }
 
-/// When in an epoch the samples of some lanes have their turn.
+/// When in an epoch the samples of some lanes are used.
 #[derive(Debug)]
-pub(crate) struct Turns(Vec<(Place, u32)>);
+pub(crate) struct UseTimes(Vec<(SampleId, u32)>);
 
-impl Turns {
-    /// Which part of the epoch has passed when the window of this sample begins, as a fraction of 2^32; None if it is of another lane.
-    pub(crate) fn of(&self, place: Place) -> Option<u32> {
-        let after = self.0.partition_point(|(first, _)| *first <= place);
-        let (first, turn) = self.0[after.checked_sub(1)?];
-        (first.block == place.block && turn != OF_OTHERS).then_some(turn)
+impl UseTimes {
+    /// The fraction of the epoch (of 2^32) that has passed when the window of this sample begins; None if it is of another lane.
+    pub(crate) fn of(&self, sample_id: SampleId) -> Option<u32> {
+        let after = self.0.partition_point(|(first, _)| *first <= sample_id);
+        let (first, time) = self.0[after.checked_sub(1)?];
+        (first.block == sample_id.block && time != NOT_OWN).then_some(time)
     }
 }
 
-/// The turn of what follows on the last sample of a piece.
-const OF_OTHERS: u32 = u32::MAX;
+/// The time of samples of other lanes, which follow the last sample of a piece.
+const NOT_OWN: u32 = u32::MAX;
 
 /// The lanes of rank `rank` of `world`. The parts of all ranks are contiguous and differ by at most one lane.
 pub(crate) fn lanes_of(rank: u32, world: u32, lanes: u32) -> Range<u32> {
@@ -117,11 +117,11 @@ impl EpochPlan {
 
     /// The shares of one lane from step `from` on (counted within the epoch): each step's samples, until the epoch ends.
     pub(crate) fn lane(self: &Arc<Self>, lane: u32, from: u64) -> Lane {
-        Lane { pieces: self.pieces(lane), plan: self.clone(), lane, step: from, window: 0..0, places: Vec::new() }
+        Lane { pieces: self.pieces(lane), plan: self.clone(), lane, step: from, window: 0..0, sample_ids: Vec::new() }
     }
 
     /// How many of its samples each block has for these lanes, in no order; blocks without any are left out.
-    pub(crate) fn uses(&self, lanes: &Range<u32>) -> impl Iterator<Item = (u32, u32)> {
+    pub(crate) fn block_uses(&self, lanes: &Range<u32>) -> impl Iterator<Item = (u32, u32)> {
         let line = if lanes.is_empty() { 0..0 } else { self.line(lanes.start).start..self.line(lanes.end - 1).end };
         let first = self.ends.partition_point(|&end| end <= line.start);
         (first..self.order.len()).map_while(move |i| {
@@ -130,21 +130,21 @@ impl EpochPlan {
         })
     }
 
-    /// When the samples of these lanes have their turn.
-    pub(crate) fn turns(&self, lanes: Range<u32>) -> Turns {
-        let mut turns = Vec::new();
+    /// When the samples of these lanes are used.
+    pub(crate) fn use_times(&self, lanes: Range<u32>) -> UseTimes {
+        let mut use_times = Vec::new();
         for lane in lanes {
             let pieces = self.pieces(lane);
             let samples = pieces.ends.last().map_or(1, |&end| end.max(1));
             for (i, piece) in pieces.of.iter().enumerate() {
                 let begins = pieces.start(pieces.window(i).start);
-                turns.push((piece.0, part(u64::from(OF_OTHERS), begins, samples) as u32));
-                turns.push((Place { sample: piece.0.sample + piece.1, ..piece.0 }, OF_OTHERS));
+                use_times.push((piece.0, part(u64::from(NOT_OWN), begins, samples) as u32));
+                use_times.push((SampleId { sample: piece.0.sample + piece.1, ..piece.0 }, NOT_OWN));
             }
         }
         // Where one piece of a block ends and another begins, the one that begins comes last.
-        turns.sort_unstable_by_key(|&(first, turn)| (first, turn != OF_OTHERS));
-        Turns(turns)
+        use_times.sort_unstable_by_key(|&(first, time)| (first, time != NOT_OWN));
+        UseTimes(use_times)
     }
 
     /// The part of the line that a lane owns.
@@ -170,18 +170,19 @@ impl EpochPlan {
     fn pieces(&self, lane: u32) -> Pieces {
         let line = self.line(lane);
         let first = self.ends.partition_point(|&end| end <= line.start);
-        let mut of: Vec<(Place, u32)> = (first..self.order.len())
+        let mut of: Vec<(SampleId, u32)> = (first..self.order.len())
             .map_while(|i| {
                 let block = self.block(i);
                 let samples = overlap(&block, &line);
-                let first = Place { block: self.order[i], sample: (samples.start.saturating_sub(block.start)) as u32 };
+                let first =
+                    SampleId { block: self.order[i], sample: (samples.start.saturating_sub(block.start)) as u32 };
                 (!samples.is_empty()).then(|| (first, (samples.end - samples.start) as u32))
             })
             .collect();
         let seed = key(&[self.seed, u64::from(lane)]);
         shuffle(&mut of, seed);
         let mut end = 0;
-        let mut add = |&(_, samples): &(Place, u32)| {
+        let mut add = |&(_, samples): &(SampleId, u32)| {
             end += u64::from(samples);
             end
         };
@@ -197,7 +198,7 @@ impl EpochPlan {
 #[derive(Debug)]
 struct Pieces {
     /// First sample and how many.
-    of: Vec<(Place, u32)>,
+    of: Vec<(SampleId, u32)>,
     /// `ends[i]`: how many samples there are up to the end of the `i`-th.
     ends: Vec<u64>,
     /// Pieces in the first window, and in each of the others.
@@ -219,14 +220,14 @@ impl Pieces {
     }
 
     /// The window around the `position`-th sample: where it lies, and its samples in order.
-    fn samples(&self, position: u64) -> (Range<u64>, Vec<Place>) {
+    fn samples(&self, position: u64) -> (Range<u64>, Vec<SampleId>) {
         let window = self.window(self.ends.partition_point(|&end| end <= position));
-        let all = |&(first, samples): &(Place, u32)| {
-            (first.sample..first.sample + samples).map(move |sample| Place { sample, ..first })
+        let all = |&(first, samples): &(SampleId, u32)| {
+            (first.sample..first.sample + samples).map(move |sample| SampleId { sample, ..first })
         };
-        let mut places: Vec<Place> = self.of[window.clone()].iter().flat_map(all).collect();
-        shuffle(&mut places, key(&[self.seed, window.start as u64]));
-        (self.start(window.start)..self.start(window.end), places)
+        let mut sample_ids: Vec<SampleId> = self.of[window.clone()].iter().flat_map(all).collect();
+        shuffle(&mut sample_ids, key(&[self.seed, window.start as u64]));
+        (self.start(window.start)..self.start(window.end), sample_ids)
     }
 }
 
@@ -238,33 +239,33 @@ pub(crate) struct Lane {
     lane: u32,
     step: u64,
     window: Range<u64>,
-    places: Vec<Place>,
+    sample_ids: Vec<SampleId>,
 }
 
 impl Iterator for Lane {
-    type Item = Vec<Place>;
+    type Item = Vec<SampleId>;
 
-    fn next(&mut self) -> Option<Vec<Place>> {
+    fn next(&mut self) -> Option<Vec<SampleId>> {
         if self.step >= self.plan.steps {
             return None;
         }
         let share = self.plan.share(self.lane, self.step);
         self.step += 1;
-        let places = share.map(|position| {
+        let sample_ids = share.map(|position| {
             if !self.window.contains(&position) {
-                (self.window, self.places) = self.pieces.samples(position);
+                (self.window, self.sample_ids) = self.pieces.samples(position);
             }
-            self.places[(position - self.window.start) as usize]
+            self.sample_ids[(position - self.window.start) as usize]
         });
-        Some(places.collect())
+        Some(sample_ids.collect())
     }
 }
 
 /// The samples that lanes `part` of `lanes` evaluate, in the order in which they are stored.
-pub(crate) fn evaluation(kept: &[u32], lanes: u32, mine: Range<u32>) -> impl Iterator<Item = Place> {
+pub(crate) fn evaluation(kept: &[u32], lanes: u32, own_lanes: Range<u32>) -> impl Iterator<Item = SampleId> {
     let total = kept.iter().map(|&n| u64::from(n)).sum();
     let cut = |lane: u32| part(total, u64::from(lane), u64::from(lanes));
-    let line = cut(mine.start)..cut(mine.end);
+    let line = cut(own_lanes.start)..cut(own_lanes.end);
     let mut start = 0;
     let blocks: Vec<(u32, Range<u64>)> = kept
         .iter()
@@ -276,7 +277,7 @@ pub(crate) fn evaluation(kept: &[u32], lanes: u32, mine: Range<u32>) -> impl Ite
             (!samples.is_empty()).then(|| (block as u32, samples.start - at.start..samples.end - at.start))
         })
         .collect();
-    blocks.into_iter().flat_map(|(block, samples)| samples.map(move |sample| Place { block, sample: sample as u32 }))
+    blocks.into_iter().flat_map(|(block, samples)| samples.map(move |sample| SampleId { block, sample: sample as u32 }))
 }
 
 fn overlap(a: &Range<u64>, b: &Range<u64>) -> Range<u64> {
@@ -289,8 +290,8 @@ mod tests {
     use proptest::prelude::*;
     use std::collections::HashMap;
 
-    fn all(kept: &[u32]) -> Vec<Place> {
-        let of = |(block, &n): (usize, &u32)| (0..n).map(move |sample| Place { block: block as u32, sample });
+    fn all(kept: &[u32]) -> Vec<SampleId> {
+        let of = |(block, &n): (usize, &u32)| (0..n).map(move |sample| SampleId { block: block as u32, sample });
         kept.iter().enumerate().flat_map(of).collect()
     }
 
@@ -346,15 +347,15 @@ mod tests {
             let Some(plan) = plan(&kept, 8, 40, 0) else { return Ok(()) };
             let mut next = 0;
             for rank in 0..world {
-                let mine = lanes_of(rank, world, 8);
-                prop_assert_eq!(mine.start, next);
-                prop_assert!(!mine.is_empty());
-                next = mine.end;
+                let own_lanes = lanes_of(rank, world, 8);
+                prop_assert_eq!(own_lanes.start, next);
+                prop_assert!(!own_lanes.is_empty());
+                next = own_lanes.end;
                 let mut used = HashMap::new();
-                for place in mine.clone().flat_map(|lane| plan.lane(lane, 0).flatten()) {
-                    *used.entry(place.block).or_insert(0) += 1;
+                for sample_id in own_lanes.clone().flat_map(|lane| plan.lane(lane, 0).flatten()) {
+                    *used.entry(sample_id.block).or_insert(0) += 1;
                 }
-                prop_assert_eq!(plan.uses(&mine).collect::<HashMap<_, _>>(), used);
+                prop_assert_eq!(plan.block_uses(&own_lanes).collect::<HashMap<_, _>>(), used);
             }
             prop_assert_eq!(next, 8);
         }
@@ -363,17 +364,17 @@ mod tests {
         fn lanes_own_the_same_samples_in_every_epoch_and_say_when_their_turn_is(kept in blocks(), lanes in 1u32..10, from in 0u32..4) {
             let (Some(one), Some(other)) = (plan(&kept, lanes, lanes * 5, 1), plan(&kept, lanes, lanes * 5, 2)) else { return Ok(()) };
             let owned = from.min(lanes - 1)..lanes;
-            let turns = other.turns(owned.clone());
+            let use_times = other.use_times(owned.clone());
             for lane in 0..lanes {
-                let order: Vec<Place> = other.lane(lane, 0).flatten().collect();
-                let sorted = |mut places: Vec<Place>| { places.sort_unstable(); places };
+                let order: Vec<SampleId> = other.lane(lane, 0).flatten().collect();
+                let sorted = |mut sample_ids: Vec<SampleId>| { sample_ids.sort_unstable(); sample_ids };
                 prop_assert_eq!(sorted(one.lane(lane, 0).flatten().collect()), sorted(order.clone()));
                 let samples = order.len() as f64;
-                let window = |place: Place| turns.of(place).map(|turn| f64::from(turn) / 4_294_967_296.0 * samples);
-                for (position, place) in order.into_iter().enumerate() {
-                    let turn = window(place);
-                    prop_assert_eq!(turn.is_some(), owned.contains(&lane));
-                    prop_assert!(turn.is_none_or(|turn| turn < position as f64 + 1.0), "{:?} at {}", turn, position);
+                let window = |sample_id: SampleId| use_times.of(sample_id).map(|time| f64::from(time) / 4_294_967_296.0 * samples);
+                for (position, sample_id) in order.into_iter().enumerate() {
+                    let time = window(sample_id);
+                    prop_assert_eq!(time.is_some(), owned.contains(&lane));
+                    prop_assert!(time.is_none_or(|time| time < position as f64 + 1.0), "{:?} at {}", time, position);
                 }
             }
         }
@@ -394,7 +395,7 @@ mod tests {
         };
         assert_ne!(first(1, 0), first(1, 1));
         assert_ne!(first(1, 0), first(2, 0));
-        let mut blocks: Vec<u32> = first(1, 0).iter().map(|place| place.block).collect();
+        let mut blocks: Vec<u32> = first(1, 0).iter().map(|sample_id| sample_id.block).collect();
         blocks.sort_unstable();
         blocks.dedup();
         assert!(blocks.len() >= 5, "{blocks:?}");
@@ -406,6 +407,6 @@ mod tests {
         let plan = Arc::new(EpochPlan::new(&kept, 64, 4096, 1, 2).expect("enough samples"));
         let mut lane = plan.lane(63, plan.steps - 3);
         assert_eq!(lane.by_ref().map(|share| share.len()).min(), Some(64));
-        assert!(lane.places.len() <= 70 * WINDOW_BLOCKS / 64);
+        assert!(lane.sample_ids.len() <= 70 * WINDOW_BLOCKS / 64);
     }
 }

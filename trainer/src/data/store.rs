@@ -1,4 +1,4 @@
-//! The object store, as the trainer uses it: whole objects, checked, and with every request tried again after an error.
+//! Access to the object store: whole objects, checked by digest, with retries.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -12,7 +12,7 @@ use object_store::{ObjectStore, ObjectStoreExt};
 use proto::shard::sha256_hex;
 use tracing::warn;
 
-/// A read is given up after so many attempts ...
+/// A request fails after this many attempts ...
 const ATTEMPTS: u32 = 5;
 /// ... each of which may take this long for a block ...
 pub(super) const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(60);
@@ -42,7 +42,7 @@ struct Damaged {
     expected: String,
 }
 
-/// Whether an object that was once whole is damaged or gone: then it will not help to read it again.
+/// Whether the error means that an object is damaged or gone, so that reading it again does not help.
 pub(crate) fn is_damage(error: &anyhow::Error) -> bool {
     let gone = |cause: &(dyn std::error::Error + 'static)| {
         matches!(cause.downcast_ref(), Some(object_store::Error::NotFound { .. }))
@@ -50,7 +50,7 @@ pub(crate) fn is_damage(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| cause.is::<Damaged>() || gone(cause))
 }
 
-/// Puts the object, and replaces one that is there.
+/// Writes an object, and replaces an existing one.
 pub(crate) async fn put(store: &Arc<dyn ObjectStore>, key: &str, bytes: Bytes) -> Result<()> {
     let put = || {
         let (store, path, bytes) = (store.clone(), Path::from(key), bytes.clone());
@@ -76,7 +76,7 @@ pub(crate) async fn put_files<const N: usize>(
     Ok(digests)
 }
 
-/// Tries again after an error, with growing pauses: also if the object is not there, since a store may be behind.
+/// Retries with exponential backoff, also if an object is missing, since stores may be eventually consistent.
 pub(super) async fn retried<T, F>(key: &str, timeout: Duration, attempt: impl Fn() -> F) -> Result<T>
 where
     F: Future<Output = object_store::Result<T>>,

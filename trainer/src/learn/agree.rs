@@ -1,4 +1,4 @@
-//! How the ranks of a generation come to hold the same state.
+//! The ranks of a generation agree on a state.
 
 use anyhow::{Context, Result};
 use proto::pb;
@@ -10,16 +10,16 @@ use super::checkpoint::{self, Progress};
 use super::failure::Failure;
 use super::history::Sums;
 use super::job::{Job, fresh};
-use super::membership::Seat;
+use super::membership::Membership;
 use crate::data::store::is_damage;
 use crate::torch::{Group, Op};
 
 /// Makes sure that all ranks hold the same state: that of the lowest rank among those that have come furthest; if none holds any, what
 /// rank 0 finds in the newest whole checkpoint, or the weights that the run starts from. Returns the checkpoints that rank 0 found damaged.
-pub(super) fn agree(job: &mut Job, seat: &Seat, join: &pb::Join) -> Result<Vec<pb::Damaged>, Failure> {
-    let Seat { group, rank, world, .. } = seat;
-    let mine = if job.held { job.progress.step as i64 + 1 } else { 0 };
-    let agreed = if job.held { job.agreed as i64 } else { 0 };
+pub(super) fn agree(job: &mut Job, membership: &Membership, join: &pb::Join) -> Result<Vec<pb::Damaged>, Failure> {
+    let Membership { group, rank, world, .. } = membership;
+    let mine = if job.has_state { job.progress.step as i64 + 1 } else { 0 };
+    let agreed = if job.has_state { job.agreed_generation as i64 } else { 0 };
     let [furthest, nearest, newest, oldest] = largest(group, [mine, -mine, agreed, -agreed])?;
     let same = furthest > 0 && (furthest, newest) == (-nearest, -oldest);
     let mut damaged = Vec::new();
@@ -33,13 +33,13 @@ pub(super) fn agree(job: &mut Job, seat: &Seat, join: &pb::Join) -> Result<Vec<p
         world - largest(group, [vote as i64])?[0] as usize
     };
     if !same {
-        // What is overwritten half way is no state any more, unless by the same values.
-        job.held &= mine == furthest;
+        // A broadcast that is interrupted leaves a mixture, which is a state only if both were the same.
+        job.has_state &= mine == furthest;
         let tensors: Vec<Tensor> = job.tensors().into_iter().map(|(_, tensor)| tensor).collect();
         group.broadcast(&tensors, root)?;
     }
     job.progress = broadcast_progress(group, &job.progress, root)?;
-    (job.held, job.agreed) = (true, join.generation);
+    (job.has_state, job.agreed_generation) = (true, join.generation);
     Ok(damaged)
 }
 
@@ -48,7 +48,7 @@ fn load(job: &mut Job, join: &pb::Join) -> Result<Vec<pb::Damaged>> {
     job.progress = Progress::default();
     let mut damaged = Vec::new();
     for pb::Checkpointed { key, digests, .. } in &join.checkpoints {
-        match job.home.runtime.block_on(checkpoint::read(&job.home.store, key, digests)) {
+        match job.context.runtime.block_on(checkpoint::read(&job.context.store, key, digests)) {
             Ok((position, tensors)) => {
                 job.progress = position.progress(key, job.steps_per_epoch)?;
                 checkpoint::load(&job.tensors(), &tensors).with_context(|| key.clone())?;
@@ -63,7 +63,7 @@ fn load(job: &mut Job, join: &pb::Join) -> Result<Vec<pb::Damaged>> {
         }
     }
     if let Some(pb::Checkpointed { key, digests, .. }) = &join.start {
-        let (_, tensors) = job.home.runtime.block_on(checkpoint::read(&job.home.store, key, digests))?;
+        let (_, tensors) = job.context.runtime.block_on(checkpoint::read(&job.context.store, key, digests))?;
         let new = checkpoint::take_weights(&job.weights(), &tensors, job.manifest.classes.len() as i64);
         let new = new.with_context(|| key.clone())?;
         info!(key, new_layers = new.join(", "), "begins with the weights of another run");

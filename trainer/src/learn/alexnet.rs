@@ -47,7 +47,7 @@ pub(crate) struct AlexNet {
     hidden: Vec<Layer>,
     output: Layer,
     /// As the paper of 2012 has it.
-    classic: bool,
+    paper: bool,
     stride: i64,
     /// Side of the map that the features are averaged to.
     grid: i64,
@@ -85,7 +85,7 @@ impl AlexNet {
     pub(crate) fn new(model: &Model, classes: i64, crop: i64, seed: u64, kind: Kind, device: Device) -> Self {
         // Multiples of 8 fill the vector registers of convolution kernels.
         let wide = |channels: i64| (((channels as f64 * model.width / 8.0).round() as i64) * 8).max(8);
-        let classic = model.arch == Arch::Alexnet2012;
+        let paper = model.arch == Arch::Alexnet2012;
         let normed = matches!(model.arch, Arch::AlexnetBn | Arch::AlexnetSlim);
         let slim = model.arch == Arch::AlexnetSlim;
         let stride = if crop < SMALL_CROP { 2 } else { 4 };
@@ -97,17 +97,17 @@ impl AlexNet {
         let mut layer = |name: String, shape: &[i64], norm: bool| {
             stream += 1;
             // The paper's second, fourth and fifth convolution and its hidden layers.
-            let first = match classic {
-                true => First::Normal(if matches!(stream, 2 | 4..=7) { 1.0 } else { 0.0 }),
-                false => First::Uniform,
+            let first = match paper {
+                true => Init::Normal(if matches!(stream, 2 | 4..=7) { 1.0 } else { 0.0 }),
+                false => Init::Uniform,
             };
             Layer::new(name, shape, norm, first, random::key(&[seed, stream]), kind, device)
         };
         let mut features = Vec::new();
         let mut inputs = 3;
-        let channels = if classic { [96, 256, 384, 384, 256] } else { [64, 192, 384, 256, 256] };
+        let channels = if paper { [96, 256, 384, 384, 256] } else { [64, 192, 384, 256, 256] };
         let sizes = [(0, 11), (3, 5), (6, 3), (8, 3), (10, 3)];
-        for (((index, size), channels), groups) in sizes.into_iter().zip(channels).zip(groups(classic)) {
+        for (((index, size), channels), groups) in sizes.into_iter().zip(channels).zip(groups(paper)) {
             let shape = [wide(channels), inputs / groups, size, size];
             features.push(layer(format!("features.{index}"), &shape, normed));
             inputs = wide(channels);
@@ -119,7 +119,7 @@ impl AlexNet {
             inputs = wide(4096);
         }
         let output = layer("classifier.6".to_owned(), &[classes, inputs], false);
-        Self { features, hidden, output, classic, stride, grid, dropout: model.dropout }
+        Self { features, hidden, output, paper, stride, grid, dropout: model.dropout }
     }
 
     /// The forward pass in training on this rank's part of a batch: `images` [samples, 3, crop, crop], normalised, lane after lane;
@@ -188,13 +188,13 @@ impl AlexNet {
 
     /// What each convolution is like, and what follows.
     fn stages(&self) -> [Stage; 5] {
-        let groups = groups(self.classic);
+        let groups = groups(self.paper);
         [(self.stride, 2, true), (1, 2, true), (1, 1, false), (1, 1, false), (1, 1, true)].map({
             let mut index = 0;
             move |(stride, padding, pools)| {
                 index += 1;
-                let responds = self.classic && index <= 2;
-                Stage { stride, padding, groups: groups[index - 1], responds, pools }
+                let lrn = self.paper && index <= 2;
+                Stage { stride, padding, groups: groups[index - 1], lrn, pools }
             }
         })
     }
@@ -214,8 +214,8 @@ impl AlexNet {
             let Stage { stride, padding, groups, .. } = stage;
             x = x.conv2d(&layer.weight, layer.bias.as_ref(), [stride, stride], [padding, padding], [1, 1], groups);
             x = activate(layer, x);
-            if stage.responds {
-                x = normalise_responses(&x);
+            if stage.lrn {
+                x = local_response_norm(&x);
             }
             if stage.pools {
                 x = x.max_pool2d([3, 3], [2, 2], [0, 0], [1, 1], false);
@@ -224,11 +224,11 @@ impl AlexNet {
         x = x.adaptive_avg_pool2d([self.grid, self.grid]).flatten(1, -1);
         for (index, layer) in self.hidden.iter().enumerate() {
             // torchvision drops inputs of the hidden layers; the paper drops their outputs.
-            if !self.classic {
+            if !self.paper {
                 x = dropout(index as u64, x);
             }
             x = activate(layer, x.linear(&layer.weight, layer.bias.as_ref()));
-            if self.classic {
+            if self.paper {
                 x = dropout(index as u64, x);
             }
         }
@@ -268,17 +268,17 @@ struct Stage {
     stride: i64,
     padding: i64,
     groups: i64,
-    responds: bool,
+    lrn: bool,
     pools: bool,
 }
 
 /// In how many groups each convolution is computed, none of which sees the channels of another.
-fn groups(classic: bool) -> [i64; 5] {
-    if classic { [1, 2, 1, 2, 2] } else { [1; 5] }
+fn groups(paper: bool) -> [i64; 5] {
+    if paper { [1, 2, 1, 2, 2] } else { [1; 5] }
 }
 
 /// Divides each response by what its neighbours across channels have, at the same place.
-fn normalise_responses(x: &Tensor) -> Tensor {
+fn local_response_norm(x: &Tensor) -> Tensor {
     let margin = RESPONSE_CHANNELS / 2;
     let squares = x.square().unsqueeze(1).constant_pad_nd([0, 0, 0, 0, margin, margin]);
     let window = [RESPONSE_CHANNELS, 1, 1];
@@ -289,7 +289,7 @@ fn normalise_responses(x: &Tensor) -> Tensor {
 
 /// What a layer's weights are before it has learned.
 #[derive(Debug, Clone, Copy)]
-enum First {
+enum Init {
     /// Weights and biases within 1 / sqrt(fan in).
     Uniform,
     /// Weights with a deviation of 0.01, biases of this.
@@ -297,15 +297,15 @@ enum First {
 }
 
 impl Layer {
-    fn new(name: String, shape: &[i64], norm: bool, first: First, key: u64, kind: Kind, device: Device) -> Self {
+    fn new(name: String, shape: &[i64], norm: bool, init: Init, key: u64, kind: Kind, device: Device) -> Self {
         let fan_in: i64 = shape[1..].iter().product();
         let bound = 1.0 / (fan_in as f32).sqrt();
         let leaf =
             |values: Tensor, shape: &[i64]| values.view(shape).to_kind(kind).to_device(device).set_requires_grad(true);
         let values = |from: u64, shape: &[i64]| {
-            let value = |i: u64| match first {
-                First::Uniform => bound * (2.0 * random::uniform(key, i) - 1.0),
-                First::Normal(_) => (0.01 * random::normal(key, i)) as f32,
+            let value = |i: u64| match init {
+                Init::Uniform => bound * (2.0 * random::uniform(key, i) - 1.0),
+                Init::Normal(_) => (0.01 * random::normal(key, i)) as f32,
             };
             tensor::filled(shape, |values: &mut [f32]| {
                 values.iter_mut().zip(from..).for_each(|(place, i)| *place = value(i));
@@ -314,9 +314,9 @@ impl Layer {
         let weight = leaf(values(0, shape), shape);
         let bias = (!norm).then(|| {
             let shape = &shape[..1];
-            match first {
-                First::Uniform => leaf(values(weight.numel() as u64, shape), shape),
-                First::Normal(bias) => leaf(Tensor::full(shape, bias, (kind, device)), shape),
+            match init {
+                Init::Uniform => leaf(values(weight.numel() as u64, shape), shape),
+                Init::Normal(bias) => leaf(Tensor::full(shape, bias, (kind, device)), shape),
             }
         });
         let norm = norm.then(|| Norm {
@@ -457,13 +457,13 @@ mod tests {
 
     #[test]
     fn weights_begin_as_the_source_of_the_network_says() {
-        let classic = network(Arch::Alexnet2012, 0.25, 5, 64);
-        let weight = &classic.hidden[1].weight;
+        let paper = network(Arch::Alexnet2012, 0.25, 5, 64);
+        let weight = &paper.hidden[1].weight;
         let (deviation, mean) = weight.std_mean(true);
         assert!((deviation.double_value(&[]) - 0.01).abs() < 1e-4 && mean.double_value(&[]).abs() < 1e-4);
         let first = |layer: &Layer| layer.bias.as_ref().expect("no norm").double_value(&[0]);
-        assert_eq!(classic.features.iter().map(first).collect::<Vec<_>>(), [0.0, 1.0, 0.0, 1.0, 1.0]);
-        assert_eq!((first(&classic.hidden[0]), first(&classic.output)), (1.0, 0.0));
+        assert_eq!(paper.features.iter().map(first).collect::<Vec<_>>(), [0.0, 1.0, 0.0, 1.0, 1.0]);
+        assert_eq!((first(&paper.hidden[0]), first(&paper.output)), (1.0, 0.0));
         let plain = network(Arch::Alexnet, 0.25, 5, 64);
         let weight = &plain.hidden[1].weight;
         let bound = 1.0 / (weight.size()[1] as f64).sqrt();

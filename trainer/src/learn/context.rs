@@ -6,28 +6,28 @@ use std::sync::Arc;
 use object_store::ObjectStore;
 use serde::{Deserialize, Serialize};
 
-/// Where all of a process' work runs.
+/// What all runs of a rank process share.
 #[derive(Debug, Clone)]
-pub(crate) struct Home {
+pub(crate) struct RankContext {
     pub store: Arc<dyn ObjectStore>,
     pub runtime: tokio::runtime::Handle,
     pub setup: Setup,
 }
 
-/// What a rank process is told about its place, once.
+/// What an agent tells a rank process at its start.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Setup {
     /// `cpu` or `cuda:N`.
     pub device: String,
-    /// Where other machines reach this one.
+    /// The address at which other machines reach this one.
     pub advertise_address: String,
-    /// This process' part of the machine's cores.
+    /// This process's share of the machine's cores.
     pub threads: u32,
-    /// Decoded images may take so many bytes of memory.
+    /// Decoded images may take this many bytes of memory.
     pub cache_bytes: u64,
-    /// Where those that have no room there are kept, if anywhere ...
+    /// The folder for decoded images that have no room in memory, if there is one ...
     pub cache_dir: Option<PathBuf>,
-    /// ... in a file of at most so many bytes.
+    /// ... and how many bytes they may take there.
     pub cache_disk_bytes: u64,
 }

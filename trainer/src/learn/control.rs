@@ -1,4 +1,4 @@
-//! What is told to the training thread while it trains, and what is known of it meanwhile.
+//! What other threads of a rank and its training thread tell each other while it trains.
 
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,23 +10,23 @@ use tracing::warn;
 use super::failure::Failure;
 use crate::torch::Aborter;
 
-/// What this rank is wanted to do about its generation, set from outside while it trains.
+/// What this rank shall do about its generation. Other threads set the flags while it trains.
 #[derive(Debug)]
-pub(crate) struct Wishes {
+pub(crate) struct ControlFlags {
     run: String,
     generation: u64,
     leave: AtomicBool,
     checkpoint: AtomicBool,
     abort: AtomicBool,
     aborter: Mutex<Option<Aborter>>,
-    /// It has left.
-    pub(crate) over: AtomicBool,
-    pulse: Arc<Pulse>,
+    /// Whether the rank has left the generation.
+    pub(crate) left: AtomicBool,
+    heartbeat: Arc<Heartbeat>,
 }
 
-impl Wishes {
-    /// None yet, for the generation that is joined.
-    pub(crate) fn new(join: &pb::Join, pulse: Arc<Pulse>) -> Self {
+impl ControlFlags {
+    /// No flag is set, for the generation that `join` names.
+    pub(crate) fn new(join: &pb::Join, heartbeat: Arc<Heartbeat>) -> Self {
         Self {
             run: join.run.clone(),
             generation: join.generation,
@@ -34,17 +34,17 @@ impl Wishes {
             checkpoint: AtomicBool::new(false),
             abort: AtomicBool::new(false),
             aborter: Mutex::new(None),
-            over: AtomicBool::new(false),
-            pulse,
+            left: AtomicBool::new(false),
+            heartbeat,
         }
     }
 
-    pub(crate) fn concern(&self, leave: &pb::Leave) -> bool {
+    pub(crate) fn are_for(&self, leave: &pb::Leave) -> bool {
         (self.run.as_str(), self.generation) == (leave.run.as_str(), leave.generation)
     }
 
-    /// Does what a `Leave` says.
-    pub(crate) fn hear(&self, leave: &pb::Leave) {
+    /// Sets the flags as a `Leave` message says.
+    pub(crate) fn obey(&self, leave: &pb::Leave) {
         if leave.abort {
             self.abort();
         } else {
@@ -57,12 +57,12 @@ impl Wishes {
         self.leave.store(true, Ordering::Release);
     }
 
-    /// Ends the generation's collectives, those in flight too.
+    /// Aborts the generation's collectives, also those in flight.
     pub(crate) fn abort(&self) {
         self.abort.store(true, Ordering::SeqCst);
         let aborter = self.aborter.lock().unwrap_or_else(PoisonError::into_inner).clone();
         if let Some(aborter) = aborter {
-            // With NCCL it may not return.
+            // On a thread of its own, because with NCCL it may not return.
             let abort = move || {
                 if let Err(error) = aborter.abort() {
                     warn!(%error, "abort failed");
@@ -74,8 +74,11 @@ impl Wishes {
         }
     }
 
-    /// Gives the group of the generation, once there is one.
-    pub(crate) fn watch(&self, aborter: Aborter) -> Result<(), Failure> {
+    /// Sets how the group of the generation is aborted.
+    ///
+    /// # Errors
+    /// If the generation was aborted before.
+    pub(crate) fn set_aborter(&self, aborter: Aborter) -> Result<(), Failure> {
         *self.aborter.lock().unwrap_or_else(PoisonError::into_inner) = Some(aborter);
         match self.aborted() {
             true => Err(Failure::Collective("aborted while the ranks met".to_owned())),
@@ -83,56 +86,56 @@ impl Wishes {
         }
     }
 
-    /// Whether to end at once.
+    /// Whether to leave at once.
     pub(crate) fn aborted(&self) -> bool {
         self.abort.load(Ordering::SeqCst)
     }
 
-    /// Whether to leave after a completed step, and whether with a checkpoint.
-    pub(crate) fn leave(&self) -> (bool, bool) {
+    /// Whether to leave after the current step, and whether with a checkpoint.
+    pub(crate) fn leave_requested(&self) -> (bool, bool) {
         let leave = self.leave.load(Ordering::Acquire);
         (leave, leave && self.checkpoint.load(Ordering::Relaxed))
     }
 
-    /// Notes what the training thread is at, which signs of life carry.
-    pub(crate) fn at(&self, activity: Activity) {
-        self.pulse.activity.store(activity.into(), Ordering::Relaxed);
-        self.pulse.since.store(self.pulse.now(), Ordering::Relaxed);
+    /// Sets what the training thread does, which heartbeats carry.
+    pub(crate) fn set_activity(&self, activity: Activity) {
+        self.heartbeat.activity.store(activity.into(), Ordering::Relaxed);
+        self.heartbeat.since.store(self.heartbeat.now(), Ordering::Relaxed);
     }
 
-    /// Notes the newest step, the same.
-    pub(crate) fn applied(&self, step: u64) {
-        self.pulse.applied.store(step, Ordering::Relaxed);
+    /// Sets the newest applied step, which heartbeats carry, too.
+    pub(crate) fn set_step(&self, step: u64) {
+        self.heartbeat.step.store(step, Ordering::Relaxed);
     }
 
-    /// Whether the coordinator was there at most so long ago. If not, the generation may be over without this rank's knowing.
+    /// Whether the coordinator was heard within that time. If not, the generation may have ended without this rank's knowledge.
     pub(crate) fn in_contact(&self, within: Duration) -> bool {
-        self.pulse.now() <= self.pulse.heard.load(Ordering::Relaxed) + within.as_millis() as u64
+        self.heartbeat.now() <= self.heartbeat.contact.load(Ordering::Relaxed) + within.as_millis() as u64
     }
 }
 
-/// What is known of a rank process beside its training thread.
+/// What the heartbeats of a rank process are made of.
 #[derive(Debug)]
-pub(crate) struct Pulse {
+pub(crate) struct Heartbeat {
     began: Instant,
-    applied: AtomicU64,
+    step: AtomicU64,
     activity: AtomicI32,
     /// Milliseconds since `began`.
     since: AtomicU64,
-    /// When the coordinator was last known to be there; the same.
-    heard: AtomicU64,
+    /// When the coordinator was last heard, also in milliseconds since `began`.
+    contact: AtomicU64,
     pub(crate) terminated: AtomicBool,
 }
 
-impl Pulse {
-    /// Of a process that has just begun.
+impl Heartbeat {
+    /// The heartbeat of a process that has just started.
     pub(crate) fn new() -> Self {
         Self {
             began: Instant::now(),
-            applied: AtomicU64::new(0),
+            step: AtomicU64::new(0),
             activity: AtomicI32::new(Activity::Idle.into()),
             since: AtomicU64::new(0),
-            heard: AtomicU64::new(0),
+            contact: AtomicU64::new(0),
             terminated: AtomicBool::new(false),
         }
     }
@@ -148,16 +151,16 @@ impl Pulse {
 
     /// Steps applied.
     pub(crate) fn step(&self) -> u64 {
-        self.applied.load(Ordering::Relaxed)
+        self.step.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn hear(&self) {
-        self.heard.store(self.now(), Ordering::Relaxed);
+    pub(crate) fn note_contact(&self) {
+        self.contact.store(self.now(), Ordering::Relaxed);
     }
 
-    /// The coordinator counts as there for so long from now on.
+    /// Acts as if the coordinator were heard for that long from now on.
     #[cfg(any(test, feature = "bench"))]
-    pub(crate) fn hear_for(&self, time: Duration) {
-        self.heard.store(self.now() + time.as_millis() as u64, Ordering::Relaxed);
+    pub(crate) fn assume_contact_for(&self, time: Duration) {
+        self.contact.store(self.now() + time.as_millis() as u64, Ordering::Relaxed);
     }
 }

@@ -7,13 +7,13 @@ use anyhow::anyhow;
 use proto::Split;
 use tch::{Kind, Tensor};
 
-use super::control::Wishes;
+use super::control::ControlFlags;
 use super::failure::Failure;
 use super::history::Sums;
 use super::job::Job;
-use super::membership::Seat;
+use super::membership::Membership;
 use super::step;
-use crate::data::cache::Again;
+use crate::data::cache::NextUse;
 use crate::data::{plan, requests};
 use crate::torch::Op;
 
@@ -21,28 +21,29 @@ use crate::torch::Op;
 pub(crate) fn evaluate(
     job: &Job,
     split: Split,
-    mine: Range<u32>,
-    seat: &Seat,
-    wishes: &Wishes,
+    own_lanes: Range<u32>,
+    membership: &Membership,
+    flags: &ControlFlags,
 ) -> Result<Option<(Sums, Duration)>, Failure> {
     let began = Instant::now();
     let kept = job.kept(split);
     if kept.iter().all(|&samples| samples == 0) {
         return Ok(None);
     }
-    let places: Vec<_> = plan::evaluation(&kept, job.spec.ranks.lanes, mine).collect();
-    let batch = (job.spec.train.batch as usize / seat.world).max(1);
-    let expected = places.len().div_ceil(batch);
+    let sample_ids: Vec<_> = plan::evaluation(&kept, job.spec.ranks.lanes, own_lanes).collect();
+    let batch = (job.spec.train.batch as usize / membership.world).max(1);
+    let expected = sample_ids.len().div_ceil(batch);
     let epoch = job.progress.step / job.steps_per_epoch;
-    let again = match split == Split::Validation && epoch < u64::from(job.spec.train.epochs) {
-        true => Again::at_the_end_of(epoch as u32),
-        false => Again::Never,
+    let next_use = match split == Split::Validation && epoch < u64::from(job.spec.train.epochs) {
+        true => NextUse::at_the_end_of(epoch as u32),
+        false => NextUse::Never,
     };
-    let mut batches = job.loader(split).batches(requests::evaluation(places, batch, job.spec.input.crop, again))?;
+    let mut batches =
+        job.loader(split).batches(requests::evaluation(sample_ids, batch, job.spec.input.crop, next_use))?;
     let sums = Tensor::zeros([4], (Kind::Double, job.device));
     for _ in 0..expected {
-        let batch = batches.next(|| wishes.aborted()).unwrap_or_else(|| Err(anyhow!("the batches ended early")));
-        if wishes.aborted() {
+        let batch = batches.next(|| flags.aborted()).unwrap_or_else(|| Err(anyhow!("the batches ended early")));
+        if flags.aborted() {
             return Err(Failure::Collective("aborted during an evaluation".to_owned()));
         }
         let batch = batch?;
@@ -53,7 +54,7 @@ pub(crate) fn evaluate(
         let _ = sums.shallow_clone().f_add_(&Tensor::cat(&[loss, step::correct(&logits, &labels), count], 0))?;
     }
     let sums = sums.to_device(tch::Device::Cpu);
-    seat.group.all_reduce(&sums, Op::Sum)?.wait(seat.group.timeout())?;
+    membership.group.all_reduce(&sums, Op::Sum)?.wait(membership.group.timeout())?;
     let sum = |i| sums.double_value(&[i]);
     let sums = Sums { loss: sum(0), top1: sum(1), top5: sum(2), samples: sum(3) };
     Ok(Some((sums, began.elapsed())))

@@ -1,4 +1,4 @@
-//! What a run writes down of itself: the ledger of the samples that it was trained on, and its learning curve.
+//! Writes a run's ledger (the digests of the samples that it was trained on) and its learning curve to the store.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,10 +15,10 @@ use tracing::warn;
 use crate::data::random;
 use crate::data::store::put;
 
-/// Lines and points are in the store after so long, whatever happens.
+/// Lines and points are written at least this often.
 const FLUSH: Duration = Duration::from_secs(60);
 
-/// A sample's part of a digest: 40 bits, so that 8,000,000 samples can be added without overflow.
+/// The digest of a set of samples, whatever their order: a sum of 40-bit hashes, so that 8,000,000 of them do not overflow.
 pub(crate) fn digest(keys: &[u64]) -> i64 {
     keys.iter().map(|&key| (random::key(&[key]) >> 24) as i64).sum()
 }
@@ -53,7 +53,7 @@ impl Sums {
     }
 }
 
-/// Writes ledger and curve of one generation, in batches, beside the training.
+/// Writes ledger and curve of one generation in batches, while training goes on.
 pub(crate) struct History {
     store: Arc<dyn ObjectStore>,
     runtime: tokio::runtime::Handle,
@@ -86,7 +86,7 @@ impl History {
         self.points.push(point);
     }
 
-    /// Has the ledger's `tail` and the new points written, if it is time or `now`. At most one write is under way.
+    /// Starts to write the new lines of the ledger's `tail` and the new points, if it is time or `now`. One write is in flight at a time.
     pub(crate) fn flush(&mut self, tail: &[Line], now: bool) {
         if let Some((step, write)) = self.writing.take_if(|(_, write)| write.is_finished())
             && self.runtime.block_on(write).unwrap_or(false)

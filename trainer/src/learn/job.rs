@@ -1,4 +1,4 @@
-//! What a rank process holds of its run: opened at the first generation, kept through all that follow.
+//! A run on one rank. It is opened in the rank's first generation and kept through all later ones.
 
 use std::sync::Arc;
 
@@ -9,9 +9,9 @@ use tch::Device;
 
 use super::alexnet::AlexNet;
 use super::checkpoint::Progress;
-use super::context::{Home, Setup};
+use super::context::{RankContext, Setup};
 use super::step;
-use crate::data::blocks::Blocks;
+use crate::data::blocks::BlockReader;
 use crate::data::cache::Cache;
 use crate::data::loader::Loader;
 use crate::data::normalise::Normalise;
@@ -23,7 +23,7 @@ use crate::torch::tensor::Named;
 
 /// One run on one rank: its data, its network, and how far it has come.
 pub(crate) struct Job {
-    pub home: Home,
+    pub context: RankContext,
     pub run: String,
     pub spec: RunSpec,
     pub manifest: Manifest,
@@ -33,45 +33,47 @@ pub(crate) struct Job {
     pub model: AlexNet,
     pub sgd: Sgd,
     pub progress: Progress,
-    /// Whether model, momenta and progress are a state of the run: not before a state was agreed, nor after a half one came.
-    pub held: bool,
-    /// The generation in which the state was agreed. Ranks of the same one that have come as far hold the same state, bit by bit.
-    pub(super) agreed: u64,
+    /// Whether model, momenta and progress are a state of the run. They are not before the first agreement on a state, nor after the receipt
+    /// of another rank's state was interrupted.
+    pub has_state: bool,
+    /// The generation in which the ranks agreed on the state. Ranks with the same one and the same step hold the same state, bit by bit.
+    pub(super) agreed_generation: u64,
     cache: Arc<Cache>,
-    blocks: [Arc<Blocks>; 3],
+    blocks: [Arc<BlockReader>; 3],
 }
 
 impl Job {
     /// Reads the manifest and makes a fresh network.
     ///
     /// # Errors
-    /// If spec and dataset do not go together.
-    pub(crate) fn open(home: &Home, join: &pb::Join) -> Result<Self> {
+    /// If spec and dataset do not fit.
+    pub(crate) fn open(context: &RankContext, join: &pb::Join) -> Result<Self> {
         let spec = RunSpec::from_json(&join.spec_json)?;
-        let manifest = home.runtime.block_on(get_checked(&home.store, &join.manifest_key, &join.manifest_sha256))?;
+        let manifest =
+            context.runtime.block_on(get_checked(&context.store, &join.manifest_key, &join.manifest_sha256))?;
         let manifest = Manifest::from_json(&manifest).with_context(|| join.manifest_key.clone())?;
         let (crop, side) = (spec.input.crop, manifest.smallest_side);
         ensure!(
             crop <= side,
             "input.crop = {crop}: must be at most {side}, which the dataset's images are sure to have"
         );
-        let blocks = Split::ALL.map(|split| Arc::new(Blocks::new(home.store.clone(), &manifest, split)));
-        // Whether an epoch can be planned is the same for all epochs.
+        let blocks = Split::ALL.map(|split| Arc::new(BlockReader::new(context.store.clone(), &manifest, split)));
+        // Fails here if no epoch can be planned: that is the same for all epochs.
         EpochPlan::new(&blocks[0].kept(), spec.ranks.lanes, spec.train.batch, spec.seed, 0)?;
-        let device = device::parse(&home.setup.device)?;
-        let threads = if spec.ranks.threads > 0 { spec.ranks.threads } else { home.setup.threads };
+        let device = device::parse(&context.setup.device)?;
+        let threads = if spec.ranks.threads > 0 { spec.ranks.threads } else { context.setup.threads };
         tch::set_num_threads(threads as i32);
         let kind = step::kind(spec.ranks.precision);
         let (model, sgd) = fresh(&spec, &manifest, device);
         Ok(Self {
-            home: home.clone(),
+            context: context.clone(),
             run: join.run.clone(),
             normalise: Normalise::new(manifest.mean, manifest.std, device, kind),
             steps_per_epoch: steps_per_epoch(blocks[0].samples(), spec.train.batch),
             progress: Progress::default(),
-            held: false,
-            agreed: 0,
-            cache: Arc::new(cache(&home.setup)?),
+            has_state: false,
+            agreed_generation: 0,
+            cache: Arc::new(cache(&context.setup)?),
             spec,
             manifest,
             device,
@@ -86,24 +88,24 @@ impl Job {
         self.steps_per_epoch * u64::from(self.spec.train.epochs)
     }
 
-    /// How many samples of each block of a split count.
+    /// How many samples of each block of a split are not skipped.
     pub(crate) fn kept(&self, split: Split) -> Vec<u32> {
         self.blocks[split as usize].kept()
     }
 
-    /// Where batches of a split come from.
+    /// The loader of a split.
     pub(crate) fn loader(&self, split: Split) -> Loader {
         Loader {
             split,
             blocks: self.blocks[split as usize].clone(),
             cache: self.cache.clone(),
-            threads: self.home.setup.threads.max(1) as usize,
+            threads: self.context.setup.threads.max(1) as usize,
             device: self.device,
-            runtime: self.home.runtime.clone(),
+            runtime: self.context.runtime.clone(),
         }
     }
 
-    /// Bytes of all gradients together, as they travel.
+    /// Bytes of all gradients together, as they are sent.
     pub(crate) fn gradient_bytes(&self) -> u64 {
         let sizes = self
             .model

@@ -8,34 +8,34 @@ use proto::pb::{self, rank_heartbeat::Activity};
 use tch::Device;
 
 use super::context::Setup;
-use super::control::Wishes;
+use super::control::ControlFlags;
 use super::failure::Failure;
 use super::timing;
 use crate::torch::{Group, Member};
 
-/// So many times `failure_detection` a collective may last. This is the last resort only: that a peer is lost is found out by its connection
-/// or its heartbeat, and waiting for one that reads or validates is no failure.
+/// The timeout of collectives, in multiples of `failure_detection`. It is a last resort: a lost peer is noticed by its connection or its
+/// heartbeat, and waiting for a peer that loads data or validates is no failure.
 const PATIENCE: u32 = 30;
 /// A rank's place in its generation.
-pub(crate) struct Seat {
+pub(crate) struct Membership {
     pub generation: u64,
     pub rank: usize,
     pub world: usize,
     pub group: Group,
     /// Bytes a second that the link to the other ranks carries each way; 0 for one rank.
     pub link: f64,
-    /// The run's time when the generation was joined, in seconds, and that moment.
+    /// The run's elapsed seconds when this rank joined, and the instant of that.
     pub began: (f64, Instant),
 }
 
-impl Seat {
-    /// Meets the other ranks.
-    pub(super) fn take(
+impl Membership {
+    /// Connects to the other ranks.
+    pub(super) fn join(
         setup: &Setup,
         spec: &RunSpec,
         device: Device,
         join: &pb::Join,
-        wishes: &Wishes,
+        flags: &ControlFlags,
     ) -> Result<Self, Failure> {
         let (rank, world) = (join.rank as usize, join.world_size as usize);
         let lanes = spec.ranks.lanes;
@@ -47,16 +47,16 @@ impl Seat {
         let (host, port) = host_and_port(&join.store)?;
         let timeout = spec.failure_detection() * PATIENCE;
         let address = setup.advertise_address.clone();
-        wishes.at(Activity::Meeting);
+        flags.set_activity(Activity::Meeting);
         let member = Member { rank, world, address, device, timeout };
-        let group = Group::meet(host, port, member, || wishes.aborted())?;
-        wishes.watch(group.aborter())?;
-        let link = timing::link(&group, world)?;
+        let group = Group::join(host, port, member, || flags.aborted())?;
+        flags.set_aborter(group.aborter())?;
+        let link = timing::measure_link(&group, world)?;
         let began = (join.elapsed_seconds, Instant::now());
         Ok(Self { generation: join.generation, rank, world, group, link, began })
     }
 
-    /// The run's time, in seconds.
+    /// The run's elapsed seconds.
     pub(super) fn seconds(&self) -> f64 {
         self.began.0 + self.began.1.elapsed().as_secs_f64()
     }

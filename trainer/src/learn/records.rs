@@ -1,4 +1,4 @@
-//! What is reported and stored on the way.
+//! Reports, learning curve and checkpoints of a generation.
 
 use std::time::{Duration, Instant};
 
@@ -6,11 +6,11 @@ use proto::metric::{MetricKind, MetricPoint};
 use proto::pb::{self, rank_heartbeat::Activity};
 
 use super::checkpoint::Snapshot;
-use super::control::Wishes;
+use super::control::ControlFlags;
 use super::failure::Failure;
 use super::history::{History, Sums};
 use super::job::Job;
-use super::membership::Seat;
+use super::membership::Membership;
 use super::reports::Reports;
 use super::timing::Timing;
 
@@ -19,43 +19,44 @@ const REPORT_EVERY: Duration = Duration::from_millis(250);
 /// ... and are points of the stored curve no more often than this.
 const POINT_EVERY: Duration = Duration::from_secs(1);
 
-/// What is reported and stored on the way; by rank 0 alone.
+/// Reports to the coordinator and writes learning curve, ledger and checkpoints. On other ranks than rank 0 it does nothing.
 pub(super) struct Records<'a> {
-    seat: &'a Seat,
+    membership: &'a Membership,
     reports: &'a Reports,
     pub(super) history: History,
-    reported: Instant,
-    pointed: Instant,
-    /// Since the epoch, or the generation, began: samples, and the time of the steps.
+    last_report: Instant,
+    last_point: Instant,
+    /// Samples and step times since the epoch, or the generation, began.
     epoch: (f64, Timing),
     gradient_bytes: u64,
     learning_rate: f64,
     /// Steps between checkpoints.
-    every: u64,
+    interval: u64,
     /// The step of the newest checkpoint that is in the store.
-    saved: u64,
-    /// The checkpoint that is being written; whether it was.
+    saved_step: u64,
+    /// The step of the checkpoint that is being written, and the task that returns whether it was.
     writing: Option<(u64, tokio::task::JoinHandle<bool>)>,
-    /// The newest validation: its step, and the share of right first guesses.
+    /// The step and top-1 accuracy of the newest validation.
     validated: Option<(u64, f64)>,
 }
 
 impl<'a> Records<'a> {
-    pub(super) fn new(job: &Job, join: &pb::Join, seat: &'a Seat, reports: &'a Reports) -> Self {
-        let history = History::new(job.home.store.clone(), job.home.runtime.clone(), &job.run, seat.generation);
+    pub(super) fn new(job: &Job, join: &pb::Join, membership: &'a Membership, reports: &'a Reports) -> Self {
+        let history =
+            History::new(job.context.store.clone(), job.context.runtime.clone(), &job.run, membership.generation);
         let long_ago = Instant::now().checked_sub(POINT_EVERY).unwrap_or_else(Instant::now);
         Self {
-            seat,
+            membership,
             reports,
             history,
-            reported: long_ago,
-            pointed: long_ago,
+            last_report: long_ago,
+            last_point: long_ago,
             epoch: (0.0, Timing::default()),
             gradient_bytes: job.gradient_bytes(),
             learning_rate: 0.0,
-            every: (job.spec.checkpoint.every_epochs * job.steps_per_epoch as f64).round().max(1.0) as u64,
-            // A state from before the newest checkpoint goes on from an older one, since that one is damaged.
-            saved: join.checkpoints.first().map_or(0, |newest| newest.step.min(job.progress.step)),
+            interval: (job.spec.checkpoint.every_epochs * job.steps_per_epoch as f64).round().max(1.0) as u64,
+            // A state older than the newest checkpoint was read from an older one, because the newest is damaged.
+            saved_step: join.checkpoints.first().map_or(0, |newest| newest.step.min(job.progress.step)),
             writing: None,
             validated: None,
         }
@@ -67,7 +68,7 @@ impl<'a> Records<'a> {
         let learns = matches!(kind, MetricKind::Step | MetricKind::Train);
         MetricPoint {
             kind,
-            generation: self.seat.generation,
+            generation: self.membership.generation,
             epoch: job.progress.step.div_ceil(job.steps_per_epoch),
             step: job.progress.step,
             loss: mean.loss,
@@ -76,52 +77,52 @@ impl<'a> Records<'a> {
             samples: mean.samples as u64,
             learning_rate: if learns { self.learning_rate } else { 0.0 },
             images_per_second: mean.samples / seconds,
-            seconds: self.seat.seconds(),
+            seconds: self.membership.seconds(),
             data_wait: timing.data / seconds,
             compute: timing.compute / seconds,
             rank_wait: timing.ranks / seconds,
             network_wait: timing.network / seconds,
             optimizer: timing.optimizer / seconds,
             slowest_rank: timing.slowest(),
-            ranks: self.seat.world as u32,
+            ranks: self.membership.world as u32,
             gradient_bytes: self.gradient_bytes,
-            link_bytes_per_second: self.seat.link,
+            link_bytes_per_second: self.membership.link,
         }
     }
 
     pub(super) fn step(&mut self, job: &mut Job, sums: &Sums, learning_rate: f64, timing: &Timing) {
-        if self.seat.rank != 0 {
+        if self.membership.rank != 0 {
             return;
         }
         self.learning_rate = learning_rate;
         self.epoch.0 += sums.samples;
         self.epoch.1.add(timing);
         let point = self.point(job, MetricKind::Step, sums, timing);
-        if self.pointed.elapsed() >= POINT_EVERY {
-            self.pointed = Instant::now();
+        if self.last_point.elapsed() >= POINT_EVERY {
+            self.last_point = Instant::now();
             self.history.point(point);
         }
-        if self.reported.elapsed() >= REPORT_EVERY {
-            self.reported = Instant::now();
+        if self.last_report.elapsed() >= REPORT_EVERY {
+            self.last_report = Instant::now();
             self.reports.stepped(job.progress.step, Some(point));
         }
         self.history.flush(&job.progress.tail, false);
     }
 
-    /// The epoch is over: its mean is a point, and the next one counts from nothing.
+    /// Adds the mean of the epoch that has ended to the curve, and resets the sums.
     pub(super) fn epoch(&mut self, job: &mut Job) {
         let (samples, timing) = std::mem::take(&mut self.epoch);
         let sums = std::mem::take(&mut job.progress.sums);
-        if self.seat.rank == 0 && sums.samples > 0.0 {
+        if self.membership.rank == 0 && sums.samples > 0.0 {
             let mut point = self.point(job, MetricKind::Train, &sums, &timing);
-            // A part of the epoch may have been another generation's.
+            // The sums may include steps of an earlier generation, which `samples` and `timing` do not.
             point.images_per_second *= samples / sums.samples.max(1.0);
             self.publish(job, point);
         }
     }
 
     pub(super) fn evaluated(&mut self, job: &Job, kind: MetricKind, (sums, time): &(Sums, Duration)) {
-        if self.seat.rank == 0 {
+        if self.membership.rank == 0 {
             let timing = Timing { whole: time.as_secs_f64(), ..Timing::default() };
             let point = self.point(job, kind, sums, &timing);
             if kind == MetricKind::Validation {
@@ -137,38 +138,41 @@ impl<'a> Records<'a> {
         self.history.flush(&job.progress.tail, true);
     }
 
-    /// Begins a checkpoint if one is due, or, at the run's end, writes the last one. One at a time and beside the training, which is held
-    /// up by the copy alone: what is due while the store is still at the one before, or the coordinator is away, is made up for later.
-    pub(super) fn checkpoint_if_due(&mut self, job: &Job, wishes: &Wishes, over: bool) -> Result<(), Failure> {
-        if self.seat.rank != 0 {
+    /// Starts a checkpoint if one is due; at the end of the run writes the last one. One is written at a time, while training goes on after
+    /// the state has been copied. A checkpoint that is due while another is being written, or while the coordinator is away, comes later.
+    pub(super) fn checkpoint_if_due(&mut self, job: &Job, flags: &ControlFlags, over: bool) -> Result<(), Failure> {
+        if self.membership.rank != 0 {
             return Ok(());
         }
         if over {
-            return self.last_checkpoint(job, wishes);
+            return self.last_checkpoint(job, flags);
         }
         if self.writing.as_ref().is_some_and(|(_, writing)| writing.is_finished()) {
             self.written(job);
         }
-        let due = job.progress.step / self.every > self.saved / self.every;
-        if due && self.writing.is_none() && wishes.in_contact(job.spec.failure_detection()) {
-            wishes.at(Activity::Checkpointing);
+        let due = job.progress.step / self.interval > self.saved_step / self.interval;
+        if due && self.writing.is_none() && flags.in_contact(job.spec.failure_detection()) {
+            flags.set_activity(Activity::Checkpointing);
             self.begin_checkpoint(job)?;
             self.history.flush(&job.progress.tail, true);
         }
         Ok(())
     }
 
-    /// A checkpoint of this very state is in the store, unless the coordinator is away.
-    pub(super) fn last_checkpoint(&mut self, job: &Job, wishes: &Wishes) -> Result<(), Failure> {
+    /// Writes a checkpoint of the current state and waits for it, unless there is one or the coordinator is away.
+    pub(super) fn last_checkpoint(&mut self, job: &Job, flags: &ControlFlags) -> Result<(), Failure> {
         self.written(job);
-        if self.seat.rank == 0 && self.saved < job.progress.step && wishes.in_contact(job.spec.failure_detection()) {
+        if self.membership.rank == 0
+            && self.saved_step < job.progress.step
+            && flags.in_contact(job.spec.failure_detection())
+        {
             self.begin_checkpoint(job)?;
             self.written(job);
         }
         Ok(())
     }
 
-    /// Copies the state, and has it written. A ruined one is refused, so that it never takes the place of a sound checkpoint.
+    /// Copies the state and starts to write it. A state that is not finite is refused, so that it never replaces a sound checkpoint.
     fn begin_checkpoint(&mut self, job: &Job) -> Result<(), Failure> {
         let step = job.progress.step;
         let tensors = job.tensors();
@@ -179,9 +183,10 @@ impl<'a> Records<'a> {
                 )));
             }
         }
-        let snapshot = Snapshot::take(&job.run, self.seat.generation, job.steps_per_epoch, &job.progress, &tensors)?;
+        let snapshot =
+            Snapshot::take(&job.run, self.membership.generation, job.steps_per_epoch, &job.progress, &tensors)?;
         let top1 = self.validated.filter(|(at, _)| *at == step).map(|(_, top1)| top1);
-        let (store, reports) = (job.home.store.clone(), self.reports.clone());
+        let (store, reports) = (job.context.store.clone(), self.reports.clone());
         let write = async move {
             match snapshot.write(store).await {
                 Ok(made) => reports.checkpointed(pb::Checkpointed { top1, ..made }),
@@ -192,22 +197,22 @@ impl<'a> Records<'a> {
             }
             true
         };
-        self.writing = Some((step, job.home.runtime.spawn(write)));
+        self.writing = Some((step, job.context.runtime.spawn(write)));
         Ok(())
     }
 
     /// Waits for the checkpoint that is being written.
     fn written(&mut self, job: &Job) {
         if let Some((step, writing)) = self.writing.take()
-            && job.home.runtime.block_on(writing).unwrap_or(false)
+            && job.context.runtime.block_on(writing).unwrap_or(false)
         {
-            self.saved = step;
+            self.saved_step = step;
         }
     }
 
-    /// All that was begun is in the store.
+    /// Waits until everything is in the store.
     pub(super) fn finish(&mut self, job: &Job) {
-        if self.seat.rank == 0 {
+        if self.membership.rank == 0 {
             self.written(job);
             self.history.finish(&job.progress.tail);
             self.reports.stepped(job.progress.step, None);

@@ -18,7 +18,7 @@ pub(crate) struct Reports {
 impl Reports {
     fn send(&self, message: rank_message::Message) {
         let Self { run, generation, rank, to } = self;
-        // If nobody listens any more, the process is about to end.
+        // If the receiver is gone, the process is about to exit.
         let _ = to.send(pb::RankMessage {
             run: run.clone(),
             generation: *generation,

@@ -1,4 +1,4 @@
-//! Where the time of a step goes, and what the link between ranks carries: what tells which of them limits a run.
+//! Where the time of a step goes, and the bandwidth between ranks: which of them limits a run.
 
 use std::time::{Duration, Instant};
 
@@ -25,7 +25,7 @@ pub(crate) struct Timing {
     pub network: f64,
     /// Applying the gradients.
     pub optimizer: f64,
-    /// How long each rank let the others wait.
+    /// How long the others waited for each rank.
     pub late: Vec<f64>,
 }
 
@@ -74,7 +74,7 @@ impl Timing {
 
 /// Bytes a second that a rank's link carries each way: by the fastest of a few all-reduces, each of which moves 2 (n - 1) / n of the bytes
 /// both ways (Patarasuk & Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009). 0 for one rank.
-pub(crate) fn link(group: &Group, world: usize) -> Result<f64, Failure> {
+pub(crate) fn measure_link(group: &Group, world: usize) -> Result<f64, Failure> {
     if world == 1 {
         return Ok(0.0);
     }
@@ -83,7 +83,7 @@ pub(crate) fn link(group: &Group, world: usize) -> Result<f64, Failure> {
     for _ in 0..3 {
         let began = Instant::now();
         group.all_reduce(&probe, Op::Sum)?.wait(group.timeout())?;
-        // Brings a number from the device, so that it is over.
+        // Reading a number waits for the device.
         let _ = probe.f_double_value(&[0])?;
         fastest = fastest.min(began.elapsed().as_secs_f64());
     }

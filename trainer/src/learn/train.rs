@@ -1,5 +1,5 @@
-//! One generation of a run, on one rank: meet the others, agree on a state, train, until all epochs are done, somebody asks to leave,
-//! or a rank is gone.
+//! One generation of a run on one rank: join the group, agree on a state, and train until all epochs are done, a rank is asked to leave, or
+//! a rank is lost.
 //!
 //! **Parameters are touched only after every collective of the step has completed without error on this rank**, so after a failure the
 //! state stands at the last step that was applied, and the next generation does the failed one again with the same samples.
@@ -15,13 +15,13 @@ use tch::Tensor;
 use tracing::info;
 
 use super::agree::agree;
-use super::control::Wishes;
+use super::control::ControlFlags;
 use super::evaluate::evaluate;
 use super::export::export;
 use super::failure::Failure;
 use super::history::{Sums, digest};
 use super::job::Job;
-use super::membership::Seat;
+use super::membership::Membership;
 use super::records::Records;
 use super::reports::Reports;
 use super::timing::Timing;
@@ -30,15 +30,15 @@ use crate::data::batch::Batch;
 use crate::data::plan::lanes_of;
 use crate::torch::{Op, Reducer};
 
-/// Gradients that travel together (PyTorch's default).
+/// Bytes of gradients in one all-reduce (PyTorch's default).
 const BUCKET_BYTES: usize = 25 << 20;
 
 /// How a generation ends without a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Ending {
-    /// All left after the same step, because one was asked to.
+    /// All ranks left after the same step, because one was asked to.
     Asked,
-    /// Nothing is left to do.
+    /// All epochs are done.
     Finished,
 }
 
@@ -46,114 +46,115 @@ pub(crate) enum Ending {
 pub(crate) fn generation(
     job: &mut Job,
     join: &pb::Join,
-    wishes: &Wishes,
+    flags: &ControlFlags,
     reports: &Reports,
 ) -> Result<Ending, Failure> {
-    let seat = Seat::take(&job.home.setup, &job.spec, job.device, join, wishes)?;
-    wishes.at(Activity::Agreeing);
-    let damaged = agree(job, &seat, join)?;
-    wishes.applied(job.progress.step);
+    let membership = Membership::join(&job.context.setup, &job.spec, job.device, join, flags)?;
+    flags.set_activity(Activity::Agreeing);
+    let damaged = agree(job, &membership, join)?;
+    flags.set_step(job.progress.step);
     info!(generation = join.generation, rank = join.rank, step = job.progress.step, "agreed on a state");
     reports.joined(job.progress.step, job.steps_per_epoch, damaged);
 
-    let mine = lanes_of(join.rank, join.world_size, job.spec.ranks.lanes);
-    let mut batches = job.loader(Split::Train).train(&job.spec, mine.clone(), job.progress.step)?;
+    let own_lanes = lanes_of(join.rank, join.world_size, job.spec.ranks.lanes);
+    let mut batches = job.loader(Split::Train).train(&job.spec, own_lanes.clone(), job.progress.step)?;
     let parameters: Vec<Tensor> = job.model.parameters().into_iter().map(|(_, parameter)| parameter).collect();
-    let compress = step::compression(job.spec.ranks.compress, seat.world);
-    let reducer = Reducer::new(&seat.group, &parameters, BUCKET_BYTES, compress)?;
-    let mut records = Records::new(job, join, &seat, reports);
+    let compress = step::compression(job.spec.ranks.compress, membership.world);
+    let reducer = Reducer::new(&membership.group, &parameters, BUCKET_BYTES, compress)?;
+    let mut records = Records::new(job, join, &membership, reports);
 
     loop {
         let epoch = job.progress.step / job.steps_per_epoch;
         if job.progress.step.is_multiple_of(job.steps_per_epoch) && job.progress.validated < epoch {
             records.epoch(job);
-            wishes.at(Activity::Evaluating);
-            if let Some(sums) = evaluate(job, Split::Validation, mine.clone(), &seat, wishes)? {
+            flags.set_activity(Activity::Evaluating);
+            if let Some(sums) = evaluate(job, Split::Validation, own_lanes.clone(), &membership, flags)? {
                 records.evaluated(job, MetricKind::Validation, &sums);
             }
             job.progress.validated = epoch;
         }
         let over = job.progress.step == job.steps();
-        // After the validation, whose result it carries.
-        records.checkpoint_if_due(job, wishes, over)?;
+        // After the validation, because a checkpoint carries its result.
+        records.checkpoint_if_due(job, flags, over)?;
         if over {
             break;
         }
         let asked = Instant::now();
-        wishes.at(Activity::WaitingForData);
-        let batch = batches.next(|| wishes.aborted()).unwrap_or_else(|| Err(anyhow!("the batches ended early")));
-        if wishes.aborted() {
+        flags.set_activity(Activity::WaitingForData);
+        let batch = batches.next(|| flags.aborted()).unwrap_or_else(|| Err(anyhow!("the batches ended early")));
+        if flags.aborted() {
             return Err(Failure::Collective("aborted while waiting for data".to_owned()));
         }
-        let word = train_step(job, &seat, &reducer, &batch?, wishes, &mut records, asked)?;
+        let word = train_step(job, &membership, &reducer, &batch?, flags, &mut records, asked)?;
         if word.leave {
-            wishes.at(Activity::Checkpointing);
+            flags.set_activity(Activity::Checkpointing);
             if word.checkpoint {
-                records.last_checkpoint(job, wishes)?;
+                records.last_checkpoint(job, flags)?;
             }
             records.finish(job);
             return Ok(Ending::Asked);
         }
     }
 
-    wishes.at(Activity::Evaluating);
-    let test = evaluate(job, Split::Test, mine, &seat, wishes)?;
+    flags.set_activity(Activity::Evaluating);
+    let test = evaluate(job, Split::Test, own_lanes, &membership, flags)?;
     if let Some(sums) = &test {
         records.evaluated(job, MetricKind::Test, sums);
     }
-    wishes.at(Activity::Exporting);
+    flags.set_activity(Activity::Exporting);
     records.finish(job);
-    if seat.rank == 0 {
+    if membership.rank == 0 {
         let test = test.map(|(sums, _)| sums);
-        let (run, model) = ((job.run.as_str(), seat.generation), &job.model);
-        let export = export(&job.home.store, run, &job.spec, &job.manifest, model, test);
-        let (key, digests) = job.home.runtime.block_on(export)?;
+        let (run, model) = ((job.run.as_str(), membership.generation), &job.model);
+        let export = export(&job.context.store, run, &job.spec, &job.manifest, model, test);
+        let (key, digests) = job.context.runtime.block_on(export)?;
         reports.finished(key, digests);
     }
     Ok(Ending::Finished)
 }
 
-/// Words of a step's small all-reduce that are of all ranks together; those of each rank follow.
-const WORDS: usize = 5;
+/// How many counts of a step's small all-reduce are sums over all ranks. Two for each rank follow.
+const SHARED: usize = 5;
 
 /// What the ranks agreed on in a step, beside the gradients.
-struct Word {
+struct ControlWord {
     leave: bool,
     checkpoint: bool,
 }
 
 fn train_step(
     job: &mut Job,
-    seat: &Seat,
+    membership: &Membership,
     reducer: &Reducer,
     batch: &Batch,
-    wishes: &Wishes,
+    flags: &ControlFlags,
     records: &mut Records<'_>,
     asked: Instant,
-) -> Result<Word, Failure> {
+) -> Result<ControlWord, Failure> {
     let waited = asked.elapsed();
     let Batch { step, samples, pixels, .. } = batch;
     if *step != job.progress.step {
         return Err(anyhow!("the batch of step {step} came where that of {} belongs", job.progress.step).into());
     }
-    let at = |activity| wishes.at(activity);
-    let computed = step::compute(&job.spec, seat.world, &job.model, &job.normalise, reducer, batch, &at)?;
+    let at = |activity| flags.set_activity(activity);
+    let computed = step::compute(&job.spec, membership.world, &job.model, &job.normalise, reducer, batch, &at)?;
     let busy = asked.elapsed().saturating_sub(computed.exposed);
 
-    wishes.at(Activity::Counting);
-    let (leave, checkpoint) = wishes.leave();
-    let stored = if seat.rank == 0 { records.history.stored } else { 0 };
+    flags.set_activity(Activity::Counting);
+    let (leave, checkpoint) = flags.leave_requested();
+    let stored = if membership.rank == 0 { records.history.stored } else { 0 };
     let own = pixels.keys.len() as i64;
     let mut counts = vec![i64::from(leave), i64::from(checkpoint), own, digest(&pixels.keys), stored as i64];
-    // Each rank's time has a place of its own.
-    counts.resize(WORDS + 2 * seat.world, 0);
-    counts[WORDS + 2 * seat.rank] = waited.as_micros() as i64;
-    counts[WORDS + 2 * seat.rank + 1] = busy.as_micros() as i64;
+    // Each rank writes its times at its own index, and zeros elsewhere.
+    counts.resize(SHARED + 2 * membership.world, 0);
+    counts[SHARED + 2 * membership.rank] = waited.as_micros() as i64;
+    counts[SHARED + 2 * membership.rank + 1] = busy.as_micros() as i64;
     let counts = Tensor::from_slice(&counts);
     let measured = computed.measured;
-    let (first, second) = (seat.group.all_reduce(&counts, Op::Sum)?, seat.group.all_reduce(&measured, Op::Sum)?);
-    first.wait(seat.group.timeout())?;
-    second.wait(seat.group.timeout())?;
+    let (first, second) =
+        (membership.group.all_reduce(&counts, Op::Sum)?, membership.group.all_reduce(&measured, Op::Sum)?);
+    first.wait(membership.group.timeout())?;
+    second.wait(membership.group.timeout())?;
     let agreed = asked.elapsed();
     let count = |i| counts.int64_value(&[i]);
     let sums = Sums {
@@ -170,7 +171,7 @@ fn train_step(
         return Err(Failure::Diverged(loss));
     }
 
-    wishes.at(Activity::Updating);
+    flags.set_activity(Activity::Updating);
     let learning_rate = schedule::learning_rate(*step, job.steps_per_epoch, &job.spec.train);
     job.sgd.step(learning_rate)?;
     let statistics = measured.narrow(0, 3, measured.size()[0] - 3) / f64::from(job.spec.ranks.lanes);
@@ -180,9 +181,9 @@ fn train_step(
     job.progress.sums.add(&sums);
     job.progress.tail.retain(|line| line.step > count(4) as u64);
     job.progress.tail.push(Line { epoch, step: job.progress.step, samples: *samples, digest: count(3) as u64 });
-    wishes.applied(job.progress.step);
+    flags.set_step(job.progress.step);
     let of_ranks: Vec<(i64, i64)> =
-        (WORDS..WORDS + 2 * seat.world).step_by(2).map(|i| (count(i as i64), count(i as i64 + 1))).collect();
+        (SHARED..SHARED + 2 * membership.world).step_by(2).map(|i| (count(i as i64), count(i as i64 + 1))).collect();
     records.step(job, &sums, learning_rate, &Timing::of(&of_ranks, agreed, asked.elapsed()));
-    Ok(Word { leave: count(0) > 0, checkpoint: count(1) > 0 })
+    Ok(ControlWord { leave: count(0) > 0, checkpoint: count(1) > 0 })
 }

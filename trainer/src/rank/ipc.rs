@@ -1,12 +1,12 @@
-//! What an agent and its rank processes say to each other, over the rank's stdin and stdout: frames of a length (4 bytes, big endian)
-//! and so many bytes. Down: first a [`Setup`](crate::learn::context::Setup) in JSON, then encoded `CoordinatorMessage`s. Up: encoded
+//! Frames between an agent and its rank processes, over the rank's stdin and stdout: a length (4 bytes, big endian) and that many bytes.
+//! The agent sends a [`Setup`](crate::learn::context::Setup) in JSON, then encoded `CoordinatorMessage`s. The rank sends encoded
 //! `RankMessage`s; those without a run are for the agent itself.
 
 use std::io::{self, Read, Write};
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-/// A frame that claims to be longer is none.
+/// A longer frame is an error.
 const LIMIT: u32 = 64 << 20;
 
 /// Reads a frame; None at the end.

@@ -56,7 +56,7 @@ unsafe impl Sync for RawGroup {}
 
 impl RawGroup {
     /// Blocks until all ranks have come, or until the timeout.
-    fn join(store: &Store, member: &Member) -> Result<Self> {
+    fn connect(store: &Store, member: &Member) -> Result<Self> {
         let &Member { rank, world, ref address, device, timeout } = member;
         if rank >= world {
             return Err(Error::Other(format!("rank {rank} of {world}: ranks are numbered from 0")));
@@ -118,24 +118,24 @@ pub(crate) enum Op {
 
 impl Group {
     /// Joins the generation whose store is served at `host`:`port`. Returns when all ranks have come, at the timeout, or soon after
-    /// `given_up` says so: whatever hangs there, be it the store's machine or a rank's, nothing but time would end it.
-    pub(crate) fn meet(host: &str, port: u16, member: Member, given_up: impl Fn() -> bool) -> Result<Self> {
-        let (done, met) = std::sync::mpsc::channel();
+    /// `cancelled` returns true: if the store's machine or a rank hangs, nothing else would end it before the timeout.
+    pub(crate) fn join(host: &str, port: u16, member: Member, cancelled: impl Fn() -> bool) -> Result<Self> {
+        let (done, joined) = std::sync::mpsc::channel();
         let (host, with) = (host.to_owned(), member.clone());
-        // If it is given up, this thread is left to itself: it ends when its connections do, or at its timeout, and drops what it made.
-        let meet = move || {
+        // After a cancellation this thread goes on alone: it ends with its connections, or at its timeout, and drops what it made.
+        let join = move || {
             let _ =
-                done.send(Store::connect(&host, port, with.timeout).and_then(|store| RawGroup::join(&store, &with)));
+                done.send(Store::connect(&host, port, with.timeout).and_then(|store| RawGroup::connect(&store, &with)));
         };
-        std::thread::Builder::new().name("meet".to_owned()).spawn(meet).map_err(|e| Error::Other(e.to_string()))?;
+        std::thread::Builder::new().name("join".to_owned()).spawn(join).map_err(|e| Error::Other(e.to_string()))?;
         loop {
-            match met.recv_timeout(Duration::from_millis(20)) {
+            match joined.recv_timeout(Duration::from_millis(20)) {
                 Ok(raw) => return Ok(Self::of(raw?, member)),
                 Err(RecvTimeoutError::Disconnected) => {
-                    return Err(Error::Other("the meeting thread panicked".to_owned()));
+                    return Err(Error::Other("the joining thread panicked".to_owned()));
                 }
-                Err(RecvTimeoutError::Timeout) if given_up() => {
-                    return Err(Error::Collective("given up while the ranks met".to_owned()));
+                Err(RecvTimeoutError::Timeout) if cancelled() => {
+                    return Err(Error::Collective("cancelled while the ranks joined".to_owned()));
                 }
                 Err(RecvTimeoutError::Timeout) => {}
             }

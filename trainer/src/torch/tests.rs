@@ -21,7 +21,7 @@ fn generation<T: Send>(world: usize, timeout: Duration, rank: impl Fn(Group) -> 
 
 fn join(served: &Store, rank: usize, world: usize, timeout: Duration) -> Result<Group> {
     let address = "127.0.0.1".to_owned();
-    Group::meet("127.0.0.1", served.port(), Member { rank, world, address, device: Device::Cpu, timeout }, || false)
+    Group::join("127.0.0.1", served.port(), Member { rank, world, address, device: Device::Cpu, timeout }, || false)
 }
 
 fn reduced(group: &Group, value: f64, op: Op, timeout: Duration) -> Result<f64> {
@@ -114,14 +114,14 @@ fn a_group_whose_other_rank_never_comes_is_refused_at_the_timeout() {
 }
 
 #[test]
-fn a_meeting_that_hangs_is_given_up_at_once() {
+fn a_join_that_hangs_is_cancelled_at_once() {
     // The kernel takes the connection; nobody answers, as when the machine that serves the store is stopped.
     let hung = TcpListener::bind("127.0.0.1:0").expect("a free port");
     let port = hung.local_addr().expect("it is bound").port();
     let member = Member { rank: 0, world: 2, address: "127.0.0.1".to_owned(), device: Device::Cpu, timeout: LONG };
     let start = Instant::now();
-    let given_up = || start.elapsed() > Duration::from_millis(200);
-    let error = Group::meet("127.0.0.1", port, member, given_up).expect_err("given up");
+    let cancelled = || start.elapsed() > Duration::from_millis(200);
+    let error = Group::join("127.0.0.1", port, member, cancelled).expect_err("given up");
     assert!(matches!(error, Error::Collective(_)), "{error}");
     assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
 }
@@ -131,7 +131,7 @@ fn a_build_without_nccl_says_what_to_do_about_it() {
     let served = Store::serve("127.0.0.1").expect("a free port");
     let address = "127.0.0.1".to_owned();
     let member = Member { rank: 0, world: 1, address, device: Device::Cuda(0), timeout: LONG };
-    let error = Group::meet("127.0.0.1", served.port(), member, || false)
+    let error = Group::join("127.0.0.1", served.port(), member, || false)
         .expect_err("no GPU, or no NCCL, or not its environment")
         .to_string();
     let said = if cfg!(feature = "nccl") { NCCL_ENVIRONMENT[0].0 } else { "make libtorch CUDA=1" };

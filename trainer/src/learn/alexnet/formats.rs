@@ -17,7 +17,7 @@ impl AlexNet {
             features: fold(&self.features),
             hidden: fold(&self.hidden),
             output: self.output.folded(),
-            classic: self.classic,
+            paper: self.paper,
             stride: self.stride,
             grid: self.grid,
             dropout: 0.0,
@@ -57,7 +57,7 @@ impl AlexNet {
             ];
             x = layer.in_graph(&mut graph, "Conv", &x, &attributes)?;
             x = graph.node("Relu", &format!("{}.relu", layer.name), &[&x], &[]);
-            if stage.responds {
+            if stage.lrn {
                 let attributes = [
                     ("size", Attribute::Int(RESPONSE_CHANNELS)),
                     // ONNX divides by the size.

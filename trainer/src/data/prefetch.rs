@@ -1,0 +1,151 @@
+//! The queue of finished batches. It is short as long as the training thread never waits, and grows after it had to.
+
+use std::collections::VecDeque;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// The length at first, and the least ...
+const MIN_LENGTH: usize = 2;
+/// ... and the greatest one, if all items together have ...
+const MAX_LENGTH: usize = 16;
+/// ... at most this many bytes.
+const MAX_BYTES: usize = 64 << 20;
+/// The length shrinks by one after this many items that were there when they were asked for.
+const SHRINK_AFTER: u32 = 100;
+
+/// A queue between two threads whose length adapts.
+#[derive(Debug)]
+pub(crate) struct PrefetchQueue<T> {
+    state: Mutex<State<T>>,
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct State<T> {
+    waiting: VecDeque<T>,
+    limit: usize,
+    /// How many items in a row were there when they were asked for.
+    in_time: u32,
+    started: bool,
+    finished: bool,
+    closed: bool,
+}
+
+impl<T> Default for PrefetchQueue<T> {
+    fn default() -> Self {
+        let waiting = VecDeque::new();
+        let state = State { waiting, limit: MIN_LENGTH, in_time: 0, started: false, finished: false, closed: false };
+        Self { state: Mutex::new(state), changed: Condvar::new() }
+    }
+}
+
+impl<T> PrefetchQueue<T> {
+    fn state(&self) -> MutexGuard<'_, State<T>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds an item of that many bytes as soon as there is room; returns false if the queue was closed.
+    pub(crate) fn push(&self, item: T, bytes: usize) -> bool {
+        let most = MAX_LENGTH.min(MAX_BYTES / bytes.max(1)).max(MIN_LENGTH);
+        let mut state = self.state();
+        while !state.closed && state.waiting.len() >= state.limit.min(most) {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.waiting.push_back(item);
+        self.changed.notify_all();
+        !state.closed
+    }
+
+    /// The producer has no more items.
+    pub(crate) fn finish(&self) {
+        self.state().finished = true;
+        self.changed.notify_all();
+    }
+
+    /// The consumer takes no more items.
+    pub(crate) fn close(&self) {
+        self.state().closed = true;
+        self.changed.notify_all();
+    }
+
+    /// The next item; None after the last one, or if `cancelled` returns true while there is none yet.
+    pub(crate) fn pop(&self, cancelled: impl Fn() -> bool) -> Option<T> {
+        let mut state = self.state();
+        // Everybody waits for the first item, so that one does not count.
+        let waited = state.waiting.is_empty() && !state.finished && state.started;
+        loop {
+            if let Some(item) = state.waiting.pop_front() {
+                state.adapt(waited);
+                self.changed.notify_all();
+                return Some(item);
+            }
+            if state.finished || cancelled() {
+                return None;
+            }
+            let wait = self.changed.wait_timeout(state, Duration::from_millis(50));
+            state = wait.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+impl<T> State<T> {
+    fn adapt(&mut self, waited: bool) {
+        self.started = true;
+        if waited {
+            self.in_time = 0;
+            self.limit = (2 * self.limit).min(MAX_LENGTH);
+        } else {
+            self.in_time += 1;
+            if self.in_time == SHRINK_AFTER {
+                self.in_time = 0;
+                self.limit = (self.limit - 1).max(MIN_LENGTH);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_queue_grows_after_a_wait_and_shrinks_without_one() {
+        let queue = PrefetchQueue::default();
+        let limit = || queue.state().limit;
+        for i in 0..2 {
+            assert!(queue.push(i, 1));
+        }
+        assert_eq!((queue.pop(|| false), queue.pop(|| false)), (Some(0), Some(1)));
+        assert_eq!(limit(), MIN_LENGTH);
+        std::thread::scope(|scope| {
+            let next = scope.spawn(|| queue.pop(|| false));
+            while queue.state.try_lock().is_err() {}
+            std::thread::sleep(Duration::from_millis(20));
+            queue.push(2, 1);
+            assert_eq!(next.join().expect("no panic"), Some(2));
+        });
+        assert_eq!(limit(), 2 * MIN_LENGTH);
+        for i in 0..2 * SHRINK_AFTER {
+            queue.push(i, 1);
+            assert_eq!(queue.pop(|| false), Some(i));
+        }
+        assert_eq!(limit(), MIN_LENGTH);
+    }
+
+    #[test]
+    fn a_finished_queue_ends_after_its_last_item_and_a_closed_one_takes_no_more() {
+        let queue = PrefetchQueue::default();
+        queue.push(1, 1);
+        queue.finish();
+        assert_eq!((queue.pop(|| false), queue.pop(|| false)), (Some(1), None));
+        let full = PrefetchQueue::default();
+        full.push(1, MAX_BYTES);
+        full.push(2, MAX_BYTES);
+        std::thread::scope(|scope| {
+            let put = scope.spawn(|| full.push(3, MAX_BYTES));
+            full.close();
+            assert!(!put.join().expect("no panic"));
+        });
+        assert_eq!(PrefetchQueue::<u32>::default().pop(|| true), None);
+    }
+}
