@@ -1,8 +1,9 @@
-//! Decoded images, so that a later epoch need not decode them again: in memory up to a hard limit, then in a file up to another.
+//! A cache of decoded images, so that a later epoch need not decode them again: in memory up to a hard limit, then in a file up to another.
 //!
-//! The plan says when each image is needed next, so what gives way is what is needed last (Belády, "A study of replacement algorithms for
-//! a virtual-storage computer", 1966). Since an epoch needs each image once, no cache finds more of them than it has room for; this one finds
-//! as many, where least-recently-used with room for half finds a seventh. What will not be needed again is not kept at all.
+//! The plan says when each image is needed next, so the cache evicts the image whose next use is the latest (Belády, "A study of
+//! replacement algorithms for a virtual-storage computer", 1966). An epoch needs each image once, so the hit rate of any cache is at most
+//! the share of images that it has room for. This one reaches that; least-recently-used with room for half of the images hits a seventh.
+//! Images without a next use are not kept.
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
@@ -17,26 +18,26 @@ use tracing::warn;
 use super::image::Image;
 use super::plan::{SampleId, UseTimes};
 
-/// Images in the file take whole pages of so many bytes.
+/// Images in the file take whole pages of this many bytes.
 const PAGE: usize = 64 << 10;
 
 /// An image of the dataset.
 pub(crate) type ImageId = (Split, SampleId);
 
-/// When an image is needed: epochs (from 0) in the upper half, the part of the epoch in the lower. A moment in the plan, not on a clock.
+/// When an image is used, as a place in the plan: the epoch (from 0) in the upper 32 bits, the fraction of the epoch in the lower ones.
 pub(crate) type PlanTime = u64;
 
-/// It has been promised to somebody who comes for it, before all others.
+/// The next use of a reserved image, which comes before all others.
 const RESERVED: PlanTime = 0;
 
-/// When the images of a batch are needed again.
+/// When the images of a batch are used next.
 #[derive(Debug, Clone)]
 pub(crate) enum NextUse {
-    /// Not at all.
+    /// Never.
     Never,
-    /// All at this time.
+    /// All at the same time.
     At(PlanTime),
-    /// In an epoch, when the plan says so.
+    /// In an epoch, each at its time in the plan.
     InEpoch(u32, Arc<UseTimes>),
 }
 
@@ -46,12 +47,12 @@ impl NextUse {
         Self::At((PlanTime::from(epoch) + 1) << 32)
     }
 
-    /// When that is for this image.
+    /// The time of this image's next use.
     pub(crate) fn of(&self, sample_id: SampleId) -> Option<PlanTime> {
         match self {
             NextUse::Never => None,
             NextUse::At(time) => Some(*time),
-            // Counted from 1, so that nothing is due before what is promised.
+            // From 1 on, so that nothing is due before a reserved image.
             NextUse::InEpoch(epoch, use_times) => use_times
                 .of(sample_id)
                 .map(|time| ((PlanTime::from(*epoch) << 32) | PlanTime::from(time)).max(RESERVED + 1)),
@@ -64,6 +65,28 @@ impl NextUse {
 pub(crate) struct Cache {
     state: Mutex<State>,
     file: Option<File>,
+    free: Arc<FreePages>,
+}
+
+/// Numbers of pages of the file that hold nothing. Locked after the state, never before it.
+type FreePages = Mutex<Vec<u32>>;
+
+/// Pages of the file that belong to one image. **They are free only when the last reader has dropped them**: an image may be evicted while
+/// another thread still reads it.
+#[derive(Debug)]
+struct Pages {
+    numbers: Vec<u32>,
+    free: Arc<FreePages>,
+}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        lock(&self.free).append(&mut self.numbers);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[derive(Debug, Default)]
@@ -71,17 +94,16 @@ struct State {
     entries: HashMap<ImageId, (PlanTime, Stored)>,
     memory: Tier,
     disk: Tier,
-    free: Vec<u32>,
 }
 
 #[derive(Debug, Clone)]
 enum Stored {
     Memory(Arc<Image>),
     /// Key, label, size, and where its pixels are.
-    Disk(u64, u32, (usize, usize), Arc<[u32]>),
+    Disk(u64, u32, (usize, usize), Arc<Pages>),
 }
 
-/// What a kind of storage holds, in the order in which it is needed.
+/// The images in one kind of storage, in the order of their next use.
 #[derive(Debug, Default)]
 struct Tier {
     limit: u64,
@@ -94,53 +116,49 @@ impl Cache {
     /// so nothing is left of it when the process ends, however it ends.
     ///
     /// # Errors
-    /// If there can be no file in that folder.
+    /// If no file can be created in that folder.
     pub(crate) fn new(limit: u64, disk: Option<(&Path, u64)>) -> io::Result<Self> {
         let file = disk.map(|(folder, _)| tempfile::tempfile_in(folder)).transpose()?;
         let pages = disk.map_or(0, |(_, limit)| u32::try_from(limit / PAGE as u64).unwrap_or(u32::MAX));
         let state = State {
             memory: Tier { limit, ..Tier::default() },
             disk: Tier { limit: u64::from(pages) * PAGE as u64, ..Tier::default() },
-            free: (0..pages).rev().collect(),
             entries: HashMap::new(),
         };
-        Ok(Self { state: Mutex::new(state), file })
+        Ok(Self { state: Mutex::new(state), file, free: Arc::new(Mutex::new((0..pages).rev().collect())) })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
-    /// Whether the image is here. If so, it stays until it is taken.
+    /// Whether the image is cached. If so, it is not evicted before the next `get`.
     pub(crate) fn reserve(&self, id: ImageId) -> bool {
         self.state().reschedule(id, Some(RESERVED))
     }
 
-    /// The image, if it is here. It is kept for the time when it is needed `again`, and let go if that is never.
+    /// The image, if it is cached. It stays in the cache until its next use; without one it is removed.
     pub(crate) fn get(&self, id: ImageId, next_use: Option<PlanTime>) -> Option<Arc<Image>> {
         let stored = {
             let mut state = self.state();
             let (_, stored) = state.entries.get(&id)?.clone();
-            // The pages of what is never needed again must not be given to others while they are read.
-            if next_use.is_some() || matches!(stored, Stored::Memory(_)) {
-                state.reschedule(id, next_use);
-            }
+            state.reschedule(id, next_use);
             stored
         };
         match stored {
             Stored::Memory(image) => Some(image),
-            Stored::Disk(key, label, size, pages) => {
-                let read = self.read(&pages, 3 * size.0 * size.1);
-                if next_use.is_none() || read.is_err() {
-                    self.state().reschedule(id, None);
+            Stored::Disk(key, label, size, pages) => match self.read(&pages, 3 * size.0 * size.1) {
+                Ok(pixels) => Some(Arc::new(Image::new(key, label, size, pixels))),
+                Err(error) => {
+                    warn!(%error, "the cache's file cannot be read");
+                    self.state().remove(id);
+                    None
                 }
-                let pixels = read.map_err(|error| warn!(%error, "the cache's file cannot be read")).ok()?;
-                Some(Arc::new(Image::new(key, label, size, pixels)))
-            }
+            },
         }
     }
 
-    /// Whether an image of so many bytes would be kept if it came now.
+    /// Whether [`Cache::keep`] would keep an image of this many bytes.
     pub(crate) fn would_keep(&self, bytes: usize, next_use: Option<PlanTime>) -> bool {
         let state = self.state();
         next_use.is_some_and(|next_use| {
@@ -148,7 +166,7 @@ impl Cache {
         })
     }
 
-    /// Keeps the image for the time when it is needed `again`, if it is worth it.
+    /// Keeps the image for its next use, if there is room or images that are used later can be evicted for it.
     pub(crate) fn keep(&self, id: ImageId, image: &Arc<Image>, next_use: Option<PlanTime>) {
         let Some(next_use) = next_use else { return };
         let mut to_disk = Vec::new();
@@ -180,42 +198,53 @@ impl Cache {
     fn keep_on_disk(&self, id: ImageId, image: &Image, next_use: PlanTime) {
         let Some(file) = &self.file else { return };
         let bytes = in_pages(image.pixels.len());
-        let pages: Arc<[u32]> = {
+        let mut pages = {
             let mut state = self.state();
             if !state.disk.has_room(bytes as u64, next_use) {
                 return;
             }
-            while state.free.len() < bytes / PAGE {
+            loop {
+                if let Some(pages) = self.allocate(bytes / PAGE) {
+                    break pages;
+                }
+                // The pages of an evicted image that is being read come free later.
                 let Some((_, last)) = state.disk.last_after(next_use) else { return };
                 state.remove(last);
             }
-            let left = state.free.len() - bytes / PAGE;
-            state.free.split_off(left).into()
         };
-        let written =
-            image.pixels.chunks(PAGE).zip(pages.iter()).try_for_each(|(part, &page)| file.write_all_at(part, at(page)));
+        let parts = image.pixels.chunks(PAGE).zip(&pages.numbers);
+        let written = parts.into_iter().try_for_each(|(part, &page)| file.write_all_at(part, at(page)));
         let mut state = self.state();
         match written {
             Ok(()) if !state.entries.contains_key(&id) => {
-                state.insert(id, next_use, Stored::Disk(image.key, image.label, (image.width, image.height), pages));
+                let size = (image.width, image.height);
+                state.insert(id, next_use, Stored::Disk(image.key, image.label, size, Arc::new(pages)));
             }
-            Ok(()) => state.free.extend(pages.iter()),
+            Ok(()) => {}
             Err(error) => {
-                // Such as a full disk. What it holds it goes on holding.
+                // For example because the disk is full. Images that are in the file stay there, and these pages are not used again.
                 warn!(%error, "the cache's file cannot be written; it does not grow any more");
                 state.disk.limit = state.disk.used;
+                pages.numbers.clear();
             }
         }
     }
 
-    fn read(&self, pages: &[u32], bytes: usize) -> io::Result<Vec<u8>> {
+    /// Takes that many free pages.
+    fn allocate(&self, count: usize) -> Option<Pages> {
+        let mut free = lock(&self.free);
+        let left = free.len().checked_sub(count)?;
+        Some(Pages { numbers: free.split_off(left), free: self.free.clone() })
+    }
+
+    fn read(&self, pages: &Pages, bytes: usize) -> io::Result<Vec<u8>> {
         let mut pixels = vec![0; bytes];
         let file = self.file.as_ref().ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
-        pixels.chunks_mut(PAGE).zip(pages).try_for_each(|(part, &page)| file.read_exact_at(part, at(page)))?;
+        pixels.chunks_mut(PAGE).zip(&pages.numbers).try_for_each(|(part, &page)| file.read_exact_at(part, at(page)))?;
         Ok(pixels)
     }
 
-    /// Other images are needed from now on, or at other times, as after a change of ranks.
+    /// Gives all images their next use anew, as after a change of ranks. Images without one are removed.
     pub(crate) fn reschedule_all(&self, next_use: impl Fn(ImageId) -> Option<PlanTime>) {
         let mut state = self.state();
         let ids: Vec<ImageId> = state.entries.keys().copied().collect();
@@ -237,16 +266,16 @@ impl Stored {
     fn bytes(&self) -> u64 {
         match self {
             Stored::Memory(image) => image.pixels.len() as u64,
-            Stored::Disk(.., pages) => (pages.len() * PAGE) as u64,
+            Stored::Disk(.., pages) => (pages.numbers.len() * PAGE) as u64,
         }
     }
 }
 
 impl Tier {
-    /// Whether there is room, or enough that is needed later.
+    /// Whether there is room, or would be after evicting images that are used later.
     fn has_room(&self, bytes: u64, next_use: PlanTime) -> bool {
         let mut free = self.limit.saturating_sub(self.used);
-        // The largest image is seldom larger than a few of the others, so this looks at a few.
+        // An image is seldom larger than a few of the others, so this loop is short.
         let mut later = self.order.iter().rev().take_while(|(time, _)| *time > next_use);
         while free < bytes {
             if later.next().is_none() {
@@ -257,7 +286,7 @@ impl Tier {
         bytes <= self.limit
     }
 
-    /// What is needed last, if that is after `again`.
+    /// The image whose use is the latest, if that is after `next_use`.
     fn last_after(&self, next_use: PlanTime) -> Option<(PlanTime, ImageId)> {
         self.order.last().copied().filter(|(time, _)| *time > next_use)
     }
@@ -285,13 +314,10 @@ impl State {
         let tier = self.tier(&stored);
         tier.used -= bytes;
         tier.order.remove(&(time, id));
-        if let Stored::Disk(.., pages) = &stored {
-            self.free.extend(pages.iter());
-        }
         Some((time, stored))
     }
 
-    /// Whether it is here; if it is, it is needed at another time from now on.
+    /// Changes the next use of an image, or removes the image if there is none. Returns whether it is cached.
     fn reschedule(&mut self, id: ImageId, next_use: Option<PlanTime>) -> bool {
         let Some(next_use) = next_use else { return self.remove(id).is_some() };
         let Some((time, stored)) = self.entries.get_mut(&id) else { return false };
@@ -334,7 +360,7 @@ mod tests {
                 let next_use = (epoch + 1 < epochs).then_some(use_times[i as usize]);
                 match cache.reserve(id(i)) {
                     true => {
-                        let found = cache.get(id(i), next_use).expect("it was promised");
+                        let found = cache.get(id(i), next_use).expect("it was reserved");
                         assert_eq!((found.key, found.label, found.pixels[2999]), (u64::from(i), i, i as u8));
                         hits += u32::from(epoch > 0);
                     }
@@ -360,14 +386,45 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let cache = Cache::new(50 * 3000, Some((folder.path(), 150 * PAGE as u64))).expect("a file");
         assert_eq!(hits(&cache, 200, 4), 1.0);
-        assert_eq!(cache.state().free.len(), 150);
+        assert_eq!(lock(&cache.free).len(), 150);
         assert_eq!(std::fs::read_dir(folder.path()).expect("it is there").count(), 0, "the file has no name");
         let small = Cache::new(50 * 3000, Some((folder.path(), 50 * PAGE as u64))).expect("a file");
         assert_eq!(hits(&small, 200, 4), 0.5);
     }
 
     #[test]
-    fn what_is_promised_stays_and_what_is_needed_sooner_takes_the_place_of_what_is_needed_later() {
+    fn threads_that_read_while_others_evict_get_the_pixels_of_their_own_image() {
+        const IMAGES: u32 = 60;
+        let folder = tempfile::tempdir().expect("a folder");
+        // No memory, and a file with room for half of the images, each of four pages.
+        let cache = Cache::new(0, Some((folder.path(), u64::from(IMAGES) / 2 * 4 * PAGE as u64))).expect("a file");
+        let large = |n: u32| Arc::new(Image::new(u64::from(n), n, (256, 256), vec![n as u8; 3 * 256 * 256]));
+        let hits = std::sync::atomic::AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for thread in 0..8 {
+                let (cache, hits) = (&cache, &hits);
+                scope.spawn(move || {
+                    for round in 0..600 {
+                        let draw = |i, below| random::below(random::key(&[thread, round]), i, below);
+                        let (n, next_use) = (draw(0, IMAGES.into()) as u32, Some(1 + draw(1, 1000)));
+                        let Some(found) = cache.get(id(n), next_use) else {
+                            cache.keep(id(n), &large(n), next_use);
+                            continue;
+                        };
+                        hits.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                        let foreign = found.pixels.iter().filter(|&&value| value != n as u8).count();
+                        assert_eq!((found.key, foreign), (u64::from(n), 0), "foreign bytes in image {n}");
+                    }
+                });
+            }
+        });
+        assert!(hits.into_inner() > 500, "most reads would be misses");
+        cache.reschedule_all(|_| None);
+        assert_eq!(lock(&cache.free).len(), IMAGES as usize / 2 * 4, "all pages are free again");
+    }
+
+    #[test]
+    fn reserved_images_stay_and_images_that_are_used_sooner_evict_those_that_are_used_later() {
         let cache = Cache::new(2 * 3000, None).expect("no file");
         cache.keep(id(1), &image(1), Some(100));
         cache.keep(id(2), &image(2), Some(200));
