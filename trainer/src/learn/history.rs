@@ -93,11 +93,12 @@ impl History {
         {
             self.stored = step;
         }
+        // Before the lines are copied: this is called in every step.
+        if self.writing.is_some() || !(now || self.flushed.elapsed() > FLUSH) {
+            return;
+        }
         let new: Vec<Line> = tail.iter().filter(|line| line.step > self.stored).cloned().collect();
-        if self.writing.is_some()
-            || !(now || self.flushed.elapsed() > FLUSH)
-            || (new.is_empty() && self.points.is_empty())
-        {
+        if new.is_empty() && self.points.is_empty() {
             return;
         }
         self.flushed = Instant::now();
