@@ -187,3 +187,6 @@ fn train_step(
     records.step(job, &sums, learning_rate, &Timing::of(&of_ranks, agreed, asked.elapsed()));
     Ok(ControlWord { leave: count(0) > 0, checkpoint: count(1) > 0 })
 }
+
+#[cfg(test)]
+mod golden;
