@@ -26,8 +26,6 @@ NO_CODE = re.compile(r'//[^\n]*|/\*.*?\*/|b?r(#*)".*?"\1|b?"(?:\\.|[^"\\])*"|b?\
 TEST = re.compile(r"#\[cfg\(test\)\]\s*(?:#\[[^\]]*\]\s*)*")
 MODULE = re.compile(r'(?:#\[path = "(?P<path>[^"]*)"\]\s*)?(?:pub(?:\([^)]*\))?\s+)?\bmod\s+(?P<name>\w+)\s*(?P<end>[;{])')
 USE = re.compile(r"(?P<public>pub(?:\([^)]*\))?\s+)?\buse\s+(?P<tree>[^;]+);")
-# Crates whose circles are known: they are shown, and do not fail yet.
-KNOWN = {"worker"}
 PATH = re.compile(r"(?<![:\w])(?:crate|self|super)(?:::\w+)+")
 
 
@@ -200,10 +198,7 @@ def module_faults(metadata):
                 for circle in circles(root):
                     arrows = sorted(f"{one.name} -> {two.name} ({where})" for one, two, where in circle)
                     fault = f"{root.name}: modules in a circle: {', '.join(arrows)}"
-                    if root.name in KNOWN:
-                        print(f"known: {fault}")
-                    else:
-                        yield fault
+                    yield fault
 
 
 def self_test():
