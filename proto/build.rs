@@ -14,7 +14,7 @@ const FILES: [&str; 5] = [
 ];
 
 /// Messages that the command line also prints as JSON.
-const PRINTED: [&str; 12] = [
+const PRINTED: [&str; 13] = [
     "AgentStatus",
     "ClassCount",
     "CompareRunsResponse",
@@ -26,6 +26,7 @@ const PRINTED: [&str; 12] = [
     "Metric",
     "Run",
     "Status",
+    "Trouble",
     "WorkerStatus",
 ];
 
@@ -39,6 +40,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         config = config.message_attribute(format!(".gleaner.v1.{message}"), "#[derive(serde::Serialize)]");
     }
     config
+        .field_attribute(".gleaner.v1.Trouble.kind", "#[serde(serialize_with = \"crate::serialize_kind\")]")
         // The roles bring the transport; this crate stays free of it.
         .build_transport(false)
         .bytes(".")

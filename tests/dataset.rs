@@ -36,15 +36,19 @@ fn manifest(cluster: &Cluster) -> Manifest {
     Manifest::from_json(cluster.gleaner(&["dataset", "manifest", "rotted"]).as_bytes()).expect("a manifest")
 }
 
-/// Every row of every committed shard.
+/// The latest row of every URL. A later round's shards have higher numbers.
 fn rows(cluster: &Cluster, dataset: &DatasetId) -> Vec<OutcomeRow> {
     let store = Path::new(cluster.store());
     let indexes = std::fs::read_dir(store.join(proto::keys::indexes(dataset))).expect("shards are committed");
     let index = |path| ShardIndex::from_json(&std::fs::read(path).expect("an index")).expect("an index");
-    let files = indexes.map(|entry| index(entry.expect("an index").path()).outcomes_file.expect("a worker made it"));
-    let read =
-        |key: String| table::read(Bytes::from(std::fs::read(store.join(key)).expect("outcomes"))).expect("Parquet");
-    files.flat_map(|file| read(file.key)).collect()
+    let mut indexes: Vec<ShardIndex> = indexes.map(|entry| index(entry.expect("an index").path())).collect();
+    indexes.sort_by_key(|index| index.shard);
+    let files = indexes.into_iter().map(|index| index.outcomes_file.expect("a worker made it"));
+    let read = |key: String| -> Vec<OutcomeRow> {
+        table::read(Bytes::from(std::fs::read(store.join(key)).expect("outcomes"))).expect("Parquet")
+    };
+    let latest: BTreeMap<i64, OutcomeRow> = files.flat_map(|file| read(file.key)).map(|row| (row.key, row)).collect();
+    latest.into_values().collect()
 }
 
 /// Kept and rejected URLs, which must be each of the list once and as its rot demands.

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use bytes::Bytes;
 use proto::dataset_spec::Class;
-use proto::round::{Round, Slice};
+use proto::round::{Cause, Round, Slice};
 use proto::slice::SliceWriter;
 use proto::{DatasetSpec, Outcome, OutcomeCounts};
 use sha2::{Digest, Sha256};
@@ -29,6 +29,7 @@ const EXAMPLES: usize = 10;
 /// Where a round begins: what earlier ones have used up.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct RoundStart {
+    pub(crate) cause: Cause,
     pub(crate) round: u32,
     pub(crate) first_slice: u32,
     pub(crate) first_key: u64,
@@ -40,15 +41,34 @@ impl RoundStart {
     /// A dataset's first round.
     pub(crate) fn first(request_id: &str) -> Self {
         let traceparent = proto::trace::current();
-        Self { round: 1, first_slice: 0, first_key: 0, request_id: request_id.to_owned(), traceparent }
+        let (cause, request_id) = (Cause::Request, request_id.to_owned());
+        Self { cause, round: 1, first_slice: 0, first_key: 0, request_id, traceparent }
     }
+}
+
+/// Into which slices URLs go: those with the same go together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Dealing {
+    /// The most of one slice.
+    pub(crate) slice_urls: u32,
+    /// See [`Slice::once`].
+    pub(crate) once: bool,
+}
+
+/// The URLs of one dealing.
+struct Pool {
+    spool: Spool,
+    urls: u64,
 }
 
 /// Gathers the entries of all sources of one round.
 pub(crate) struct Catalog {
     seed: u64,
     start: RoundStart,
-    spool: Spool,
+    /// Of URLs that have no other.
+    dealing: Dealing,
+    pools: BTreeMap<Dealing, Pool>,
+    folder: Option<PathBuf>,
     /// None: all that occur.
     chosen: Option<HashSet<String>>,
     /// In a later round: new lines and those of earlier rounds, which are compared at the end.
@@ -73,7 +93,9 @@ impl Catalog {
             seed: spec.seed,
             compared: (start.round > 1).then(|| Spool::new(folder.clone())),
             start,
-            spool: Spool::new(folder),
+            dealing: Dealing { slice_urls: spec.slice_urls, once: false },
+            pools: BTreeMap::new(),
+            folder,
             chosen: (!chosen.is_empty()).then_some(chosen),
             urls_per_class: BTreeMap::new(),
             new_urls: 0,
@@ -105,7 +127,7 @@ impl Catalog {
             return Ok(());
         }
         match &mut self.compared {
-            None => self.push_entry(NEW, synset.as_bytes(), url.as_bytes()),
+            None => self.push_entry(self.dealing, NEW, synset.as_bytes(), url.as_bytes()),
             Some(compared) => {
                 let (digest, synset, url) = (digest(synset, url), synset.as_bytes(), url.as_bytes());
                 let head = LineHead { digest, lengths: Lengths::of(synset, url) };
@@ -124,12 +146,17 @@ impl Catalog {
     }
 
     /// Takes in an entry of an earlier round, which is to be fetched again; `outcome` is what became of it last.
-    pub(crate) fn retry(&mut self, key: u64, synset: &str, url: &str, outcome: Outcome) -> Result<(), Error> {
+    pub(crate) fn retry(
+        &mut self,
+        dealing: Dealing,
+        (key, synset, url): (u64, &str, &str),
+        outcome: Outcome,
+    ) -> Result<(), Error> {
         self.retried.add(outcome, 1);
-        self.push_entry(key, synset.as_bytes(), url.as_bytes())
+        self.push_entry(dealing, key, synset.as_bytes(), url.as_bytes())
     }
 
-    fn push_entry(&mut self, key: u64, synset: &[u8], url: &[u8]) -> Result<(), Error> {
+    fn push_entry(&mut self, dealing: Dealing, key: u64, synset: &[u8], url: &[u8]) -> Result<(), Error> {
         let ordinal = if key == NEW { self.start.first_key + self.new_urls } else { key };
         if key == NEW {
             let synset = String::from_utf8_lossy(synset);
@@ -154,7 +181,10 @@ impl Catalog {
             .finalize();
         let first = u64::from_be_bytes(std::array::from_fn(|i| hash[i]));
         let head = EntryHead { hash: first, ordinal, key, lengths: Lengths::of(synset, url) };
-        Ok(self.spool.push(hash[0], &[head.as_bytes(), synset, url])?)
+        let new = || Pool { spool: Spool::new(self.folder.clone()), urls: 0 };
+        let pool = self.pools.entry(dealing).or_insert_with(new);
+        pool.urls += 1;
+        Ok(pool.spool.push(hash[0], &[head.as_bytes(), synset, url])?)
     }
 
     /// Enters the new lines that no earlier round has, each once.
@@ -167,7 +197,7 @@ impl Catalog {
             let mut there: HashSet<[u8; 16]> = earlier.into_iter().map(|(head, ..)| head.digest).collect();
             for (head, synset, url) in new {
                 if there.insert(head.digest) {
-                    self.push_entry(NEW, synset, url)?;
+                    self.push_entry(self.dealing, NEW, synset, url)?;
                 } else {
                     self.known += 1;
                 }
@@ -176,7 +206,7 @@ impl Catalog {
         Ok(())
     }
 
-    /// Cuts the shuffled entries into slices of `spec.slice_urls` and sends each one's number and bytes to `slices`.
+    /// Cuts the shuffled entries into slices and sends each one's number and bytes to `slices`.
     /// Completes the classes of `spec`, and returns the round that names the slices: without any if a later round has
     /// nothing to fetch.
     pub(crate) fn cut(mut self, spec: &mut DatasetSpec, slices: &mpsc::Sender<(u32, Bytes)>) -> Result<Round, Error> {
@@ -189,7 +219,8 @@ impl Catalog {
             self.bad_line_examples.iter().for_each(|line| message += &format!("; {line}"));
             return Err(Error::Invalid(message));
         }
-        if u64::from(start.first_slice) + entered.div_ceil(u64::from(spec.slice_urls)) > 999_999 {
+        let cut = |(dealing, pool): (&Dealing, &Pool)| pool.urls.div_ceil(dealing.slice_urls.into());
+        if u64::from(start.first_slice) + self.pools.iter().map(cut).sum::<u64>() > 999_999 {
             return Err(Error::Invalid(format!(
                 "{entered} URLs in slices of {}: choose larger slices",
                 spec.slice_urls
@@ -200,27 +231,31 @@ impl Catalog {
             spec.classes = self.urls_per_class.keys().map(class).collect();
         }
         let mut cutter = Cutter {
-            per_slice: spec.slice_urls,
+            dealing: self.dealing,
             first_slice: start.first_slice,
             slices,
             done: Vec::new(),
             open: None,
             key: start.first_key,
         };
-        for partition in self.spool.into_partitions() {
-            let partition = partition?;
-            let mut entries = lines(&partition, |head: &EntryHead| head.lengths);
-            entries.sort_unstable();
-            for (head, synset, url) in entries {
-                cutter.push(head.key, synset, url)?;
+        for (dealing, pool) in self.pools {
+            cutter.dealing = dealing;
+            for partition in pool.spool.into_partitions() {
+                let partition = partition?;
+                let mut entries = lines(&partition, |head: &EntryHead| head.lengths);
+                entries.sort_unstable();
+                for (head, synset, url) in entries {
+                    cutter.push(head.key, synset, url)?;
+                }
             }
+            cutter.close()?;
         }
-        cutter.close()?;
         Ok(Round {
             format: 1,
             nonce: crate::store::nonce(),
             request_id: start.request_id,
             traceparent: start.traceparent,
+            cause: start.cause,
             round: start.round,
             first_slice: start.first_slice,
             slices: cutter.done,
@@ -290,7 +325,7 @@ fn lines<H: FromBytes>(mut bytes: &[u8], lengths: impl Fn(&H) -> Lengths) -> Vec
 
 /// Writes one slice after the other.
 struct Cutter<'a> {
-    per_slice: u32,
+    dealing: Dealing,
     first_slice: u32,
     slices: &'a mpsc::Sender<(u32, Bytes)>,
     done: Vec<Slice>,
@@ -313,7 +348,7 @@ impl Cutter<'_> {
             None => self.open.insert(SliceWriter::new()?),
         };
         open.push(key, synset, url)?;
-        if open.urls() == self.per_slice { self.close() } else { Ok(()) }
+        if open.urls() == self.dealing.slice_urls { self.close() } else { Ok(()) }
     }
 
     fn close(&mut self) -> Result<(), Error> {
@@ -321,7 +356,7 @@ impl Cutter<'_> {
         let urls = open.urls();
         let bytes = Bytes::from(open.finish()?);
         let number = self.first_slice + self.done.len() as u32;
-        self.done.push(Slice { urls, sha256: proto::shard::sha256_hex(&bytes) });
+        self.done.push(Slice { urls, sha256: proto::shard::sha256_hex(&bytes), once: self.dealing.once });
         self.slices
             .blocking_send((number, bytes))
             .map_err(|_| Error::Local("the upload of slices has ended".to_owned()))
@@ -363,18 +398,13 @@ mod tests {
     fn a_later_round_holds_what_is_tried_again_under_its_key_and_new_lines_under_the_next_ones() {
         let classes = vec![Class { synset: "n1".into(), name: "dog".into() }];
         let mut spec = DatasetSpec { classes, ..DatasetSpec::default() };
-        let start = RoundStart {
-            round: 2,
-            first_slice: 7,
-            first_key: 100,
-            request_id: "r2".into(),
-            traceparent: String::new(),
-        };
+        let start = RoundStart { round: 2, first_slice: 7, first_key: 100, ..RoundStart::first("r2") };
         let mut catalog = Catalog::new(&spec, start.clone(), None);
         for url in ["http://a", "http://b"] {
             catalog.push_known("n1", url).expect("in memory");
         }
-        catalog.retry(41, "n1", "http://b", Err(Rejection::Timeout)).expect("in memory");
+        let dealing = catalog.dealing;
+        catalog.retry(dealing, (41, "n1", "http://b"), Err(Rejection::Timeout)).expect("in memory");
         let list = "n1\thttp://c\nn1\thttp://a\nn2\thttp://a\nn1\thttp://c\nn1\thttp://d\nbad\n";
         catalog.read("list", Cursor::new(list), &options()).expect("reads");
         let (round, mut slices) = lines(catalog, &mut spec).expect("cuts");
@@ -390,6 +420,22 @@ mod tests {
 
         let nothing = lines(Catalog::new(&spec, start, None), &mut spec).expect("no error");
         assert_eq!((nothing.0.urls(), nothing.1.len()), (0, 0));
+    }
+
+    #[test]
+    fn each_dealing_has_slices_of_its_own() {
+        let mut spec = DatasetSpec { slice_urls: 100, ..DatasetSpec::default() };
+        let start = RoundStart { round: 2, cause: Cause::MayComeBack, ..RoundStart::first("r2") };
+        let mut catalog = Catalog::new(&spec, start, None);
+        let dealings = [(100, true), (100, false), (10, false), (1, false)];
+        for (key, (slice_urls, once)) in (0..).zip(dealings.iter().cycle().take(48)) {
+            let dealing = Dealing { slice_urls: *slice_urls, once: *once };
+            catalog.retry(dealing, (key, "n1", "http://a"), Err(Rejection::Unfetched)).expect("in memory");
+        }
+        let (round, lines) = lines(catalog, &mut spec).expect("cuts");
+        assert_eq!((round.cause, lines.len()), (Cause::MayComeBack, 48));
+        let slices: Vec<_> = round.slices.iter().map(|slice| (slice.urls, slice.once)).collect();
+        assert_eq!(slices, [vec![(1, false); 12], vec![(10, false), (2, false), (12, false), (12, true)]].concat());
     }
 
     #[test]

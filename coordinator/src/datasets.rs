@@ -17,16 +17,20 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use proto::manifest::Manifest;
-use proto::round::Round;
+use proto::pb::{self, FailureKind};
+use proto::round::{Cause, Round, Slice};
 use proto::{DatasetId, DatasetSpec, OutcomeCounts, ShardIndex, Split, keys};
 use tokio::sync::{Notify, OwnedMutexGuard, Semaphore};
 use tracing::info;
 
+pub(crate) use crate::datasets::lease::Report;
 use crate::datasets::wanted::Wanted;
 use crate::error::Error;
 use crate::ledger::{Counts, Ledger, Now};
+use crate::probes::Probes;
 use crate::store::{Created, Store};
 use crate::term::Term;
+use crate::trouble::{Trouble, Troubles};
 
 /// Datasets, and slices of one dataset, that are worked on at the same time.
 const PARALLEL: usize = 8;
@@ -51,6 +55,18 @@ struct State {
     ledger: Ledger,
     live: BTreeMap<DatasetId, Dataset>,
     workers: HashMap<String, Instant>,
+    troubles: Troubles,
+    probes: Probes,
+}
+
+impl State {
+    /// Takes note that an attempt has failed, or something that the coordinator itself (None) does.
+    fn failed(&mut self, now: Now, kind: FailureKind, worker: Option<&str>, dataset: &DatasetId, text: String) {
+        self.troubles.failed(now, kind, worker, dataset, text);
+        if let Some(dataset) = self.live.get_mut(dataset) {
+            dataset.revision += 1;
+        }
+    }
 }
 
 /// One live dataset.
@@ -147,9 +163,13 @@ impl Dataset {
         self.rounds.iter().skip(named)
     }
 
-    fn urls_of(&self, shard: u32) -> u64 {
-        let of = |round: &Round| Some(round.slices.get(shard.checked_sub(round.first_slice)? as usize)?.urls);
-        self.rounds.iter().find_map(of).unwrap_or(0).into()
+    /// Rounds that the coordinator opened by itself, for what may come back.
+    pub(crate) fn automatic_rounds(&self) -> u32 {
+        self.rounds.iter().filter(|round| round.cause == Cause::MayComeBack).count() as u32
+    }
+
+    fn slice_of(&self, shard: u32) -> Option<&Slice> {
+        self.rounds.iter().find_map(|round| round.slices.get(shard.checked_sub(round.first_slice)? as usize))
     }
 }
 
@@ -162,7 +182,13 @@ impl Datasets {
             term,
             folder,
             started: Instant::now(),
-            state: Mutex::new(State { ledger, live: BTreeMap::new(), workers: HashMap::new() }),
+            state: Mutex::new(State {
+                ledger,
+                live: BTreeMap::new(),
+                workers: HashMap::new(),
+                troubles: Troubles::default(),
+                probes: Probes::default(),
+            }),
             free: Notify::new(),
             names: Mutex::default(),
             sealing: Semaphore::new(2),
@@ -262,6 +288,21 @@ impl Datasets {
             Some((dataset.id.clone(), round.clone()))
         };
         state.live.values().find_map(round)
+    }
+
+    /// What goes wrong now, at one dataset or at all.
+    pub(crate) fn troubles(&self, of: Option<&DatasetId>) -> Vec<pb::Trouble> {
+        let (state, now) = (self.state(), self.now());
+        let chosen = state.troubles.iter().filter(|trouble| of.is_none_or(|id| trouble.dataset == *id));
+        chosen.map(|trouble: &Trouble| trouble.message(now)).collect()
+    }
+
+    /// How many of them there are by kind.
+    pub(crate) fn troubles_by_kind(&self) -> [(&'static str, u64); 4] {
+        use FailureKind::{Slice, Store, WayOut, Worker};
+        let state = self.state();
+        let of = |kind| state.troubles.iter().filter(|trouble| trouble.kind == kind).count() as u64;
+        [("slice", of(Slice)), ("store", of(Store)), ("worker", of(Worker)), ("way_out", of(WayOut))]
     }
 
     /// Worker, its leases, and since when nothing was heard of it.

@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 
 use futures::TryStreamExt;
 use proto::index::StoredFile;
-use proto::outcomes::{OutcomeRow, failed_rows};
+use proto::outcomes::{OutcomeRow, closed_rows};
 use proto::round::Round;
 use proto::shard::sha256_hex;
-use proto::{DatasetId, ShardIndex, Stored, keys, slice, table};
+use proto::{DatasetId, Rejection, ShardIndex, Stored, keys, slice, table};
 use tokio::runtime::Handle;
 
 use crate::error::Error;
@@ -46,8 +46,8 @@ pub(crate) struct History<'a> {
 }
 
 /// One bit for each key that has been handed out; none if there is one round, which has each key once.
-#[derive(Debug)]
-pub(crate) struct Seen(Vec<u64>);
+#[derive(Debug, Default)]
+pub(crate) struct Seen(pub(crate) Vec<u64>);
 
 impl Seen {
     fn new(rounds: &[Round]) -> Self {
@@ -55,8 +55,13 @@ impl Seen {
         Self(vec![0; keys.div_ceil(64) as usize])
     }
 
+    /// Whether the key is there.
+    pub(crate) fn contains(&self, key: i64) -> bool {
+        self.0.get(key as usize / 64).is_some_and(|word| word & (1 << (key % 64)) != 0)
+    }
+
     /// Whether the key is new.
-    fn insert(&mut self, key: i64) -> bool {
+    pub(crate) fn insert(&mut self, key: i64) -> bool {
         let Some(word) = self.0.get_mut(key as usize / 64) else { return true };
         let new = *word & (1 << (key % 64)) == 0;
         *word |= 1 << (key % 64);
@@ -103,6 +108,24 @@ impl History<'_> {
         Ok(())
     }
 
+    /// The keys that have failed in more rounds than one; what nobody got to has not failed. None if that cannot be.
+    pub(crate) fn failed_twice(&self, indexes: &BTreeMap<u32, ShardIndex>) -> Result<Seen, HistoryError> {
+        let (mut once, mut twice) = (Seen::new(self.rounds), Seen::new(self.rounds));
+        if self.rounds.len() > 1 {
+            self.each(indexes.values(), |_, rows| -> Result<(), HistoryError> {
+                for row in rows {
+                    let Ok(Err(rejection)) = row.outcome() else { continue };
+                    let failed = rejection != Rejection::Unfetched && rejection.is_transient(row.http_status);
+                    if failed && !once.insert(row.key) {
+                        twice.insert(row.key);
+                    }
+                }
+                Ok(())
+            })?;
+        }
+        Ok(twice)
+    }
+
     /// Hands out the rows of some shards; those of a slice that failed are made of its URLs.
     pub(crate) fn each<'a, E: From<HistoryError>>(
         &self,
@@ -121,7 +144,11 @@ impl History<'_> {
                 let bytes = bytes.map_err(HistoryError::from)?;
                 let rows = match &index.outcomes_file {
                     Some(file) => outcome_rows(file, bytes)?,
-                    None => failed_rows(&bytes).map_err(|error| corrupt(key, error))?,
+                    None => {
+                        let outcome =
+                            index.outcomes.iter().next().map_or(Err(Rejection::SliceFailed), |(only, _)| only);
+                        closed_rows(&bytes, outcome).map_err(|error| corrupt(key, error))?
+                    }
                 };
                 each(index, rows)?;
             }

@@ -1,13 +1,29 @@
-//! The ledger of leases: who may make which shard, until when. A pure state machine; time comes in as an argument.
+//! The ledger of leases: who may make which shard, until when, and what failed attempts say. A pure state machine; time
+//! comes in as an argument.
+//!
+//! Only what failed for the slice's own sake counts against it (a *strike*): its worker died or gave up at it. A
+//! process strikes a slice once, and again only after it has committed another one. Strikes must have witnesses:
+//! between two of them some shard was committed, so that a cluster in which nothing works closes nothing; where no open
+//! slice has fewer strikes there is no better witness. Workers that are lost together strike nothing. Every failure
+//! counts against its worker, which is asked less often.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+use proto::pb::FailureKind;
 use proto::{Attempt, DatasetId, ShardId};
 
-/// Attempts after which the coordinator closes a slice itself.
-pub(crate) const MOST_FAILURES: u32 = 5;
+/// Strikes after which a slice is closed.
+pub(crate) const MOST_STRIKES: usize = 5;
+/// A lease under which no URL was finished for so long is not prolonged.
+const STALLED: Duration = Duration::from_secs(600);
+/// After its first failure a worker gets no lease for so long; the pause doubles with each one in a row, up to the
+/// longest.
+const WORKER_PAUSE: Duration = Duration::from_millis(500);
+const LONGEST_WORKER_PAUSE: Duration = Duration::from_secs(30);
+/// A slice waits a lease time more after each failure of its own but the first, and not longer than so many.
+const LONGEST_SLICE_PAUSE: u32 = 10;
 
 /// Since the coordinator's start, by its monotonic clock.
 pub(crate) type Now = Duration;
@@ -21,17 +37,53 @@ pub(crate) struct Ledger {
     term: u64,
     lease: Duration,
     granted: u64,
+    /// Shards that workers have committed.
+    commits: u64,
     /// Oldest first: it is served first.
     datasets: Vec<(DatasetId, BTreeMap<u32, Open>)>,
+    /// Those that have committed or failed.
+    workers: HashMap<Arc<str>, Record>,
+    /// Leases that expired within the last lease time.
+    lost: VecDeque<Loss>,
 }
 
 /// An uncommitted shard.
 #[derive(Debug, Clone)]
 struct Open {
+    /// Attempts that failed for its own sake, whether or not they count.
     failures: u32,
+    strikes: Vec<Strike>,
+    /// `Ledger::commits` when it was added.
+    commits: u64,
     /// The latest attempt that held it, in this term or, once it was heard of, in an older one.
     attempt: Option<Attempt>,
     state: State,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Strike {
+    worker: Arc<str>,
+    /// Of the worker, and of the whole ledger, before it.
+    commits: (u64, u64),
+}
+
+#[derive(Debug)]
+struct Loss {
+    at: Now,
+    worker: Arc<str>,
+    id: ShardId,
+    /// Whether it is held against the slice.
+    counted: bool,
+}
+
+/// What one worker has done in this term.
+#[derive(Debug, Default)]
+struct Record {
+    commits: u64,
+    /// In a row.
+    failures: u32,
+    /// It gets no lease before.
+    from: Now,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,13 +93,31 @@ enum State {
     /// To be checked then: a new coordinator does not know yet whether somebody of an older term still makes it, an
     /// attempt has failed, or the last check has.
     Unknown { until: Now },
-    /// Somebody makes it.
-    Leased { worker: Arc<str>, until: Now },
+    /// Somebody makes it, and had finished so many URLs by the time when that number last grew.
+    Leased { worker: Arc<str>, until: Now, finished: u64, since: Now },
     /// Its attempt is over; whether it left an index is being read.
     Checking,
 }
 
-/// What was decided about a shard whose attempt has ended without an index.
+/// What became of a lease that was to be prolonged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Renewal {
+    Prolonged,
+    /// The shard is committed, or another's.
+    Over,
+    /// No URL was finished for so long that it was taken back.
+    Stalled,
+}
+
+/// A lease whose time is over, or a shard that is to be checked for another reason.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Expired {
+    pub(crate) id: ShardId,
+    /// Who held it, if its time was over, and what that is counted as.
+    pub(crate) lost: Option<(Arc<str>, FailureKind)>,
+}
+
+/// What was decided about a shard that is over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Decision {
     /// It may be leased again.
@@ -68,7 +138,8 @@ pub(crate) struct Counts {
 impl Ledger {
     /// An empty one. `lease` is the duration of a lease.
     pub(crate) fn new(term: u64, lease: Duration) -> Self {
-        Self { term, lease, granted: 0, datasets: Vec::new() }
+        let (datasets, workers, lost) = (Vec::new(), HashMap::new(), VecDeque::new());
+        Self { term, lease, granted: 0, commits: 0, datasets, workers, lost }
     }
 
     /// The duration of a lease.
@@ -80,7 +151,7 @@ impl Ledger {
     /// this term, so nobody of an older one can hold a lease.
     pub(crate) fn add(&mut self, now: Now, dataset: &DatasetId, shards: impl IntoIterator<Item = u32>, fresh: bool) {
         let state = if fresh { State::Pending { from: now } } else { State::Unknown { until: now + self.lease } };
-        let open = Open { failures: 0, attempt: None, state };
+        let open = Open { failures: 0, strikes: Vec::new(), commits: self.commits, attempt: None, state };
         let shards = shards.into_iter().map(|shard| (shard, open.clone()));
         match self.datasets.iter_mut().find(|(id, _)| id == dataset) {
             Some((_, there)) => there.extend(shards),
@@ -93,86 +164,176 @@ impl Ledger {
         self.datasets.retain(|(id, _)| id != dataset);
     }
 
-    /// Grants the first shard of the oldest dataset that has one.
+    /// Forgets workers that are gone.
+    pub(crate) fn retain_workers(&mut self, mut there: impl FnMut(&str) -> bool) {
+        self.workers.retain(|worker, _| there(worker));
+    }
+
+    /// Grants the first shard of the oldest dataset that has one; one that has failed comes behind the others of its
+    /// dataset.
     pub(crate) fn grant(&mut self, now: Now, worker: &str) -> Option<(ShardId, Attempt)> {
+        if self.workers.get(worker).is_some_and(|record| now < record.from) {
+            return None;
+        }
         for (dataset, shards) in &mut self.datasets {
             let free = |open: &Open| matches!(open.state, State::Pending { from } if from <= now);
-            let Some((&shard, open)) = shards.iter_mut().find(|(_, open)| free(open)) else { continue };
+            let mut found = None;
+            for (&shard, open) in shards.iter_mut().filter(|(_, open)| free(open)) {
+                let failed = open.failures > 0;
+                if !failed || found.is_none() {
+                    found = Some((shard, open));
+                }
+                if !failed {
+                    break;
+                }
+            }
+            let Some((shard, open)) = found else { continue };
             self.granted += 1;
             let attempt = Attempt { term: self.term, n: self.granted };
             open.attempt = Some(attempt);
-            open.state = State::Leased { worker: worker.into(), until: now + self.lease };
+            open.state = State::Leased { worker: worker.into(), until: now + self.lease, finished: 0, since: now };
             return Some((dataset.shard(shard), attempt));
         }
         None
     }
 
-    /// Prolongs a lease. An attempt that was late keeps its shard if nobody else has got it meanwhile, which undoes the
-    /// failure that its expiry was, and one of an older term is adopted. False: the lease is over.
-    pub(crate) fn renew(&mut self, now: Now, id: &ShardId, attempt: Attempt, worker: &str) -> bool {
-        let (term, until) = (self.term, now + self.lease);
-        let Some(open) = self.open(id) else { return false };
+    /// Prolongs a lease, if its attempt goes on: `finished` are its URLs that are through. An attempt that was late
+    /// keeps its shard if nobody else has got it meanwhile, which undoes the failure that its expiry was, and one of an
+    /// older term is adopted.
+    pub(crate) fn renew(&mut self, now: Now, id: &ShardId, attempt: Attempt, worker: &str, finished: u64) -> Renewal {
+        let (term, lease) = (self.term, self.lease);
+        let Some(open) = self.open(id) else { return Renewal::Over };
         let known = match open.attempt {
             Some(known) => known == attempt,
             None => attempt.term < term,
         };
-        if known {
-            if open.attempt.is_some() && !matches!(open.state, State::Leased { .. }) {
-                open.failures = open.failures.saturating_sub(1);
-            }
-            open.attempt = Some(attempt);
-            open.state = State::Leased { worker: worker.into(), until };
+        if !known {
+            return Renewal::Over;
         }
-        known
+        let since = match &open.state {
+            State::Leased { finished: before, since, .. } if finished <= *before => *since,
+            State::Leased { .. } => now,
+            _ => now,
+        };
+        let was_late = open.attempt.is_some() && !matches!(open.state, State::Leased { .. });
+        open.attempt = Some(attempt);
+        if now.saturating_sub(since) >= STALLED {
+            open.attempt = None;
+            open.state = State::Unknown { until: now };
+            self.fail(now, id, worker, FailureKind::Slice);
+            return Renewal::Stalled;
+        }
+        open.state = State::Leased { worker: worker.into(), until: now + lease, finished, since };
+        if was_late {
+            self.forgive(|loss| &*loss.worker == worker && loss.id == *id);
+        }
+        Renewal::Prolonged
     }
 
     /// Takes a lease back before its end. After a failure the shard is over at the next [`Ledger::expire`] and is
-    /// checked: the answer of the attempt's last put may have been lost.
-    pub(crate) fn release(&mut self, now: Now, id: &ShardId, attempt: Attempt, failed: bool) {
-        let Some(open) = self.open(id) else { return };
-        if open.attempt != Some(attempt) || !matches!(open.state, State::Leased { .. }) {
-            return;
+    /// checked: the answer of the attempt's last put may have been lost. False: it was over already.
+    pub(crate) fn release(&mut self, now: Now, id: &ShardId, attempt: Attempt, failure: Option<FailureKind>) -> bool {
+        let Some(open) = self.open(id) else { return false };
+        let State::Leased { worker, .. } = &open.state else { return false };
+        if open.attempt != Some(attempt) {
+            return false;
         }
+        let worker = Arc::clone(worker);
         // It does not come back.
         open.attempt = None;
-        if failed {
-            open.failures += 1;
-            open.state = State::Unknown { until: now };
-        } else {
-            open.state = State::Pending { from: now };
+        match failure {
+            Some(kind) => {
+                open.state = State::Unknown { until: now };
+                self.fail(now, id, &worker, kind);
+            }
+            None => open.state = State::Pending { from: now },
+        }
+        true
+    }
+
+    /// Counts a failed attempt.
+    fn fail(&mut self, now: Now, id: &ShardId, worker: &str, kind: FailureKind) {
+        let record = self.workers.entry(worker.into()).or_default();
+        let pause = WORKER_PAUSE * 2u32.saturating_pow(record.failures.min(16));
+        record.failures += 1;
+        record.from = now + pause.min(LONGEST_WORKER_PAUSE);
+        let commits = (record.commits, self.commits);
+        if kind != FailureKind::Slice {
+            return;
+        }
+        let Some(open) = self.open(id) else { return };
+        open.failures += 1;
+        let strikes = open.strikes.len();
+        let struck = open.strikes.iter().any(|strike| &*strike.worker == worker && strike.commits.0 == commits.0);
+        let proven = open.strikes.last().is_none_or(|last| last.commits.1 < commits.1);
+        // Of the others, none has fewer strikes: no success can be expected of them rather than of this one.
+        let mut others = self.datasets.iter().flat_map(|(_, shards)| shards.values());
+        let witness = proven || others.all(|other| other.strikes.len() >= strikes);
+        if let Some(open) = self.open(id).filter(|_| witness && !struck) {
+            open.strikes.push(Strike { worker: worker.into(), commits });
         }
     }
 
     /// Ends the leases whose time is over. The caller reads their indexes and says [`Ledger::commit`] or
     /// [`Ledger::decide`].
-    pub(crate) fn expire(&mut self, now: Now) -> Vec<ShardId> {
+    pub(crate) fn expire(&mut self, now: Now) -> Vec<Expired> {
         let mut over = Vec::new();
         for (dataset, shards) in &mut self.datasets {
             for (&shard, open) in shards {
-                match open.state {
-                    State::Leased { until, .. } if until <= now => open.failures += 1,
-                    State::Unknown { until } if until <= now => {}
+                let lost = match &open.state {
+                    State::Leased { until, worker, .. } if *until <= now => Some(Arc::clone(worker)),
+                    State::Unknown { until } if *until <= now => None,
                     _ => continue,
-                }
+                };
                 open.state = State::Checking;
-                over.push(dataset.shard(shard));
+                over.push((dataset.shard(shard), lost));
             }
         }
-        over
+        while self.lost.front().is_some_and(|loss| loss.at + self.lease <= now) {
+            self.lost.pop_front();
+        }
+        // A machine room, a network or a spot market takes several workers at once; a slice takes one.
+        let mut workers =
+            self.lost.iter().map(|loss| &loss.worker).chain(over.iter().filter_map(|(_, lost)| lost.as_ref()));
+        let together = workers.next().is_some_and(|first| workers.any(|other| other != first));
+        let kind = if together { FailureKind::Worker } else { FailureKind::Slice };
+        if together {
+            self.forgive(|_| true);
+        }
+        for (id, worker) in over.iter().filter_map(|(id, lost)| Some((id, lost.as_ref()?))) {
+            self.fail(now, id, worker, kind);
+            self.lost.push_back(Loss { at: now, worker: Arc::clone(worker), id: id.clone(), counted: !together });
+        }
+        over.into_iter().map(|(id, lost)| Expired { id, lost: lost.map(|worker| (worker, kind)) }).collect()
     }
 
-    /// Decides about a shard that was checked and has no index. None: its attempt has come back meanwhile.
-    pub(crate) fn decide(&mut self, now: Now, id: &ShardId) -> Option<Decision> {
-        let lease = self.lease;
+    /// Holds some of the latest losses against no slice any more.
+    fn forgive(&mut self, which: impl Fn(&Loss) -> bool) {
+        let mut lost = std::mem::take(&mut self.lost);
+        for loss in lost.iter_mut().filter(|loss| loss.counted && which(loss)) {
+            loss.counted = false;
+            let Some(open) = self.open(&loss.id) else { continue };
+            open.failures = open.failures.saturating_sub(1);
+            if let Some(at) = open.strikes.iter().rposition(|strike| strike.worker == loss.worker) {
+                open.strikes.remove(at);
+            }
+        }
+        self.lost = lost;
+    }
+
+    /// Decides about a shard that was checked and has no index; its slice has so many URLs. None: its attempt has come
+    /// back meanwhile.
+    pub(crate) fn decide(&mut self, now: Now, id: &ShardId, urls: u32) -> Option<Decision> {
+        let (lease, commits) = (self.lease, self.commits);
         let open = self.open(id)?;
         if open.state != State::Checking {
             return None;
         }
-        if open.failures >= MOST_FAILURES {
+        // One URL alone cannot be told from a cluster in which nothing works, unless something has worked.
+        if open.strikes.len() >= MOST_STRIKES && (urls > 1 || commits > open.commits) {
             return Some(Decision::GiveUp);
         }
-        // What fails at once (a store that is down) must not use up all its attempts at once.
-        open.state = State::Pending { from: now + lease * open.failures.saturating_sub(1) };
+        open.state = State::Pending { from: now + lease * open.failures.saturating_sub(1).min(LONGEST_SLICE_PAUSE) };
         Some(Decision::Retry)
     }
 
@@ -186,9 +347,15 @@ impl Ledger {
         }
     }
 
-    /// Its index is in the store. True: it was not known before.
-    pub(crate) fn commit(&mut self, id: &ShardId) -> bool {
-        self.shards(&id.dataset).is_some_and(|shards| shards.remove(&id.shard).is_some())
+    /// Its index is in the store, put there by this worker; none: by a coordinator. True: it was not known before.
+    pub(crate) fn commit(&mut self, id: &ShardId, worker: Option<&str>) -> bool {
+        let new = self.shards(&id.dataset).is_some_and(|shards| shards.remove(&id.shard).is_some());
+        if let Some(worker) = worker.filter(|_| new) {
+            self.commits += 1;
+            let record = self.workers.entry(worker.into()).or_default();
+            *record = Record { commits: record.commits + 1, ..Record::default() };
+        }
+        new
     }
 
     /// A dataset's uncommitted shards.
@@ -233,168 +400,4 @@ impl Ledger {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-    use std::collections::HashSet;
-
-    const LEASE: Duration = Duration::from_secs(30);
-
-    fn at(seconds: u64) -> Now {
-        Duration::from_secs(seconds)
-    }
-
-    fn ledger(fresh: bool) -> (Ledger, DatasetId) {
-        let mut ledger = Ledger::new(9, LEASE);
-        let dataset: DatasetId = "birds-1".parse().expect("an id");
-        ledger.add(at(0), &dataset, 0..2, fresh);
-        (ledger, dataset)
-    }
-
-    #[test]
-    fn a_lease_that_expires_is_checked_before_it_is_granted_again() {
-        let (mut ledger, _) = ledger(true);
-        let (id, attempt) = ledger.grant(at(0), "w1").expect("two are free");
-        assert_eq!((id.shard, attempt), (0, Attempt { term: 9, n: 1 }));
-        assert!(ledger.renew(at(20), &id, attempt, "w1"));
-        assert!(ledger.expire(at(49)).is_empty());
-        assert_eq!(ledger.expire(at(50)), std::slice::from_ref(&id));
-        assert_eq!(ledger.grant(at(50), "w2").expect("the other one").0.shard, 1);
-        assert_eq!(ledger.grant(at(50), "w2"), None);
-        assert_eq!(ledger.decide(at(50), &id), Some(Decision::Retry));
-        let (again, second) = ledger.grant(at(50), "w2").expect("free again");
-        assert_eq!((again, second.n), (id.clone(), 3));
-        assert!(!ledger.renew(at(51), &id, attempt, "w1"), "the first attempt is over");
-    }
-
-    #[test]
-    fn a_new_coordinator_waits_one_lease_time_and_adopts_what_is_renewed() {
-        let (mut ledger, dataset) = ledger(false);
-        let old = Attempt { term: 8, n: 5 };
-        assert_eq!(ledger.grant(at(29), "w"), None);
-        assert!(ledger.renew(at(29), &dataset.shard(1), old, "w1"));
-        assert!(!ledger.renew(at(29), &dataset.shard(1), Attempt { term: 8, n: 4 }, "w0"), "it is another's");
-        let unheard = ledger.expire(at(30));
-        assert_eq!(unheard.iter().map(|id| id.shard).collect::<Vec<_>>(), [0]);
-        assert_eq!(ledger.decide(at(30), &unheard[0]), Some(Decision::Retry));
-        assert_eq!(ledger.grant(at(30), "w").expect("shard 0").0.shard, 0);
-        assert_eq!(ledger.grant(at(30), "w"), None);
-    }
-
-    #[test]
-    fn a_slice_that_fails_its_workers_is_given_up_after_five_attempts_with_growing_pauses() {
-        let (mut ledger, dataset) = ledger(true);
-        ledger.commit(&dataset.shard(1));
-        let mut now = at(0);
-        for failures in 1..=MOST_FAILURES {
-            let (id, attempt) = ledger.grant(now, "w").expect("after the pause");
-            ledger.release(now, &dataset.shard(0), attempt, true);
-            assert_eq!(ledger.expire(now), std::slice::from_ref(&id));
-            let decision = ledger.decide(now, &id);
-            assert_eq!(decision, Some(if failures == MOST_FAILURES { Decision::GiveUp } else { Decision::Retry }));
-            now += LEASE * (failures - 1);
-        }
-    }
-
-    #[test]
-    fn an_orderly_release_costs_nothing_and_a_late_attempt_keeps_what_nobody_took() {
-        let (mut ledger, dataset) = ledger(true);
-        let (id, first) = ledger.grant(at(0), "w").expect("free");
-        ledger.release(at(1), &id, first, false);
-        assert!(!ledger.renew(at(1), &id, first, "w"), "it was given back");
-        let (_, second) = ledger.grant(at(1), "w").expect("free again at once");
-        ledger.expire(at(31));
-        ledger.decide(at(31), &id);
-        assert!(ledger.renew(at(32), &id, second, "w"));
-        assert_eq!(ledger.counts(&dataset), Counts { waiting: 1, leased: 1 });
-        assert_eq!(ledger.open(&id).expect("open").failures, 0, "it was late, no more");
-    }
-
-    #[derive(Debug, Clone)]
-    enum Event {
-        Wait(u64),
-        Grant,
-        Renew(usize),
-        Release(usize, bool),
-        Tick,
-        Commit(u32),
-    }
-
-    fn event() -> impl Strategy<Value = Event> {
-        prop_oneof![
-            (0u64..40).prop_map(Event::Wait),
-            Just(Event::Grant),
-            (0usize..60).prop_map(Event::Renew),
-            (0usize..60, any::<bool>()).prop_map(|(which, failed)| Event::Release(which, failed)),
-            Just(Event::Tick),
-            (0u32..6).prop_map(Event::Commit),
-        ]
-    }
-
-    proptest! {
-        /// The holders are tracked from the answers alone, as workers see them.
-        #[test]
-        fn no_two_unexpired_leases_for_one_shard_and_no_shard_is_lost(
-            events in prop::collection::vec(event(), 1..200), fresh: bool,
-        ) {
-            let mut ledger = Ledger::new(2, LEASE);
-            let dataset: DatasetId = "d-1".parse().expect("an id");
-            ledger.add(at(0), &dataset, 0..6, fresh);
-            let mut now = at(0);
-            let mut known: Vec<(u32, Attempt)> =
-                (0..6).map(|shard| (shard, Attempt { term: 1, n: u64::from(shard) })).collect();
-            let mut leases: HashMap<(u32, Attempt), Now> = HashMap::new();
-            let mut given_up = HashSet::new();
-            let mut committed = HashSet::new();
-            for event in events {
-                match event {
-                    Event::Wait(seconds) => now += at(seconds),
-                    Event::Grant => if let Some((id, attempt)) = ledger.grant(now, "w") {
-                        prop_assert!(!known.contains(&(id.shard, attempt)), "an attempt is used twice");
-                        known.push((id.shard, attempt));
-                        leases.insert((id.shard, attempt), now + LEASE);
-                    },
-                    Event::Renew(which) => if let Some(&(shard, attempt)) = known.get(which) {
-                        if ledger.renew(now, &dataset.shard(shard), attempt, "w") {
-                            leases.insert((shard, attempt), now + LEASE);
-                        } else {
-                            leases.remove(&(shard, attempt));
-                        }
-                    },
-                    Event::Release(which, failed) => if let Some(&(shard, attempt)) = known.get(which) {
-                        leases.remove(&(shard, attempt));
-                        ledger.release(now, &dataset.shard(shard), attempt, failed);
-                    },
-                    Event::Tick => for id in ledger.expire(now) {
-                        if ledger.decide(now, &id) == Some(Decision::GiveUp) {
-                            given_up.insert(id.shard);
-                        }
-                    },
-                    Event::Commit(shard) => if ledger.commit(&dataset.shard(shard)) {
-                        committed.insert(shard);
-                        leases.retain(|&(of, _), _| of != shard);
-                    },
-                }
-                let mut held = HashSet::new();
-                for (&(shard, _), &until) in &leases {
-                    prop_assert!(until <= now || held.insert(shard), "two leases for shard {}", shard);
-                }
-            }
-            // Whatever happened: with time, every shard that is neither committed nor given up can be granted again.
-            let mut left: HashSet<u32> = (0..6).filter(|s| !committed.contains(s) && !given_up.contains(s)).collect();
-            for _ in 0..3 {
-                now += LEASE * MOST_FAILURES;
-                for id in ledger.expire(now) {
-                    if ledger.decide(now, &id) == Some(Decision::GiveUp) {
-                        left.remove(&id.shard);
-                    }
-                }
-            }
-            now += LEASE * MOST_FAILURES;
-            while let Some((id, _)) = ledger.grant(now, "w") {
-                left.remove(&id.shard);
-            }
-            prop_assert!(left.is_empty(), "lost: {:?}", left);
-        }
-    }
-}
+mod tests;

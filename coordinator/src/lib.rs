@@ -24,12 +24,14 @@ mod list;
 mod manifest;
 pub mod metrics;
 mod near;
+mod probes;
 mod roster;
 mod runs;
 mod service;
 mod spool;
 mod store;
 mod term;
+mod trouble;
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -18,6 +18,7 @@ static TERM: LazyLock<Gauge> = LazyLock::new(Gauge::default);
 static WORKERS: LazyLock<Gauge> = LazyLock::new(Gauge::default);
 static WANTED: LazyLock<Gauge> = LazyLock::new(Gauge::default);
 static SHARDS: Gauges = LazyLock::new(Family::default);
+static TROUBLES: Gauges = LazyLock::new(Family::default);
 static DATASETS: Gauges = LazyLock::new(Family::default);
 static DEVICES: Gauges = LazyLock::new(Family::default);
 static RUNS: Gauges = LazyLock::new(Family::default);
@@ -39,6 +40,11 @@ pub fn register(registry: &mut Registry) {
     registry.register("coordinator_term", "The term of this coordinator", TERM.clone());
     registry.register("workers", "Workers that were heard of in the last minute", WORKERS.clone());
     registry.register("shards", "Shards that are not committed: waiting, or leased", SHARDS.clone());
+    registry.register(
+        "troubles",
+        "Failures of workers and of the store that have not ended, by kind",
+        TROUBLES.clone(),
+    );
     registry.register("datasets", "Datasets by stage", DATASETS.clone());
     registry.register("leases_granted", "Leases that were granted in this term", GRANTED.clone());
     registry.register("leases_over", "Leases that ended without a commit: late, failed or given back", OVER.clone());
@@ -89,6 +95,8 @@ pub(crate) struct ClusterFigures {
     pub(crate) shards_leased: u64,
     /// By stage.
     pub(crate) datasets: BTreeMap<&'static str, u64>,
+    /// By kind.
+    pub(crate) troubles: [(&'static str, u64); 4],
     pub(crate) workers: u64,
     pub(crate) devices_free: u64,
     pub(crate) devices_taken: u64,
@@ -120,6 +128,7 @@ impl Shown {
         set(&SHARDS, "state", "waiting", figures.shards_waiting);
         set(&SHARDS, "state", "leased", figures.shards_leased);
         figures.datasets.into_iter().for_each(|(stage, n)| set(&DATASETS, "stage", stage, n));
+        figures.troubles.into_iter().for_each(|(kind, n)| set(&TROUBLES, "kind", kind, n));
         WORKERS.set(number(figures.workers));
         set(&DEVICES, "state", "free", figures.devices_free);
         set(&DEVICES, "state", "taken", figures.devices_taken);

@@ -8,7 +8,7 @@ use std::time::Duration;
 use common::{Cluster, PATIENCE, get, put, put_shard, shard_id};
 use object_store::ObjectStore;
 use proto::manifest::{Skip, Skips};
-use proto::pb::{self, DatasetState};
+use proto::pb::{self, DatasetState, FailureKind};
 use proto::{Split, keys};
 use tonic::Code;
 
@@ -169,18 +169,71 @@ async fn a_shard_whose_worker_died_after_its_index_is_not_made_again() {
 }
 
 #[tokio::test]
-async fn a_slice_that_fails_again_and_again_is_closed_and_seen() {
+async fn a_url_that_kills_its_workers_is_found_in_smaller_and_smaller_slices() {
     let folder = tempfile::tempdir().expect("a folder");
-    let cluster = Cluster::start(folder.path(), 0.5).await;
+    let cluster = Cluster::start(folder.path(), 0.2).await;
     cluster.create("birds", "request-1", 1000, &list()).await.expect("a good list");
-    for _ in 0..5 {
-        let lease = cluster.lease(PATIENCE).await.expect("given again");
-        cluster.release(&lease, "the disk is full").await;
-    }
+    let mut failures = 0;
+    let work = async {
+        while !cluster.are_sealed().await {
+            let worker = format!("w{failures}");
+            let Some(lease) = cluster.lease_as(&worker, Duration::from_millis(100)).await else { continue };
+            let slice = get(&*cluster.store, &proto::keys::slice(&shard_id(&lease.dataset, lease.shard))).await;
+            if proto::slice::unpack(&slice).expect("a slice").contains("/picture77\n") {
+                failures += 1;
+                cluster.release(&lease, FailureKind::Slice, "a decoder died").await;
+            } else {
+                put_shard(&*cluster.store, &lease).await;
+                cluster.complete(&lease).await;
+            }
+        }
+    };
+    tokio::time::timeout(PATIENCE * 2, work).await.expect("in time");
     let dataset = cluster.sealed("birds").await;
-    assert_eq!(dataset.state(), DatasetState::Failed);
-    assert_eq!(dataset.outcomes, [("slice_failed".to_owned(), 128)].into());
-    assert!(dataset.error.contains("no training image"), "{}", dataset.error);
+    assert_eq!(dataset.state(), DatasetState::Ready, "{}", dataset.error);
+    let counts = [("kept", 122), ("not_found", 5), ("slice_failed", 1)];
+    assert_eq!(dataset.outcomes, counts.map(|(name, n)| (name.to_owned(), n)).into());
+    // 1,000, 100, 10 and one.
+    assert_eq!((failures, dataset.rounds, dataset.automatic_rounds), (20, 4, 3));
+    assert!(dataset.troubles.iter().any(|trouble| trouble.text.contains("a decoder died")), "{:?}", dataset.troubles);
+    cluster.stop().await;
+}
+
+#[tokio::test]
+async fn faults_that_are_not_the_slices_are_said_and_close_nothing() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cluster = Cluster::start(folder.path(), 0.2).await;
+    cluster.create("birds", "request-1", 1000, &list()).await.expect("a good list");
+    for n in 0..12 {
+        let lease = cluster.lease_as(&format!("w{}", n % 4), PATIENCE).await.expect("given again");
+        let kind = [FailureKind::Store, FailureKind::Worker, FailureKind::WayOut][n % 3];
+        cluster.release(&lease, kind, "the disk is full").await;
+    }
+    let dataset = cluster.dataset("birds").await.expect("exists");
+    assert_eq!((dataset.state(), dataset.shards_committed), (DatasetState::Fetching, 0));
+    assert!(dataset.outcomes.is_empty(), "{:?}", dataset.outcomes);
+    let troubles = &dataset.troubles;
+    assert_eq!((troubles.len(), troubles.iter().map(|trouble| trouble.count).sum::<u64>()), (3, 12), "{troubles:?}");
+    assert!(troubles.iter().all(|trouble| trouble.text == "slice 0: the disk is full"), "{troubles:?}");
+    cluster.work().await;
+    let dataset = cluster.sealed("birds").await;
+    assert_eq!((dataset.outcomes["kept"], dataset.automatic_rounds), (123, 0));
+    let left: Vec<&str> = dataset.troubles.iter().map(|trouble| trouble.worker.as_str()).collect();
+    assert!(!left.contains(&"w1"), "it has made the shard: {left:?}");
+    cluster.stop().await;
+}
+
+#[tokio::test]
+async fn a_worker_is_told_what_lately_gave_pictures_to_others() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cluster = Cluster::start(folder.path(), 30.0).await;
+    cluster.create("birds", "request-1", 50, &list()).await.expect("a good list");
+    let lease = cluster.lease(PATIENCE).await.expect("one of three");
+    put_shard(&*cluster.store, &lease).await;
+    cluster.complete(&lease).await;
+    let mine = cluster.lease(PATIENCE).await.expect("one of two");
+    let others = cluster.lease_as("w2", PATIENCE).await.expect("the last one");
+    assert_eq!((mine.probes.len(), others.probes), (0, vec![format!("http://h{}/good", lease.shard)]));
     cluster.stop().await;
 }
 

@@ -23,6 +23,7 @@ use crate::client::{Cluster, ClusterArgs, TimeoutArgs, answer, follow, insist, w
 use crate::confirm;
 use crate::exit::{Ended, Exit};
 use crate::output::{Format, Progress, Table, note, percent, say, say_json, state_name};
+use crate::status::troubles;
 
 /// Makes, shows and removes datasets.
 #[derive(Debug, clap::Subcommand)]
@@ -140,8 +141,13 @@ fn description(dataset: &Dataset) -> Vec<String> {
         0 => "no manifest yet".to_owned(),
         version => format!("manifest version {version}"),
     };
-    let rounds = if dataset.rounds > 1 { format!(" in {} rounds", dataset.rounds) } else { String::new() };
+    let rounds = match (dataset.rounds, dataset.automatic_rounds) {
+        (0 | 1, _) => String::new(),
+        (rounds, 0) => format!(" in {rounds} rounds"),
+        (rounds, automatic) => format!(" in {rounds} rounds, {automatic} of them automatic"),
+    };
     lines.push(format!("{} of {} shards committed{rounds}; {version}", dataset.shards_committed, dataset.shards));
+    lines.extend(troubles(&dataset.troubles));
     lines.push(String::new());
     lines.extend(yield_table(dataset).lines());
     if !dataset.skipped.is_empty() {

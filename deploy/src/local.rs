@@ -1,6 +1,6 @@
-//! `gleaner local`: a whole cluster as one process tree. Coordinator, workers and trainer agent are child processes of the same
-//! binary, so that each can be killed, and they talk over loopback as they would between machines. A child that dies is started
-//! again; a child whose supervisor is gone ends by itself, because its standard input closes.
+//! `gleaner local`: a whole cluster as one process tree. Coordinator, workers and trainer agent are child processes of
+//! the same binary, so that each can be killed, and they talk over loopback as they would between machines. A child
+//! that dies is started again; a child whose supervisor is gone ends by itself, because its standard input closes.
 
 use std::fs::{File, TryLockError};
 use std::net::SocketAddr;
@@ -27,7 +27,7 @@ use crate::telemetry::{LogFormat, TelemetryArgs};
 /// For the coordinator to answer after the start.
 const START: Duration = Duration::from_secs(60);
 /// For a child to end after it was told to.
-const STOP: Duration = Duration::from_secs(10);
+const STOP: Duration = Duration::from_secs(60);
 /// A child that ran for so long was sound: its next restart is quick again.
 const STABLE: Duration = Duration::from_secs(30);
 /// The longest pause before a restart.
@@ -47,7 +47,8 @@ pub(crate) struct Args {
     /// Fetch workers
     #[arg(long, default_value_t = 1)]
     workers: u32,
-    /// Ranks on the CPU, each with a part of the cores; 0: no trainer [default: one on each GPU, or else one on the CPU]
+    /// Ranks on the CPU, each with a part of the cores; 0: no trainer [default: one on each GPU, or else one on the
+    /// CPU]
     #[arg(long)]
     ranks: Option<u32>,
     /// Nets (CIDR) that workers may reach although they are private; loopback is always among them here
@@ -60,7 +61,8 @@ pub(crate) struct Args {
 /// Runs the cluster until shutdown.
 pub(crate) async fn run(args: Args, telemetry: TelemetryArgs) -> Result<()> {
     let shutdown = process::shutdown_signal(args.end.exit_with_stdin)?;
-    // A store that cannot be opened is one clear error here, and not a child that dies again and again; so is a port in use.
+    // A store that cannot be opened is one clear error here, and not a child that dies again and again; so is a port in
+    // use.
     drop(store::open(&args.store)?);
     let _lock = lock(&args.store)?;
     let listen = process::bind(args.listen, "--listen").await?.local_addr()?;

@@ -17,8 +17,11 @@ use crate::store::{self, StoreArgs};
 #[cfg(feature = "trainer")]
 use crate::telemetry::{Spans, TelemetryArgs};
 
-/// A role that does not end within this time after it was told to is left behind; a trainer, after its ranks had theirs.
+/// A role that does not end within this time after it was told to is left behind; a trainer, after its ranks had
+/// theirs.
 const GRACE: Duration = Duration::from_secs(25);
+/// A worker commits what it has fetched.
+const WORKER_GRACE: Duration = Duration::from_secs(55);
 
 /// Where the coordinator listens unless told otherwise.
 pub(crate) const DEFAULT_LISTEN: &str = "127.0.0.1:7070";
@@ -91,7 +94,7 @@ pub(crate) async fn worker(mut args: WorkerArgs) -> Result<()> {
     let store = store::open_metered(&args.store.store)?;
     let role = Role { name: "worker", register: worker::metrics::register, ready: worker::metrics::ready };
     metrics::serve(&args.metrics, role).await?;
-    until_shutdown(args.end, GRACE, |shutdown| worker::run(own_name(), args.config, store, shutdown)).await
+    until_shutdown(args.end, WORKER_GRACE, |shutdown| worker::run(own_name(), args.config, store, shutdown)).await
 }
 
 /// Runs a trainer agent until shutdown.

@@ -1,10 +1,10 @@
 //! `gleaner status`: what the cluster consists of now.
 
 use anyhow::Result;
-use proto::pb::{GetStatusRequest, Status};
+use proto::pb::{GetStatusRequest, Status, Trouble};
 
 use crate::client::{Cluster, ClusterArgs, answer};
-use crate::output::{Format, Table, say, say_json};
+use crate::output::{Format, Table, say, say_json, state_name};
 
 /// Asks the coordinator and prints its answer.
 pub(crate) async fn run(args: &ClusterArgs) -> Result<()> {
@@ -41,5 +41,32 @@ fn description(args: &ClusterArgs, status: &Status) -> Vec<String> {
         }
     }
     lines.extend(agents.lines());
+    lines.extend(troubles(&status.troubles));
+    lines
+}
+
+/// What goes wrong and since when; nothing if all is well.
+pub(crate) fn troubles(troubles: &[Trouble]) -> Vec<String> {
+    if troubles.is_empty() {
+        return Vec::new();
+    }
+    let mut table = Table::new(&["trouble", "worker", "dataset", "times", "since", "last"]);
+    let ago = |millis: u64| format!("{:.0} s ago", millis as f64 / 1000.0);
+    for trouble in troubles {
+        let worker = if trouble.worker.is_empty() { "coordinator" } else { &trouble.worker };
+        table.row(vec![
+            state_name(trouble.kind().as_str_name(), "FAILURE_KIND_"),
+            worker.to_owned(),
+            trouble.dataset.clone(),
+            trouble.count.to_string(),
+            ago(trouble.since_millis_ago),
+            ago(trouble.last_millis_ago),
+        ]);
+    }
+    let mut lines = vec![String::new()];
+    lines.extend(table.lines());
+    let mut texts: Vec<&str> = troubles.iter().map(|trouble| trouble.text.as_str()).collect();
+    texts.dedup();
+    lines.extend(texts.into_iter().map(|text| format!("  {text}")));
     lines
 }

@@ -19,7 +19,7 @@ pub struct ShardIndex {
     pub version: u32,
     /// The writer's own random word: tells a put that was retried from one that lost.
     pub nonce: String,
-    /// Who wrote it: a worker's name, or "coordinator" for a slice that failed.
+    /// Who wrote it: a worker's name, or "coordinator" for a slice that it has closed.
     pub writer: String,
     /// The shard's number.
     pub shard: u32,
@@ -29,7 +29,8 @@ pub struct ShardIndex {
     pub outcomes: OutcomeCounts,
     /// A tar for each split that has samples.
     pub tars: BTreeMap<Split, Tar>,
-    /// The Parquet file with one row per URL; none for a slice that failed.
+    /// The Parquet file with one row per URL. None: the slice failed and was closed, and all its URLs have the same
+    /// outcome.
     pub outcomes_file: Option<StoredFile>,
 }
 

@@ -66,3 +66,9 @@ pub mod pb {
 pub mod keda {
     tonic::include_proto!("externalscaler");
 }
+
+/// A [`pb::FailureKind`] by its name, as the command line prints it.
+fn serialize_kind<S: serde::Serializer>(kind: &i32, serializer: S) -> Result<S::Ok, S::Error> {
+    let name = pb::FailureKind::try_from(*kind).unwrap_or_default().as_str_name();
+    serializer.serialize_str(&name.trim_start_matches("FAILURE_KIND_").to_lowercase())
+}

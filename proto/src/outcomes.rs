@@ -3,10 +3,10 @@
 use parquet_derive::ParquetRecordWriter;
 
 use crate::format::FormatError;
-use crate::rejection::parse_outcome;
+use crate::rejection::{outcome_name, parse_outcome};
 use crate::shard::Moments;
 use crate::table::{Row, Value};
-use crate::{Outcome, Rejection, Split, slice};
+use crate::{Outcome, Split, slice};
 
 /// A URL of more bytes than this is bad in a list, and not followed in a redirect: workers hold all those of a slice,
 /// with their rows.
@@ -132,17 +132,17 @@ impl Row for OutcomeRow {
     }
 }
 
-/// The rows of a slice that failed, which has no file of them: each of its URLs as `slice_failed`. `slice` is the
-/// stored form.
+/// The rows of a shard that the coordinator has closed, which has no file of them: each of its slice's URLs with the
+/// same outcome. `slice` is the stored form.
 ///
 /// # Errors
 /// If the bytes are no slice.
-pub fn failed_rows(slice: &[u8]) -> Result<Vec<OutcomeRow>, FormatError> {
+pub fn closed_rows(slice: &[u8], outcome: Outcome) -> Result<Vec<OutcomeRow>, FormatError> {
     let row = |entry: slice::Entry<'_>| OutcomeRow {
         key: entry.key as i64,
         synset: entry.synset.to_owned(),
         url: entry.url.to_owned(),
-        outcome: Rejection::SliceFailed.name().to_owned(),
+        outcome: outcome_name(outcome).to_owned(),
         ..OutcomeRow::default()
     };
     slice::entries(&slice::unpack(slice)?).map(|entry| entry.map(row)).collect()
@@ -151,7 +151,7 @@ pub fn failed_rows(slice: &[u8]) -> Result<Vec<OutcomeRow>, FormatError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::table;
+    use crate::{Rejection, table};
     use bytes::Bytes;
 
     #[test]

@@ -103,13 +103,17 @@ rejections! {
     Undecodable = "undecodable",
     /// All pixels have nearly the same colour.
     Flat = "flat",
-    /// The slice failed its workers again and again, so the coordinator closed it.
+    /// Nobody got to it in this round: its worker was told to leave or lost its way out, or its slice failed. A later
+    /// round fetches it.
+    Unfetched = "unfetched",
+    /// It failed its workers again and again, alone in its slice.
     SliceFailed = "slice_failed",
 }
 
 impl Rejection {
     /// Whether another try, perhaps days later, may give a sample: what failed was a name server, a network, a server
-    /// that had trouble, or this cluster. `http_status` is that of the last answer, if there was one.
+    /// that had trouble, or this cluster. A name that leads to a private address today, as behind a captive portal, may
+    /// lead elsewhere tomorrow. `http_status` is that of the last answer, if there was one.
     /// [`Rejection::ClassFull`] is no failure: such a URL is opened when its class turns out to be short.
     pub fn is_transient(self, http_status: Option<i32>) -> bool {
         match self {
@@ -119,13 +123,14 @@ impl Rejection {
             | Self::Tls
             | Self::Timeout
             | Self::Protocol
+            | Self::BlockedAddress
+            | Self::Unfetched
             | Self::SliceFailed => true,
             // Request Timeout, Too Early, Too Many Requests, and all that the server blames on itself (RFC 9110, 8470,
             // 6585).
             Self::HttpStatus => matches!(http_status, Some(408 | 425 | 429 | 500..=599)),
             Self::BadUrl
             | Self::ClassFull
-            | Self::BlockedAddress
             | Self::RedirectLimit
             | Self::NotFound
             | Self::OptedOut
@@ -164,6 +169,7 @@ mod tests {
         assert!([408, 425, 429, 500, 503, 599].into_iter().all(|status| transient(Some(status))));
         assert!(![400, 401, 403, 451, 600].into_iter().any(|status| transient(Some(status))) && !transient(None));
         assert!(Rejection::Timeout.is_transient(None) && Rejection::SliceFailed.is_transient(None));
+        assert!(Rejection::Unfetched.is_transient(None) && Rejection::BlockedAddress.is_transient(None));
         assert!(!Rejection::NotFound.is_transient(Some(404)) && !Rejection::ClassFull.is_transient(None));
     }
 

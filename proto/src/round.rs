@@ -21,6 +21,9 @@ pub struct Round {
     /// The span of the request that opened it, if that was exported; see [`crate::trace`].
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub traceparent: String,
+    /// Why it was opened.
+    #[serde(default)]
+    pub cause: Cause,
     /// Counts the dataset's rounds from 1.
     pub round: u32,
     /// Number of the first slice.
@@ -47,6 +50,20 @@ pub struct Round {
 
 stored!(Round, "round", format, nonce);
 
+/// Why a round was opened.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Cause {
+    /// A person asked for it: the dataset was created or refreshed.
+    #[default]
+    Request,
+    /// The coordinator, for URLs that may come back and were not tried a second time yet, and for those that nobody got
+    /// to.
+    MayComeBack,
+    /// The coordinator, for URLs of classes that turned out to be short of samples.
+    ShortClasses,
+}
+
 /// One slice of a round.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -55,6 +72,9 @@ pub struct Slice {
     pub urls: u32,
     /// Of the object's bytes, in hex.
     pub sha256: String,
+    /// Whether all of its URLs have failed before: each is tried just once.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub once: bool,
 }
 
 impl Round {
@@ -77,12 +97,13 @@ mod tests {
 
     #[test]
     fn a_round_is_read_back_and_knows_its_shards() {
-        let slice = |urls| Slice { urls, sha256: "00ff".to_owned() };
+        let slice = |urls| Slice { urls, sha256: "00ff".to_owned(), once: urls == 3 };
         let round = Round {
             format: 1,
             nonce: "n".to_owned(),
             request_id: "r".to_owned(),
             traceparent: String::new(),
+            cause: Cause::MayComeBack,
             round: 2,
             first_slice: 7,
             slices: vec![slice(10), slice(3)],
@@ -97,6 +118,9 @@ mod tests {
         };
         assert_eq!((round.urls(), round.shards()), (13, 7..9));
         assert_eq!(Round::from_json(&round.to_json()).expect("own output"), round);
-        assert!(Round::from_json(&Round { format: 2, ..round }.to_json()).is_err());
+        assert!(Round::from_json(&Round { format: 2, ..round.clone() }.to_json()).is_err());
+        let older = String::from_utf8(round.to_json()).expect("JSON");
+        let older = older.replace(r#""cause":"may_come_back","#, "").replace(r#","once":true"#, "");
+        assert_eq!(Round::from_json(older.as_bytes()).expect("as they were").cause, Cause::Request);
     }
 }

@@ -7,26 +7,36 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use object_store::ObjectStore;
 use proto::outcomes::OutcomeRow;
+use proto::pb::FailureKind;
 use proto::rejection::outcome_name;
 use proto::shard::Origin;
-use proto::{Attempt, DatasetSpec, Outcome, Rejection, Sample, ShardId, ShardIndex, Split, keys, slice, table, trace};
+use proto::{
+    Attempt, DatasetSpec, FormatError, Outcome, OutcomeCounts, Rejection, Sample, ShardId, ShardIndex, Split, keys,
+    slice, table, trace,
+};
 use tokio::task::JoinSet;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tracing::Span;
 
 use crate::decode_pool::DecodePool;
 use crate::dispatch::{Dispatcher, FetchResult, SliceEntry};
+use crate::failure::{Failure, FaultOf};
 use crate::metrics;
 use crate::placeholder::Placeholders;
 use crate::progress::Progress;
 use crate::store;
 use crate::upload::{self, TarUpload};
 use crate::validate::{Rules, Stored};
+use crate::way_out::WayOut;
 
+/// An attempt that lasts longer commits what it has.
+const LONGEST_ATTEMPT: Duration = Duration::from_secs(15 * 60);
+/// For what is in flight when the worker is told to leave.
+const LAST_REQUESTS_TIMEOUT: Duration = Duration::from_secs(5);
 /// For deleting an attempt's files; what is left then is the cluster's garbage collection's.
 const CLEANUP_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -35,6 +45,7 @@ const CLEANUP_TIMEOUT: Duration = Duration::from_secs(3);
 pub(crate) struct Tools {
     pub(crate) store: Arc<dyn ObjectStore>,
     pub(crate) dispatcher: Arc<Dispatcher>,
+    pub(crate) way_out: Arc<WayOut>,
     pub(crate) pool: DecodePool,
     /// This worker's name.
     pub(crate) worker: String,
@@ -46,6 +57,25 @@ pub(crate) struct Assignment {
     pub(crate) shard: ShardId,
     pub(crate) attempt: Attempt,
     pub(crate) spec: DatasetSpec,
+    /// All its URLs have failed in an earlier round.
+    pub(crate) once: bool,
+}
+
+/// What ends an attempt from outside.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Signals {
+    /// The lease is over: nothing of it counts.
+    pub(crate) cancel: CancellationToken,
+    /// The worker is told to leave: what is there counts.
+    pub(crate) leave: CancellationToken,
+}
+
+/// Why an attempt ends before all its URLs have a result.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum EarlyEnd {
+    Leave,
+    TooLong,
+    Offline,
 }
 
 /// What an attempt came to, if it did not fail.
@@ -56,40 +86,44 @@ pub(crate) enum AttemptResult {
     LostTo(Attempt),
     /// It was cancelled before it committed; its files are deleted.
     Cancelled,
+    /// The worker was told to leave before any URL was finished.
+    Left,
 }
 
 /// Makes a shard. `start_permit` is dropped when every URL has been started, or those that are left wait for their
-/// hosts: from then on the attempt leaves connections idle. Once the files are uploaded, `cancel` is too late and the
+/// hosts: from then on the attempt leaves connections idle. Once the files are uploaded, cancelling is too late and the
 /// attempt commits.
 ///
+/// An attempt that is told to leave, lasts too long or loses its way out commits what it has, the rest as `unfetched`.
+///
 /// # Errors
-/// If the slice cannot be parsed or the store fails. The attempt's files are deleted then, unless nobody knows whether
-/// the index was put.
+/// If the slice cannot be parsed, the store fails, or nothing was finished for want of a way out. The attempt's files
+/// are deleted then, unless nobody knows whether the index was put.
 pub(crate) async fn make_shard<T: Send>(
     tools: &Arc<Tools>,
     assignment: &Assignment,
     progress: &Progress,
     start_permit: T,
-    cancel: &CancellationToken,
-) -> anyhow::Result<AttemptResult> {
+    signals: &Signals,
+) -> Result<AttemptResult, Failure> {
     let start = Instant::now();
     let mut files = Files::new(&tools.store, assignment);
     let uploaded = tokio::select! {
-        index = fetch_and_upload(tools, assignment, progress, start_permit, &mut files) => index.map(Some),
-        () = cancel.cancelled() => Ok(None),
+        index = fetch_and_upload(tools, assignment, progress, start_permit, &signals.leave, &mut files) => index,
+        () = signals.cancel.cancelled() => Ok(Err(AttemptResult::Cancelled)),
     };
     let index = match uploaded {
-        Ok(Some(index)) => index,
-        Ok(None) => {
+        Ok(Ok(index)) => index,
+        Ok(Err(result)) => {
             files.delete().await;
-            return Ok(AttemptResult::Cancelled);
+            return Ok(result);
         }
         Err(error) => {
             files.delete().await;
             return Err(error);
         }
     };
-    let committed = upload::commit(&*tools.store, &assignment.shard, &index).await?;
+    let committed = upload::commit(&*tools.store, &assignment.shard, &index).await.fault_of(FailureKind::Store)?;
     if committed.nonce != index.nonce {
         files.delete().await;
         return Ok(AttemptResult::LostTo(committed.attempt));
@@ -135,33 +169,36 @@ impl Files {
     }
 }
 
-/// Fetches the slice and uploads all that the index names.
+/// Fetches the slice and uploads all that the index names; or says what the attempt came to without any.
 async fn fetch_and_upload<T: Send>(
     tools: &Arc<Tools>,
     assignment: &Assignment,
     progress: &Progress,
     start_permit: T,
+    leave: &CancellationToken,
     files: &mut Files,
-) -> anyhow::Result<ShardIndex> {
+) -> Result<Result<ShardIndex, AttemptResult>, Failure> {
     let spec = &assignment.spec;
+    let mut early = std::pin::pin!(early_end(&tools.way_out, leave));
     let placeholders = Placeholders::load(&*tools.store).await?;
     let rules = Arc::new(Rules { resize: spec.resize, limits: spec.limits.clone(), placeholders });
     let labels: HashMap<&str, u32> =
         (0..).zip(&spec.classes).map(|(label, class)| (class.synset.as_str(), label)).collect();
     let entries = read_slice(&*tools.store, assignment).await?;
     let urls = entries.len();
-    let mut rows = Vec::with_capacity(urls);
+    let mut rows: Vec<(u64, OutcomeRow)> = Vec::with_capacity(urls);
     let is_full = |entry: &SliceEntry| labels.get(entry.synset.as_str()).is_some_and(|&label| progress.is_full(label));
     let reject_full = |entry: SliceEntry| {
         progress.count_outcome(Err(Rejection::ClassFull));
-        OutcomeRow { outcome: Rejection::ClassFull.name().to_owned(), fetched_at: now(), ..entry.into_row() }
+        (0, unfetched(entry, Rejection::ClassFull))
     };
     let (full, entries): (Vec<_>, _) = entries.into_iter().partition(&is_full);
     rows.extend(full.into_iter().map(reject_full));
-    let mut batch = tools.dispatcher.batch(entries, &spec.limits);
+    let mut batch = tools.dispatcher.batch(entries, &spec.limits, assignment.once);
     let mut all_started = std::pin::pin!(batch.all_started());
     let mut start_permit = Some(start_permit);
     let mut validating = JoinSet::new();
+    let (mut ended, mut cut) = (None, None);
     while rows.len() < urls {
         if progress.take_class_filled() {
             rows.extend(batch.take_out(is_full).into_iter().map(reject_full));
@@ -169,42 +206,115 @@ async fn fetch_and_upload<T: Send>(
         }
         tokio::select! {
             () = &mut all_started, if start_permit.is_some() => drop(start_permit.take()),
+            why = &mut early, if ended.is_none() => {
+                tracing::info!(?why, finished = rows.len(), urls, "ending early");
+                ended = Some(why);
+                drop(start_permit.take());
+                rows.extend(batch.end().into_iter().map(|entry| (0, unfetched(entry, Rejection::Unfetched))));
+                cut = Some(Instant::now() + match why {
+                    EarlyEnd::Leave => LAST_REQUESTS_TIMEOUT,
+                    EarlyEnd::TooLong => spec.limits.timeout(),
+                    EarlyEnd::Offline => Duration::ZERO,
+                });
+            }
+            () = async { sleep_until(cut.unwrap_or_else(Instant::now)).await }, if cut.is_some() => {
+                cut = None;
+                batch.cut();
+            }
             result = batch.next(), if rows.len() + validating.len() < urls => {
-                let result = result.context("a URL got no result")?;
+                let result = result.context("a URL got no result").fault_of(FailureKind::Slice)?;
                 let (tools, rules) = (Arc::clone(tools), Arc::clone(&rules));
                 validating.spawn(async move { validate(&tools, rules, result).await });
             }
             Some(done) = validating.join_next() => {
-                let Validated { mut row, outcome, kept } = done.context("a validation failed")??;
+                let done = done.context("a validation failed").and_then(|done| done);
+                let Validated { number, mut row, outcome, kept } = done.fault_of(FailureKind::Slice)?;
                 if let Some((stored, sha256)) = kept {
-                    let label = *labels.get(row.synset.as_str()).with_context(|| {
+                    let label = labels.get(row.synset.as_str()).copied().with_context(|| {
                         format!("the slice names synset {:?}, which is no class of the dataset", row.synset)
-                    })?;
-                    append_sample(assignment, files, label, stored, &sha256, &mut row).await?;
+                    });
+                    let label = label.fault_of(FailureKind::Slice)?;
+                    let appended = append_sample(assignment, files, label, stored, &sha256, &mut row).await;
+                    appended.fault_of(FailureKind::Store)?;
                     progress.count_sample(label);
                 }
-                progress.count_outcome(outcome);
-                rows.push(row);
+                if outcome != Err(Rejection::Unfetched) {
+                    progress.count_outcome(outcome);
+                }
+                rows.push((number, row));
             }
         }
     }
-    rows.sort_by_key(|row| row.key);
+    let rows = match believed(&tools.way_out, rows).await {
+        Some(rows) => rows,
+        None if ended == Some(EarlyEnd::Leave) => return Ok(Err(AttemptResult::Left)),
+        None if ended == Some(EarlyEnd::TooLong) => {
+            let minutes = LONGEST_ATTEMPT.as_secs() / 60;
+            return Err(anyhow!("no URL was finished in {minutes} minutes")).fault_of(FailureKind::Worker);
+        }
+        None => return Err(anyhow!("this worker has no way out to the web")).fault_of(FailureKind::WayOut),
+    };
     let mut tars = BTreeMap::new();
     for (split, tar) in &mut files.tars {
-        tars.insert(*split, tar.finish().await?);
+        tars.insert(*split, tar.finish().await.fault_of(FailureKind::Store)?);
     }
-    let parquet = tokio::task::spawn_blocking(move || table::write(&rows)).await??;
-    let outcomes_file = upload::put_file(&*tools.store, files.outcomes.clone(), parquet.into()).await?;
-    Ok(ShardIndex {
+    let outcomes: Result<OutcomeCounts, FormatError> = rows.iter().map(|row| Ok((row.outcome()?, 1))).collect();
+    let outcomes = outcomes.fault_of(FailureKind::Worker)?;
+    let parquet = tokio::task::spawn_blocking(move || table::write(&rows)).await.fault_of(FailureKind::Worker)?;
+    let parquet = parquet.fault_of(FailureKind::Worker)?;
+    let outcomes_file = upload::put_file(&*tools.store, files.outcomes.clone(), parquet.into()).await;
+    let outcomes_file = outcomes_file.fault_of(FailureKind::Store)?;
+    Ok(Ok(ShardIndex {
         version: 1,
         nonce: uuid::Uuid::new_v4().simple().to_string(),
         writer: tools.worker.clone(),
         shard: assignment.shard.shard,
         attempt: assignment.attempt,
-        outcomes: progress.outcomes(),
+        outcomes,
         tars,
         outcomes_file: Some(outcomes_file),
-    })
+    }))
+}
+
+/// Returns when an attempt that begins now has to end with what it has.
+async fn early_end(way_out: &WayOut, leave: &CancellationToken) -> EarlyEnd {
+    tokio::select! {
+        biased;
+        () = leave.cancelled() => EarlyEnd::Leave,
+        () = way_out.offline() => EarlyEnd::Offline,
+        () = tokio::time::sleep(LONGEST_ATTEMPT) => EarlyEnd::TooLong,
+    }
+}
+
+/// The row of a URL that was not asked for.
+fn unfetched(entry: SliceEntry, why: Rejection) -> OutcomeRow {
+    OutcomeRow { outcome: why.name().to_owned(), fetched_at: now(), ..entry.into_row() }
+}
+
+/// The rows in the order of their keys; those that are not believed as `unfetched`. None: nothing is left of them.
+async fn believed(way_out: &WayOut, rows: Vec<(u64, OutcomeRow)>) -> Option<Vec<OutcomeRow>> {
+    let belief = way_out.prove(rows.iter().map(|(number, _)| *number).max().unwrap_or(0)).await;
+    let (mut finished, mut left) = (0, 0);
+    let believe = |(number, row): (u64, OutcomeRow)| {
+        let outcome = row.outcome().unwrap_or(Err(Rejection::Unfetched));
+        let transient = outcome.is_err_and(|why| why.is_transient(row.http_status));
+        let holds = belief.holds(number);
+        match outcome {
+            Err(Rejection::Unfetched) => left += 1,
+            _ if holds => finished += 1,
+            _ => left += 1,
+        }
+        // Nothing has proved that it was the site, and not a portal, that said so: it must not be the last word.
+        let unproved = number > 0 && !belief.proved && outcome.is_err() && !transient;
+        if holds && !unproved {
+            return row;
+        }
+        let entry = SliceEntry { key: row.key, synset: row.synset, url: row.url };
+        unfetched(entry, Rejection::Unfetched)
+    };
+    let mut rows: Vec<OutcomeRow> = rows.into_iter().map(believe).collect();
+    rows.sort_by_key(|row| row.key);
+    (finished > 0 || left == 0).then_some(rows)
 }
 
 /// Milliseconds since 1970.
@@ -213,9 +323,10 @@ fn now() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64)
 }
 
-async fn read_slice(store: &dyn ObjectStore, of: &Assignment) -> anyhow::Result<Vec<SliceEntry>> {
+async fn read_slice(store: &dyn ObjectStore, of: &Assignment) -> Result<Vec<SliceEntry>, Failure> {
     let key = keys::slice(&of.shard);
-    let compressed = store::read(store, &key).await.with_context(|| format!("failed to read {key}"))?;
+    let compressed = store::read(store, &key).await.with_context(|| format!("failed to read {key}"));
+    let compressed = compressed.fault_of(FailureKind::Store)?;
     let parse = move || -> anyhow::Result<Vec<SliceEntry>> {
         let owned = |entry: slice::Entry<'_>| SliceEntry {
             key: entry.key as i64,
@@ -224,12 +335,14 @@ async fn read_slice(store: &dyn ObjectStore, of: &Assignment) -> anyhow::Result<
         };
         slice::entries(&slice::unpack(&compressed)?).map(|entry| Ok(owned(entry?))).collect()
     };
-    tokio::task::spawn_blocking(parse).await?.with_context(|| format!("failed to parse {key}"))
+    let parsed = tokio::task::spawn_blocking(parse).await.fault_of(FailureKind::Worker)?;
+    parsed.with_context(|| format!("failed to parse {key}")).fault_of(FailureKind::Slice)
 }
 
 /// One URL's row, and its sample if it gives one.
 #[derive(Debug)]
 struct Validated {
+    number: u64,
     /// Complete but for the place in a tar.
     row: OutcomeRow,
     outcome: Outcome,
@@ -239,7 +352,7 @@ struct Validated {
 
 /// Has the body validated, if there is one.
 async fn validate(tools: &Tools, rules: Arc<Rules>, result: FetchResult) -> anyhow::Result<Validated> {
-    let FetchResult { entry, info, spent, body } = result;
+    let FetchResult { entry, number, info, spent, body } = result;
     if !spent.is_zero() {
         metrics::fetched(spent.as_secs_f64(), body.as_ref().map_or(0, |(body, _)| body.bytes.len()));
     }
@@ -267,7 +380,7 @@ async fn validate(tools: &Tools, rules: Arc<Rules>, result: FetchResult) -> anyh
         Err(rejection) => (Err(rejection), None),
     };
     row.outcome = outcome_name(outcome).to_owned();
-    Ok(Validated { row, outcome, kept })
+    Ok(Validated { number, row, outcome, kept })
 }
 
 /// Appends a sample to the tar of its split.

@@ -4,7 +4,7 @@
 //! An attempt hands in all its URLs at once ([`Dispatcher::batch`]) and gets a result for each. A URL that waits for
 //! its host or for a backoff holds no connection meanwhile.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -12,19 +12,24 @@ use backon::BackoffBuilder;
 use proto::outcomes::OutcomeRow;
 use proto::{Limits, Rejection};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::backoff::backoff;
 use crate::fetch::{Body, Fetched, Fetcher, Request, ResponseInfo};
+use crate::format::format_of;
 use crate::hosts::{HostSignal, Hosts, Next, Pass};
 use crate::lease::Coordinator;
 use crate::metrics::InFlight;
+use crate::way_out::WayOut;
 
 /// For one call that asks for shares; a response that comes much later is not used anyway.
 const ASK_TIMEOUT: Duration = Duration::from_secs(5);
 /// Between two calls, however many hosts become brokered meanwhile.
 const ASK_PAUSE: Duration = Duration::from_millis(20);
+/// Probes are asked so many at once: one that answers is enough.
+const PROBES_AT_ONCE: usize = 3;
 /// Connections that had nothing to do for so long ask for another shard.
 const IDLE: Duration = Duration::from_secs(1);
 
@@ -54,6 +59,8 @@ pub(crate) struct ConnectionPermit {
 #[derive(Debug)]
 pub(crate) struct FetchResult {
     pub(crate) entry: SliceEntry,
+    /// By which [`WayOut`] says whether it is believed; 0: there is no doubt about it.
+    pub(crate) number: u64,
     pub(crate) info: ResponseInfo,
     /// How long its HTTP requests took.
     pub(crate) spent: Duration,
@@ -64,6 +71,7 @@ pub(crate) struct FetchResult {
 #[derive(Debug)]
 pub(crate) struct Dispatcher {
     fetcher: Fetcher,
+    way_out: Arc<WayOut>,
     hosts: Mutex<Hosts<Job>>,
     /// One permit per URL in flight, until its body is validated.
     connections: Arc<Semaphore>,
@@ -95,14 +103,22 @@ struct Job {
 struct Shared {
     id: usize,
     limits: Limits,
+    way_out: Arc<WayOut>,
     results: mpsc::UnboundedSender<FetchResult>,
     unstarted: AtomicUsize,
     /// Cancelled when every URL has been started.
     all_started: CancellationToken,
-    dropped: CancellationToken,
+    /// Nothing more is started or tried again.
+    ending: AtomicBool,
+    /// What is in flight is cut.
+    cut: CancellationToken,
 }
 
 impl Shared {
+    fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::Acquire)
+    }
+
     fn start(&self, urls: usize) {
         if self.unstarted.fetch_sub(urls, Ordering::AcqRel) == urls {
             self.all_started.cancel();
@@ -126,8 +142,15 @@ impl Job {
             (Err(Rejection::HostGivenUp), Some((rejection, info))) => (Err(rejection), info),
             (body, _) => (body, info),
         };
+        let number = match &body {
+            Err(Rejection::Unfetched) => 0,
+            body => {
+                let picture = body.as_ref().is_ok_and(|(body, _)| format_of(&body.bytes).is_some());
+                self.batch.way_out.result(&self.request.host(), &entry.url, picture)
+            }
+        };
         // An attempt that is gone needs no result.
-        let _ = self.batch.results.send(FetchResult { entry, info, spent: self.request.spent, body });
+        let _ = self.batch.results.send(FetchResult { entry, number, info, spent: self.request.spent, body });
     }
 
     /// Takes it out of its batch: it gets no result.
@@ -152,8 +175,7 @@ pub(crate) struct Batch {
     dispatcher: Arc<Dispatcher>,
     id: usize,
     results: mpsc::UnboundedReceiver<FetchResult>,
-    all_started: CancellationToken,
-    dropped: CancellationToken,
+    shared: Arc<Shared>,
 }
 
 impl Batch {
@@ -169,9 +191,20 @@ impl Batch {
         jobs.into_iter().map(Job::withdraw).collect()
     }
 
+    /// Starts nothing more and tries nothing again; those that wait get no result, and are returned.
+    pub(crate) fn end(&self) -> Vec<SliceEntry> {
+        self.shared.ending.store(true, Ordering::Release);
+        self.take_out(|_| true)
+    }
+
+    /// Cuts what is in flight: its result is `unfetched`.
+    pub(crate) fn cut(&self) {
+        self.shared.cut.cancel();
+    }
+
     /// Returns when every URL has been started, or connections have nothing to do because all URLs that wait have to.
     pub(crate) fn all_started(&self) -> impl Future<Output = ()> + Send + use<> {
-        let (dispatcher, all_started) = (Arc::clone(&self.dispatcher), self.all_started.clone());
+        let (dispatcher, all_started) = (Arc::clone(&self.dispatcher), self.shared.all_started.clone());
         async move {
             tokio::select! {
                 () = all_started.cancelled() => {}
@@ -183,15 +216,17 @@ impl Batch {
 
 impl Drop for Batch {
     fn drop(&mut self) {
-        self.dropped.cancel();
+        self.shared.ending.store(true, Ordering::Release);
+        self.shared.cut.cancel();
         drop(self.dispatcher.hosts().take_out(Instant::now(), |job| job.batch.id == self.id));
     }
 }
 
 impl Dispatcher {
-    pub(crate) fn new(fetcher: Fetcher, connections: u16) -> Self {
+    pub(crate) fn new(fetcher: Fetcher, connections: u16, way_out: Arc<WayOut>) -> Self {
         Self {
             fetcher,
+            way_out,
             hosts: Mutex::new(Hosts::new(Instant::now(), connections.into())),
             connections: Arc::new(Semaphore::new(connections.into())),
             changed: Notify::new(),
@@ -215,21 +250,23 @@ impl Dispatcher {
         self.changed.notify_one();
     }
 
-    /// Takes up URLs, which are fetched in this order as far as their hosts allow.
-    pub(crate) fn batch(self: &Arc<Self>, entries: Vec<SliceEntry>, limits: &Limits) -> Batch {
+    /// Takes up URLs, which are fetched in this order as far as their hosts allow. `once`: all have failed in an
+    /// earlier round, so that each is tried just once.
+    pub(crate) fn batch(self: &Arc<Self>, entries: Vec<SliceEntry>, limits: &Limits, once: bool) -> Batch {
         let (results, receiver) = mpsc::unbounded_channel();
-        let (all_started, dropped) = (CancellationToken::new(), CancellationToken::new());
         let id = self.batches.fetch_add(1, Ordering::Relaxed);
         let shared = Arc::new(Shared {
             id,
-            limits: limits.clone(),
+            limits: Limits { retries: if once { 0 } else { limits.retries }, ..limits.clone() },
+            way_out: Arc::clone(&self.way_out),
             results,
             unstarted: AtomicUsize::new(entries.len()),
-            all_started: all_started.clone(),
-            dropped: dropped.clone(),
+            all_started: CancellationToken::new(),
+            ending: AtomicBool::new(false),
+            cut: CancellationToken::new(),
         });
         if entries.is_empty() {
-            all_started.cancel();
+            shared.all_started.cancel();
         }
         let now = Instant::now();
         let mut hosts = self.hosts();
@@ -243,12 +280,44 @@ impl Dispatcher {
                 Err(rejection) => {
                     shared.start(1);
                     let (info, spent) = (ResponseInfo::default(), Duration::ZERO);
-                    let _ = shared.results.send(FetchResult { entry, info, spent, body: Err(rejection) });
+                    let _ = shared.results.send(FetchResult { entry, number: 0, info, spent, body: Err(rejection) });
                 }
             }
         }
         self.wake(hosts);
-        Batch { dispatcher: Arc::clone(self), id, results: receiver, all_started, dropped }
+        Batch { dispatcher: Arc::clone(self), id, results: receiver, shared }
+    }
+
+    /// Watches the way out, for ever.
+    pub(crate) async fn watch_way_out(self: Arc<Self>) {
+        let this = Arc::clone(&self);
+        let ask = move |urls: Vec<String>| {
+            let this = Arc::clone(&this);
+            async move {
+                this.fetcher.forget_names();
+                let mut urls = urls.into_iter().peekable();
+                while urls.peek().is_some() {
+                    let mut probes = JoinSet::new();
+                    for url in urls.by_ref().take(PROBES_AT_ONCE) {
+                        let this = Arc::clone(&this);
+                        probes.spawn(async move { this.fetcher.probe(&url).await });
+                    }
+                    while let Some(answered) = probes.join_next().await {
+                        if matches!(answered, Ok(true)) {
+                            return true;
+                        }
+                    }
+                }
+                false
+            }
+        };
+        let back = || {
+            self.fetcher.forget_names();
+            let mut hosts = self.hosts();
+            hosts.forgive(Instant::now());
+            self.wake(hosts);
+        };
+        self.way_out.watch(ask, back).await;
     }
 
     /// Starts each URL when there is a connection and its host has room, for ever.
@@ -338,17 +407,22 @@ impl HostSlot {
         let dispatcher = Arc::clone(&self.dispatcher);
         // The process may have stood still since the pass was given out.
         if !self.pass.as_ref().is_some_and(|pass| pass.is_valid(Instant::now())) {
-            return self.give_back(HostSignal::Unknown, |hosts, now| queue(hosts, now, job));
+            return self.give_back(HostSignal::Unknown, |hosts, now| queue(hosts, now, None, job));
         }
         job.start();
         let fetch = dispatcher.fetcher.fetch(&mut job.request, &batch.limits);
-        match batch.dropped.run_until_cancelled(fetch).await {
-            None => {}
+        match batch.cut.run_until_cancelled(fetch).await {
+            None => {
+                self.give_back(HostSignal::Unknown, |_, _| {});
+                job.finish(Err(Rejection::Unfetched));
+            }
             Some(Ok(Fetched::Body(body))) => {
                 self.give_back(HostSignal::Answered, |_, _| {});
                 job.finish(Ok((body, connection)));
             }
-            Some(Ok(Fetched::Redirect)) => self.give_back(HostSignal::Answered, |hosts, now| queue(hosts, now, job)),
+            Some(Ok(Fetched::Redirect)) => {
+                self.give_back(HostSignal::Answered, |hosts, now| queue(hosts, now, None, job));
+            }
             Some(Err(error)) => {
                 // A URL that fails once more says nothing new of its host: retries are the few URLs that fail, after
                 // all others have their results.
@@ -357,11 +431,11 @@ impl HostSlot {
                     signal => signal,
                 };
                 let info = std::mem::take(&mut job.request.info);
-                match job.request.retry(&error, &batch.limits, fastrand::f64()) {
+                let retry = job.request.retry(&error, &batch.limits, fastrand::f64());
+                match retry.filter(|_| !batch.is_ending()) {
                     Some(backoff) => {
                         job.retried = Some((error.rejection, info));
-                        let (host, ticket) = (job.request.host(), job.ticket);
-                        self.give_back(signal, |hosts, now| hosts.push_later(now, backoff, &host, ticket, job));
+                        self.give_back(signal, |hosts, now| queue(hosts, now, Some(backoff), job));
                     }
                     None => {
                         job.request.info = info;
@@ -390,9 +464,15 @@ impl Drop for HostSlot {
     }
 }
 
-fn queue(hosts: &mut Hosts<Job>, now: Instant, job: Job) {
+/// Lets a URL wait for its host, and for a backoff before; one of a batch that is ending has waited long enough. (A
+/// batch says that it is ending before it takes out what waits.)
+fn queue(hosts: &mut Hosts<Job>, now: Instant, backoff: Option<Duration>, mut job: Job) {
     let (host, ticket) = (job.request.host(), job.ticket);
-    hosts.push(now, &host, ticket, job);
+    match backoff {
+        _ if job.batch.is_ending() => job.finish(Err(Rejection::Unfetched)),
+        Some(backoff) => hosts.push_later(now, backoff, &host, ticket, job),
+        None => hosts.push(now, &host, ticket, job),
+    }
 }
 
 #[cfg(test)]
@@ -414,7 +494,7 @@ mod tests {
         let (at, limits) = (origin().await, Limits::default());
         let fetch = async |paths: &[&str]| {
             let entry = |path: &&str| SliceEntry { url: format!("http://{at}/{path}"), ..SliceEntry::default() };
-            let mut batch = dispatcher.batch(paths.iter().map(entry).collect(), &limits);
+            let mut batch = dispatcher.batch(paths.iter().map(entry).collect(), &limits, false);
             let mut outcomes = Vec::new();
             for _ in paths {
                 outcomes.push(batch.next().await.expect("one for each").body.map(drop));
@@ -430,9 +510,9 @@ mod tests {
 
     #[tokio::test]
     async fn a_url_whose_task_panics_is_rejected() {
-        let dispatcher = Arc::new(Dispatcher::new(fetcher(), 1));
+        let dispatcher = Arc::new(Dispatcher::new(fetcher(), 1, Arc::new(WayOut::new(Vec::new()))));
         let entry = SliceEntry { url: "http://a.example/".to_owned(), ..SliceEntry::default() };
-        let mut batch = dispatcher.batch(vec![entry], &Limits::default());
+        let mut batch = dispatcher.batch(vec![entry], &Limits::default(), false);
         let job = dispatcher.hosts().take_out(Instant::now(), |_| true).pop().expect("it waits");
         let panics = tokio::spawn(async move {
             let _job = job;
@@ -441,7 +521,7 @@ mod tests {
         assert!(panics.await.is_err_and(|error| error.is_panic()));
         let result = batch.next().await.expect("a result");
         assert_eq!((result.entry.url.as_str(), result.body.map(drop)), ("http://a.example/", Err(Rejection::Protocol)));
-        assert!(batch.all_started.is_cancelled());
+        assert!(batch.shared.all_started.is_cancelled());
     }
 
     /// A server that breaks its first response to each path off in the way that the path names, and then gives the
@@ -486,7 +566,7 @@ mod tests {
         let (at, asked) = breaks_off_once().await;
         let paths = ["/body", "/chunk", "/closed", "/reset", "/garbage"];
         let entry = |path: &str| SliceEntry { url: format!("http://{at}{path}"), ..SliceEntry::default() };
-        let mut batch = dispatcher.batch(paths.into_iter().map(entry).collect(), &Limits::default());
+        let mut batch = dispatcher.batch(paths.into_iter().map(entry).collect(), &Limits::default(), false);
         for _ in paths {
             let FetchResult { entry, body, .. } = batch.next().await.expect("one for each");
             let wanted =

@@ -301,6 +301,18 @@ impl<T> Hosts<T> {
         }
     }
 
+    /// Holds no failure against any host: they were this worker's own.
+    pub(crate) fn forgive(&mut self, now: Instant) {
+        let mut changed = Vec::new();
+        for (host, at) in &mut self.hosts {
+            if at.failures > 0 || at.pauses > 0 || at.given_up.is_some() {
+                (at.failures, at.pauses, at.given_up, at.quiet_until) = (0, 0, None, now);
+                changed.push(Arc::clone(host));
+            }
+        }
+        changed.iter().for_each(|host| self.settle(now, host));
+    }
+
     /// Takes out everything that waits and fits.
     pub(crate) fn take_out(&mut self, now: Instant, fits: impl Fn(&T) -> bool) -> Vec<T> {
         let given_up = std::mem::take(&mut self.given_up);

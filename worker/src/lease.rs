@@ -2,15 +2,15 @@
 //! made.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
 use backon::BackoffBuilder;
 use proto::pb::fetch_service_client::FetchServiceClient;
 use proto::pb::{
-    CompleteShardRequest, HostDemand, HostShare, Lease, LeaseShardRequest, ReleaseLeaseRequest, RenewLeaseRequest,
-    ShareHostsRequest,
+    CompleteShardRequest, Failure, FailureKind, HostDemand, HostShare, Lease, LeaseShardRequest, ReleaseLeaseRequest,
+    RenewLeaseRequest, ShareHostsRequest,
 };
 use proto::trace::{Carried, Carry};
 use tokio::time::Instant;
@@ -21,6 +21,8 @@ use tonic::{Request, Status};
 use crate::backoff::backoff;
 use crate::hosts::{Demand, Shares};
 use crate::progress::Progress;
+use crate::store;
+use crate::way_out::WayOut;
 
 /// For one call, beside the time that the coordinator may let it wait.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -39,6 +41,8 @@ pub(crate) struct Coordinator {
     endpoint: Endpoint,
     client: Mutex<Client>,
     worker: String,
+    /// What gave pictures to this worker goes up, and what gave some to others comes down.
+    way_out: Arc<WayOut>,
     /// The highest term that a response named.
     highest_term: AtomicU64,
     /// Whether the last request for a lease got a response.
@@ -61,7 +65,7 @@ impl From<&Lease> for LeaseId {
 
 impl Coordinator {
     /// Connects with the first call, and again whenever the connection is lost.
-    pub(crate) fn new(address: &str, worker: String) -> anyhow::Result<Self> {
+    pub(crate) fn new(address: &str, worker: String, way_out: Arc<WayOut>) -> anyhow::Result<Self> {
         let bad = || format!("--coordinator {address:?} is no address: http://HOST:PORT is wanted");
         let endpoint = Endpoint::from_shared(address.to_owned()).with_context(bad)?;
         endpoint.uri().scheme().with_context(bad)?;
@@ -72,7 +76,8 @@ impl Coordinator {
             .keep_alive_while_idle(true)
             .tcp_nodelay(true);
         let client = Mutex::new(connect(&endpoint));
-        Ok(Self { endpoint, client, worker, highest_term: AtomicU64::new(0), reached: AtomicBool::new(false) })
+        let (highest_term, reached) = (AtomicU64::new(0), AtomicBool::new(false));
+        Ok(Self { endpoint, client, worker, way_out, highest_term, reached })
     }
 
     fn client(&self) -> Client {
@@ -101,6 +106,7 @@ impl Coordinator {
         }
         let response = response?;
         self.check_term(response.term)?;
+        response.lease.iter().for_each(|lease| self.way_out.hear(&lease.probes));
         Ok(response.lease)
     }
 
@@ -115,10 +121,13 @@ impl Coordinator {
             attempt: id.attempt.clone(),
             outcomes: (&progress.outcomes()).into(),
             kept: kept.clone(),
+            trouble: store::trouble().map(|text| Failure { kind: FailureKind::Store.into(), text }),
+            good: self.way_out.good(),
         };
         let mut client = self.client();
         let response = within(timeout, client.renew_lease(Request::new(request))).await?;
         self.check_term(response.term)?;
+        self.way_out.hear(&response.probes);
         progress.set_wanted(response.wanted, &kept);
         Ok(Duration::from_millis(response.duration_millis))
     }
@@ -200,6 +209,7 @@ impl Coordinator {
                 dataset: id.dataset.clone(),
                 shard: id.shard,
                 attempt: id.attempt.clone(),
+                good: self.way_out.good(),
             };
             let response = within(CALL_TIMEOUT, self.client().complete_shard(Request::new(request))).await;
             match response.and_then(|response| self.check_term(response.term)) {
@@ -215,8 +225,8 @@ impl Coordinator {
         }
     }
 
-    /// Releases a lease, if that can be done soon. `failure` is empty on an orderly exit.
-    pub(crate) async fn release(&self, id: &LeaseId, failure: String) {
+    /// Releases a lease, if that can be done soon. There is no `failure` on an orderly exit.
+    pub(crate) async fn release(&self, id: &LeaseId, failure: Option<Failure>) {
         let request = ReleaseLeaseRequest {
             term_seen: self.highest_term.load(Ordering::Relaxed),
             worker: self.worker.clone(),

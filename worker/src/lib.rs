@@ -11,16 +11,19 @@
 //! - `decode_pool`, `validate`, `format`, `placeholder`: a body to a stored picture or a rejection, on threads of their
 //!   own.
 //! - `pixels`: JPEG, scaling to the stored size, measuring.
+//! - `way_out`: whether the worker reaches the web at all, or takes its own trouble for the world's.
 //! - `upload`, `store`: tars that are uploaded while they grow, and the index, put last and only if there is none;
 //!   operations on the store are tried again, with `backoff`.
 //! - `metrics`: what a worker tells of itself.
 //!
-//! Whatever a URL does is an outcome in the shard; only the store's failures and unreadable slices fail an attempt.
+//! Whatever a URL does is an outcome in the shard; only the store's failures, unreadable slices and the lack of a way
+//! out fail an attempt, and `failure` says whose fault that is.
 
 mod attempt;
 mod backoff;
 mod decode_pool;
 mod dispatch;
+mod failure;
 mod fetch;
 mod format;
 mod hosts;
@@ -32,6 +35,7 @@ mod progress;
 mod store;
 mod upload;
 mod validate;
+mod way_out;
 
 use std::collections::HashMap;
 use std::num::NonZero;
@@ -44,7 +48,7 @@ use anyhow::{Context, anyhow, ensure};
 use backon::BackoffBuilder;
 pub use ipnet::IpNet;
 use object_store::ObjectStore;
-use proto::pb::Lease;
+use proto::pb::{self, FailureKind, Lease};
 use proto::{DatasetId, DatasetSpec, trace};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
@@ -53,24 +57,26 @@ use tokio_util::task::TaskTracker;
 use tracing::field::Empty;
 use tracing::{Instrument, Span};
 
-use attempt::{Assignment, AttemptResult, Tools, make_shard};
+use attempt::{Assignment, AttemptResult, Signals, Tools, make_shard};
 use backoff::backoff;
 use decode_pool::DecodePool;
 use dispatch::Dispatcher;
+use failure::FaultOf;
 pub use fetch::NameServer;
 use fetch::{AddressRules, FetchConfig, Fetcher};
 use lease::{Coordinator, LeaseId};
 pub use placeholder::PLACEHOLDERS_KEY;
 use progress::Progress;
+use way_out::WayOut;
 
 /// Shards that wait for their last URLs while the next shard is fetched; each holds parts of its tars in memory.
 const DRAINING_SHARDS: usize = 4;
 /// At the end of the process a lease may have been granted in a response that is still on its way.
 const LAST_LEASE_TIMEOUT: Duration = Duration::from_millis(250);
-/// For attempts to delete their files and release their leases at the end of the process.
-const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(8);
+/// For attempts to commit what they have at the end of the process.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(50);
 /// After this many failed attempts in a row the pause before the next lease grows no more.
-const MAX_COUNTED_FAILURES: u32 = 6;
+const MAX_COUNTED_FAILURES: u32 = 5;
 
 /// What a worker is told when it starts.
 #[derive(Debug, Clone, clap::Args)]
@@ -112,9 +118,18 @@ pub struct Config {
     #[arg(long, env = "GLEANER_CA_FILE", value_delimiter = ',', value_name = "FILE")]
     pub ca_file: Vec<PathBuf>,
 
+    /// Ask this URL whether there is a way out to the web when many hosts in a row seem dead: it must give a picture,
+    /// or the status 204. May be repeated. Sites that lately gave pictures to other workers are asked in any case.
+    #[arg(long, env = "GLEANER_PROBE", value_delimiter = ',', value_name = "URL", value_parser = parse_probe)]
+    pub probe: Vec<String>,
+
     /// Fetch what its owner marked with `X-Robots-Tag: noai` and the like all the same.
     #[arg(long, env = "GLEANER_IGNORE_OPT_OUTS")]
     pub ignore_opt_outs: bool,
+}
+
+fn parse_probe(text: &str) -> Result<String, String> {
+    fetch::Request::new(text).map(|_| text.to_owned()).map_err(|_| "http://... or https://... is wanted".to_owned())
 }
 
 fn parse_contact(text: &str) -> Result<String, String> {
@@ -124,8 +139,8 @@ fn parse_contact(text: &str) -> Result<String, String> {
     }
 }
 
-/// Makes shards until `shutdown`, under a `name` that no other worker has; then releases its leases and ends within
-/// seconds.
+/// Makes shards until `shutdown`, under a `name` that no other worker has; then commits what it has, and ends within a
+/// minute.
 ///
 /// The process must have a default TLS provider (`rustls::crypto::CryptoProvider`).
 ///
@@ -138,8 +153,9 @@ pub async fn run(
     store: Arc<dyn ObjectStore>,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
-    let coordinator = Arc::new(Coordinator::new(&config.coordinator, name.clone())?);
-    let tools = Arc::new(tools(&config, store, name.clone())?);
+    let way_out = Arc::new(WayOut::new(config.probe.clone()));
+    let coordinator = Arc::new(Coordinator::new(&config.coordinator, name.clone(), Arc::clone(&way_out))?);
+    let tools = Arc::new(tools(&config, store, name.clone(), way_out)?);
     let cores = decode_threads(&config);
     tracing::info!(worker = name, connections = config.connections, decode_threads = cores, "worker started");
 
@@ -155,6 +171,11 @@ pub async fn run(
         anyhow!("shares of hosts are no longer kept")
     });
     background.spawn(tools.pool.clone().watch());
+    let watching = Arc::clone(&tools.dispatcher);
+    background.spawn(async move {
+        watching.watch_way_out().await;
+        anyhow!("the way out is no longer watched")
+    });
     supervise(background, make_shards(&tools, &coordinator, config.shards.get().into(), &shutdown)).await
 }
 
@@ -182,10 +203,10 @@ async fn make_shards(tools: &Arc<Tools>, coordinator: &Arc<Coordinator>, shards:
         })
         .await
     {
-        let mut asking = std::pin::pin!(next_lease(coordinator, &failures));
+        let mut asking = std::pin::pin!(next_lease(coordinator, &tools.way_out, &failures));
         let Some(lease) = shutdown.run_until_cancelled(&mut asking).await else {
             if let Ok(lease) = tokio::time::timeout(LAST_LEASE_TIMEOUT, asking).await {
-                coordinator.release(&LeaseId::from(&lease), String::new()).await;
+                coordinator.release(&LeaseId::from(&lease), None).await;
             }
             break;
         };
@@ -215,7 +236,7 @@ fn decode_threads(config: &Config) -> usize {
         .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, NonZero::get))
 }
 
-fn tools(config: &Config, store: Arc<dyn ObjectStore>, worker: String) -> anyhow::Result<Tools> {
+fn tools(config: &Config, store: Arc<dyn ObjectStore>, worker: String, way_out: Arc<WayOut>) -> anyhow::Result<Tools> {
     let version = env!("CARGO_PKG_VERSION");
     let user_agent = match &config.contact {
         Some(contact) => format!("Gleaner/{version} (+{contact})"),
@@ -232,7 +253,8 @@ fn tools(config: &Config, store: Arc<dyn ObjectStore>, worker: String) -> anyhow
     .context("failed to set up the HTTP client")?;
     Ok(Tools {
         store,
-        dispatcher: Arc::new(Dispatcher::new(fetcher, config.connections.get())),
+        dispatcher: Arc::new(Dispatcher::new(fetcher, config.connections.get(), Arc::clone(&way_out))),
+        way_out,
         pool: DecodePool::start(decode_threads(config))?,
         worker,
     })
@@ -265,9 +287,9 @@ fn span(lease: &Lease) -> Span {
     trace::continued(span, &lease.traceparent)
 }
 
-/// Waits for the next lease, however long that takes; longer after failed attempts, so that a broken store does not use
-/// up the tries of slice after slice.
-async fn next_lease(coordinator: &Coordinator, failures: &AtomicU32) -> Lease {
+/// Waits for the next lease, however long that takes; longer after failed attempts, and as long as there is no way out.
+async fn next_lease(coordinator: &Coordinator, way_out: &WayOut, failures: &AtomicU32) -> Lease {
+    way_out.online().await;
     let failed = failures.load(Ordering::Relaxed).min(MAX_COUNTED_FAILURES);
     if failed > 0 {
         tokio::time::sleep(Duration::from_millis(500) * 2u32.pow(failed)).await;
@@ -305,12 +327,13 @@ async fn attempt_shard(
     let id = LeaseId::from(lease);
     let progress = Progress::default();
     progress.set_wanted(lease.wanted.clone(), &HashMap::new());
-    let cancel = shutdown.child_token();
+    let signals = Signals { cancel: CancellationToken::new(), leave: shutdown.clone() };
     let made = async {
-        let assignment = assignment(lease)?;
-        make_shard(tools, &assignment, &progress, start_permit, &cancel).await
+        let assignment = assignment(lease).fault_of(FailureKind::Worker)?;
+        make_shard(tools, &assignment, &progress, start_permit, &signals).await
     };
-    let renewals = coordinator.renew_until_over(&id, Duration::from_millis(lease.duration_millis), &progress, &cancel);
+    let duration = Duration::from_millis(lease.duration_millis);
+    let renewals = coordinator.renew_until_over(&id, duration, &progress, &signals.cancel);
     let made = tokio::select! {
         made = made => made,
         // When the lease is over the attempt still has its files to delete.
@@ -331,18 +354,18 @@ async fn attempt_shard(
             tracing::info!(committed = %attempt, "another attempt committed first");
             coordinator.complete(&id, shutdown).await;
         }
-        Ok(AttemptResult::Cancelled) => {
-            ended("cancelled");
-            if shutdown.is_cancelled() {
-                coordinator.release(&id, String::new()).await;
-            }
+        Ok(AttemptResult::Cancelled) => ended("cancelled"),
+        Ok(AttemptResult::Left) => {
+            ended("left");
+            coordinator.release(&id, None).await;
         }
-        Err(error) => {
-            let error = format!("{error:#}");
-            tracing::error!(error, "the attempt failed");
+        Err(failure) => {
+            let failure = pb::Failure::from(&failure);
+            let (kind, error) = (failure.kind().as_str_name(), &failure.text);
+            tracing::error!(kind, error, "the attempt failed");
             ended("failed");
-            trace::failed(&span, &error);
-            coordinator.release(&id, error).await;
+            trace::failed(&span, error);
+            coordinator.release(&id, Some(failure)).await;
             return false;
         }
     }
@@ -354,6 +377,7 @@ fn assignment(lease: &Lease) -> anyhow::Result<Assignment> {
         shard: lease.dataset.parse::<DatasetId>().context("the lease's dataset")?.shard(lease.shard),
         attempt: lease.attempt.parse().context("the lease's attempt")?,
         spec: DatasetSpec::from_json(&lease.spec_json).context("the lease's dataset spec")?,
+        once: lease.once,
     })
 }
 

@@ -16,6 +16,7 @@ static ATTEMPTS: LazyLock<Family<Label, Counter>> = LazyLock::new(Family::defaul
 static BYTES: LazyLock<Counter> = LazyLock::new(Counter::default);
 static IN_FLIGHT: LazyLock<Gauge> = LazyLock::new(Gauge::default);
 static READY: LazyLock<Gauge> = LazyLock::new(Gauge::default);
+static ONLINE: LazyLock<Gauge> = LazyLock::new(Gauge::default);
 // 10 ms to 41 s
 static FETCH_SECONDS: LazyLock<Histogram> = LazyLock::new(|| Histogram::new(exponential_buckets(0.01, 2.0, 13)));
 // 0.5 ms to 2 s
@@ -38,11 +39,17 @@ pub fn register(registry: &mut Registry) {
         DECODE_SECONDS.clone(),
     );
     registry.register("worker_ready", "1: the coordinator's last response came", READY.clone());
+    registry.register("worker_online", "1: it has a way out to the web", ONLINE.clone());
 }
 
-/// Whether the coordinator's last response came.
+/// Whether the coordinator's last response came, and there is a way out to the web.
 pub fn ready() -> bool {
-    READY.get() == 1
+    READY.get() == 1 && ONLINE.get() == 1
+}
+
+/// There is a way out to the web, or is none.
+pub(crate) fn online(yes: bool) {
+    ONLINE.set(yes.into());
 }
 
 /// The coordinator has responded, or has not.

@@ -4,7 +4,9 @@ use std::collections::HashSet;
 
 use anyhow::Context;
 use object_store::ObjectStore;
+use proto::pb::FailureKind;
 
+use crate::failure::{Failure, FaultOf};
 use crate::store;
 
 /// Where a cluster lists its own, in the form of `data/placeholders.txt`.
@@ -18,15 +20,20 @@ pub(crate) struct Placeholders(HashSet<[u8; 32]>);
 
 impl Placeholders {
     /// Those that are shipped, and those in the store, if it lists any.
-    pub(crate) async fn load(store: &dyn ObjectStore) -> anyhow::Result<Self> {
-        let mut all = Self::parse(SHIPPED).context("the shipped list of placeholders")?;
+    pub(crate) async fn load(store: &dyn ObjectStore) -> Result<Self, Failure> {
+        let of_settings = FailureKind::Worker;
+        let mut all = Self::parse(SHIPPED).context("the shipped list of placeholders").fault_of(of_settings)?;
         match store::read(store, PLACEHOLDERS_KEY).await {
             Ok(bytes) => {
-                let text = std::str::from_utf8(&bytes).with_context(|| format!("{PLACEHOLDERS_KEY} is not UTF-8"))?;
-                all.0.extend(Self::parse(text).with_context(|| format!("{PLACEHOLDERS_KEY} in the store"))?.0);
+                let text = std::str::from_utf8(&bytes).with_context(|| format!("{PLACEHOLDERS_KEY} is not UTF-8"));
+                let own = text.and_then(Self::parse).with_context(|| format!("{PLACEHOLDERS_KEY} in the store"));
+                all.0.extend(own.fault_of(of_settings)?.0);
             }
             Err(object_store::Error::NotFound { .. }) => {}
-            Err(error) => return Err(error).with_context(|| format!("failed to read {PLACEHOLDERS_KEY}")),
+            Err(error) => {
+                let error = Err(error).with_context(|| format!("failed to read {PLACEHOLDERS_KEY}"));
+                return error.fault_of(FailureKind::Store);
+            }
         }
         Ok(all)
     }
@@ -68,7 +75,9 @@ mod tests {
         assert!(Placeholders::load(&store).await.expect("a good list").contains(&gone));
 
         store.put(&PLACEHOLDERS_KEY.into(), "# ours\nabc\n".into()).await.expect("memory");
-        let error = format!("{:#}", Placeholders::load(&store).await.expect_err("a bad line"));
+        let failure = Placeholders::load(&store).await.expect_err("a bad line");
+        assert_eq!(failure.kind, FailureKind::Worker);
+        let error = format!("{:#}", failure.error);
         assert!(error.contains("line 2") && error.contains("abc"), "{error}");
     }
 }

@@ -5,13 +5,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
+use proto::pb::FailureKind;
 use proto::{Attempt, DatasetId, OutcomeCounts, Rejection, ShardId, ShardIndex, Stored, keys};
 use tracing::{error, info, warn};
 
 use super::wanted::Wanted;
 use super::{Datasets, PARALLEL, Stage};
 use crate::error::Error;
-use crate::ledger::{Counts, Decision};
+use crate::ledger::{Counts, Decision, Expired, MOST_STRIKES, Renewal};
 use crate::metrics;
 use crate::store::{Created, nonce};
 
@@ -29,6 +30,23 @@ pub(crate) struct Grant {
     pub(crate) traceparent: String,
     /// Samples that classes still want, by label; see `wanted`.
     pub(crate) wanted: HashMap<u32, u64>,
+    /// Its URLs have failed before.
+    pub(crate) once: bool,
+    /// What lately gave pictures to others.
+    pub(crate) probes: Vec<String>,
+}
+
+/// What a worker says with a renewal.
+#[derive(Debug, Default)]
+pub(crate) struct Report {
+    /// URLs so far.
+    pub(crate) outcomes: OutcomeCounts,
+    /// Samples so far, by label.
+    pub(crate) kept: HashMap<u32, u64>,
+    /// What holds it up.
+    pub(crate) trouble: Option<(FailureKind, String)>,
+    /// URLs that lately gave it pictures.
+    pub(crate) good: Vec<String>,
 }
 
 /// A lease that goes on.
@@ -37,6 +55,8 @@ pub(crate) struct Renewed {
     pub(crate) duration: Duration,
     /// As in [`Grant`].
     pub(crate) wanted: HashMap<u32, u64>,
+    /// As in [`Grant`].
+    pub(crate) probes: Vec<String>,
 }
 
 impl Datasets {
@@ -46,7 +66,7 @@ impl Datasets {
         loop {
             let freed = self.free.notified();
             tokio::pin!(freed);
-            // Registers before it asks for a shard, so that nothing is missed in between.
+            // Listens before it looks, so that nothing is missed in between.
             freed.as_mut().enable();
             if let Some(grant) = self.grant(worker) {
                 return Some(grant);
@@ -71,55 +91,71 @@ impl Datasets {
         let round = dataset.rounds.iter().find(|round| round.shards().contains(&id.shard));
         let traceparent = round.map(|round| round.traceparent.clone()).unwrap_or_default();
         let (duration, spec_json) = (state.ledger.lease(), dataset.spec_json.clone());
-        Some(Grant { id, attempt, duration, spec_json, traceparent, wanted })
+        let once = dataset.slice_of(id.shard).is_some_and(|slice| slice.once);
+        let probes = state.probes.of_others(worker);
+        Some(Grant { id, attempt, duration, spec_json, traceparent, wanted, once, probes })
     }
 
     /// Prolongs a lease; None: it is over.
-    pub(crate) fn renew(
-        &self,
-        worker: &str,
-        id: &ShardId,
-        attempt: Attempt,
-        outcomes: OutcomeCounts,
-        kept: &HashMap<u32, u64>,
-    ) -> Option<Renewed> {
+    pub(crate) fn renew(&self, worker: &str, id: &ShardId, attempt: Attempt, report: Report) -> Option<Renewed> {
+        let Report { outcomes, kept, trouble, good } = report;
         let now = self.now();
         let mut state = self.state();
+        let state = &mut *state;
         state.workers.insert(worker.to_owned(), Instant::now());
-        if !state.ledger.renew(now, id, attempt, worker) {
-            return None;
+        state.probes.heard(worker, good);
+        match state.ledger.renew(now, id, attempt, worker, outcomes.total()) {
+            Renewal::Prolonged => {}
+            Renewal::Over => return None,
+            Renewal::Stalled => {
+                let text = format!("slice {}: no URL was finished for ten minutes", id.shard);
+                warn!(dataset = &*id.dataset, shard = id.shard, %attempt, worker, "attempt stands still; its lease ends");
+                state.failed(now, FailureKind::Slice, Some(worker), &id.dataset, text);
+                return None;
+            }
         }
         let dataset = state.live.get_mut(&id.dataset)?;
-        dataset.progressed(id.shard, outcomes, kept);
+        state.troubles.held_up(now, worker, &id.dataset, trouble);
+        dataset.progressed(id.shard, outcomes, &kept);
         let wanted = dataset.wanted.as_ref().map(Wanted::by_label).unwrap_or_default();
-        Some(Renewed { duration: state.ledger.lease(), wanted })
+        Some(Renewed { duration: state.ledger.lease(), wanted, probes: state.probes.of_others(worker) })
     }
 
-    /// Takes a lease back.
-    pub(crate) fn release(&self, worker: &str, id: &ShardId, attempt: Attempt, failure: &str) {
-        let failed = !failure.is_empty();
-        if !failed {
-            metrics::lease_over();
-        } else {
-            warn!(dataset = &*id.dataset, shard = id.shard, %attempt, worker, failure, "attempt failed");
+    /// Takes a lease back: after a failure, or on an orderly exit.
+    pub(crate) fn release(&self, worker: &str, id: &ShardId, attempt: Attempt, failure: Option<(FailureKind, String)>) {
+        match &failure {
+            None => metrics::lease_over(),
+            Some((kind, failure)) => {
+                let kind = kind.as_str_name();
+                warn!(dataset = &*id.dataset, shard = id.shard, %attempt, worker, kind, failure, "attempt failed");
+            }
         }
         {
             let now = self.now();
             let mut state = self.state();
             state.workers.insert(worker.to_owned(), Instant::now());
-            state.ledger.release(now, id, attempt, failed);
-            if let Some(dataset) = state.live.get_mut(&id.dataset) {
+            let held = state.ledger.release(now, id, attempt, failure.as_ref().map(|(kind, _)| *kind));
+            if let Some(dataset) = state.live.get_mut(&id.dataset).filter(|_| held) {
                 dataset.dropped(id.shard);
+            }
+            if let Some((kind, text)) = failure.filter(|_| held) {
+                state.failed(now, kind, Some(worker), &id.dataset, format!("slice {}: {text}", id.shard));
             }
         }
         self.free.notify_waiters();
     }
 
     /// Reads the index of a shard that a worker says is committed, and returns the attempt that stands in it.
-    pub(crate) async fn complete(self: &Arc<Self>, worker: &str, id: &ShardId) -> Result<Attempt, Error> {
+    pub(crate) async fn complete(
+        self: &Arc<Self>,
+        worker: &str,
+        id: &ShardId,
+        good: Vec<String>,
+    ) -> Result<Attempt, Error> {
         {
             let mut state = self.state();
             state.workers.insert(worker.to_owned(), Instant::now());
+            state.probes.heard(worker, good);
             if !state.live.contains_key(&id.dataset) {
                 return Err(Error::NotFound(format!("no dataset {:?}", id.dataset)));
             }
@@ -136,8 +172,13 @@ impl Datasets {
     fn committed(self: &Arc<Self>, id: &DatasetId, index: &ShardIndex) {
         let all = {
             let mut state = self.state();
-            if !state.ledger.commit(&id.shard(index.shard)) {
+            // A shard without a file was closed by a coordinator.
+            let worker = index.outcomes_file.as_ref().map(|_| index.writer.as_str());
+            if !state.ledger.commit(&id.shard(index.shard), worker) {
                 return;
+            }
+            if worker.is_some() {
+                state.troubles.worked(worker);
             }
             let counts = state.ledger.counts(id);
             let Some(dataset) = state.live.get_mut(id) else { return };
@@ -176,7 +217,12 @@ impl Datasets {
             }
             return Ok(());
         }
-        let decision = self.state().ledger.decide(self.now(), &id);
+        let decision = {
+            let mut state = self.state();
+            let urls =
+                state.live.get(&id.dataset).and_then(|dataset| dataset.slice_of(id.shard)).map(|slice| slice.urls);
+            state.ledger.decide(self.now(), &id, urls.unwrap_or(0))
+        };
         match decision {
             None => Ok(()),
             Some(Decision::Retry) => {
@@ -195,17 +241,24 @@ impl Datasets {
         }
     }
 
-    /// Commits a slice that has failed too often, with every URL as `slice_failed`.
+    /// Commits a slice that has failed too often, with every URL as `unfetched`: the next round deals them in smaller
+    /// slices. One that failed alone is `slice_failed`.
     async fn give_up(self: &Arc<Self>, id: &ShardId) -> Result<(), Error> {
-        let urls = self.state().live.get(&id.dataset).map(|dataset| dataset.urls_of(id.shard));
+        let urls = {
+            let state = self.state();
+            state.live.get(&id.dataset).and_then(|dataset| dataset.slice_of(id.shard)).map(|slice| slice.urls)
+        };
         let Some(urls) = urls else { return Ok(()) };
+        // A stale coordinator must not close what the workers of a later one make.
+        self.term.check(&self.store).await?;
+        let outcome = if urls > 1 { Rejection::Unfetched } else { Rejection::SliceFailed };
         let mut index = ShardIndex {
             version: 1,
             nonce: nonce(),
             writer: "coordinator".to_owned(),
             shard: id.shard,
             attempt: Attempt { term: self.term.number, n: 0 },
-            outcomes: [(Err(Rejection::SliceFailed), urls)].into_iter().collect(),
+            outcomes: [(Err(outcome), urls.into())].into_iter().collect(),
             tars: BTreeMap::new(),
             outcomes_file: None,
         };
@@ -213,7 +266,14 @@ impl Datasets {
         if let Created::Lost(theirs) = self.store.create(&key, &index).await? {
             index = ShardIndex::from_json(&theirs).map_err(|e| Error::Local(format!("{key}: {e}")))?;
         }
-        warn!(dataset = &*id.dataset, shard = id.shard, urls, "slice failed too often and is closed");
+        let outcome = outcome.name();
+        warn!(
+            dataset = &*id.dataset,
+            shard = id.shard,
+            urls,
+            outcome,
+            "slice failed {MOST_STRIKES} workers; it is closed"
+        );
         self.committed(&id.dataset, &index);
         Ok(())
     }
@@ -225,17 +285,15 @@ impl Datasets {
         clock.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             clock.tick().await;
-            let over = {
-                let mut state = self.state();
-                state.workers.retain(|_, seen| seen.elapsed() < WORKER_FORGOTTEN);
-                state.ledger.expire(self.now())
-            };
+            let over = self.expire();
             futures::stream::iter(over)
                 .for_each_concurrent(PARALLEL, |id| {
                     let this = Arc::clone(&self);
                     async move {
                         if let Err(error) = this.check(id.clone()).await {
                             warn!(dataset = &*id.dataset, shard = id.shard, %error, "cannot check a shard");
+                            let text = format!("shard {}: {error}", id.shard);
+                            this.state().failed(this.now(), FailureKind::Store, None, &id.dataset, text);
                         }
                     }
                 })
@@ -243,5 +301,26 @@ impl Datasets {
             // Shards whose pause after a failure is over are free now, too.
             self.free.notify_waiters();
         }
+    }
+
+    /// Ends what is over; the shards that are to be checked.
+    fn expire(&self) -> Vec<ShardId> {
+        let mut state = self.state();
+        let state = &mut *state;
+        let now = self.now();
+        state.workers.retain(|_, seen| seen.elapsed() < WORKER_FORGOTTEN);
+        state.ledger.retain_workers(|worker| state.workers.contains_key(worker));
+        state.troubles.forget(now, |id| state.live.contains_key(id));
+        let mut shards = Vec::new();
+        for Expired { id, lost } in state.ledger.expire(now) {
+            if let Some((worker, kind)) = lost {
+                let together = if kind == FailureKind::Worker { ", as others were" } else { "" };
+                warn!(dataset = &*id.dataset, shard = id.shard, worker = &*worker, "worker was lost{together}");
+                let text = format!("slice {}: its worker was lost{together}", id.shard);
+                state.failed(now, kind, Some(&worker), &id.dataset, text);
+            }
+            shards.push(id);
+        }
+        shards
     }
 }

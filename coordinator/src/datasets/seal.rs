@@ -7,6 +7,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::TryStreamExt;
 use proto::manifest::Manifest;
+use proto::pb::FailureKind;
 use proto::{Attempt, DatasetId, DatasetSpec, ShardIndex, Split, Stored, keys};
 use tracing::{error, info, warn};
 
@@ -35,7 +36,11 @@ impl Datasets {
                     Err(error @ SealError::History(HistoryError::Corrupt { .. })) => {
                         break Stage::Failed(error.to_string());
                     }
-                    Err(error) => warn!(dataset = &*id, %error, "cannot seal, trying again"),
+                    Err(error) => {
+                        warn!(dataset = &*id, %error, "cannot seal, trying again");
+                        let text = format!("cannot seal: {error}");
+                        this.state().failed(this.now(), FailureKind::Store, None, &id, text);
+                    }
                 }
                 tokio::time::sleep(SEAL_PAUSE).await;
             };
@@ -53,8 +58,9 @@ impl Datasets {
         });
     }
 
-    /// Makes the manifest, unless the latest one names all; if that shows that classes are short, opens what was left
-    /// of them. None: shards are open (again), or the dataset is gone.
+    /// Opens an automatic round if there is anything for it. If not, makes the manifest, unless the latest one names
+    /// all; if that shows that classes are short, opens what was left of them. None: shards are open (again), or the
+    /// dataset is gone.
     async fn seal_or_reopen(self: &Arc<Self>, id: &DatasetId) -> Result<Option<Stage>, SealError> {
         let dataset = {
             let state = self.state();
@@ -67,6 +73,7 @@ impl Datasets {
         let latest = dataset.manifest.clone().filter(|manifest| manifest.rounds as usize >= dataset.rounds.len());
         let manifest = match latest {
             Some(manifest) => manifest,
+            None if self.open_automatic(&dataset).await.map_err(SealError::Round)? => return Ok(None),
             None => Arc::new(self.seal(&dataset).await?),
         };
         if let Some(dataset) = self.state().live.get_mut(id) {
@@ -75,7 +82,7 @@ impl Datasets {
         let short = short(&manifest, dataset.spec.per_class);
         if !short.is_empty() {
             let dataset = Dataset { manifest: Some(Arc::clone(&manifest)), ..dataset };
-            let opened = self.open_unfetched(&dataset, short).await;
+            let opened = self.open_short(&dataset, short).await;
             if opened.map_err(SealError::Round)? {
                 return Ok(None);
             }

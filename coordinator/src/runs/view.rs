@@ -154,6 +154,7 @@ impl Runs {
             shards_waiting: shards.waiting.into(),
             shards_leased: shards.leased.into(),
             datasets: self.datasets.stages(),
+            troubles: self.datasets.troubles_by_kind(),
             workers: self.datasets.workers().len() as u64,
             devices_free: devices.iter().filter(|free| **free).count() as u64,
             devices_taken: devices.iter().filter(|free| !**free).count() as u64,

@@ -52,14 +52,18 @@ impl DatasetService for DatasetApi {
 
     async fn get_dataset(&self, request: Request<pb::GetDatasetRequest>) -> Result<Response<pb::Dataset>, Status> {
         let (dataset, counts) = self.0.find(&request.into_inner().name)?;
-        Ok(Response::new(message(&dataset, counts)))
+        Ok(Response::new(message(&dataset, counts, self.0.troubles(Some(&dataset.id)))))
     }
 
     async fn list_datasets(
         &self,
         _: Request<pb::ListDatasetsRequest>,
     ) -> Result<Response<pb::ListDatasetsResponse>, Status> {
-        let datasets = self.0.all().iter().map(|(dataset, counts)| message(dataset, *counts)).collect();
+        let datasets = {
+            let message =
+                |(dataset, counts): &(Dataset, Counts)| message(dataset, *counts, self.0.troubles(Some(&dataset.id)));
+            self.0.all().iter().map(message).collect()
+        };
         Ok(Response::new(pb::ListDatasetsResponse { datasets }))
     }
 
@@ -148,7 +152,9 @@ async fn watch(datasets: &Datasets, id: &DatasetId, sender: &mpsc::Sender<Result
                 return;
             };
             let revision = dataset.revision();
-            if sender.send(Ok(message(&dataset, counts))).await.is_err() || revision.is_final {
+            if sender.send(Ok(message(&dataset, counts, datasets.troubles(Some(id))))).await.is_err()
+                || revision.is_final
+            {
                 return;
             }
             sent = Some((revision, tokio::time::Instant::now()));
@@ -160,7 +166,7 @@ async fn watch(datasets: &Datasets, id: &DatasetId, sender: &mpsc::Sender<Result
     }
 }
 
-fn message(dataset: &Dataset, counts: Counts) -> pb::Dataset {
+fn message(dataset: &Dataset, counts: Counts, troubles: Vec<pb::Trouble>) -> pb::Dataset {
     let shards: u32 = dataset.rounds.iter().map(|round| round.slices.len() as u32).sum();
     let (state, error) = match &dataset.stage {
         Stage::Fetching => (DatasetState::Fetching, ""),
@@ -195,6 +201,8 @@ fn message(dataset: &Dataset, counts: Counts) -> pb::Dataset {
         std: mean_and_std(|manifest| manifest.std),
         rounds: dataset.rounds.len() as u32,
         near_duplicates: manifest.map_or(0, |manifest| manifest.near_duplicates),
+        troubles,
+        automatic_rounds: dataset.automatic_rounds(),
     }
 }
 

@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 
 use proto::ids::IdError;
 use proto::pb::fetch_service_server::FetchService;
-use proto::pb::{self};
+use proto::pb::{self, FailureKind};
 use proto::{Attempt, DatasetId, OutcomeCounts, ShardId};
 use tonic::{Request, Response, Status};
 
-use crate::datasets::Datasets;
+use crate::datasets::{Datasets, Report};
 use crate::error::Error;
 use crate::hosts::{self, Broker, Demand, HostBudgets};
 
@@ -44,6 +44,15 @@ fn shard_id(dataset: String, shard: u32) -> Result<ShardId, Error> {
     Ok(dataset.shard(shard))
 }
 
+/// One whose kind is not told is the slice's.
+fn failure(told: pb::Failure) -> (FailureKind, String) {
+    let kind = match told.kind() {
+        FailureKind::Unspecified => FailureKind::Slice,
+        kind => kind,
+    };
+    (kind, told.text)
+}
+
 fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
@@ -65,6 +74,8 @@ impl FetchService for FetchApi {
             spec_json: grant.spec_json,
             traceparent: grant.traceparent,
             wanted: grant.wanted,
+            once: grant.once,
+            probes: grant.probes,
         });
         Ok(Response::new(pb::LeaseShardResponse { term: self.term(), lease }))
     }
@@ -73,24 +84,26 @@ impl FetchService for FetchApi {
         &self,
         request: Request<pb::RenewLeaseRequest>,
     ) -> Result<Response<pb::RenewLeaseResponse>, Status> {
-        let pb::RenewLeaseRequest { term_seen, worker, dataset, shard, attempt: text, outcomes, kept } =
-            request.into_inner();
+        let request = request.into_inner();
+        let pb::RenewLeaseRequest { term_seen, worker, dataset, shard, attempt: text, .. } = request;
+        let pb::RenewLeaseRequest { outcomes, kept, trouble, good, .. } = request;
         self.datasets.term.observe(term_seen)?;
         let outcomes =
             OutcomeCounts::from_names(outcomes).map_err(|error| Error::Invalid(format!("outcomes: {error}")))?;
-        let renewed = self.datasets.renew(&worker, &shard_id(dataset, shard)?, attempt(&text)?, outcomes, &kept);
-        let (duration_millis, wanted) =
-            renewed.map_or_else(Default::default, |renewed| (millis(renewed.duration), renewed.wanted));
-        Ok(Response::new(pb::RenewLeaseResponse { term: self.term(), duration_millis, wanted }))
+        let report = Report { outcomes, kept, trouble: trouble.map(failure), good };
+        let renewed = self.datasets.renew(&worker, &shard_id(dataset, shard)?, attempt(&text)?, report);
+        let (duration_millis, wanted, probes) =
+            renewed.map_or_else(Default::default, |renewed| (millis(renewed.duration), renewed.wanted, renewed.probes));
+        Ok(Response::new(pb::RenewLeaseResponse { term: self.term(), duration_millis, wanted, probes }))
     }
 
     async fn complete_shard(
         &self,
         request: Request<pb::CompleteShardRequest>,
     ) -> Result<Response<pb::CompleteShardResponse>, Status> {
-        let pb::CompleteShardRequest { term_seen, worker, dataset, shard, attempt: _ } = request.into_inner();
+        let pb::CompleteShardRequest { term_seen, worker, dataset, shard, attempt: _, good } = request.into_inner();
         self.datasets.term.observe(term_seen)?;
-        let committed = self.datasets.complete(&worker, &shard_id(dataset, shard)?).await?.to_string();
+        let committed = self.datasets.complete(&worker, &shard_id(dataset, shard)?, good).await?.to_string();
         Ok(Response::new(pb::CompleteShardResponse { term: self.term(), committed }))
     }
 
@@ -98,10 +111,10 @@ impl FetchService for FetchApi {
         &self,
         request: Request<pb::ReleaseLeaseRequest>,
     ) -> Result<Response<pb::ReleaseLeaseResponse>, Status> {
-        let pb::ReleaseLeaseRequest { term_seen, worker, dataset, shard, attempt: text, failure } =
+        let pb::ReleaseLeaseRequest { term_seen, worker, dataset, shard, attempt: text, failure: why } =
             request.into_inner();
         self.datasets.term.observe(term_seen)?;
-        self.datasets.release(&worker, &shard_id(dataset, shard)?, attempt(&text)?, &failure);
+        self.datasets.release(&worker, &shard_id(dataset, shard)?, attempt(&text)?, why.map(failure));
         Ok(Response::new(pb::ReleaseLeaseResponse { term: self.term() }))
     }
 

@@ -163,6 +163,7 @@ impl RunService for RunApi {
             shards_leased,
             runs_waiting: self.0.count(pb::RunState::Waiting),
             runs_running: self.0.count(pb::RunState::Running),
+            troubles: datasets.troubles(None),
         }))
     }
 }
@@ -189,8 +190,8 @@ async fn watch(runs: &Runs, name: &str, sender: &mpsc::Sender<Result<pb::Run, St
     }
 }
 
-/// Sends the stored lines, and with `follow` those that are stored later, until a while after the run's end. Lines come from the
-/// store alone, so none is doubled, and they are there after death and cancel.
+/// Sends the stored lines, and with `follow` those that are stored later, until a while after the run's end. Lines come
+/// from the store alone, so none is doubled, and they are there after death and cancel.
 async fn logs(
     runs: &Runs,
     run: &str,

@@ -12,7 +12,7 @@ use globset::{GlobBuilder, GlobMatcher};
 use proto::ids::{IdError, is_name};
 use proto::pb::create_dataset_request::{Part, Start};
 use proto::pb::{self, CreateDatasetRequest};
-use proto::round::Round;
+use proto::round::{Cause, Round};
 use proto::{DatasetId, DatasetSpec};
 use tokio::sync::mpsc;
 use tonic::Streaming;
@@ -103,7 +103,7 @@ pub(super) async fn refresh(
         let message = format!("dataset {:?} is still being fetched: wait until it is ready", dataset.id.name());
         return Err(Error::Precondition(message));
     }
-    let round = datasets.next_round(&dataset, &start.request_id).await?;
+    let round = datasets.next_round(&dataset, Cause::Request, &start.request_id).await?;
     let (pieces, received) = mpsc::channel(32);
     let made = put_slices(&datasets.store, &dataset.id, {
         let (folder, start) = (datasets.folder.clone(), start.clone());
@@ -115,7 +115,7 @@ pub(super) async fn refresh(
             let lists = read_lists(&mut catalog, &start, Pieces::new(received), folder)?;
             let (dataset_id, rounds) = (&dataset.id, &dataset.rounds[..]);
             let history = History { handle: &handle, store: &store, dataset: dataset_id, rounds };
-            gather(&history, &Retry::transient(&dataset), lists > 0, &mut catalog)?;
+            gather(&history, &Retry::transient(&dataset), spec.slice_urls, lists > 0, &mut catalog)?;
             catalog.cut(&mut spec, slices)
         }
     });

@@ -15,7 +15,7 @@ use proto::outcomes::OutcomeRow;
 use proto::pb::create_dataset_request::{Part, Source, Start};
 use proto::pb::dataset_service_client::DatasetServiceClient;
 use proto::pb::fetch_service_client::FetchServiceClient;
-use proto::pb::{self, DatasetState};
+use proto::pb::{self, DatasetState, FailureKind};
 use proto::rejection::KEPT;
 use proto::shard::{Moments, Origin, TarWriter, sha256_hex};
 use proto::{
@@ -148,17 +148,35 @@ impl Cluster {
 
     /// Waits for a shard.
     pub async fn lease(&self, wait: Duration) -> Option<pb::Lease> {
-        let request =
-            pb::LeaseShardRequest { term_seen: 0, worker: "w1".to_owned(), wait_millis: wait.as_millis() as u64 };
+        self.lease_as("w1", wait).await
+    }
+
+    /// Likewise, as another worker.
+    pub async fn lease_as(&self, worker: &str, wait: Duration) -> Option<pb::Lease> {
+        let worker = worker.to_owned();
+        let request = pb::LeaseShardRequest { term_seen: 0, worker, wait_millis: wait.as_millis() as u64 };
         self.fetch().lease_shard(request).await.expect("answers").into_inner().lease
     }
 
-    /// Makes every shard that is there.
+    /// Makes every shard that is there, until no dataset wants more.
     pub async fn work(&self) {
-        while let Some(lease) = self.lease(Duration::from_millis(100)).await {
-            put_shard(&*self.store, &lease).await;
-            self.complete(&lease).await;
-        }
+        let work = async {
+            loop {
+                if let Some(lease) = self.lease(Duration::from_millis(100)).await {
+                    put_shard(&*self.store, &lease).await;
+                    self.complete(&lease).await;
+                } else if self.are_sealed().await {
+                    return;
+                }
+            }
+        };
+        tokio::time::timeout(PATIENCE, work).await.expect("in time");
+    }
+
+    /// Whether all datasets are ready or failed.
+    pub async fn are_sealed(&self) -> bool {
+        let all = self.datasets().list_datasets(pb::ListDatasetsRequest {}).await.expect("answers").into_inner();
+        all.datasets.iter().all(|dataset| matches!(dataset.state(), DatasetState::Ready | DatasetState::Failed))
     }
 
     pub async fn complete(&self, lease: &pb::Lease) -> String {
@@ -168,6 +186,7 @@ impl Cluster {
             dataset: lease.dataset.clone(),
             shard: lease.shard,
             attempt: lease.attempt.clone(),
+            good: vec![format!("http://h{}/good", lease.shard)],
         };
         self.fetch().complete_shard(request).await.expect("answers").into_inner().committed
     }
@@ -182,18 +201,19 @@ impl Cluster {
             attempt: lease.attempt.clone(),
             outcomes: [("kept".to_owned(), 1)].into(),
             kept: [(0, 1)].into(),
+            ..pb::RenewLeaseRequest::default()
         };
         self.fetch().renew_lease(request).await.expect("answers").into_inner().duration_millis
     }
 
-    pub async fn release(&self, lease: &pb::Lease, failure: &str) {
+    pub async fn release(&self, lease: &pb::Lease, kind: FailureKind, text: &str) {
         let request = pb::ReleaseLeaseRequest {
             term_seen: 0,
             worker: "w1".to_owned(),
             dataset: lease.dataset.clone(),
             shard: lease.shard,
             attempt: lease.attempt.clone(),
-            failure: failure.to_owned(),
+            failure: Some(pb::Failure { kind: kind.into(), text: text.to_owned() }),
         };
         self.fetch().release_lease(request).await.expect("answers");
     }
@@ -228,11 +248,11 @@ pub async fn put(store: &dyn ObjectStore, key: &str, bytes: impl Into<Bytes>) {
     store.put(&Key::from(key), bytes.into().into()).await.expect(key);
 }
 
-/// What the worker makes of a URL: `http://h/<content>/...` is an image of that content; `http://late/<content>` is one from
-/// shard 1 on, and before that its server says nothing; any other is gone.
+/// What the worker makes of a URL: `http://h/<content>/...` is an image of that content; `http://late/<content>` is one
+/// from shard 2 on, and before that its server says nothing; any other is gone.
 fn content(url: &str, shard: u32) -> Result<&str, Rejection> {
     match url.split_once("://").and_then(|(_, rest)| rest.split_once('/')) {
-        Some(("late", _)) if shard == 0 => Err(Rejection::Timeout),
+        Some(("late", _)) if shard < 2 => Err(Rejection::Timeout),
         Some(("h" | "late", path)) => Ok(path.split('/').next().unwrap_or_default()),
         _ => Err(Rejection::NotFound),
     }

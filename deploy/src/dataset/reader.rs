@@ -1,5 +1,5 @@
-//! The objects of one dataset, for commands that look into it: through the coordinator, which every user can reach, or, with
-//! `--store`, straight from the store, for which no coordinator need run.
+//! The objects of one dataset, for commands that look into it: through the coordinator, which every user can reach, or,
+//! with `--store`, straight from the store, for which no coordinator need run.
 
 use std::collections::{HashMap, HashSet};
 use std::ops::{ControlFlow, Range};
@@ -14,9 +14,9 @@ use object_store::{ObjectStore, ObjectStoreExt};
 use proto::findings::Finding;
 use proto::index::StoredFile;
 use proto::manifest::{ManifestShard, Skips};
-use proto::outcomes::{OutcomeRow, failed_rows};
+use proto::outcomes::{OutcomeRow, closed_rows};
 use proto::pb::ReadObjectRequest;
-use proto::{DatasetId, Manifest, Stored, keys, table};
+use proto::{DatasetId, Manifest, Rejection, ShardIndex, Stored, keys, table};
 use tonic::Status;
 
 use crate::client::{Cluster, ClusterArgs, answer, insist};
@@ -150,17 +150,20 @@ impl Reader {
         })
     }
 
-    /// What became of the URLs of a shard; a slice that failed has no file, only its URLs.
+    /// What became of the URLs of a shard; one that the coordinator has closed has no file, only its slice.
     pub(super) async fn rows(&self, dataset: &DatasetId, shard: &ManifestShard) -> Result<Vec<OutcomeRow>> {
         let Some(file) = &shard.outcomes else {
             let key = keys::slice(&dataset.shard(shard.shard));
-            return failed_rows(&self.get(&key).await?).with_context(|| key);
+            let index = ShardIndex::from_json(&self.get(&keys::index(&dataset.shard(shard.shard))).await?)?;
+            let outcome = index.outcomes.iter().next().map_or(Err(Rejection::SliceFailed), |(only, _)| only);
+            return closed_rows(&self.get(&key).await?, outcome).with_context(|| key);
         };
         let bytes = self.file(file).await?;
         Ok(tokio::task::spawn_blocking(move || table::read(bytes)).await??)
     }
 
-    /// Hands out each URL once, with its latest outcome and what was found about it, shard by shard, the last round first.
+    /// Hands out each URL once, with its latest outcome and what was found about it, shard by shard, the last round
+    /// first.
     pub(super) async fn each_url(
         &self,
         manifest: &Manifest,

@@ -165,16 +165,19 @@ pub(crate) async fn tools(store: Arc<dyn ObjectStore>) -> Arc<Tools> {
         authorities: Vec::new(),
         body_budget: 4 << 20,
     });
-    let dispatcher = Arc::new(Dispatcher::new(fetcher.expect("a client"), 16));
+    let way_out = Arc::new(WayOut::new(Vec::new()));
+    let dispatcher = Arc::new(Dispatcher::new(fetcher.expect("a client"), 16, Arc::clone(&way_out)));
     tokio::spawn(Arc::clone(&dispatcher).dispatch());
-    tokio::spawn(Arc::clone(&dispatcher).keep_shares(coordinator().await));
-    Arc::new(Tools { store, dispatcher, pool: DecodePool::start(2).expect("threads"), worker: "worker-test".into() })
+    tokio::spawn(Arc::clone(&dispatcher).keep_shares(coordinator(&way_out).await));
+    tokio::spawn(Arc::clone(&dispatcher).watch_way_out());
+    let pool = DecodePool::start(2).expect("threads");
+    Arc::new(Tools { store, dispatcher, way_out, pool, worker: "worker-test".into() })
 }
 
 /// A double of the coordinator that grants every wish for hosts.
-async fn coordinator() -> Arc<Coordinator> {
+async fn coordinator(way_out: &Arc<WayOut>) -> Arc<Coordinator> {
     let address = CoordinatorDouble::default().serve().await;
-    Arc::new(Coordinator::new(&address, "worker-test".into()).expect("a good address"))
+    Arc::new(Coordinator::new(&address, "worker-test".into(), Arc::clone(way_out)).expect("a good address"))
 }
 
 pub(crate) fn birds(shard: u32) -> ShardId {
@@ -182,7 +185,7 @@ pub(crate) fn birds(shard: u32) -> ShardId {
 }
 
 fn assignment(n: u64) -> Assignment {
-    Assignment { shard: birds(7), attempt: Attempt { term: 9, n }, spec: spec() }
+    Assignment { shard: birds(7), attempt: Attempt { term: 9, n }, spec: spec(), once: false }
 }
 
 async fn get(store: &dyn ObjectStore, key: &str) -> Bytes {
@@ -244,7 +247,7 @@ async fn every_url_gets_its_one_outcome_and_index_outcomes_and_tars_agree() {
     put_slice(&*store, 7, &urls).await;
 
     let (tools, progress) = (tools(Arc::clone(&store)).await, Progress::default());
-    let never = CancellationToken::new();
+    let never = Signals::default();
     let result = make_shard(&tools, &assignment(1), &progress, (), &never).await.expect("a good store");
     assert_eq!(result, AttemptResult::Committed);
 
@@ -297,7 +300,7 @@ async fn the_second_of_two_attempts_loses_and_leaves_nothing() {
     let urls: Vec<String> = (0..20).map(|seed| format!("http://{at}/good/{seed}")).collect();
     put_slice(&*store, 7, &urls).await;
     let tools = tools(Arc::clone(&store)).await;
-    let never = CancellationToken::new();
+    let never = Signals::default();
     let first = make_shard(&tools, &assignment(1), &Progress::default(), (), &never).await;
     assert_eq!(first.expect("a good store"), AttemptResult::Committed);
     let before = keys_in(&*store, "datasets").await;
@@ -316,15 +319,15 @@ async fn a_cancelled_attempt_and_one_whose_slice_is_no_slice_leave_nothing() {
     put_slice(&*store, 7, &urls).await;
     let before = keys_in(&*store, "datasets").await;
     let tools = tools(Arc::clone(&store)).await;
-    let cancel = CancellationToken::new();
+    let signals = Signals::default();
     let progress = Progress::default();
     let assignment = assignment(1);
-    let attempt = make_shard(&tools, &assignment, &progress, (), &cancel);
+    let attempt = make_shard(&tools, &assignment, &progress, (), &signals);
     let cancelling = async {
         while progress.outcomes().of(Ok(())) != 20 {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        cancel.cancel();
+        signals.cancel.cancel();
     };
     let (result, ()) = tokio::join!(attempt, cancelling);
     assert_eq!(result.expect("a good store"), AttemptResult::Cancelled);
@@ -332,9 +335,10 @@ async fn a_cancelled_attempt_and_one_whose_slice_is_no_slice_leave_nothing() {
 
     let packed = zstd::encode_all(&b"1\tn1\thttp://a/\nnonsense\n"[..], 1).expect("memory");
     store.put(&keys::slice(&birds(7)).into(), packed.into()).await.expect("a writable store");
-    let never = CancellationToken::new();
-    let error = make_shard(&tools, &assignment, &Progress::default(), (), &never).await.expect_err("no slice");
-    assert!(format!("{error:#}").contains("line 2"), "{error:#}");
+    let never = Signals::default();
+    let failure = make_shard(&tools, &assignment, &Progress::default(), (), &never).await.expect_err("no slice");
+    assert_eq!(failure.kind, FailureKind::Slice);
+    assert!(format!("{:#}", failure.error).contains("line 2"), "{failure:?}");
     assert_eq!(keys_in(&*store, "datasets").await, before);
 }
 
@@ -347,7 +351,7 @@ async fn urls_of_a_class_that_is_full_are_left_unfetched_and_are_told_of() {
     let (tools, progress) = (tools(Arc::clone(&store)).await, Progress::default());
     progress.set_wanted(HashMap::from([(0, 0)]), &HashMap::new());
     assert!(progress.is_full(0) && !progress.is_full(1));
-    make_shard(&tools, &assignment(1), &progress, (), &CancellationToken::new()).await.expect("a good store");
+    make_shard(&tools, &assignment(1), &progress, (), &Signals::default()).await.expect("a good store");
     let index = ShardIndex::from_json(&get(&*store, &keys::index(&birds(7))).await).expect("own output");
     let file = index.outcomes_file.expect("an attempt has outcomes");
     let rows: Vec<OutcomeRow> = table::read(get(&*store, &file.key).await).expect("own output");
@@ -442,7 +446,7 @@ async fn an_attempt_outlives_failures_of_the_store() {
     let at = origin().await;
     put_slice(&store.store, 7, &[format!("http://{at}/good/1"), format!("http://{at}/good/2")]).await;
     let tools = tools(Arc::<FailsOnce>::clone(&store)).await;
-    let result = make_shard(&tools, &assignment(1), &Progress::default(), (), &CancellationToken::new()).await;
+    let result = make_shard(&tools, &assignment(1), &Progress::default(), (), &Signals::default()).await;
     assert_eq!(result.expect("failures that pass"), AttemptResult::Committed);
     let failed = store.failed.lock().expect("no panic").clone();
     for (operation, part) in [
@@ -457,4 +461,59 @@ async fn an_attempt_outlives_failures_of_the_store() {
             "{operation} {part}: {failed:?}"
         );
     }
+}
+
+#[tokio::test]
+async fn an_attempt_that_is_told_to_leave_commits_what_it_has_and_asks_for_nothing_more() {
+    let store: Arc<dyn ObjectStore> = Arc::new(object_store::memory::InMemory::new());
+    let at = origin().await;
+    let good = (0..200).map(|seed| format!("http://{at}/good/{seed}"));
+    let urls: Vec<String> = [format!("http://{at}/silent/1")].into_iter().chain(good).collect();
+    put_slice(&*store, 7, &urls).await;
+    let (tools, progress, signals) = (tools(Arc::clone(&store)).await, Progress::default(), Signals::default());
+    let assignment = assignment(1);
+    let attempt = make_shard(&tools, &assignment, &progress, (), &signals);
+    let leaving = async {
+        while progress.outcomes().of(Ok(())) < 3 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        signals.leave.cancel();
+    };
+    let begun = Instant::now();
+    let (result, ()) = tokio::join!(attempt, leaving);
+    assert_eq!(result.expect("a good store"), AttemptResult::Committed);
+    assert!(begun.elapsed() < LAST_REQUESTS_TIMEOUT + Duration::from_secs(5), "{:?}", begun.elapsed());
+    let index = ShardIndex::from_json(&get(&*store, &keys::index(&birds(7))).await).expect("own output");
+    let (kept, unfetched) = (index.outcomes.of(Ok(())), index.outcomes.of(Err(Rejection::Unfetched)));
+    assert!(kept >= 3 && unfetched > 20, "{:?}", index.outcomes);
+    // What never answers was in flight, and is cut or late.
+    assert!(kept + unfetched >= 200 && index.outcomes.total() == 201, "{:?}", index.outcomes);
+
+    put_slice(&*store, 8, &urls).await;
+    let assignment = Assignment { shard: birds(8), ..assignment };
+    let nothing = make_shard(&tools, &assignment, &progress, (), &signals).await;
+    assert_eq!(nothing.expect("a good store"), AttemptResult::Left, "it has left before it began");
+    assert!(store.head(&keys::index(&birds(8)).into()).await.is_err());
+}
+
+#[tokio::test]
+async fn an_attempt_without_a_way_out_commits_what_it_had_from_before_and_gives_back_the_rest() {
+    let store: Arc<dyn ObjectStore> = Arc::new(object_store::memory::InMemory::new());
+    let at = origin().await;
+    let url = |path: &str, n: u32| format!("http://127.0.0.{}:{}/{path}/{n}", n % 200 + 2, at.port());
+    let tools = tools(Arc::clone(&store)).await;
+    // A probe of its own: gone for ever.
+    tools.way_out.hear(&[format!("http://{at}/gone/1")]);
+    // Nothing listens at these.
+    put_slice(&*store, 7, &(0..40).map(|n| url("good", n)).collect::<Vec<_>>()).await;
+    let failure = make_shard(&tools, &assignment(1), &Progress::default(), (), &Signals::default()).await;
+    assert_eq!(failure.expect_err("nothing is left").kind, FailureKind::WayOut);
+    assert!(keys_in(&*store, "datasets").await.iter().all(|key| !key.contains("index")));
+
+    tools.way_out.hear(&[format!("http://{at}/good/1")]);
+    tokio::time::timeout(Duration::from_secs(20), tools.way_out.online()).await.expect("the probe answers");
+    let result = make_shard(&tools, &assignment(2), &Progress::default(), (), &Signals::default()).await;
+    assert_eq!(result.expect("a good store"), AttemptResult::Committed, "so it is the hosts that are dead");
+    let index = ShardIndex::from_json(&get(&*store, &keys::index(&birds(7))).await).expect("own output");
+    assert_eq!(index.outcomes.of(Err(Rejection::Connect)), 40, "{index:?}");
 }

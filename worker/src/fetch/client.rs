@@ -20,6 +20,7 @@ use super::net::AddressRules;
 use super::opt_out::opted_out;
 use super::request::Request;
 use super::retry::{FetchError, Retry};
+use crate::format::format_of;
 
 /// Bodies of one HTTP/2 connection that may wait unread, each with [`FREE_BYTES`], before the others have to wait, too.
 const STREAMS: u32 = 256;
@@ -70,6 +71,31 @@ impl Fetcher {
         // What cannot work must be seen at the start, not as a rejection of every URL.
         fetcher.client(Limits::default().connect_timeout())?;
         Ok(fetcher)
+    }
+
+    /// Whether a URL gives a picture, or the 204 by which networks are told from their portals, soon and by what name
+    /// servers say now.
+    pub(crate) async fn probe(&self, url: &str) -> bool {
+        let seconds = 8.0;
+        let limits = Limits {
+            timeout_seconds: seconds,
+            connect_timeout_seconds: seconds,
+            first_byte_timeout_seconds: seconds,
+            ..Limits::default()
+        };
+        let Ok(mut request) = Request::new(url) else { return false };
+        loop {
+            match self.fetch(&mut request, &limits).await {
+                Ok(Fetched::Redirect) => {}
+                Ok(Fetched::Body(body)) => return format_of(&body.bytes).is_some(),
+                Err(_) => return request.info.status == Some(204),
+            }
+        }
+    }
+
+    /// Forgets what name servers have said.
+    pub(crate) fn forget_names(&self) {
+        self.resolver.forget();
     }
 
     /// Sends a request and follows it as long as it stays on one host. The request notes what the responses say.

@@ -129,6 +129,14 @@ impl GuardedResolver {
     }
 }
 
+impl GuardedResolver {
+    /// Forgets all that name servers have said: it may have been wrong.
+    pub(crate) fn forget(&self) {
+        self.0.resolver.clear_cache();
+        self.0.failures.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+}
+
 impl Inner {
     /// All addresses of a host.
     async fn lookup(&self, host: &str) -> Result<Vec<IpAddr>, Failed> {

@@ -1,0 +1,300 @@
+use super::*;
+use proptest::prelude::*;
+use std::collections::HashSet;
+
+const LEASE: Duration = Duration::from_secs(30);
+/// More URLs than one.
+const URLS: u32 = 10;
+
+fn at(seconds: u64) -> Now {
+    Duration::from_secs(seconds)
+}
+
+fn ledger(fresh: bool) -> (Ledger, DatasetId) {
+    let mut ledger = Ledger::new(9, LEASE);
+    let dataset: DatasetId = "birds-1".parse().expect("an id");
+    ledger.add(at(0), &dataset, 0..2, fresh);
+    (ledger, dataset)
+}
+
+fn ids(expired: &[Expired]) -> Vec<u32> {
+    expired.iter().map(|expired| expired.id.shard).collect()
+}
+
+/// A worker is granted a shard and fails at it; what is then decided.
+fn fail(ledger: &mut Ledger, now: Now, worker: &str, kind: FailureKind, urls: u32) -> Option<Decision> {
+    let (id, attempt) = ledger.grant(now, worker).expect("one is free");
+    assert!(ledger.release(now, &id, attempt, Some(kind)));
+    assert_eq!(ids(&ledger.expire(now)), [id.shard]);
+    ledger.decide(now, &id, urls)
+}
+
+#[test]
+fn a_lease_that_expires_is_checked_before_it_is_granted_again() {
+    let (mut ledger, _) = ledger(true);
+    let (id, attempt) = ledger.grant(at(0), "w1").expect("two are free");
+    assert_eq!((id.shard, attempt), (0, Attempt { term: 9, n: 1 }));
+    assert_eq!(ledger.renew(at(20), &id, attempt, "w1", 1), Renewal::Prolonged);
+    assert!(ledger.expire(at(49)).is_empty());
+    let lost = Some(("w1".into(), FailureKind::Slice));
+    assert_eq!(ledger.expire(at(50)), [Expired { id: id.clone(), lost }]);
+    assert_eq!(ledger.grant(at(50), "w2").expect("the other one").0.shard, 1);
+    assert_eq!(ledger.grant(at(50), "w2"), None);
+    assert_eq!(ledger.decide(at(50), &id, URLS), Some(Decision::Retry));
+    let (again, second) = ledger.grant(at(50), "w2").expect("free again");
+    assert_eq!((again, second.n), (id.clone(), 3));
+    assert_eq!(ledger.renew(at(51), &id, attempt, "w1", 1), Renewal::Over, "the first attempt is over");
+}
+
+#[test]
+fn a_new_coordinator_waits_one_lease_time_and_adopts_what_is_renewed() {
+    let (mut ledger, dataset) = ledger(false);
+    let old = Attempt { term: 8, n: 5 };
+    assert_eq!(ledger.grant(at(29), "w"), None);
+    assert_eq!(ledger.renew(at(29), &dataset.shard(1), old, "w1", 0), Renewal::Prolonged);
+    let another = Attempt { term: 8, n: 4 };
+    assert_eq!(ledger.renew(at(29), &dataset.shard(1), another, "w0", 0), Renewal::Over);
+    let unheard = ledger.expire(at(30));
+    assert_eq!(ids(&unheard), [0]);
+    assert_eq!(ledger.decide(at(30), &unheard[0].id, URLS), Some(Decision::Retry));
+    assert_eq!(ledger.grant(at(30), "w").expect("shard 0").0.shard, 0);
+    assert_eq!(ledger.grant(at(30), "w"), None);
+}
+
+/// One shard, and after it another dataset's hundred, which are made by others.
+fn with_others() -> (Ledger, ShardId, DatasetId) {
+    let mut ledger = Ledger::new(9, LEASE);
+    let (dataset, others): (DatasetId, DatasetId) =
+        ("birds-1".parse().expect("an id"), "cats-1".parse().expect("an id"));
+    ledger.add(at(0), &dataset, 0..1, true);
+    ledger.add(at(0), &others, 0..100, true);
+    (ledger, dataset.shard(0), others)
+}
+
+#[test]
+fn a_slice_at_which_five_workers_fail_while_others_are_made_is_given_up() {
+    let (mut ledger, _, others) = with_others();
+    for n in 1..=MOST_STRIKES as u32 {
+        let decision = fail(&mut ledger, at(1000) * n, &format!("w{n}"), FailureKind::Slice, URLS);
+        let last = n as usize == MOST_STRIKES;
+        assert_eq!(decision, Some(if last { Decision::GiveUp } else { Decision::Retry }));
+        assert!(ledger.commit(&others.shard(n), Some("other")));
+    }
+}
+
+#[test]
+fn failures_without_a_witness_close_nothing_until_no_slice_has_failed_less() {
+    let (mut ledger, id, others) = with_others();
+    let failures = |ledger: &mut Ledger, from: u32| {
+        let mut failures = (from..from + 20).map(|n| {
+            let decision = fail(ledger, at(1000) * n, &format!("w{n}"), FailureKind::Slice, URLS);
+            if decision == Some(Decision::GiveUp) {
+                ledger.postpone(at(0), &id)
+            }
+            decision
+        });
+        failures.position(|decision| decision == Some(Decision::GiveUp))
+    };
+    assert_eq!(failures(&mut ledger, 1), None, "nothing was committed");
+    ledger.remove(&others);
+    assert_eq!(failures(&mut ledger, 50), Some(3), "with the first one five");
+}
+
+#[test]
+fn a_worker_counts_once_unless_it_did_other_work_in_between() {
+    let (mut ledger, _, others) = with_others();
+    for n in 1..=30 {
+        assert_eq!(fail(&mut ledger, at(1000) * n, "w", FailureKind::Slice, URLS), Some(Decision::Retry));
+        ledger.commit(&others.shard(n), Some("other"));
+    }
+    for n in 31..=33 {
+        ledger.commit(&others.shard(n), Some("w"));
+        assert_eq!(fail(&mut ledger, at(1000) * n, "w", FailureKind::Slice, URLS), Some(Decision::Retry));
+    }
+    ledger.commit(&others.shard(34), Some("w"));
+    assert_eq!(fail(&mut ledger, at(40_000), "w", FailureKind::Slice, URLS), Some(Decision::GiveUp));
+}
+
+#[test]
+fn faults_of_stores_workers_and_networks_close_nothing_but_slow_down_who_fails() {
+    let (mut ledger, id, others) = with_others();
+    for n in 1..=50 {
+        let kind = [FailureKind::Store, FailureKind::Worker, FailureKind::WayOut][n as usize % 3];
+        let now = at(1000) * n;
+        assert_eq!(fail(&mut ledger, now, &format!("w{}", n % 7), kind, URLS), Some(Decision::Retry));
+        ledger.commit(&others.shard(n), Some("other"));
+        assert_eq!(ledger.grant(now, &format!("w{}", n % 7)), None, "it failed just now");
+        let (granted, attempt) = ledger.grant(now, "another").expect("free at once");
+        assert_eq!(granted, id);
+        ledger.release(now, &id, attempt, None);
+    }
+    assert_eq!(ledger.grant(at(50_020), "w1"), None, "it has failed often");
+    ledger.commit(&others.shard(60), Some("w1"));
+    assert!(ledger.grant(at(50_020), "w1").is_some(), "it has shown that it works");
+}
+
+#[test]
+fn workers_that_are_lost_together_strike_no_slice() {
+    let (mut ledger, id, others) = with_others();
+    for n in 1..=20 {
+        let now = at(1000) * n;
+        assert_eq!(ledger.grant(now, &format!("a{n}")).expect("free").0, id);
+        let (other, _) = ledger.grant(now + at(5), &format!("b{n}")).expect("free");
+        let lost = ledger.expire(now + LEASE);
+        assert_eq!(lost[0].lost.as_ref().expect("lost").1, FailureKind::Slice, "so it seems at first");
+        assert_eq!(ledger.decide(now + LEASE, &id, URLS), Some(Decision::Retry));
+        let lost = ledger.expire(now + LEASE + at(5));
+        assert_eq!(lost[0].lost.as_ref().expect("lost").1, FailureKind::Worker);
+        assert_eq!(ledger.decide(now + LEASE + at(5), &other, URLS), Some(Decision::Retry));
+        ledger.commit(&others.shard(50 + n), Some("other"));
+    }
+}
+
+#[test]
+fn one_url_alone_is_given_up_only_after_something_has_worked() {
+    let (mut ledger, _, others) = with_others();
+    ledger.remove(&others);
+    for n in 1..=20 {
+        assert_eq!(fail(&mut ledger, at(1000) * n, &format!("w{n}"), FailureKind::Slice, 1), Some(Decision::Retry));
+    }
+    ledger.add(at(20_000), &others, 0..1, true);
+    ledger.commit(&others.shard(0), Some("other"));
+    assert_eq!(fail(&mut ledger, at(30_000), "w", FailureKind::Slice, 1), Some(Decision::GiveUp));
+}
+
+#[test]
+fn a_lease_without_progress_is_taken_back() {
+    let (mut ledger, id, _) = with_others();
+    let (_, attempt) = ledger.grant(at(0), "w").expect("free");
+    for n in 1..=60 {
+        // It finishes a URL each five minutes at first.
+        assert_eq!(ledger.renew(at(20) * n, &id, attempt, "w", u64::from(n / 15)), Renewal::Prolonged);
+    }
+    for n in 61..90 {
+        assert_eq!(ledger.renew(at(20) * n, &id, attempt, "w", 4), Renewal::Prolonged);
+    }
+    assert_eq!(ledger.renew(at(1800), &id, attempt, "w", 4), Renewal::Stalled);
+    assert_eq!(ledger.renew(at(1801), &id, attempt, "w", 5), Renewal::Over, "it does not come back");
+    assert_eq!(ids(&ledger.expire(at(1801))), [0]);
+}
+
+#[test]
+fn an_orderly_release_costs_nothing_and_a_late_attempt_keeps_what_nobody_took() {
+    let (mut ledger, dataset) = ledger(true);
+    let (id, first) = ledger.grant(at(0), "w").expect("free");
+    ledger.release(at(1), &id, first, None);
+    assert_eq!(ledger.renew(at(1), &id, first, "w", 0), Renewal::Over, "it was given back");
+    let (_, second) = ledger.grant(at(1), "w").expect("free again at once");
+    ledger.expire(at(31));
+    ledger.decide(at(31), &id, URLS);
+    assert_eq!(ledger.renew(at(32), &id, second, "w", 0), Renewal::Prolonged);
+    assert_eq!(ledger.counts(&dataset), Counts { waiting: 1, leased: 1 });
+    let open = ledger.open(&id).expect("open");
+    assert_eq!((open.failures, open.strikes.len()), (0, 0), "it was late, no more");
+}
+
+#[derive(Debug, Clone)]
+enum Event {
+    Wait(u64),
+    Grant(u8),
+    Renew(usize, u64),
+    Release(usize, Option<FailureKind>),
+    Tick,
+    Commit(u32, u8),
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    let failure = prop_oneof![
+        Just(None),
+        Just(Some(FailureKind::Slice)),
+        Just(Some(FailureKind::Store)),
+        Just(Some(FailureKind::Worker)),
+    ];
+    prop_oneof![
+        (0u64..40).prop_map(Event::Wait),
+        (0u8..8).prop_map(Event::Grant),
+        (0usize..60, 0u64..3).prop_map(|(which, finished)| Event::Renew(which, finished)),
+        (0usize..60, failure).prop_map(|(which, failure)| Event::Release(which, failure)),
+        Just(Event::Tick),
+        (0u32..6, 0u8..8).prop_map(|(shard, worker)| Event::Commit(shard, worker)),
+    ]
+}
+
+proptest! {
+    /// The holders are tracked from the answers alone, as workers see them.
+    #[test]
+    fn no_two_unexpired_leases_for_one_shard_no_shard_is_lost_and_none_is_given_up_without_five_failures(
+        events in prop::collection::vec(event(), 1..300), fresh: bool,
+    ) {
+        let mut ledger = Ledger::new(2, LEASE);
+        let dataset: DatasetId = "d-1".parse().expect("an id");
+        ledger.add(at(0), &dataset, 0..6, fresh);
+        let mut now = at(0);
+        let mut known: Vec<(u32, Attempt)> =
+            (0..6).map(|shard| (shard, Attempt { term: 1, n: u64::from(shard) })).collect();
+        let mut leases: HashMap<(u32, Attempt), Now> = HashMap::new();
+        let mut failures: HashMap<u32, usize> = HashMap::new();
+        let mut given_up = HashSet::new();
+        let mut committed = HashSet::new();
+        for event in events {
+            match event {
+                Event::Wait(seconds) => now += at(seconds),
+                Event::Grant(worker) => if let Some((id, attempt)) = ledger.grant(now, &format!("w{worker}")) {
+                    prop_assert!(!known.contains(&(id.shard, attempt)), "an attempt is used twice");
+                    known.push((id.shard, attempt));
+                    leases.insert((id.shard, attempt), now + LEASE);
+                },
+                Event::Renew(which, finished) => if let Some(&(shard, attempt)) = known.get(which) {
+                    match ledger.renew(now, &dataset.shard(shard), attempt, "w", finished) {
+                        Renewal::Prolonged => drop(leases.insert((shard, attempt), now + LEASE)),
+                        Renewal::Over => drop(leases.remove(&(shard, attempt))),
+                        Renewal::Stalled => {
+                            *failures.entry(shard).or_default() += 1;
+                            leases.remove(&(shard, attempt));
+                        }
+                    }
+                },
+                Event::Release(which, failure) => if let Some(&(shard, attempt)) = known.get(which) {
+                    leases.remove(&(shard, attempt));
+                    if ledger.release(now, &dataset.shard(shard), attempt, failure) && failure == Some(FailureKind::Slice) {
+                        *failures.entry(shard).or_default() += 1;
+                    }
+                },
+                Event::Tick => for expired in ledger.expire(now) {
+                    if expired.lost.is_some_and(|(_, kind)| kind == FailureKind::Slice) {
+                        *failures.entry(expired.id.shard).or_default() += 1;
+                    }
+                    if ledger.decide(now, &expired.id, URLS) == Some(Decision::GiveUp) {
+                        prop_assert!(failures[&expired.id.shard] >= MOST_STRIKES);
+                        given_up.insert(expired.id.shard);
+                    }
+                },
+                Event::Commit(shard, worker) => {
+                    if ledger.commit(&dataset.shard(shard), Some(&format!("w{worker}"))) {
+                        committed.insert(shard);
+                        leases.retain(|&(of, _), _| of != shard);
+                    }
+                }
+            }
+            let mut held = HashSet::new();
+            for (&(shard, _), &until) in &leases {
+                prop_assert!(until <= now || held.insert(shard), "two leases for shard {}", shard);
+            }
+        }
+        // Whatever happened: with time, every shard that is neither committed nor given up can be granted again.
+        let mut left: HashSet<u32> = (0..6).filter(|s| !committed.contains(s) && !given_up.contains(s)).collect();
+        for _ in 0..3 {
+            now += LEASE * 20;
+            for expired in ledger.expire(now) {
+                if ledger.decide(now, &expired.id, URLS) == Some(Decision::GiveUp) {
+                    left.remove(&expired.id.shard);
+                }
+            }
+        }
+        now += LEASE * 20;
+        while let Some((id, _)) = ledger.grant(now, "new") {
+            left.remove(&id.shard);
+        }
+        prop_assert!(left.is_empty(), "lost: {:?}", left);
+    }
+}
