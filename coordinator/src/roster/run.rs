@@ -71,6 +71,7 @@ pub(crate) struct Run {
     pub(crate) reason: String,
     /// The highest generation so far.
     pub(crate) generation: u64,
+    /// Ranks of the generation that trains, or of an ended run's last one.
     pub(crate) world: u32,
     pub(crate) step: u64,
     pub(crate) steps_per_epoch: u64,
@@ -176,9 +177,9 @@ impl Run {
             RunEvent::Damaged { key, .. } => self.checkpoints.retain(|checkpoint| checkpoint.key != *key),
             RunEvent::Failure { step, reason, .. } => self.fail_generation(now, *step, reason),
             RunEvent::Cancelling => self.cancelling = true,
-            RunEvent::Cancelled => self.end(RunPhase::Cancelled),
-            RunEvent::Failed { reason } => self.end(RunPhase::Failed(reason.clone())),
-            RunEvent::Done { .. } => self.end(RunPhase::Done),
+            RunEvent::Cancelled => self.phase = RunPhase::Cancelled,
+            RunEvent::Failed { reason } => self.phase = RunPhase::Failed(reason.clone()),
+            RunEvent::Done { .. } => self.phase = RunPhase::Done,
             RunEvent::Resumed { step, .. } => {
                 if let Some(at) = step.and_then(|step| self.checkpoints.iter().rposition(|made| made.step == step)) {
                     self.checkpoints.truncate(at + 1);
@@ -194,10 +195,6 @@ impl Run {
     /// Goes back to the queue.
     pub(super) fn wait(&mut self, reform: Reform) {
         (self.phase, self.world, self.enough_since, self.reform) = (RunPhase::Waiting, 0, None, reform);
-    }
-
-    fn end(&mut self, phase: RunPhase) {
-        (self.phase, self.world) = (phase, 0);
     }
 
     /// Counts the failure of its generation.
