@@ -12,7 +12,7 @@ fn a_run_on_two_ranks_learns_and_leaves_a_model() {
     let mut cluster = Cluster::start();
     dataset(&mut cluster);
     cluster.start_trainer("trainer", 2);
-    submit(&cluster, "learn", 8, &["ranks.min=2", "ranks.max=2"]);
+    submit(&cluster, "learn", 16, &["ranks.min=2", "ranks.max=2"]);
     wait(&cluster, "learn");
     let run = cluster.json(&["run", "describe", "learn"]);
     assert_eq!((run["state"].as_str(), run["world_size"].as_u64()), (Some("done"), Some(2)), "{run}");
