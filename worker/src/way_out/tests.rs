@@ -84,6 +84,16 @@ async fn a_worker_with_nothing_to_ask_waits_some_times_and_then_believes() {
     assert!(way.prove(latest).await.proved);
 }
 
+#[tokio::test]
+async fn a_picture_that_is_slower_than_the_first_dead_hosts_keeps_a_worker_online() {
+    let (way, ..) = watched(&[]);
+    let dead = dead(&way, MANY_HOSTS);
+    tokio::time::sleep(way.pause).await;
+    way.result("good", "http://good/1", true);
+    assert!(tokio::time::timeout(way.pause * 10, way.offline()).await.is_err(), "the picture came in time");
+    assert!(way.prove(dead).await.holds(dead));
+}
+
 #[test]
 fn probes_are_those_of_others_before_ones_own_one_of_each_host() {
     let way = WayOut::new(vec!["http://named/".to_owned()]);
