@@ -220,8 +220,9 @@ fn spans_go_to_a_collector_behind_tls_that_the_system_trusts() {
         let mut environment = exporting_to(&address);
         environment.push(("SSL_CERT_FILE".to_owned(), authorities.to_str().expect("UTF-8").to_owned()));
         let cluster = Cluster::new(None, environment);
-        assert_eq!(cluster.try_gleaner(&["status"]).status.code(), Some(5), "there is no coordinator");
-        assert_eq!(collector.spans("gleaner", "status").len(), spans);
+        let output = cluster.try_gleaner(&["status"]);
+        assert_eq!(output.status.code(), Some(5), "there is no coordinator");
+        assert_eq!(collector.spans("gleaner", "status").len(), spans, "{output:?}");
     }
 }
 

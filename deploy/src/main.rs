@@ -51,11 +51,7 @@ fn main() -> ExitCode {
     };
     let (role, default_log) = (cli.command.is_role(), cli.command.default_log());
     let service = if role { format!("gleaner-{name}") } else { "gleaner".to_owned() };
-    let started = {
-        let _within = runtime.enter();
-        telemetry::start(&cli.telemetry, &service, default_log)
-    };
-    let spans = match started {
+    let spans = match telemetry::start(&cli.telemetry, &service, default_log) {
         Ok(spans) => spans,
         Err(error) => return exit::report(&error),
     };
@@ -72,9 +68,9 @@ fn main() -> ExitCode {
         proto::trace::failed(&span, &format!("{error:#}"));
     }
     drop(span);
-    spans.end();
     // A thread that still reads standard input must not hold the process.
     runtime.shutdown_timeout(Duration::from_secs(1));
+    spans.end();
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => exit::report(&error),

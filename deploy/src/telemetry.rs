@@ -4,17 +4,20 @@
 //! the process, and a rank that leaves its generation in order, neither for long.
 
 use std::io::IsTerminal;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 #[cfg(feature = "trainer")]
 use std::sync::mpsc;
 use std::time::Duration;
 
+use anyhow::Context;
 use opentelemetry::KeyValue;
 use opentelemetry::trace::TracerProvider;
 use opentelemetry_otlp::{RetryPolicy, SpanExporter, WithExportConfig, WithTonicConfig};
 use opentelemetry_sdk::error::OTelSdkResult;
 use opentelemetry_sdk::resource::{EnvResourceDetector, Resource};
 use opentelemetry_sdk::trace::{SdkTracerProvider, SpanData, SpanExporter as Export};
+use tokio::runtime::Runtime;
 use tonic::transport::ClientTlsConfig;
 use tracing::{Level, Metadata, info, warn};
 use tracing_subscriber::filter::filter_fn;
@@ -64,20 +67,27 @@ pub(crate) enum LogFormat {
 
 /// The process's exporter of spans, if it has one.
 #[derive(Debug, Clone)]
-pub(crate) struct Spans(Option<SdkTracerProvider>);
+pub(crate) struct Spans(Option<Exporting>);
+
+#[derive(Debug, Clone)]
+struct Exporting {
+    provider: SdkTracerProvider,
+    /// Its own: the last spans close when the tasks that hold them are dropped with the runtime of the work.
+    runtime: Arc<Runtime>,
+}
 
 /// Installs the process's log, and the export of spans if `args` have an address for them; `service` is the process's name there unless
 /// OTEL_SERVICE_NAME says another. GLEANER_LOG or RUST_LOG chooses what is logged ("debug", "worker=debug,info"); without them it is
-/// `default_log`. To be called within the runtime that exports.
+/// `default_log`.
 ///
 /// # Errors
-/// If the address is none.
+/// If the address is none, or no thread can be started.
 pub(crate) fn start(args: &TelemetryArgs, service: &str, default_log: &str) -> anyhow::Result<Spans> {
     let chosen = std::env::var("GLEANER_LOG").or_else(|_| std::env::var("RUST_LOG"));
     let filter = chosen.ok().filter(|text| !text.is_empty()).and_then(|text| EnvFilter::try_new(text).ok());
     let mut filter = filter.unwrap_or_else(|| EnvFilter::new(default_log));
-    let provider = args.endpoint().map(|endpoint| provider(endpoint, service)).transpose();
-    if !matches!(provider, Ok(Some(_))) {
+    let exporting = args.endpoint().map(|endpoint| exporting(endpoint, service)).transpose();
+    if !matches!(exporting, Ok(Some(_))) {
         // Nobody sees them: none are made.
         filter = filter.add_directive(format!("{}=off", proto::trace::TARGET).parse()?);
     }
@@ -90,9 +100,9 @@ pub(crate) fn start(args: &TelemetryArgs, service: &str, default_log: &str) -> a
         LogFormat::Json => log.json().flatten_event(true).boxed(),
     };
     let subscriber = tracing_subscriber::registry().with(log.with_filter(filter));
-    match &provider {
-        Ok(Some(provider)) => {
-            let spans = tracing_opentelemetry::layer().with_tracer(provider.tracer("gleaner"));
+    match &exporting {
+        Ok(Some(exporting)) => {
+            let spans = tracing_opentelemetry::layer().with_tracer(exporting.provider.tracer("gleaner"));
             // Where in the source a span stands and on which thread it ran is of no use to whoever runs a cluster.
             let spans = spans.with_location(false).with_threads(false).with_tracked_inactivity(false);
             let exported = filter_fn(is_exported).with_max_level_hint(Level::INFO);
@@ -100,7 +110,7 @@ pub(crate) fn start(args: &TelemetryArgs, service: &str, default_log: &str) -> a
         }
         _ => subscriber.init(),
     }
-    provider.map(Spans)
+    exporting.map(Spans)
 }
 
 /// The spans of this workspace, without those of libraries, and without what is logged in them.
@@ -109,7 +119,10 @@ fn is_exported(metadata: &Metadata<'_>) -> bool {
     metadata.is_span() && own.iter().any(|own| metadata.target().starts_with(own))
 }
 
-fn provider(endpoint: &str, service: &str) -> anyhow::Result<SdkTracerProvider> {
+fn exporting(endpoint: &str, service: &str) -> anyhow::Result<Exporting> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+    let runtime = Arc::new(runtime.context("cannot start a thread")?);
+    let within = runtime.enter();
     // A command that ends must not wait for a collector that is away.
     let exporter =
         SpanExporter::builder().with_tonic().with_endpoint(endpoint).with_retry_policy(RetryPolicy::disabled());
@@ -127,25 +140,30 @@ fn provider(endpoint: &str, service: &str) -> anyhow::Result<SdkTracerProvider> 
         resource = resource.with_service_name(name);
     }
     let exporter = OutageLog { exporter, away: AtomicBool::new(false) };
-    Ok(SdkTracerProvider::builder().with_resource(resource.build()).with_batch_exporter(exporter).build())
+    let provider = SdkTracerProvider::builder().with_resource(resource.build()).with_batch_exporter(exporter).build();
+    drop(within);
+    Ok(Exporting { provider, runtime })
 }
 
 impl Spans {
     /// Exports what there is, for a moment.
     #[cfg(feature = "trainer")]
     pub(crate) fn flush(&self) {
-        let Some(provider) = self.0.clone() else { return };
+        let Some(Exporting { provider, .. }) = self.0.clone() else { return };
         let (done, flushed) = mpsc::channel();
         // It would wait longer by itself.
         std::thread::spawn(move || done.send(provider.force_flush()));
         let _ = flushed.recv_timeout(FLUSH);
     }
 
-    /// Exports the last spans of the process, unless that takes too long.
+    /// Exports the last spans of the process, unless that takes too long. To be called when nothing runs any more that could hold one.
     pub(crate) fn end(self) {
-        if let Some(provider) = self.0 {
+        if let Some(Exporting { provider, runtime }) = self.0 {
             // What failed has been logged.
             let _ = provider.shutdown_with_timeout(LAST_EXPORT);
+            if let Some(runtime) = Arc::into_inner(runtime) {
+                runtime.shutdown_background();
+            }
         }
     }
 }
