@@ -13,6 +13,7 @@
 
 mod agent;
 #[cfg(feature = "bench")]
+#[path = "../../tests/bench/train/pieces.rs"]
 pub mod bench;
 mod data;
 mod learn;

@@ -1,4 +1,4 @@
-//! `make bench-train`'s view of the trainer: does one piece of work and prints its figures as lines of JSON.
+//! The trainer's side of `make bench-train`: does one piece of work and prints its figures as lines of JSON.
 //!
 //! ```text
 //! bench data STORE IMAGES SIZE
@@ -13,8 +13,12 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
-use proto::RunSpec;
+use proto::{RunSpec, Split};
+use support::dataset::{self, Dataset, picture};
 use trainer::bench;
+
+/// Different pictures in a dataset; each stands in it several times, under several keys.
+const PICTURES: u32 = 200;
 
 fn main() -> Result<()> {
     let [(name, value), ..] = trainer::RANK_ENVIRONMENT;
@@ -26,7 +30,7 @@ fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     match args[..] {
-        ["data", store, images, size] => bench::write_dataset(Path::new(store), images.parse()?, size.parse()?),
+        ["data", store, images, size] => data(Path::new(store), images.parse()?, size.parse()?),
         ["step", spec, steps, world] => {
             let (_place, port) = bench::meeting_place()?;
             if world == "1" {
@@ -51,8 +55,33 @@ fn main() -> Result<()> {
             bench::loader(Path::new(store), &read(spec)?, cache.parse()?)?.iter().try_for_each(say)
         }
         ["run", spec, store, cache] => say(&bench::run(Path::new(store), &read(spec)?, cache.parse()?)?),
-        _ => bail!("see the head of examples/bench.rs"),
+        _ => bail!("see the head of tests/bench/train/main.rs"),
     }
+}
+
+/// Writes a dataset of `images` training samples of `size` x `size` pixels in ten classes into the folder `store`, its manifest to
+/// `manifest.json` there, and the names of its tars to `tars.txt`.
+fn data(store: &Path, images: u32, size: u32) -> Result<()> {
+    let pictures: Vec<_> = (0..PICTURES.min(images)).map(|n| picture(n.into(), size as usize, size as usize)).collect();
+    let shards: Vec<[(Split, u32); 1]> =
+        (0..images).step_by(500).map(|first| [(Split::Train, (images - first).min(500))]).collect();
+    let (manifest, file) = dataset::write(
+        store,
+        &Dataset {
+            dataset: &bench::dataset(),
+            classes: 10,
+            size,
+            shards: &shards.iter().map(<[_; 1]>::as_slice).collect::<Vec<_>>(),
+            skipped: &|_, _| false,
+            picture: &|key, _| pictures[key as usize % pictures.len()].clone(),
+            moments: bench::MOMENTS,
+        },
+    );
+    let tars = manifest.shards.iter().flat_map(|shard| shard.tars.values());
+    let names: String = tars.map(|tar| format!("{}\n", store.join(&tar.key).display())).collect();
+    std::fs::write(store.join("tars.txt"), names)?;
+    std::fs::copy(store.join(file.key), store.join("manifest.json"))?;
+    Ok(())
 }
 
 fn read(spec: &str) -> Result<RunSpec> {

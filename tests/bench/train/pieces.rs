@@ -1,6 +1,6 @@
-//! This crate's side of `make bench-train`: each function does one piece of work, as a rank does it, and says what it took.
+//! The pieces of work of `make bench-train`, each as a rank does it; each says what it took. They use the trainer's rooms and are compiled
+//! within its crate (its feature `bench`).
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
@@ -9,10 +9,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use object_store::local::LocalFileSystem;
 use object_store::{ObjectStore, ObjectStoreExt};
-use proto::manifest::{ManifestBlock, ManifestClass, ManifestShard, ManifestTar};
 use proto::pb::{self, left::Cause, rank_message::Message};
-use proto::shard::{Origin, TarWriter, sha256_hex};
-use proto::{Attempt, DatasetId, Manifest, OutcomeCounts, Resize, RunSpec, Sample, Split, Stored, keys};
+use proto::shard::sha256_hex;
+use proto::{DatasetId, Manifest, RunSpec, Split, Stored, keys};
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
@@ -22,7 +21,6 @@ use crate::data::cache::Cache;
 use crate::data::loader::Loader;
 use crate::data::normalise::Normalise;
 use crate::data::plan::lanes_of;
-use crate::data::random;
 use crate::learn::alexnet::AlexNet;
 use crate::learn::context::{RankContext, Setup};
 use crate::learn::control::{ControlFlags, Heartbeat};
@@ -30,10 +28,8 @@ use crate::learn::{schedule, step};
 use crate::rank::serve;
 use crate::torch::{Group, Member, Op, Reducer, Store};
 
-const MEAN: [f64; 3] = [0.48, 0.46, 0.41];
-const STD: [f64; 3] = [0.23, 0.22, 0.23];
-/// Different pictures in a dataset; each stands in it several times, under several keys.
-const PICTURES: u64 = 200;
+/// Mean and standard deviation of the pictures' pixels.
+pub const MOMENTS: ([f64; 3], [f64; 3]) = ([0.48, 0.46, 0.41], [0.23, 0.22, 0.23]);
 
 /// What a piece of work took.
 #[derive(Debug, Clone, Serialize)]
@@ -77,102 +73,9 @@ fn peak_mebibytes() -> Result<f64> {
     Ok(line.trim().trim_end_matches("kB").trim().parse::<f64>()? / 1024.0)
 }
 
-fn dataset() -> DatasetId {
+/// The dataset of [`run`].
+pub fn dataset() -> DatasetId {
     "bench-1".parse().expect("an id")
-}
-
-/// Writes a dataset of `images` training samples of `size` x `size` pixels in ten classes into the folder `store`, its manifest to
-/// `manifest.json` there, and the names of its tars to `tars.txt`.
-pub fn write_dataset(store: &Path, images: u64, size: u32) -> Result<()> {
-    let pictures: Vec<bytes::Bytes> =
-        (0..PICTURES.min(images)).map(|key| picture(key, size as usize)).collect::<Result<_>>()?;
-    let mut shards = Vec::new();
-    let (mut names, mut key) = (String::new(), 0);
-    while key < images {
-        let shard = shards.len() as u32;
-        let mut tar = TarWriter::new();
-        let end = images.min(key + 500);
-        for key in key..end {
-            let origin = Origin {
-                synset: format!("n{}", key % 10),
-                url: "http://x/".into(),
-                sha256: "0".into(),
-                width: size,
-                height: size,
-            };
-            let image = pictures[(key % PICTURES) as usize].clone();
-            tar.append(&Sample { key, label: (key % 10) as u32, image }, &origin);
-        }
-        let mut bytes = tar.take().to_vec();
-        let (rest, _, sha256, blocks) = tar.finish();
-        bytes.extend_from_slice(&rest);
-        let name = keys::tar(&dataset().shard(shard), Split::Train, Attempt { term: 1, n: 1 });
-        let path = store.join(&name);
-        std::fs::create_dir_all(path.parent().context("a key has a folder")?)?;
-        std::fs::write(&path, bytes)?;
-        names += &format!("{}\n", path.display());
-        let block = |b: &proto::shard::Block| ManifestBlock {
-            offset: b.offset,
-            length: b.length,
-            samples: b.samples,
-            kept: b.samples,
-        };
-        let tar = ManifestTar { key: name, sha256, first: 0, blocks: blocks.iter().map(block).collect() };
-        let tars = BTreeMap::from([(Split::Train, tar)]);
-        shards.push(ManifestShard { shard, round: 1, outcomes: None, findings: None, skips: None, tars });
-        key = end;
-    }
-    let class = |i: u64| ManifestClass {
-        synset: format!("n{i}"),
-        name: String::new(),
-        urls: images / 10,
-        outcomes: OutcomeCounts::default(),
-        samples: BTreeMap::from([(Split::Train, (images + 9 - i) / 10)]),
-    };
-    let manifest = Manifest {
-        format: 1,
-        nonce: "0".to_owned(),
-        dataset: dataset(),
-        version: 1,
-        rounds: 1,
-        resize: Resize { size, quality: 90, ..Resize::default() },
-        smallest_side: size,
-        classes: (0..10).map(class).collect(),
-        outcomes: OutcomeCounts::default(),
-        skipped: BTreeMap::new(),
-        near_duplicates: 0,
-        mean: MEAN,
-        std: STD,
-        shards,
-    };
-    std::fs::write(store.join("manifest.json"), manifest.to_json())?;
-    std::fs::write(store.join("tars.txt"), names)?;
-    Ok(())
-}
-
-/// Noise in all sizes, as photographs have it: as a JPEG it is about as long as one of them.
-fn picture(key: u64, size: usize) -> Result<bytes::Bytes> {
-    let mut pixels = vec![128.0_f32; 3 * size * size];
-    for (octave, cell) in [64, 32, 16, 8, 4, 2].into_iter().enumerate() {
-        let noise = random::key(&[key, octave as u64]);
-        let strength = (cell as f32).sqrt() * 7.0;
-        let at =
-            |x: usize, y: usize, channel: usize| random::uniform(noise, ((y * 512 + x) * 3 + channel) as u64) - 0.5;
-        for (i, value) in pixels.iter_mut().enumerate() {
-            let (x, y, channel) = (i / 3 % size, i / 3 / size, i % 3);
-            let (fx, fy) = ((x % cell) as f32 / cell as f32, (y % cell) as f32 / cell as f32);
-            let (x, y) = (x / cell, y / cell);
-            // Colour changes more slowly than light.
-            let channel = if cell < 16 { 0 } else { channel };
-            let row = |y| at(x, y, channel) * (1.0 - fx) + at(x + 1, y, channel) * fx;
-            *value += strength * (row(y) * (1.0 - fy) + row(y + 1) * fy);
-        }
-    }
-    let pixels: Vec<u8> = pixels.into_iter().map(|value| value as u8).collect();
-    let format = turbojpeg::PixelFormat::RGB;
-    let image = turbojpeg::Image { pixels: &pixels[..], width: size, pitch: 3 * size, height: size, format };
-    let jpeg = turbojpeg::compress(image, 90, turbojpeg::Subsamp::Sub2x2)?;
-    Ok(bytes::Bytes::copy_from_slice(&jpeg))
 }
 
 /// Opens the meeting place of the ranks of [`steps`] on this machine; its port.
@@ -200,7 +103,7 @@ pub fn steps(spec: &RunSpec, count: u64, rank: u32, world: u32, port: u16) -> Re
     let parameters: Vec<Tensor> = model.parameters().into_iter().map(|(_, parameter)| parameter).collect();
     let compress = step::compression(spec.ranks.compress, world as usize);
     let reducer = Reducer::new(&group, &parameters, 25 << 20, compress)?;
-    let normalise = Normalise::new(MEAN, STD, device, kind);
+    let normalise = Normalise::new(MOMENTS.0, MOMENTS.1, device, kind);
     let lanes = i64::from(spec.ranks.lanes);
     let mine = lanes_of(rank, world, spec.ranks.lanes);
     let batch = i64::from(spec.train.batch);
@@ -229,7 +132,7 @@ pub fn steps(spec: &RunSpec, count: u64, rank: u32, world: u32, port: u16) -> Re
     clock.stop("steps", count * own as u64)
 }
 
-/// Reads and decodes the epochs of the spec from a folder of [`write_dataset`], up to numbers on the device; figures of each epoch.
+/// Reads and decodes the epochs of the spec from the folder of a dataset, whose manifest is its `manifest.json`, up to numbers on the device; figures of each epoch.
 pub fn loader(store: &Path, spec: &RunSpec, cache_bytes: u64) -> Result<Vec<Figures>> {
     let manifest = Manifest::from_json(&std::fs::read(store.join("manifest.json"))?)?;
     let runtime = tokio::runtime::Runtime::new()?;
@@ -263,7 +166,7 @@ pub fn loader(store: &Path, spec: &RunSpec, cache_bytes: u64) -> Result<Vec<Figu
     Ok(figures)
 }
 
-/// Trains the whole run of the spec from a folder of [`write_dataset`], as a rank that is alone: with ledger, checkpoints, export.
+/// Trains the whole run of the spec from such a folder, as a rank that is alone: with ledger, checkpoints, export.
 pub fn run(store: &Path, spec: &RunSpec, cache_bytes: u64) -> Result<Figures> {
     let runtime = tokio::runtime::Runtime::new()?;
     let folder: Arc<dyn ObjectStore> = Arc::new(LocalFileSystem::new_with_prefix(store)?);
