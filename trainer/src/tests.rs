@@ -11,11 +11,9 @@ use futures::TryStreamExt;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
 use proto::index::StoredFile;
-use proto::manifest::{ManifestBlock, ManifestClass, ManifestShard, ManifestTar, Skips};
 use proto::pb::{self, left::Cause, rank_message::Message};
 use proto::run_ledger::{Line, Lines};
-use proto::shard::{Origin, TarWriter, sha256_hex};
-use proto::{Attempt, DatasetId, Manifest, OutcomeCounts, Resize, Sample, Split, Stored, keys};
+use proto::{Attempt, DatasetId, Split, keys};
 
 use crate::learn::checkpoint;
 use crate::learn::context::{RankContext, Setup};
@@ -32,7 +30,7 @@ fn dataset() -> DatasetId {
 
 /// A store with a dataset of three classes, which differ in colour: 150 samples to train on, 12 each to validate and to test.
 pub(crate) struct World {
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
     runtime: tokio::runtime::Runtime,
     store: Arc<dyn ObjectStore>,
     manifest: StoredFile,
@@ -41,89 +39,22 @@ pub(crate) struct World {
 impl World {
     pub(crate) fn new() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
+        let splits = [(Split::Train, 31), (Split::Validation, 4), (Split::Test, 4)];
+        let (_, manifest) = support::dataset::write(
+            folder.path(),
+            &support::dataset::Dataset {
+                dataset: &dataset(),
+                classes: 3,
+                size: SIZE as u32,
+                shards: &[&splits, &splits, &splits, &splits[..1], &[splits[0], splits[2]]],
+                skipped: &|split, place| split == Split::Train && place == 7,
+                picture: &picture,
+                moments: ([0.5; 3], [0.25; 3]),
+            },
+        );
         let store = object_store::local::LocalFileSystem::new_with_prefix(folder.path()).expect("the folder is there");
         let runtime = tokio::runtime::Runtime::new().expect("a runtime");
-        let mut world = Self {
-            _folder: folder,
-            runtime,
-            store: Arc::new(store),
-            manifest: StoredFile { key: String::new(), bytes: 0, sha256: String::new() },
-        };
-        world.write_dataset();
-        world
-    }
-
-    fn put(&self, key: &str, bytes: impl Into<Bytes>) -> StoredFile {
-        let bytes = bytes.into();
-        let file = StoredFile { key: key.to_owned(), bytes: bytes.len() as u64, sha256: sha256_hex(&bytes) };
-        self.runtime.block_on(self.store.put(&Path::from(key), bytes.into())).expect("a folder takes it");
-        file
-    }
-
-    fn write_dataset(&mut self) {
-        let mut key = 0;
-        let mut shards = Vec::new();
-        let mut counted = [BTreeMap::new(), BTreeMap::new(), BTreeMap::new()];
-        for shard in 0..5 {
-            let (mut tars, mut first, mut skips) = (BTreeMap::new(), 0, Skips::default());
-            for (split, samples) in [(Split::Train, 31), (Split::Validation, 4), (Split::Test, 4)] {
-                if shard == 3 && split != Split::Train || shard == 4 && split == Split::Validation {
-                    continue;
-                }
-                let mut tar = TarWriter::new();
-                for i in 0..samples {
-                    let label = (key % 3) as u32;
-                    tar.append(&Sample { key, label, image: picture(key, label) }, &origin());
-                    let skip = split == Split::Train && i == 7;
-                    if skip {
-                        skips.insert(first + i);
-                    } else {
-                        *counted[label as usize].entry(split).or_insert(0) += 1;
-                    }
-                    key += 1;
-                }
-                let mut bytes = tar.take().to_vec();
-                let (rest, _, sha256, blocks) = tar.finish();
-                bytes.extend_from_slice(&rest);
-                let name = keys::tar(&dataset().shard(shard), split, Attempt { term: 1, n: 1 });
-                self.put(&name, bytes);
-                let kept = |samples| if split == Split::Train { samples - 1 } else { samples };
-                let blocks = blocks.iter().map(|b| ManifestBlock {
-                    offset: b.offset,
-                    length: b.length,
-                    samples: b.samples,
-                    kept: kept(b.samples),
-                });
-                tars.insert(split, ManifestTar { key: name, sha256, first, blocks: blocks.collect() });
-                first += samples;
-            }
-            let skips = Some(self.put(&keys::skips(&dataset().shard(shard), 1), skips.as_bytes().to_vec()));
-            shards.push(ManifestShard { shard, round: 1, outcomes: None, findings: None, skips, tars });
-        }
-        let class = |(i, samples): (usize, &BTreeMap<Split, u64>)| ManifestClass {
-            synset: format!("n{i}"),
-            name: format!("class {i}"),
-            urls: 60,
-            outcomes: OutcomeCounts::default(),
-            samples: samples.clone(),
-        };
-        let manifest = Manifest {
-            format: 1,
-            nonce: "0".to_owned(),
-            dataset: dataset(),
-            version: 1,
-            rounds: 1,
-            resize: Resize { size: SIZE as u32, quality: 90, ..Resize::default() },
-            smallest_side: SIZE as u32,
-            classes: counted.iter().enumerate().map(class).collect(),
-            outcomes: OutcomeCounts::default(),
-            skipped: BTreeMap::new(),
-            near_duplicates: 0,
-            mean: [0.5; 3],
-            std: [0.25; 3],
-            shards,
-        };
-        self.manifest = self.put(&keys::manifest(&dataset(), 1), manifest.to_json());
+        Self { folder, runtime, store: Arc::new(store), manifest }
     }
 
     fn rank(&self) -> Rank {
@@ -333,10 +264,6 @@ fn spec(precision: &str) -> String {
     )
 }
 
-fn origin() -> Origin {
-    Origin { synset: "n0".into(), url: "http://x/".into(), sha256: "00".into(), width: 9, height: 9 }
-}
-
 fn picture(key: u64, label: u32) -> Bytes {
     let value = |i: usize| {
         let noise = crate::data::random::below(crate::data::random::key(&[key]), i as u64, 120) as u8;
@@ -478,9 +405,9 @@ fn what_cannot_be_trained_is_refused_in_words() {
     let said = refused(&spec("f32").replace("\"batch\": 30", "\"batch\": 12"));
     assert!(said.contains("train.batch"), "{said}");
     // A block of the right length with other bytes in it.
-    let tar = Path::from(keys::tar(&dataset().shard(2), Split::Train, Attempt { term: 1, n: 1 }));
-    let length = world.runtime.block_on(world.store.head(&tar)).expect("it is there").size as usize;
-    world.put(tar.as_ref(), vec![b'x'; length]);
+    let tar = world.folder.path().join(keys::tar(&dataset().shard(2), Split::Train, Attempt { term: 1, n: 1 }));
+    let length = std::fs::metadata(&tar).expect("it is there").len();
+    std::fs::write(&tar, vec![b'x'; length as usize]).expect("a folder takes it");
     let said = refused(&spec("f32"));
     assert!(said.contains("shards/train/000002-1.1.tar"), "{said}");
 }
