@@ -1,6 +1,7 @@
 use super::*;
 use crate::list::url;
 use crate::pictures::picture;
+use crate::rot::Rot;
 
 /// One answer: its head, its body, and how the connection ended.
 struct Received {
