@@ -176,7 +176,7 @@ impl Dataset {
 impl Datasets {
     /// Without any dataset; see [`Datasets::recover`].
     pub(crate) fn new(store: Store, term: Arc<Term>, lease: Duration, folder: Option<PathBuf>) -> Arc<Self> {
-        let ledger = Ledger::new(term.number, lease);
+        let ledger = Ledger::new(term.number(), lease);
         Arc::new(Self {
             store,
             term,
@@ -193,6 +193,11 @@ impl Datasets {
             names: Mutex::default(),
             sealing: Semaphore::new(2),
         })
+    }
+
+    /// Goes on in a higher term: its attempts are the only ones of that number.
+    pub(crate) fn rise(&self, term: u64) {
+        self.state().ledger.rise(term);
     }
 
     fn now(&self) -> Now {
@@ -221,6 +226,8 @@ impl Datasets {
         if let Created::Lost(_) = self.store.create(&keys::round(id, round.round), &round).await? {
             return Err(Error::Local(format!("somebody else wrote the catalog of {id}")));
         }
+        // A later coordinator that began meanwhile has not seen it: the caller must ask that one, which then finds it.
+        self.term.check(&self.store).await?;
         // A later coordinator buries whatever has no round yet when it begins.
         if self.store.get(&keys::tombstone(id)).await?.is_some() {
             return Err(Error::Aborted(format!("a later coordinator has removed {id} before it was complete")));

@@ -19,9 +19,12 @@ pub(crate) enum Error {
     /// Not in this state.
     #[error("{0}")]
     Precondition(String),
-    /// Somebody has seen a higher term: this coordinator is over.
+    /// The store holds a higher term: this coordinator is over.
     #[error("this coordinator's term {own} is over: term {seen} has begun")]
     Fenced { own: u64, seen: u64 },
+    /// Somebody has seen a higher term. Whether it has begun is being looked up; another try finds out.
+    #[error("term {seen} was heard of: this coordinator of term {own} looks for it in its store")]
+    HeardHigher { own: u64, seen: u64 },
     /// The caller went away in the middle of its request.
     #[error("the stream ended early: {0}")]
     Aborted(String),
@@ -54,7 +57,7 @@ impl From<Error> for Status {
             Error::Exists(_) => Status::already_exists(message),
             Error::Precondition(_) | Error::Fenced { .. } => Status::failed_precondition(message),
             Error::Aborted(_) => Status::aborted(message),
-            Error::Store(_) => Status::unavailable(message),
+            Error::Store(_) | Error::HeardHigher { .. } => Status::unavailable(message),
             Error::Local(_) => Status::internal(message),
         }
     }

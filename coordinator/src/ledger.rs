@@ -142,6 +142,11 @@ impl Ledger {
         Self { term, lease, granted: 0, commits: 0, datasets, workers, lost }
     }
 
+    /// Goes on in a higher term.
+    pub(crate) fn rise(&mut self, term: u64) {
+        self.term = self.term.max(term);
+    }
+
     /// The duration of a lease.
     pub(crate) fn lease(&self) -> Duration {
         self.lease

@@ -11,9 +11,10 @@
 //! - `duplicates`, `near` (pure): which samples do not count;
 //! - `roster` (pure), `runs`: which rank runs where, and each run's history;
 //! - `service`: the gRPC face of all that;
-//! - [`metrics`], `store`, `term`, `error`: what they stand on.
+//! - [`metrics`], `store`, `cluster`, `term`, `error`: what they stand on.
 
 mod catalog;
+mod cluster;
 mod datasets;
 mod duplicates;
 mod error;
@@ -49,11 +50,14 @@ use proto::trace;
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
 use tower::util::MapResponseLayer;
-use tracing::info;
+use tracing::{info, warn};
 
+use crate::cluster::Guard;
 use crate::datasets::Datasets;
+use crate::error::Error;
 pub use crate::hosts::{Budget, HostBudgets};
 use crate::runs::Runs;
 use crate::service::dataset::DatasetApi;
@@ -110,13 +114,14 @@ pub async fn run(
     health.set_not_serving::<DatasetServiceServer<DatasetApi>>().await;
     let store = Store::new(store);
     store.check().await?;
+    let cluster = cluster::identify(&store).await.context("failed to read which cluster this is")?;
     let term = Arc::new(Term::begin(&store).await.context("failed to begin a term")?);
     let lease = Duration::from_secs_f64(config.lease_seconds);
     let datasets = Datasets::new(store.clone(), Arc::clone(&term), lease, config.spool_folder);
     datasets.recover().await.context("failed to recover the datasets")?;
     let recovered = Runs::recover(store.clone(), Arc::clone(&term), Arc::clone(&datasets)).await;
     let (runs, drive) = recovered.context("failed to recover the runs")?;
-    info!(term = term.number, store = store.name(), "coordinator begins its term");
+    info!(term = term.number(), cluster = &*cluster, store = store.name(), "coordinator begins its term");
 
     // Whatever way `run` ends, its tasks end with it.
     let tasks = CancellationToken::new();
@@ -141,13 +146,17 @@ pub async fn run(
             DatasetServiceServer::new(DatasetApi(Arc::clone(&datasets), Arc::clone(&runs)))
                 .max_decoding_message_size(LARGEST_MESSAGE),
         )
-        .add_service(
+        .add_service(InterceptedService::new(
             FetchServiceServer::new(FetchApi::new(Arc::clone(&datasets), config.hosts))
                 .max_decoding_message_size(LARGEST_MESSAGE),
-        )
+            Guard(Arc::clone(&cluster)),
+        ))
         .add_service(RunServiceServer::new(RunApi(Arc::clone(&runs))).max_decoding_message_size(LARGEST_MESSAGE))
         .add_service(ExternalScalerServer::new(ScalerApi(Arc::clone(&runs))))
-        .add_service(TrainerServiceServer::new(TrainerApi::new(runs)).max_decoding_message_size(LARGEST_MESSAGE));
+        .add_service(InterceptedService::new(
+            TrainerServiceServer::new(TrainerApi::new(runs)).max_decoding_message_size(LARGEST_MESSAGE),
+            Guard(Arc::clone(&cluster)),
+        ));
     health.set_serving::<DatasetServiceServer<DatasetApi>>().await;
     metrics::set_ready(true);
 
@@ -157,7 +166,7 @@ pub async fn run(
     let fenced = tokio::select! {
         served = &mut serve => return served.context("failed to serve"),
         () = shutdown.cancelled() => None,
-        reason = until_over(&term, &store) => Some(reason),
+        reason = until_over(&term, &cluster, &store, &datasets) => Some(reason),
     };
     health.set_not_serving::<DatasetServiceServer<DatasetApi>>().await;
     metrics::set_ready(false);
@@ -170,14 +179,29 @@ pub async fn run(
     }
 }
 
-/// Returns when the term is over, with the reason.
-async fn until_over(term: &Term, store: &Store) -> String {
+/// Returns when the term is over, with the reason. Looks into what callers say of it.
+async fn until_over(term: &Term, cluster: &str, store: &Store, datasets: &Datasets) -> String {
     loop {
         tokio::select! {
             reason = term.ended() => return reason,
+            heard = term.heard_higher() => match term.rise_above(heard, store).await {
+                Ok(number) => {
+                    datasets.rise(number);
+                    term.rise(number);
+                    warn!(heard, term = number, "the store lacks a term that has been: it was restored; going on above it");
+                }
+                Err(Error::Fenced { .. }) => {}
+                Err(error) => {
+                    warn!(%error, heard, "cannot read whether a higher term has begun");
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+            },
             () = tokio::time::sleep(TERM_CHECK_PERIOD) => {
                 if let Err(error) = term.check(store).await {
-                    tracing::warn!(%error, "cannot read whether a higher term has begun");
+                    warn!(%error, "cannot read whether a higher term has begun");
+                }
+                if let Ok(false) = cluster::is_at(store, cluster).await {
+                    term.end(format!("the store is no longer that of cluster {cluster}: it has been replaced"));
                 }
             }
         }

@@ -117,7 +117,7 @@ pub(crate) fn seal(handle: &Handle, store: &Store, sealing: &Sealing) -> Result<
             let skips = match skips.remove(&index.shard) {
                 Some(skips) => {
                     let bytes = Bytes::copy_from_slice(skips.as_bytes());
-                    Some(put(keys::skips(&dataset.shard(index.shard), *version), bytes)?)
+                    Some(put(keys::skips(&dataset.shard(index.shard), *version, &manifest.nonce), bytes)?)
                 }
                 None => None,
             };
@@ -140,7 +140,8 @@ pub(crate) fn seal(handle: &Handle, store: &Store, sealing: &Sealing) -> Result<
                 }
             }
             let rows: Vec<Finding> = rows.iter().map(SampleFinding::row).collect();
-            let file = put(keys::findings(&dataset.shard(shard), *version), table::write(&rows)?.into())?;
+            let key = keys::findings(&dataset.shard(shard), *version, &manifest.nonce);
+            let file = put(key, table::write(&rows)?.into())?;
             if let Ok(at) = manifest.shards.binary_search_by_key(&shard, |named| named.shard) {
                 manifest.shards[at].findings = Some(file);
             }

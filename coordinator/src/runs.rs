@@ -317,7 +317,7 @@ impl Runs {
     async fn write(&self, run: String, event: RunEvent) -> (String, EventRecord) {
         let n = self.lock().records.get(&run).map_or(1, |record| record.events.len() as u64 + 1);
         let record =
-            EventRecord { format: 1, n, term: self.term.number, nonce: nonce(), at_millis: wall_millis(), event };
+            EventRecord { format: 1, n, term: self.term.number(), nonce: nonce(), at_millis: wall_millis(), event };
         loop {
             match self.store.create(&keys::event(&run, n), &record).await {
                 Ok(Created::Won) => break,

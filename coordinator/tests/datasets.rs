@@ -9,7 +9,7 @@ use common::{Cluster, PATIENCE, get, put, put_shard, shard_id};
 use object_store::ObjectStore;
 use proto::manifest::{Skip, Skips};
 use proto::pb::{self, DatasetState, FailureKind};
-use proto::{Split, keys};
+use proto::{Split, Stored, keys};
 use tonic::Code;
 
 /// Three classes; 5 URLs are gone; one picture stands twice in its class, one in two classes.
@@ -238,14 +238,84 @@ async fn a_worker_is_told_what_lately_gave_pictures_to_others() {
 }
 
 #[tokio::test]
-async fn a_coordinator_that_hears_of_a_higher_term_refuses_and_ends() {
+async fn a_coordinator_that_hears_of_a_higher_term_refuses_and_ends_once_it_is_in_the_store() {
     let folder = tempfile::tempdir().expect("a folder");
     let cluster = Cluster::start(folder.path(), 30.0).await;
+    assert!(cluster.lease(Duration::ZERO).await.is_none(), "its term has begun");
+    put(&*cluster.store, &proto::keys::term(2), "{}").await;
     let request = pb::LeaseShardRequest { term_seen: 2, worker: "w1".to_owned(), wait_millis: 0 };
     let refused = cluster.fetch().lease_shard(request).await.expect_err("its term is 1");
-    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert_eq!(refused.code(), Code::Unavailable);
     let ended = tokio::time::timeout(PATIENCE, cluster.running).await.expect("in time").expect("no panic");
     assert!(ended.expect_err("fenced").to_string().contains("term 2"));
+}
+
+#[tokio::test]
+async fn above_a_term_that_the_store_has_lost_a_coordinator_goes_on_with_the_leases_that_it_hears_renewed() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cluster = Cluster::start(folder.path(), 30.0).await;
+    cluster.create("birds", "request-1", 1000, &list()).await.expect("a good list");
+    let lease = cluster.lease(PATIENCE).await.expect("the only one");
+    let request = pb::LeaseShardRequest { term_seen: 6, worker: "w2".to_owned(), wait_millis: 0 };
+    let asked = async || cluster.fetch().lease_shard(request.clone()).await;
+    assert_eq!(asked().await.expect_err("its term is 1").code(), Code::Unavailable);
+    let answered = async {
+        loop {
+            match asked().await {
+                Ok(answer) => break answer.into_inner().term,
+                Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
+            }
+        }
+    };
+    assert_eq!(tokio::time::timeout(PATIENCE, answered).await.expect("in time"), 7);
+    assert!(cluster.renew(&lease).await > 0, "its shard is still its own");
+    cluster.release(&lease, FailureKind::Worker, "told to leave").await;
+    assert_eq!(cluster.lease(PATIENCE).await.expect("free again").attempt, "7.2");
+    cluster.stop().await;
+}
+
+#[tokio::test]
+async fn what_an_earlier_coordinator_commits_while_the_next_one_begins_is_found_when_it_is_asked_for_again() {
+    let (folder, aside) = (tempfile::tempdir().expect("a folder"), tempfile::tempdir().expect("a folder"));
+    let cluster = Cluster::start(folder.path(), 30.0).await;
+    let created = cluster.create("birds", "request-1", 1000, &list()).await.expect("a good list");
+    cluster.kill();
+    let (there, moved) = (folder.path().join(keys::dataset(&shard_id(&created.dataset, 0).dataset)), aside.path());
+    std::fs::rename(&there, moved.join("birds")).expect("the same disk");
+    let cluster = Cluster::start(folder.path(), 0.5).await;
+    assert!(cluster.dataset("birds").await.is_err());
+    std::fs::rename(moved.join("birds"), &there).expect("the same disk");
+    assert_eq!(cluster.create("birds", "request-1", 1000, &list()).await.expect("committed"), created);
+    assert_eq!(
+        cluster.create("birds", "request-2", 1000, &list()).await.expect_err("there").code(),
+        Code::AlreadyExists
+    );
+    cluster.work().await;
+    assert_eq!(cluster.sealed("birds").await.outcomes["kept"], 123);
+    cluster.stop().await;
+}
+
+#[tokio::test]
+async fn a_caller_of_another_cluster_is_refused_until_it_knows_better() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cluster = Cluster::start(folder.path(), 30.0).await;
+    let own = proto::cluster::OwnCluster::default();
+    let channel = proto::cluster::OfCluster::new(cluster.channel.clone(), own.clone());
+    let mut fetch = proto::pb::fetch_service_client::FetchServiceClient::new(channel);
+    let request = pb::LeaseShardRequest { term_seen: 0, worker: "w1".to_owned(), wait_millis: 0 };
+    fetch.lease_shard(request.clone()).await.expect("it does not know its cluster yet");
+    own.set("another".to_owned());
+    let stranger = pb::LeaseShardRequest { term_seen: 6, ..request.clone() };
+    let refused = fetch.lease_shard(stranger).await.expect_err("of another cluster");
+    assert!(proto::cluster::is_stranger(&refused) && refused.message().contains("--store"), "{refused}");
+    let json = get(&*cluster.store, keys::CLUSTER).await;
+    own.set(proto::cluster::ClusterRecord::from_json(&json).expect("the coordinator's").id);
+    assert_eq!(
+        fetch.lease_shard(request).await.expect("of the same").into_inner().term,
+        1,
+        "term 6 is no matter of it"
+    );
+    cluster.stop().await;
 }
 
 #[tokio::test]

@@ -1,6 +1,7 @@
 //! Object keys: the one place where they are built and parsed. The store's layout is:
 //!
 //! ```text
+//! cluster.json                                           Create, once: the cluster's id
 //! coordinator/terms/000009.json                          Create at start: this coordinator's term
 //! datasets/<dataset>/spec.json                           Create: what the dataset is; once deleted, tombstone.json too
 //! datasets/<dataset>/slices/000007.tsv.zst               the URLs of shard 7
@@ -9,8 +10,8 @@
 //! datasets/<dataset>/outcomes/000007-9.2.parquet         one row per URL
 //! datasets/<dataset>/index/000007.json                   Create = the commit of shard 7
 //! datasets/<dataset>/manifests/000003.json               Create = version 3 of the manifest
-//! datasets/<dataset>/manifests/000003/skips/000007.bits  which of shard 7's samples version 3 skips
-//! datasets/<dataset>/manifests/000003/findings/000007.parquet  why, and which of them look like another one
+//! datasets/<dataset>/manifests/000003-<nonce>/skips/000007.bits  which of shard 7's samples version 3 skips
+//! datasets/<dataset>/manifests/000003-<nonce>/findings/000007.parquet  why, and which of them look like another one
 //! runs/<run>/spec.json                                   Create: the resolved run spec; tombstone.json beside it once deleted
 //! runs/<run>/events/000012.json                          Create: the run's history, written by the coordinator alone
 //! runs/<run>/ledger/<generation>-<n>.json                what was really trained on
@@ -26,6 +27,8 @@
 use crate::Split;
 use crate::ids::{Attempt, DatasetId, ShardId};
 
+/// The cluster's identity.
+pub const CLUSTER: &str = "cluster.json";
 /// Folder of the coordinators' terms.
 pub const TERMS: &str = "coordinator/terms";
 /// Folder of all datasets.
@@ -111,14 +114,16 @@ pub fn manifest(dataset: &DatasetId, version: u32) -> String {
     format!("{}/{version:06}.json", manifests(dataset))
 }
 
-/// `datasets/<dataset>/manifests/000003/skips/000007.bits`
-pub fn skips(of: &ShardId, version: u32) -> String {
-    format!("{}/{version:06}/skips/{:06}.bits", manifests(&of.dataset), of.shard)
+/// `datasets/<dataset>/manifests/000003-<nonce>/skips/000007.bits`. The nonce is that of the manifest that names it: of
+/// two coordinators that make a version at once, neither overwrites what the other's manifest names. (Older manifests
+/// name keys without one.)
+pub fn skips(of: &ShardId, version: u32, nonce: &str) -> String {
+    format!("{}/{version:06}-{nonce}/skips/{:06}.bits", manifests(&of.dataset), of.shard)
 }
 
-/// `datasets/<dataset>/manifests/000003/findings/000007.parquet`
-pub fn findings(of: &ShardId, version: u32) -> String {
-    format!("{}/{version:06}/findings/{:06}.parquet", manifests(&of.dataset), of.shard)
+/// `datasets/<dataset>/manifests/000003-<nonce>/findings/000007.parquet`, likewise.
+pub fn findings(of: &ShardId, version: u32, nonce: &str) -> String {
+    format!("{}/{version:06}-{nonce}/findings/{:06}.parquet", manifests(&of.dataset), of.shard)
 }
 
 /// `runs/<run>`

@@ -6,7 +6,7 @@
 //! - [`site`]: what has a budget;
 //! - [`dataset_spec`], [`run_spec`]: what people ask for;
 //! - [`format`], [`table`]: what stored objects have in common: numbered JSON documents, and rows as Parquet;
-//! - [`term`]: the begin of a coordinator's time in office;
+//! - [`cluster`], [`term`]: which cluster a process belongs to, and the begin of a coordinator's time in office;
 //! - [`round`], [`slice`], [`tombstone`]: the parts of a dataset's catalog, the URLs of one shard, and the end of a
 //!   dataset;
 //! - [`rejection`], [`outcome_counts`], [`outcomes`]: what became of each URL;
@@ -16,6 +16,7 @@
 //!   its learning curve;
 //! - [`trace`]: which span of another process a piece of work belongs to.
 
+pub mod cluster;
 pub mod dataset_spec;
 pub mod findings;
 pub mod format;

@@ -128,14 +128,15 @@ pub async fn run(
         processes: 0,
         stores: HashMap::new(),
         serving,
-        logs: Logs::new(store),
+        logs: Logs::new(Arc::clone(&store)),
         term: 0,
         to_coordinator: None,
         leaving: false,
         outbox: Outbox::default(),
     };
     info!(agent = agent.name, address = agent.address, devices = agent.slots.len(), "agent started");
-    let link = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(link::keep_open(endpoint, links)));
+    let link =
+        tokio_util::task::AbortOnDropHandle::new(tokio::spawn(link::keep_open(endpoint, Arc::clone(&store), links)));
     let (mut heartbeat, mut flush) = (interval(HEARTBEAT), interval(FLUSH));
     heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
     flush.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -177,12 +178,24 @@ impl Agent {
                 self.send(agent_message::Message::Hello(hello));
                 self.send_reports();
             }
+            LinkEvent::ClusterChanged => self.forget_cluster(),
             LinkEvent::Closed => {
                 self.to_coordinator = None;
                 self.outbox.rewind();
                 metrics::set_ready(false);
             }
             LinkEvent::Message(message) => self.handle(*message),
+        }
+    }
+
+    /// The store is another cluster's, whose runs may have the names of those that had ranks here.
+    fn forget_cluster(&mut self) {
+        self.term = 0;
+        self.outbox.clear();
+        let ranks: Vec<LocalRank> = self.slots.iter_mut().filter_map(|slot| slot.rank.take()).collect();
+        for LocalRank { run, generation, rank, .. } in ranks {
+            warn!(run, generation, rank, "rank ended: its run is another cluster's");
+            self.release(&run, generation);
         }
     }
 

@@ -7,12 +7,16 @@ use std::time::Duration;
 
 use anyhow::Context;
 use backon::BackoffBuilder;
+use object_store::path::Path;
+use object_store::{ObjectStore, ObjectStoreExt};
+use proto::cluster::{ClusterRecord, OfCluster, OwnCluster, is_stranger};
 use proto::pb::fetch_service_client::FetchServiceClient;
 use proto::pb::{
     CompleteShardRequest, Failure, FailureKind, HostDemand, HostShare, Lease, LeaseShardRequest, ReleaseLeaseRequest,
     RenewLeaseRequest, ShareHostsRequest,
 };
 use proto::trace::{Carried, Carry};
+use proto::{Stored, keys};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint};
@@ -33,7 +37,7 @@ const MAX_MESSAGE: usize = 256 << 20;
 /// For releasing a lease, which is a courtesy: it ends by itself.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(3);
 
-type Client = FetchServiceClient<Carried<Channel>>;
+type Client = FetchServiceClient<OfCluster<Carried<Channel>>>;
 
 /// A client of the coordinator. It may be away for minutes: whoever calls tries again.
 #[derive(Debug)]
@@ -43,6 +47,8 @@ pub(crate) struct Coordinator {
     worker: String,
     /// What gave pictures to this worker goes up, and what gave some to others comes down.
     way_out: Arc<WayOut>,
+    store: Arc<dyn ObjectStore>,
+    cluster: OwnCluster,
     /// The highest term that a response named.
     highest_term: AtomicU64,
     /// Whether the last request for a lease got a response.
@@ -65,7 +71,12 @@ impl From<&Lease> for LeaseId {
 
 impl Coordinator {
     /// Connects with the first call, and again whenever the connection is lost.
-    pub(crate) fn new(address: &str, worker: String, way_out: Arc<WayOut>) -> anyhow::Result<Self> {
+    pub(crate) fn new(
+        address: &str,
+        worker: String,
+        store: Arc<dyn ObjectStore>,
+        way_out: Arc<WayOut>,
+    ) -> anyhow::Result<Self> {
         let bad = || format!("--coordinator {address:?} is no address: http://HOST:PORT is wanted");
         let endpoint = Endpoint::from_shared(address.to_owned()).with_context(bad)?;
         endpoint.uri().scheme().with_context(bad)?;
@@ -75,9 +86,10 @@ impl Coordinator {
             .keep_alive_timeout(Duration::from_secs(5))
             .keep_alive_while_idle(true)
             .tcp_nodelay(true);
-        let client = Mutex::new(connect(&endpoint));
+        let cluster = OwnCluster::default();
+        let client = Mutex::new(connect(&endpoint, &cluster));
         let (highest_term, reached) = (AtomicU64::new(0), AtomicBool::new(false));
-        Ok(Self { endpoint, client, worker, way_out, highest_term, reached })
+        Ok(Self { endpoint, client, worker, way_out, store, cluster, highest_term, reached })
     }
 
     fn client(&self) -> Client {
@@ -88,6 +100,9 @@ impl Coordinator {
     /// that it is soon known whether there is a coordinator.
     pub(crate) async fn lease(&self) -> Result<Option<Lease>, Status> {
         let wait = if self.reached.load(Ordering::Relaxed) { LEASE_WAIT } else { Duration::ZERO };
+        if self.cluster.id().is_empty() {
+            self.read_cluster().await;
+        }
         let request = LeaseShardRequest {
             term_seen: self.highest_term.load(Ordering::Relaxed),
             worker: self.worker.clone(),
@@ -101,8 +116,9 @@ impl Coordinator {
             if is_final(status) {
                 // The coordinator never refuses a lease. It is one whose term is over, or another server that got the
                 // connection while the coordinator was away, and a connection that works would stay for ever.
-                *self.client.lock().unwrap_or_else(PoisonError::into_inner) = connect(&self.endpoint);
+                *self.client.lock().unwrap_or_else(PoisonError::into_inner) = connect(&self.endpoint, &self.cluster);
             }
+            self.check_stranger(status).await;
         }
         let response = response?;
         self.check_term(response.term)?;
@@ -159,6 +175,8 @@ impl Coordinator {
                     (duration, end, expired, retries) = (renewed, asked + renewed, false, None);
                 }
                 Err(status) => {
+                    // Once this worker is of another cluster, the next response is that the lease is over.
+                    self.check_stranger(&status).await;
                     retries.get_or_insert_with(|| backoff(duration / 20, duration / 6).build());
                     tracing::debug!(%status, "failed to renew a lease");
                     if !expired && Instant::now() > end {
@@ -251,6 +269,35 @@ impl Coordinator {
         }
     }
 
+    /// Reads from the store which cluster this is. Of a new one no term is known.
+    async fn read_cluster(&self) {
+        let read = async {
+            let json = self.store.get(&Path::from(keys::CLUSTER)).await?.bytes().await?;
+            anyhow::Ok(ClusterRecord::from_json(&json)?.id)
+        };
+        match tokio::time::timeout(CALL_TIMEOUT, read).await {
+            Ok(Ok(id)) => {
+                if self.cluster.set(id.clone()) {
+                    self.highest_term.store(0, Ordering::Relaxed);
+                    tracing::warn!(
+                        cluster = id,
+                        "the store has been replaced: going on as a worker of its new cluster"
+                    );
+                }
+            }
+            // There is none until a coordinator has started; nothing can be done without the store anyway.
+            Ok(Err(error)) => tracing::debug!(%error, "cannot read which cluster this is"),
+            Err(_) => tracing::debug!("the store does not say which cluster this is"),
+        }
+    }
+
+    /// Whoever is refused as a stranger may be the one whose store has been replaced.
+    async fn check_stranger(&self, status: &Status) {
+        if is_stranger(status) {
+            self.read_cluster().await;
+        }
+    }
+
     /// Notes a response's term, and refuses the response of a coordinator which another has replaced.
     fn check_term(&self, term: u64) -> Result<(), Status> {
         let highest = self.highest_term.fetch_max(term, Ordering::Relaxed);
@@ -262,8 +309,9 @@ impl Coordinator {
 }
 
 /// Connects with the first call.
-fn connect(endpoint: &Endpoint) -> Client {
-    FetchServiceClient::with_interceptor(endpoint.connect_lazy(), Carry).max_decoding_message_size(MAX_MESSAGE)
+fn connect(endpoint: &Endpoint, cluster: &OwnCluster) -> Client {
+    let channel = OfCluster::new(Carried::new(endpoint.connect_lazy(), Carry), cluster.clone());
+    FetchServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE)
 }
 
 /// Whether the same call would be refused again.

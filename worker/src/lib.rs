@@ -154,7 +154,8 @@ pub async fn run(
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
     let way_out = Arc::new(WayOut::new(config.probe.clone()));
-    let coordinator = Arc::new(Coordinator::new(&config.coordinator, name.clone(), Arc::clone(&way_out))?);
+    let coordinator = Coordinator::new(&config.coordinator, name.clone(), Arc::clone(&store), Arc::clone(&way_out));
+    let coordinator = Arc::new(coordinator?);
     let tools = Arc::new(tools(&config, store, name.clone(), way_out)?);
     let cores = decode_threads(&config);
     tracing::info!(worker = name, connections = config.connections, decode_threads = cores, "worker started");

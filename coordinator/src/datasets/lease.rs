@@ -257,7 +257,7 @@ impl Datasets {
             nonce: nonce(),
             writer: "coordinator".to_owned(),
             shard: id.shard,
-            attempt: Attempt { term: self.term.number, n: 0 },
+            attempt: Attempt { term: self.term.number(), n: 0 },
             outcomes: [(Err(outcome), urls.into())].into_iter().collect(),
             tars: BTreeMap::new(),
             outcomes_file: None,

@@ -13,6 +13,7 @@ use tracing::{error, info, warn};
 use super::rounds::short;
 use super::seal::outcome;
 use super::{Dataset, Datasets, PARALLEL, Stage};
+use crate::error::Error;
 use crate::store::StoreError;
 
 impl Datasets {
@@ -32,6 +33,26 @@ impl Datasets {
         for (dataset, open) in found.into_iter().flatten() {
             info!(dataset = &*dataset.id, open = open.len(), stage = dataset.stage.name(), "dataset recovered");
             self.admit(dataset, open, false);
+        }
+        Ok(())
+    }
+
+    /// Takes in what an earlier coordinator, while this one began, has committed under a name that is locked.
+    pub(crate) async fn catch_up(self: &Arc<Self>, name: &str) -> Result<(), Error> {
+        for folder in self.store.folders(keys::DATASETS).await? {
+            let Ok(id) = folder.parse::<DatasetId>() else { continue };
+            let is_known = id.name() != name || self.state().live.contains_key(&id);
+            if is_known || self.store.get(&keys::tombstone(&id)).await?.is_some() {
+                continue;
+            }
+            let store = |error: anyhow::Error| match error.downcast() {
+                Ok(error) => Error::Store(error),
+                Err(error) => Error::Local(format!("{error:#}")),
+            };
+            if let Some((dataset, open)) = self.recover_one(id).await.map_err(store)? {
+                info!(dataset = &*dataset.id, "dataset of an earlier coordinator found");
+                self.admit(dataset, open, false);
+            }
         }
         Ok(())
     }

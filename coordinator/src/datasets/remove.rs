@@ -52,9 +52,10 @@ impl Datasets {
         self.store.delete_all(vec![tombstone]).await
     }
 
-    /// Removes the slices of a list that failed before anything was committed.
+    /// Removes the slices of a list that failed before anything was committed. What is committed belongs to the later
+    /// coordinator that came in between.
     pub(crate) async fn remove_uncommitted(&self, id: &DatasetId) -> Result<(), StoreError> {
-        let keys = self.store.list(&keys::dataset(id)).await?;
-        if keys.is_empty() { Ok(()) } else { self.remove(id).await }
+        let (keys, first) = (self.store.list(&keys::dataset(id)).await?, keys::round(id, 1));
+        if keys.is_empty() || keys.contains(&first) { Ok(()) } else { self.remove(id).await }
     }
 }

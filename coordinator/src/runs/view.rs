@@ -150,7 +150,7 @@ impl Runs {
             ("cancelled", Cancelled),
         ];
         ClusterFigures {
-            term: self.term.number,
+            term: self.term.number(),
             shards_waiting: shards.waiting.into(),
             shards_leased: shards.leased.into(),
             datasets: self.datasets.stages(),

@@ -25,12 +25,12 @@ pub(crate) struct FetchApi {
 
 impl FetchApi {
     pub(crate) fn new(datasets: Arc<Datasets>, hosts: HostBudgets) -> Self {
-        let first = datasets.term.number == 1;
+        let first = datasets.term.number() == 1;
         Self { datasets, started: Instant::now(), hosts: Mutex::new(Broker::new(Duration::ZERO, hosts, first)) }
     }
 
     fn term(&self) -> u64 {
-        self.datasets.term.number
+        self.datasets.term.number()
     }
 }
 

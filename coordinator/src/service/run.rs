@@ -154,7 +154,7 @@ impl RunService for RunApi {
             pb::WorkerStatus { worker, leases, seen_millis_ago }
         };
         Ok(Response::new(pb::Status {
-            term: self.0.term.number,
+            term: self.0.term.number(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             store: self.0.store.name(),
             workers: datasets.workers().into_iter().map(worker).collect(),

@@ -50,7 +50,7 @@ impl TrainerService for TrainerApi {
         }
         let connection = self.connections.fetch_add(1, Ordering::Relaxed);
         let (outgoing, receiver) = mpsc::channel(UNDER_WAY);
-        let welcome = pb::coordinator_message::Message::Welcome(pb::Welcome { term: self.runs.term.number });
+        let welcome = pb::coordinator_message::Message::Welcome(pb::Welcome { term: self.runs.term.number() });
         let _ = outgoing.try_send(Ok(pb::CoordinatorMessage { message: Some(welcome) }));
         let runs = Arc::clone(&self.runs);
         tokio::spawn(async move {

@@ -44,6 +44,12 @@ pub(super) async fn create(
     if let Some((id, round)) = datasets.by_request(&start.request_id) {
         return Ok(response(&id, &round));
     }
+    if datasets.find(&start.name).is_err() {
+        datasets.catch_up(&start.name).await?;
+        if let Some((id, round)) = datasets.by_request(&start.request_id) {
+            return Ok(response(&id, &round));
+        }
+    }
     if datasets.find(&start.name).is_ok() {
         return Err(Error::Exists(format!("a dataset is called {:?} already", start.name)));
     }

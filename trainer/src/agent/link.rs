@@ -3,14 +3,20 @@
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use object_store::path::Path;
+use object_store::{ObjectStore, ObjectStoreExt};
+use proto::cluster::{ClusterRecord, OfCluster, OwnCluster, is_stranger};
 use proto::pb::{self, trainer_service_client::TrainerServiceClient};
+use proto::{Stored, keys};
 use tokio::sync::mpsc;
+use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Endpoint;
-use tracing::warn;
+use tracing::{debug, warn};
 
 /// Time limit of the connection, and of the response to `Connect`.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -24,6 +30,8 @@ const SEND_BUFFER: usize = 256;
 pub(crate) enum LinkEvent {
     /// A stream is being opened. It carries what is sent here, which must begin with a `Hello`.
     Opened(mpsc::Sender<pb::AgentMessage>),
+    /// The store is that of another cluster than before.
+    ClusterChanged,
     /// The stream has ended.
     Closed,
     /// A message of the coordinator.
@@ -97,12 +105,34 @@ fn own_address(endpoint: &Endpoint) -> Result<String> {
 }
 
 /// Keeps a stream open until the receiver of its events is dropped.
-pub(crate) async fn keep_open(endpoint: Endpoint, links: mpsc::Sender<LinkEvent>) {
+pub(crate) async fn keep_open(endpoint: Endpoint, store: Arc<dyn ObjectStore>, links: mpsc::Sender<LinkEvent>) {
     let mut pause = Duration::from_millis(100);
+    let cluster = OwnCluster::default();
+    let mut is_known = false;
     while !links.is_closed() {
-        match stream(&endpoint, &links).await {
+        if !is_known {
+            match timeout(DEADLINE, own_cluster(&*store)).await {
+                Ok(Ok(id)) => {
+                    is_known = true;
+                    if cluster.set(id.clone()) {
+                        warn!(cluster = id, "the store has been replaced: going on as an agent of its new cluster");
+                        if links.send(LinkEvent::ClusterChanged).await.is_err() {
+                            return;
+                        }
+                    }
+                }
+                // There is none until a coordinator has started.
+                Ok(Err(error)) => debug!(%error, "cannot read which cluster this is"),
+                Err(_) => debug!("the store does not say which cluster this is"),
+            }
+        }
+        match stream(&endpoint, &cluster, &links).await {
             Ok(()) => pause = Duration::from_millis(100),
-            Err(error) => warn!(error = format!("{error:#}"), "no stream to the coordinator; trying again"),
+            Err(error) => {
+                warn!(error = format!("{error:#}"), "no stream to the coordinator; trying again");
+                // Whoever is refused as a stranger may be the one whose store has been replaced.
+                is_known &= !error.downcast_ref().is_some_and(is_stranger);
+            }
         }
         if links.send(LinkEvent::Closed).await.is_err() {
             return;
@@ -114,17 +144,23 @@ pub(crate) async fn keep_open(endpoint: Endpoint, links: mpsc::Sender<LinkEvent>
     }
 }
 
+/// What the store says of which cluster this is.
+async fn own_cluster(store: &dyn ObjectStore) -> Result<String> {
+    let json = store.get(&Path::from(keys::CLUSTER)).await?.bytes().await?;
+    Ok(ClusterRecord::from_json(&json)?.id)
+}
+
 /// Runs one stream until it ends.
 ///
 /// # Errors
 /// If it could not be opened.
-async fn stream(endpoint: &Endpoint, links: &mpsc::Sender<LinkEvent>) -> Result<()> {
-    let mut client = TrainerServiceClient::new(endpoint.connect().await?);
+async fn stream(endpoint: &Endpoint, cluster: &OwnCluster, links: &mpsc::Sender<LinkEvent>) -> Result<()> {
+    let mut client = TrainerServiceClient::new(OfCluster::new(endpoint.connect().await?, cluster.clone()));
     let (send, to_send) = mpsc::channel(SEND_BUFFER);
     if links.send(LinkEvent::Opened(send)).await.is_err() {
         return Ok(());
     }
-    let answer = tokio::time::timeout(DEADLINE, client.connect(ReceiverStream::new(to_send))).await;
+    let answer = timeout(DEADLINE, client.connect(ReceiverStream::new(to_send))).await;
     let mut messages = answer.context("the coordinator did not answer")??.into_inner();
     loop {
         match messages.message().await {

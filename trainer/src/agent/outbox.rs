@@ -46,6 +46,11 @@ impl Outbox {
         self.sent = 0;
     }
 
+    /// Forgets all reports.
+    pub(super) fn clear(&mut self) {
+        (self.reports, self.sent) = (VecDeque::new(), 0);
+    }
+
     /// Removes the reports up to this number.
     pub(super) fn acknowledged(&mut self, sequence: u64) {
         while self.reports.front().is_some_and(|report| report.sequence <= sequence) {

@@ -177,7 +177,9 @@ pub(crate) async fn tools(store: Arc<dyn ObjectStore>) -> Arc<Tools> {
 /// A double of the coordinator that grants every wish for hosts.
 async fn coordinator(way_out: &Arc<WayOut>) -> Arc<Coordinator> {
     let address = CoordinatorDouble::default().serve().await;
-    Arc::new(Coordinator::new(&address, "worker-test".into(), Arc::clone(way_out)).expect("a good address"))
+    let store = Arc::new(object_store::memory::InMemory::new());
+    let coordinator = Coordinator::new(&address, "worker-test".into(), store, Arc::clone(way_out));
+    Arc::new(coordinator.expect("a good address"))
 }
 
 pub(crate) fn birds(shard: u32) -> ShardId {
