@@ -14,11 +14,12 @@ const FILES: [&str; 5] = [
 ];
 
 /// Messages that the command line also prints as JSON.
-const PRINTED: [&str; 13] = [
+const PRINTED: [&str; 14] = [
     "AgentStatus",
     "ClassCount",
     "CompareRunsResponse",
     "CreateDatasetResponse",
+    "DamagedShard",
     "Dataset",
     "DeviceStatus",
     "LedgerLine",

@@ -1,10 +1,13 @@
 //! A store that is replaced, restored or damaged under a living cluster, with real processes.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use demo_origin::list::{self, Entry};
 use demo_origin::origin::{Options, Origin};
 use demo_origin::rot::Rot;
+use proto::{Manifest, Split, Stored};
+use serde_json::Value;
 use support::Cluster;
 
 fn web(seed: u64) -> Origin {
@@ -95,4 +98,119 @@ fn a_store_that_was_restored_goes_on_in_a_term_above_those_that_it_has_lost() {
     create(&cluster, "after", &origin);
     assert_eq!(cluster.json(&["status"])["term"], 7);
     assert!(cluster.is_alive("coordinator") && cluster.is_alive("worker"));
+}
+
+/// Waits for the dataset's end: what `describe` then says.
+fn ready(cluster: &Cluster, name: &str) -> Value {
+    cluster.gleaner(&["dataset", "wait", name, "--timeout", "90s"]);
+    cluster.json(&["dataset", "describe", name])
+}
+
+/// A dataset of so many URLs in slices of ten, with its end.
+fn create_large(cluster: &Cluster, urls: &str) -> Value {
+    let urls = cluster.write("urls.txt", urls);
+    cluster.gleaner(&["dataset", "create", "some", "--urls", &urls, "--size", "64", "--slice-urls", "10"]);
+    ready(cluster, "some")
+}
+
+/// The only object of the dataset's folder `kind` that belongs to a shard.
+fn object(cluster: &Cluster, kind: &str, shard: u32) -> PathBuf {
+    let dataset = cluster.json(&["dataset", "describe", "some"])["dataset"].as_str().expect("its id").to_owned();
+    let folder = Path::new(cluster.store()).join("datasets").join(dataset).join(kind);
+    let of_it = |name: &str| name.starts_with(&format!("{shard:06}"));
+    let mut files = std::fs::read_dir(folder).expect("a folder").map(|file| file.expect("a file").path());
+    files.find(|path| of_it(&path.file_name().expect("it has one").to_string_lossy())).expect("the shard has one")
+}
+
+/// Flips a bit in the middle of a file.
+fn flip(path: &Path) {
+    let mut bytes = std::fs::read(path).expect("a file");
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(path, bytes).expect("the temporary folder is writable");
+}
+
+fn damaged(described: &Value) -> Vec<u64> {
+    let shards = described["damaged"].as_array().expect("a list").iter();
+    shards.map(|damaged| damaged["shard"].as_u64().expect("a number")).collect()
+}
+
+#[test]
+fn one_flipped_byte_costs_its_shard_which_is_named_and_fetched_again() {
+    let origin = web(33);
+    let mut cluster = Cluster::start();
+    cluster.start_worker("worker");
+    assert_eq!(create_large(&cluster, &urls(0..200, &origin))["outcomes"]["kept"], 200);
+    let asked = |n: u64| origin.requests(&format!("/{}/0/{n}/{n}.jpg", Rot::Good.name()));
+    let before: Vec<u64> = (0..200).map(asked).collect();
+
+    flip(&object(&cluster, "outcomes", 3));
+    let more = cluster.write("more.txt", &urls(200..260, &origin));
+    let refreshed = cluster.json(&["dataset", "refresh", "some", "--urls", &more]);
+    assert_eq!((&refreshed["urls"], &refreshed["retried"]["unfetched"]), (&70.into(), &10.into()));
+    let described = ready(&cluster, "some");
+    assert_eq!((&described["outcomes"]["kept"], &described["urls"]), (&260.into(), &260.into()));
+    assert_eq!(damaged(&described), [3]);
+    let named = &described["damaged"][0];
+    assert!(named["key"].as_str().is_some_and(|key| key.contains("/outcomes/000003-")), "{named}");
+    assert!(cluster.gleaner(&["dataset", "describe", "some"]).contains("shard 3 is damaged and left out"));
+    let again = (0..200).filter(|n| asked(*n) > before[*n as usize]).count();
+    assert_eq!(again, 10, "nothing else was asked for again");
+    let manifest =
+        Manifest::from_json(cluster.gleaner(&["dataset", "manifest", "some"]).as_bytes()).expect("a manifest");
+    assert_eq!((manifest.samples(Split::ALL[0]) > 0, manifest.shards[3].tars.len()), (true, 0));
+    let kept = cluster.gleaner(&["dataset", "outcomes", "some", "--outcome", "kept", "-o", "json"]);
+    assert_eq!(kept.lines().filter(|line| line.contains("\"url\"")).count(), 260);
+
+    // A tar that is gone is found, too; and there is an end.
+    std::fs::remove_file(object(&cluster, "shards/train", 5)).expect("it is there");
+    cluster.gleaner(&["dataset", "refresh", "some"]);
+    let described = ready(&cluster, "some");
+    assert_eq!((damaged(&described), &described["outcomes"]["kept"]), (vec![3, 5], &260.into()));
+    let refreshed = cluster.json(&["dataset", "refresh", "some"]);
+    assert_eq!((&refreshed["round"], &refreshed["urls"]), (&0.into(), &0.into()), "nothing is left to fetch");
+    cluster.kill("coordinator");
+    cluster.start_coordinator();
+    let described = ready(&cluster, "some");
+    assert_eq!((damaged(&described), &described["manifest_version"]), (vec![3, 5], &3.into()));
+}
+
+#[test]
+fn an_index_that_becomes_garbage_while_its_dataset_is_fetched_holds_up_nobody() {
+    let origin = Origin::serve(Options { seed: 34, delay: Duration::from_millis(150), ..Options::default() });
+    let origin = origin.expect("loopback");
+    let mut cluster = Cluster::start();
+    cluster.start_worker_with("worker", &["--connections", "4"]);
+    let list = cluster.write("urls.txt", &urls(0..200, &origin));
+    cluster.gleaner(&["dataset", "create", "some", "--urls", &list, "--size", "64", "--slice-urls", "10"]);
+    let committed = |cluster: &Cluster| cluster.json(&["dataset", "describe", "some"])["shards_committed"].as_u64();
+    cluster.eventually("some shards are committed", |cluster| committed(cluster) > Some(2));
+    let key = std::fs::read_dir(object(&cluster, "index", 0).parent().expect("its folder")).expect("a folder");
+    let index = key.map(|file| file.expect("a file").path()).next().expect("some are committed");
+    std::fs::write(&index, "rubbish").expect("the temporary folder is writable");
+    cluster.kill("coordinator");
+    cluster.start_coordinator();
+    let described = ready(&cluster, "some");
+    let shard: u64 = index.file_stem().and_then(|name| name.to_str()?.parse().ok()).expect("a number");
+    assert_eq!((damaged(&described), &described["outcomes"]["kept"]), (vec![shard], &200.into()));
+    assert_eq!(described["automatic_rounds"], 1, "its URLs were fetched again by themselves");
+}
+
+#[test]
+fn so_much_damage_that_the_store_may_be_wrong_is_left_out_only_if_somebody_says_so() {
+    let origin = web(35);
+    let mut cluster = Cluster::start();
+    cluster.start_worker("worker");
+    create_large(&cluster, &urls(0..200, &origin));
+    for shard in [4, 6] {
+        std::fs::remove_file(object(&cluster, "index", shard)).expect("it is there");
+    }
+    let refused = cluster.try_gleaner(&["dataset", "refresh", "some"]);
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(4), "{said}");
+    assert!(said.contains("2 of 20 shards") && said.contains("--accept-damage"), "{said}");
+    cluster.gleaner(&["dataset", "refresh", "some", "--accept-damage"]);
+    let described = ready(&cluster, "some");
+    assert_eq!((damaged(&described), &described["outcomes"]["kept"]), (vec![4, 6], &200.into()));
+    assert_eq!(cluster.json(&["dataset", "refresh", "some"])["round"], 0, "what is known is no news");
 }

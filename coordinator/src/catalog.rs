@@ -256,6 +256,7 @@ impl Catalog {
             request_id: start.request_id,
             traceparent: start.traceparent,
             cause: start.cause,
+            accepts_damage: false,
             round: start.round,
             first_slice: start.first_slice,
             slices: cutter.done,

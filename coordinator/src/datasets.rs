@@ -16,16 +16,18 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use proto::manifest::Manifest;
+use proto::manifest::{DamagedShard, Manifest};
 use proto::pb::{self, FailureKind};
 use proto::round::{Cause, Round, Slice};
-use proto::{DatasetId, DatasetSpec, OutcomeCounts, ShardIndex, Split, keys};
+use proto::{DatasetId, DatasetSpec, OutcomeCounts, Rejection, ShardIndex, Split, keys};
 use tokio::sync::{Notify, OwnedMutexGuard, Semaphore};
 use tracing::info;
 
 pub(crate) use crate::datasets::lease::Report;
+pub(crate) use crate::datasets::remove::was_committed;
 use crate::datasets::wanted::Wanted;
 use crate::error::Error;
+use crate::history::Tolerance;
 use crate::ledger::{Counts, Ledger, Now};
 use crate::probes::Probes;
 use crate::store::{Created, Store};
@@ -85,6 +87,8 @@ pub(crate) struct Dataset {
     wanted: Option<Wanted>,
     /// The latest one.
     pub(crate) manifest: Option<Arc<Manifest>>,
+    /// Shards of later rounds whose index cannot be read.
+    damaged: BTreeMap<u32, DamagedShard>,
     pub(crate) stage: Stage,
     /// Grows with each change.
     revision: u64,
@@ -155,6 +159,21 @@ impl Dataset {
             *all.entry(synset.clone()).or_default() += urls;
         }
         all
+    }
+
+    /// Shards that are left out, as far as is known.
+    pub(crate) fn damaged(&self) -> impl Iterator<Item = &DamagedShard> {
+        self.manifest.iter().flat_map(|manifest| &manifest.damaged).chain(self.damaged.values())
+    }
+
+    /// How much damage is no news, or agreed to by whoever asked for the latest round.
+    pub(crate) fn tolerance(&self) -> Tolerance {
+        let asked = self.rounds.iter().rfind(|round| round.cause == Cause::Request);
+        let known = self.manifest.iter().flat_map(|manifest| &manifest.damaged);
+        Tolerance {
+            known: known.map(|damaged| damaged.shard).collect(),
+            any: asked.is_some_and(|round| round.accepts_damage),
+        }
     }
 
     /// The rounds that the latest manifest does not name.
@@ -338,6 +357,7 @@ impl Dataset {
             progress: BTreeMap::new(),
             wanted,
             manifest: None,
+            damaged: BTreeMap::new(),
             stage: Stage::Fetching,
             revision: 0,
         }
@@ -367,7 +387,17 @@ impl Dataset {
             wanted.sealed(&manifest);
         }
         self.outcomes = manifest.outcomes;
+        self.damaged.clear();
         self.manifest = Some(manifest);
+        self.revision += 1;
+    }
+
+    /// Counts a committed shard whose index cannot be read: nothing of it is there.
+    fn count_damaged(&mut self, damaged: DamagedShard) {
+        self.dropped(damaged.shard);
+        let urls = self.slice_of(damaged.shard).map_or(0, |slice| slice.urls);
+        self.outcomes.add(Err(Rejection::Unfetched), urls.into());
+        self.damaged.insert(damaged.shard, damaged);
         self.revision += 1;
     }
 

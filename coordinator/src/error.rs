@@ -19,6 +19,9 @@ pub(crate) enum Error {
     /// Not in this state.
     #[error("{0}")]
     Precondition(String),
+    /// More of a dataset is damaged than anybody has agreed to.
+    #[error("{0}")]
+    Damaged(String),
     /// The store holds a higher term: this coordinator is over.
     #[error("this coordinator's term {own} is over: term {seen} has begun")]
     Fenced { own: u64, seen: u64 },
@@ -55,7 +58,7 @@ impl From<Error> for Status {
             Error::Invalid(_) => Status::invalid_argument(message),
             Error::NotFound(_) => Status::not_found(message),
             Error::Exists(_) => Status::already_exists(message),
-            Error::Precondition(_) | Error::Fenced { .. } => Status::failed_precondition(message),
+            Error::Precondition(_) | Error::Damaged(_) | Error::Fenced { .. } => Status::failed_precondition(message),
             Error::Aborted(_) => Status::aborted(message),
             Error::Store(_) | Error::HeardHigher { .. } => Status::unavailable(message),
             Error::Local(_) => Status::internal(message),

@@ -1,28 +1,43 @@
 //! What became of each URL so far: the outcomes of committed shards, read from the latest round to the first, so that a
 //! URL's first row is *the* outcome and all others are superseded.
+//!
+//! A shard that is damaged is noted, and its URLs come as `unfetched`, out of its slice.
 
-use std::collections::BTreeMap;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap, HashSet};
 
-use futures::TryStreamExt;
-use proto::index::StoredFile;
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt};
+use proto::manifest::DamagedShard;
 use proto::outcomes::{OutcomeRow, closed_rows};
-use proto::round::Round;
+use proto::round::{Round, Slice};
 use proto::shard::sha256_hex;
-use proto::{DatasetId, Rejection, ShardIndex, Stored, keys, slice, table};
+use proto::{Attempt, DatasetId, DatasetSpec, Rejection, ShardIndex, Split, keys, slice};
 use tokio::runtime::Handle;
+use tracing::warn;
 
+use crate::damage::{self, Labels, Read};
 use crate::error::Error;
 use crate::store::{Store, StoreError};
 
 /// Shards whose outcomes are read at the same time.
 const PARALLEL: usize = 8;
+/// Indexes that are read at the same time.
+const INDEXES: usize = 32;
 
 /// Why what became of URLs cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum HistoryError {
-    /// What was committed is not what it must be; it would be the same each time.
+    /// An object was sound when it was read first, and is not any more.
     #[error("{key}: {what}")]
     Corrupt { key: String, what: String },
+    /// So much at once is not damage.
+    #[error(
+        "{damaged} of {shards} shards seem damaged, so the store may be another one, restored in part, or read without \
+         the rights; shard {}: {}: {}. Mend that, then refresh the dataset; to leave such shards out and fetch their \
+         URLs again: gleaner dataset refresh {dataset} --accept-damage", first.shard, first.key, first.what
+    )]
+    TooDamaged { dataset: String, damaged: usize, shards: usize, first: DamagedShard },
     /// Worth another try.
     #[error("{0}")]
     Store(#[from] StoreError),
@@ -33,8 +48,18 @@ impl From<HistoryError> for Error {
         match error {
             HistoryError::Store(error) => Self::Store(error),
             error @ HistoryError::Corrupt { .. } => Self::Local(error.to_string()),
+            error @ HistoryError::TooDamaged { .. } => Self::Damaged(error.to_string()),
         }
     }
+}
+
+/// How much damage a reader goes on with: one shard, and 1 % of them, beside those that are known.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Tolerance {
+    /// Those that the latest manifest leaves out.
+    pub(crate) known: HashSet<u32>,
+    /// Somebody has said that any is.
+    pub(crate) any: bool,
 }
 
 /// A dataset's committed shards.
@@ -43,6 +68,9 @@ pub(crate) struct History<'a> {
     pub(crate) store: &'a Store,
     pub(crate) dataset: &'a DatasetId,
     pub(crate) rounds: &'a [Round],
+    labels: Labels<'a>,
+    tolerance: &'a Tolerance,
+    damaged: RefCell<BTreeMap<u32, DamagedShard>>,
 }
 
 /// One bit for each key that has been handed out; none if there is one round, which has each key once.
@@ -69,25 +97,53 @@ impl Seen {
     }
 }
 
-impl History<'_> {
-    /// The indexes of all shards, by number.
+impl<'a> History<'a> {
+    pub(crate) fn new(
+        handle: &'a Handle,
+        store: &'a Store,
+        (dataset, spec): (&'a DatasetId, &'a DatasetSpec),
+        rounds: &'a [Round],
+        tolerance: &'a Tolerance,
+    ) -> Self {
+        let labels = spec.classes.iter().zip(0..).map(|(class, label)| (class.synset.as_str(), label)).collect();
+        Self { handle, store, dataset, rounds, labels, tolerance, damaged: RefCell::default() }
+    }
+
+    /// The label of a row's class.
+    pub(crate) fn label(&self, row: &OutcomeRow) -> Option<u32> {
+        self.labels.get(row.synset.as_str()).copied()
+    }
+
+    /// What has turned out to be damaged so far, by shard.
+    pub(crate) fn damaged(&self) -> BTreeMap<u32, DamagedShard> {
+        self.damaged.borrow().clone()
+    }
+
+    /// The indexes of all shards, by number. In the place of one that is damaged, or whose tars are, stands that of a
+    /// slice of which nothing was fetched.
     pub(crate) fn indexes(&self) -> Result<BTreeMap<u32, ShardIndex>, HistoryError> {
-        let shards = || self.rounds.iter().flat_map(Round::shards);
-        let wanted = shards().map(|shard| keys::index(&self.dataset.shard(shard))).collect();
+        let tars = self.tars()?;
         let mut indexes = BTreeMap::new();
-        let mut stored = std::pin::pin!(self.store.get_each(wanted));
-        while let Some((key, json)) = self.handle.block_on(stored.try_next())? {
-            let index = ShardIndex::from_json(&json).map_err(|error| corrupt(&key, error))?;
-            indexes.insert(index.shard, index);
-        }
-        if let Some(missing) = shards().find(|shard| !indexes.contains_key(shard)) {
-            self.handle.block_on(self.store.need(&keys::index(&self.dataset.shard(missing))))?;
+        let shards = self.rounds.iter().flat_map(Round::shards).map(|shard| self.dataset.shard(shard));
+        let read = futures::stream::iter(shards)
+            .map(|of| async move { Ok::<_, StoreError>((of.shard, damage::read_index(self.store, &of).await?)) })
+            .buffered(INDEXES);
+        let mut read = std::pin::pin!(read);
+        while let Some((shard, index)) = self.handle.block_on(read.try_next())? {
+            let index = match index.and_then(|index| self.check_index(index, &tars)) {
+                Ok(index) => index,
+                Err(damaged) => {
+                    self.note(damaged)?;
+                    self.stand_in(shard)
+                }
+            };
+            indexes.insert(shard, index);
         }
         Ok(indexes)
     }
 
     /// Hands out the rows of each shard, rounds from the last to the first. Of each row, whether it is its URL's
-    /// latest.
+    /// latest. The rows of one that is damaged come with an index that stands in for its own.
     pub(crate) fn latest_first<E: From<HistoryError>>(
         &self,
         indexes: &BTreeMap<u32, ShardIndex>,
@@ -126,64 +182,174 @@ impl History<'_> {
         Ok(twice)
     }
 
-    /// Hands out the rows of some shards; those of a slice that failed are made of its URLs.
-    pub(crate) fn each<'a, E: From<HistoryError>>(
+    /// Hands out the rows of these shards, some of which are read ahead.
+    pub(crate) fn each<'i, E: From<HistoryError>>(
         &self,
-        indexes: impl Iterator<Item = &'a ShardIndex>,
+        indexes: impl IntoIterator<Item = &'i ShardIndex>,
         mut each: impl FnMut(&ShardIndex, Vec<OutcomeRow>) -> Result<(), E>,
     ) -> Result<(), E> {
-        let indexes: Vec<&ShardIndex> = indexes.collect();
-        let key = |index: &ShardIndex| match &index.outcomes_file {
-            Some(file) => file.key.clone(),
-            None => keys::slice(&self.dataset.shard(index.shard)),
-        };
+        let indexes: Vec<&ShardIndex> = indexes.into_iter().collect();
         for group in indexes.chunks(PARALLEL) {
-            let files: Vec<String> = group.iter().map(|index| key(index)).collect();
-            let reads = self.handle.block_on(futures::future::join_all(files.iter().map(|key| self.store.need(key))));
-            for ((&index, key), bytes) in group.iter().zip(&files).zip(reads) {
-                let bytes = bytes.map_err(HistoryError::from)?;
-                let rows = match &index.outcomes_file {
-                    Some(file) => outcome_rows(file, bytes)?,
-                    None => {
-                        let outcome =
-                            index.outcomes.iter().next().map_or(Err(Rejection::SliceFailed), |(only, _)| only);
-                        closed_rows(&bytes, outcome).map_err(|error| corrupt(key, error))?
+            let reads = futures::future::join_all(group.iter().map(|index| self.rows(index)));
+            for (&index, rows) in group.iter().zip(self.handle.block_on(reads)) {
+                match rows.map_err(HistoryError::from)? {
+                    Ok(rows) => each(index, rows)?,
+                    Err(damaged) => {
+                        self.note(damaged)?;
+                        let index = self.stand_in(index.shard);
+                        let rows = self.handle.block_on(self.rows(&index)).map_err(HistoryError::from)?;
+                        // Without its slice, too, nobody knows its URLs.
+                        each(&index, rows.unwrap_or_default())?;
                     }
-                };
-                each(index, rows)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Hands out the synset and URL of every entry of every slice; one that was fetched again comes again.
-    pub(crate) fn each_listed<E: From<HistoryError>>(
-        &self,
-        mut each: impl FnMut(&str, &str) -> Result<(), E>,
-    ) -> Result<(), E> {
-        let slices: Vec<u32> = self.rounds.iter().flat_map(Round::shards).collect();
-        for group in slices.chunks(PARALLEL) {
-            let files: Vec<String> = group.iter().map(|&slice| keys::slice(&self.dataset.shard(slice))).collect();
-            let reads = self.handle.block_on(futures::future::join_all(files.iter().map(|key| self.store.need(key))));
-            for (key, bytes) in files.iter().zip(reads) {
-                let text = slice::unpack(&bytes.map_err(HistoryError::from)?).map_err(|error| corrupt(key, error))?;
-                for entry in slice::entries(&text) {
-                    let entry = entry.map_err(|error| corrupt(key, error))?;
-                    each(entry.synset, entry.url)?;
                 }
             }
         }
         Ok(())
     }
+
+    /// Hands out the synset and URL of every entry of every slice; one that was fetched again comes again. Those of a
+    /// damaged slice come from its shard's outcomes.
+    pub(crate) fn each_listed<E: From<HistoryError>>(
+        &self,
+        indexes: &BTreeMap<u32, ShardIndex>,
+        mut each: impl FnMut(&str, &str) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let slices: Vec<u32> = self.rounds.iter().flat_map(Round::shards).collect();
+        for group in slices.chunks(PARALLEL) {
+            let reads = futures::future::join_all(group.iter().map(|&slice| self.slice(slice)));
+            for (slice, text) in group.iter().zip(self.handle.block_on(reads)) {
+                match text.map_err(HistoryError::from)? {
+                    Ok(text) => {
+                        for entry in slice::entries(&text) {
+                            let entry = entry.map_err(|error| corrupt(&self.slice_key(*slice), error))?;
+                            each(entry.synset, entry.url)?;
+                        }
+                    }
+                    Err(damaged) => {
+                        warn!(
+                            key = damaged.key,
+                            what = damaged.what,
+                            "slice is damaged; its URLs come from its outcomes"
+                        );
+                        self.each(indexes.get(slice), |_, rows| {
+                            rows.iter().try_for_each(|row| each(&row.synset, &row.url))
+                        })?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The rows of a shard. Those of one that the coordinator has closed come from its slice.
+    async fn rows(&self, index: &ShardIndex) -> Result<Read<Vec<OutcomeRow>>, StoreError> {
+        let of = self.dataset.shard(index.shard);
+        match &index.outcomes_file {
+            Some(file) => {
+                let parse = |bytes| damage::outcome_rows(&self.labels, index, file, bytes);
+                damage::read_of(self.store, &of, &file.key, parse).await
+            }
+            None => {
+                let only = index.outcomes.iter().next().map_or(Err(Rejection::SliceFailed), |(only, _)| only);
+                let parse = |bytes: Bytes| {
+                    self.check_slice(index.shard, &bytes)?;
+                    let rows = closed_rows(&bytes, only).map_err(|error| error.to_string())?;
+                    damage::check_rows(&self.labels, index, &rows).map(|()| rows)
+                };
+                damage::read_of(self.store, &of, &keys::slice(&of), parse).await
+            }
+        }
+    }
+
+    async fn slice(&self, shard: u32) -> Result<Read<String>, StoreError> {
+        let parse = |bytes: Bytes| {
+            self.check_slice(shard, &bytes)?;
+            let text = slice::unpack(&bytes).map_err(|error| error.to_string())?;
+            slice::entries(&text).try_for_each(|entry| entry.map(drop)).map_err(|error| error.to_string())?;
+            Ok(text)
+        };
+        damage::read_of(self.store, &self.dataset.shard(shard), &self.slice_key(shard), parse).await
+    }
+
+    fn slice_key(&self, shard: u32) -> String {
+        keys::slice(&self.dataset.shard(shard))
+    }
+
+    /// Lengths of the tars that are there, by their keys.
+    fn tars(&self) -> Result<HashMap<String, u64>, StoreError> {
+        let mut all = HashMap::new();
+        for split in Split::ALL {
+            let there = self.handle.block_on(self.store.objects(&keys::tars(self.dataset, split)))?;
+            all.extend(there.into_iter().map(|tar| (tar.location.to_string(), tar.size)));
+        }
+        Ok(all)
+    }
+
+    fn check_index(&self, index: ShardIndex, tars: &HashMap<String, u64>) -> Read<ShardIndex> {
+        let of = self.dataset.shard(index.shard);
+        for tar in index.tars.values() {
+            match tars.get(&tar.key) {
+                Some(&length) if length == tar.bytes => {}
+                None => return Err(damage::damaged(&of, &tar.key, "it is gone")),
+                Some(length) => {
+                    let what = format!("it has {length} bytes, and its index names {}", tar.bytes);
+                    return Err(damage::damaged(&of, &tar.key, what));
+                }
+            }
+            let classes = self.labels.len();
+            if let Some((label, _)) = tar.per_class.iter().find(|(label, _)| *label as usize >= classes) {
+                let what = format!("it counts label {label}, but the dataset has {classes} classes");
+                return Err(damage::damaged(&of, &keys::index(&of), what));
+            }
+        }
+        Ok(index)
+    }
+
+    fn check_slice(&self, shard: u32, bytes: &[u8]) -> Result<(), String> {
+        match self.slice_of(shard).is_some_and(|slice| slice.sha256 == sha256_hex(bytes)) {
+            true => Ok(()),
+            false => Err("its bytes are not those that its round names".to_owned()),
+        }
+    }
+
+    fn slice_of(&self, shard: u32) -> Option<&Slice> {
+        self.rounds.iter().find_map(|round| round.slices.get(shard.checked_sub(round.first_slice)? as usize))
+    }
+
+    fn stand_in(&self, shard: u32) -> ShardIndex {
+        let urls = self.slice_of(shard).map_or(0, |slice| slice.urls.into());
+        ShardIndex {
+            version: 1,
+            nonce: String::new(),
+            writer: String::new(),
+            shard,
+            attempt: Attempt { term: 0, n: 0 },
+            outcomes: [(Err(Rejection::Unfetched), urls)].into_iter().collect(),
+            tars: BTreeMap::new(),
+            outcomes_file: None,
+        }
+    }
+
+    fn note(&self, damage: DamagedShard) -> Result<(), HistoryError> {
+        let mut all = self.damaged.borrow_mut();
+        if all.contains_key(&damage.shard) {
+            return Ok(());
+        }
+        let DamagedShard { shard, key, what } = &damage;
+        warn!(dataset = &**self.dataset, shard, key, what, "shard is damaged; it is left out");
+        all.insert(damage.shard, damage.clone());
+        let damaged = all.keys().filter(|shard| !self.tolerance.known.contains(shard)).count();
+        let shards = self.rounds.iter().map(|round| round.slices.len()).sum();
+        match !self.tolerance.any && damaged > 1 && damaged * 100 > shards {
+            true => {
+                let dataset = self.dataset.name().to_owned();
+                Err(HistoryError::TooDamaged { dataset, damaged, shards, first: damage })
+            }
+            false => Ok(()),
+        }
+    }
 }
 
 pub(crate) fn corrupt(key: &str, what: impl std::fmt::Display) -> HistoryError {
     HistoryError::Corrupt { key: key.to_owned(), what: what.to_string() }
-}
-
-fn outcome_rows(file: &StoredFile, bytes: bytes::Bytes) -> Result<Vec<OutcomeRow>, HistoryError> {
-    if sha256_hex(&bytes) != file.sha256 {
-        return Err(corrupt(&file.key, "its bytes are not those that the index names"));
-    }
-    table::read(bytes).map_err(|error| corrupt(&file.key, error))
 }

@@ -7,7 +7,8 @@
 //! - `catalog`, `list`, `spool`: lists of URLs become shuffled slices, in bounded memory;
 //! - `ledger` (pure): who may make which shard until when;
 //! - `hosts` (pure): how much of which host each worker may use;
-//! - `datasets`, `manifest`, `history`: the state of all datasets, their sealing, and what became of each URL;
+//! - `datasets`, `manifest`, `history`, `damage`: the state of all datasets, their sealing, what became of each URL, and
+//!   what cannot be read any more;
 //! - `duplicates`, `near` (pure): which samples do not count;
 //! - `roster` (pure), `runs`: which rank runs where, and each run's history;
 //! - `service`: the gRPC face of all that;
@@ -15,6 +16,7 @@
 
 mod catalog;
 mod cluster;
+mod damage;
 mod datasets;
 mod duplicates;
 mod error;

@@ -15,13 +15,13 @@ use tokio::runtime::Handle;
 
 use crate::duplicates::{Finder, Findings, SampleFinding, SampleId};
 use crate::error::Error;
-use crate::history::{History, HistoryError, corrupt};
+use crate::history::{History, HistoryError, Tolerance, corrupt};
 use crate::store::{Created, Store, StoreError, nonce};
 
 /// Why there is no manifest.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SealError {
-    /// What workers committed cannot be read.
+    /// What workers committed cannot be read, or too much of it is damaged.
     #[error("{0}")]
     History(#[from] HistoryError),
     /// Worth another try.
@@ -33,6 +33,13 @@ pub(crate) enum SealError {
     /// Worth another try.
     #[error("temporary file: {0}")]
     Local(#[from] std::io::Error),
+}
+
+impl SealError {
+    /// Whether another try would end the same way, unless somebody does something about it.
+    pub(crate) fn is_final(&self) -> bool {
+        matches!(self, Self::History(HistoryError::TooDamaged { .. }) | Self::Round(Error::Damaged(_)))
+    }
 }
 
 impl From<StoreError> for SealError {
@@ -52,19 +59,18 @@ pub(crate) struct Sealing {
     pub(crate) rounds: Vec<Round>,
     /// For temporary files.
     pub(crate) folder: Option<PathBuf>,
+    pub(crate) tolerance: Tolerance,
 }
 
 /// Makes the manifest and puts it in place; of two coordinators that do so at once, both return the one that stands.
 /// Blocks its thread; `handle` does the store's part.
 pub(crate) fn seal(handle: &Handle, store: &Store, sealing: &Sealing) -> Result<Manifest, SealError> {
     let Sealing { dataset, spec, version, rounds, .. } = sealing;
-    let history = History { handle, store, dataset, rounds };
-    let indexes = history.indexes()?;
-    let labels: HashMap<&str, u32> =
-        spec.classes.iter().zip(0..).map(|(class, label)| (class.synset.as_str(), label)).collect();
+    let history = History::new(handle, store, (dataset, spec), rounds, &sealing.tolerance);
+    let mut indexes = history.indexes()?;
     let label = |index: &ShardIndex, row: &OutcomeRow| {
         let what = || format!("row {}: {:?} is no class of the dataset", row.key, row.synset);
-        labels.get(row.synset.as_str()).copied().ok_or_else(|| corrupt(&name(dataset, index), what()))
+        history.label(row).ok_or_else(|| corrupt(&name(dataset, index), what()))
     };
 
     let mut totals = Totals::new(spec.classes.len());
@@ -74,8 +80,7 @@ pub(crate) fn seal(handle: &Handle, store: &Store, sealing: &Sealing) -> Result<
             let outcome = row.outcome().map_err(|error| corrupt(&name(dataset, index), error))?;
             totals.outcomes[label(index, row)? as usize].add(outcome, 1);
         }
-        let samples = samples(index, rows).map_err(|what| corrupt(&name(dataset, index), what))?;
-        for (ordinal, (row, latest)) in (0u32..).zip(&samples) {
+        for (ordinal, (row, latest)) in (0u32..).zip(&samples(rows)) {
             let sample = SampleId { shard: index.shard, ordinal, key: row.key.max(0) as u64 };
             let label = label(index, row)?;
             let pushed = finder.push(sample, label, row, *latest);
@@ -83,11 +88,11 @@ pub(crate) fn seal(handle: &Handle, store: &Store, sealing: &Sealing) -> Result<
         }
         Ok(())
     })?;
+    let damaged = history.damaged();
+    indexes.retain(|shard, _| !damaged.contains_key(shard));
     let found = finder.find()?;
 
-    for index in indexes.values() {
-        totals.add(index).map_err(|error| corrupt(&keys::index(&dataset.shard(index.shard)), error))?;
-    }
+    indexes.values().for_each(|index| totals.add(index));
     let skipped_blocks = subtract_skipped(&history, &indexes, &found, &label, &mut totals)?;
     let (mean, std) = totals.train.mean_and_std();
     let mut manifest = Manifest {
@@ -105,6 +110,7 @@ pub(crate) fn seal(handle: &Handle, store: &Store, sealing: &Sealing) -> Result<
         mean,
         std,
         shards: Vec::new(),
+        damaged: damaged.into_values().collect(),
     };
     let put = |key: String, bytes: Bytes| -> Result<StoredFile, SealError> {
         let file = StoredFile { key, bytes: bytes.len() as u64, sha256: sha256_hex(&bytes) };
@@ -113,21 +119,22 @@ pub(crate) fn seal(handle: &Handle, store: &Store, sealing: &Sealing) -> Result<
     };
     let Findings { mut skips, by_shard: mut findings } = found;
     for round in rounds {
-        for index in round.shards().filter_map(|shard| indexes.get(&shard)) {
-            let skips = match skips.remove(&index.shard) {
+        for shard in round.shards() {
+            let skips = match skips.remove(&shard) {
                 Some(skips) => {
                     let bytes = Bytes::copy_from_slice(skips.as_bytes());
-                    Some(put(keys::skips(&dataset.shard(index.shard), *version, &manifest.nonce), bytes)?)
+                    Some(put(keys::skips(&dataset.shard(shard), *version, &manifest.nonce), bytes)?)
                 }
                 None => None,
             };
+            let index = indexes.get(&shard);
             manifest.shards.push(ManifestShard {
-                shard: index.shard,
+                shard,
                 round: round.round,
-                outcomes: index.outcomes_file.clone(),
+                outcomes: index.and_then(|index| index.outcomes_file.clone()),
                 findings: None,
                 skips,
-                tars: manifest_tars(index, &skipped_blocks),
+                tars: index.map_or_else(BTreeMap::new, |index| manifest_tars(index, &skipped_blocks)),
             });
         }
     }
@@ -172,8 +179,10 @@ fn subtract_skipped(
     let with_skips = indexes.values().filter(|index| found.skips.contains_key(&index.shard));
     history.each(with_skips, |index, rows| -> Result<(), SealError> {
         let skips = &found.skips[&index.shard];
-        let rows = rows.into_iter().map(|row| (row, true)).collect();
-        let samples = samples(index, rows).map_err(|what| corrupt(&name(history.dataset, index), what))?;
+        if history.damaged().contains_key(&index.shard) {
+            return Err(corrupt(&name(history.dataset, index), "it was damaged while it was sealed").into());
+        }
+        let samples = samples(rows.into_iter().map(|row| (row, true)).collect());
         for (_, (row, _)) in (0u32..).zip(&samples).filter(|(ordinal, _)| skips.contains(*ordinal)) {
             let Some(split) = row.split() else { continue };
             totals.remove(split, label(index, row)?, &row.moments());
@@ -191,22 +200,10 @@ fn subtract_skipped(
 }
 
 /// The kept rows in the order of the shard's samples: split by split, each in the order of its tar.
-fn samples(index: &ShardIndex, rows: Vec<(OutcomeRow, bool)>) -> Result<Vec<(OutcomeRow, bool)>, String> {
-    let mut kept: Vec<(OutcomeRow, bool)> = rows.into_iter().filter(|(row, _)| row.split().is_some()).collect();
-    kept.sort_by_key(|(row, _)| (row.split(), row.offset));
-    for split in Split::ALL {
-        let (mut rows, mut moments) = (0, Moments::default());
-        for (row, _) in kept.iter().filter(|(row, _)| row.split() == Some(split)) {
-            rows += 1;
-            moments.add(&row.moments());
-        }
-        let (samples, expected) =
-            index.tars.get(&split).map_or_else(Default::default, |tar| (tar.samples, tar.moments));
-        if (rows, moments) != (samples, expected) {
-            return Err(format!("the {rows} rows that are kept for {split} are not the tar's {samples} samples"));
-        }
-    }
-    Ok(kept)
+fn samples(mut rows: Vec<(OutcomeRow, bool)>) -> Vec<(OutcomeRow, bool)> {
+    rows.retain(|(row, _)| row.split().is_some());
+    rows.sort_by_key(|(row, _)| (row.split(), row.offset));
+    rows
 }
 
 /// Sums over all shards.
@@ -233,19 +230,15 @@ impl Totals {
         all
     }
 
-    fn add(&mut self, index: &ShardIndex) -> Result<(), String> {
+    fn add(&mut self, index: &ShardIndex) {
         for (&split, tar) in &index.tars {
-            let classes = self.samples.len();
             for (label, samples) in tar.per_class.iter() {
-                let class = self.samples.get_mut(label as usize);
-                let class = class.ok_or_else(|| format!("label {label}, but the dataset has {classes} classes"))?;
-                class[split as usize] += u64::from(samples);
+                self.samples[label as usize][split as usize] += u64::from(samples);
             }
         }
         if let Some(tar) = index.tars.get(&Split::Train) {
             self.train.add(&tar.moments);
         }
-        Ok(())
     }
 
     fn remove(&mut self, split: Split, label: u32, moments: &Moments) {

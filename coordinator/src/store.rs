@@ -9,8 +9,11 @@ use bytes::Bytes;
 use futures::future::ready;
 use futures::{Stream, StreamExt, TryStreamExt};
 use object_store::path::Path;
-use object_store::{Error as Cause, GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutOptions};
+use object_store::{
+    Error as Cause, GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions,
+};
 use proto::StoredOnce;
+use sha2::{Digest, Sha256};
 use tracing::warn;
 
 /// Further tries of one operation, with growing pauses: about three seconds in all, beside the client's own retries.
@@ -33,6 +36,12 @@ pub(crate) struct StoreError {
     operation: &'static str,
     key: String,
     cause: String,
+}
+
+impl StoreError {
+    pub(crate) fn new(operation: &'static str, key: &str, cause: impl std::fmt::Display) -> Self {
+        Self { operation, key: key.to_owned(), cause: cause.to_string() }
+    }
 }
 
 /// The result of a put-if-absent.
@@ -84,13 +93,33 @@ impl Store {
         .await
     }
 
+    /// What a listing says of an object; None if there is none.
+    pub(crate) async fn head(&self, key: &str) -> Result<Option<ObjectMeta>, StoreError> {
+        let path = Path::from(key);
+        retry("head", key, || async {
+            match self.0.head(&path).await {
+                Ok(object) => Ok(Some(object)),
+                Err(Cause::NotFound { .. }) => Ok(None),
+                Err(error) => Err(error),
+            }
+        })
+        .await
+    }
+
+    /// SHA-256 of an object, in hex; None if there is none.
+    pub(crate) async fn digest(&self, key: &str) -> Result<Option<String>, StoreError> {
+        let Some(mut stream) = self.stream(key, None).await? else { return Ok(None) };
+        let mut hasher = Sha256::new();
+        while let Some(bytes) = stream.next().await {
+            hasher.update(&bytes.map_err(|cause| StoreError::new("get", key, cause))?);
+        }
+        Ok(Some(hex::encode(hasher.finalize())))
+    }
+
     /// An object that must exist.
     pub(crate) async fn need(&self, key: &str) -> Result<Bytes, StoreError> {
-        self.get(key).await?.ok_or_else(|| StoreError {
-            operation: "get",
-            key: key.to_owned(),
-            cause: "it is named by another object but does not exist".to_owned(),
-        })
+        let gone = || StoreError::new("get", key, "it is named by another object but does not exist");
+        self.get(key).await?.ok_or_else(gone)
     }
 
     /// The object, or a range of it, as a stream of its bytes.
@@ -158,6 +187,21 @@ impl Store {
         .await?;
         keys.sort_unstable();
         Ok(keys)
+    }
+
+    /// The objects under a folder, at any depth, with their lengths and times.
+    pub(crate) async fn objects(&self, folder: &str) -> Result<Vec<ObjectMeta>, StoreError> {
+        let path = Path::from(folder);
+        retry("list", folder, || async { self.0.list(Some(&path)).try_collect().await }).await
+    }
+
+    /// That no listing has an object which was not found.
+    pub(crate) async fn confirm_gone(&self, key: &str) -> Result<(), StoreError> {
+        let folder = key.rsplit_once('/').map_or("", |(folder, _)| folder);
+        match self.list(folder).await?.iter().any(|there| there == key) {
+            true => Err(StoreError::new("get", key, "it is listed, but cannot be found")),
+            false => Ok(()),
+        }
     }
 
     /// Names of a folder's folders, in order.
@@ -265,7 +309,7 @@ async fn retry<T, F: Future<Output = Result<T, Cause>>>(
     let pauses = ExponentialBuilder::new().with_min_delay(FIRST_PAUSE).with_factor(2.0).with_max_times(RETRIES);
     let warn = |cause: &Cause, pause| warn!(operation, key, %cause, ?pause, "store error, trying again");
     let done = once.retry(pauses).when(|cause| !is_hopeless(cause)).notify(warn).await;
-    done.map_err(|cause| StoreError { operation, key: key.to_owned(), cause: cause.to_string() })
+    done.map_err(|cause| StoreError::new(operation, key, cause))
 }
 
 fn is_hopeless(error: &Cause) -> bool {
@@ -285,8 +329,8 @@ mod tests {
     use futures::stream::BoxStream;
     use object_store::memory::InMemory;
     use object_store::{
-        CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, PutMultipartOptions, PutPayload,
-        PutResult, Result,
+        CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, PutMultipartOptions, PutPayload, PutResult,
+        Result,
     };
 
     /// Takes every put, whatever its condition: what some S3 servers do.

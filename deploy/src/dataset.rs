@@ -12,7 +12,8 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use proto::Rejection;
 use proto::pb::{
-    Dataset, DatasetState, DeleteDatasetRequest, GetDatasetRequest, GetManifestRequest, ListDatasetsRequest,
+    DamagedShard, Dataset, DatasetState, DeleteDatasetRequest, GetDatasetRequest, GetManifestRequest,
+    ListDatasetsRequest,
 };
 use proto::rejection::KEPT;
 use serde_json::Value;
@@ -148,6 +149,12 @@ fn description(dataset: &Dataset) -> Vec<String> {
     };
     lines.push(format!("{} of {} shards committed{rounds}; {version}", dataset.shards_committed, dataset.shards));
     lines.extend(troubles(&dataset.troubles));
+    for DamagedShard { shard, key, what } in &dataset.damaged {
+        lines.push(format!("shard {shard} is damaged and left out: {key}: {what}"));
+    }
+    if !dataset.damaged.is_empty() {
+        lines.push(format!("what a later round has not fetched of them: gleaner dataset refresh {}", dataset.name));
+    }
     lines.push(String::new());
     lines.extend(yield_table(dataset).lines());
     if !dataset.skipped.is_empty() {

@@ -86,12 +86,22 @@ pub fn round(dataset: &DatasetId, round: u32) -> String {
 
 /// `datasets/<dataset>/shards/<split>/000007-9.2.tar`
 pub fn tar(of: &ShardId, split: Split, attempt: Attempt) -> String {
-    format!("{DATASETS}/{}/shards/{split}/{:06}-{attempt}.tar", of.dataset, of.shard)
+    format!("{}/{:06}-{attempt}.tar", tars(&of.dataset, split), of.shard)
+}
+
+/// `datasets/<dataset>/shards/<split>`
+pub fn tars(dataset: &DatasetId, split: Split) -> String {
+    format!("{DATASETS}/{dataset}/shards/{split}")
 }
 
 /// `datasets/<dataset>/outcomes/000007-9.2.parquet`
 pub fn outcomes(of: &ShardId, attempt: Attempt) -> String {
-    format!("{DATASETS}/{}/outcomes/{:06}-{attempt}.parquet", of.dataset, of.shard)
+    format!("{}/{:06}-{attempt}.parquet", outcomes_of(&of.dataset), of.shard)
+}
+
+/// `datasets/<dataset>/outcomes`
+pub fn outcomes_of(dataset: &DatasetId) -> String {
+    format!("{DATASETS}/{dataset}/outcomes")
 }
 
 /// `datasets/<dataset>/index`

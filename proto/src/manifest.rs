@@ -40,6 +40,10 @@ pub struct Manifest {
     pub std: [f64; 3],
     /// All of its rounds, in order of their numbers.
     pub shards: Vec<ManifestShard>,
+    /// Those of the shards that were committed, and cannot be read any more: they have no samples here, and their URLs
+    /// count as unfetched unless a later round has fetched them. In order of their numbers.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub damaged: Vec<DamagedShard>,
 }
 
 stored!(Manifest, "manifest", format, nonce);
@@ -119,6 +123,17 @@ pub struct ManifestShard {
     pub tars: BTreeMap<Split, ManifestTar>,
 }
 
+/// A shard that is left out because of one of its objects.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DamagedShard {
+    /// Its number.
+    pub shard: u32,
+    /// The object's key.
+    pub key: String,
+    /// What is wrong with it.
+    pub what: String,
+}
+
 /// One tar of one shard.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ManifestTar {
@@ -146,6 +161,11 @@ pub struct ManifestBlock {
 }
 
 impl Manifest {
+    /// Whether a shard is left out because it is damaged.
+    pub fn is_damaged(&self, shard: u32) -> bool {
+        self.damaged.iter().any(|damaged| damaged.shard == shard)
+    }
+
     /// Samples of a split that count.
     pub fn samples(&self, split: Split) -> u64 {
         self.classes.iter().filter_map(|class| class.samples.get(&split)).sum()
@@ -186,6 +206,34 @@ impl Skips {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::format::Stored;
+
+    #[test]
+    fn a_manifest_of_older_programs_names_no_damage() {
+        let mut manifest = Manifest {
+            format: 1,
+            nonce: "n".to_owned(),
+            dataset: "birds-1".parse().expect("an id"),
+            version: 2,
+            rounds: 1,
+            resize: Resize::default(),
+            smallest_side: 256,
+            classes: Vec::new(),
+            outcomes: OutcomeCounts::default(),
+            skipped: BTreeMap::new(),
+            near_duplicates: 0,
+            mean: [0.0; 3],
+            std: [1.0; 3],
+            shards: Vec::new(),
+            damaged: Vec::new(),
+        };
+        let older = manifest.to_json();
+        assert!(!String::from_utf8_lossy(&older).contains("damaged"));
+        assert_eq!(Manifest::from_json(&older).expect("as it was written once"), manifest);
+        manifest.damaged.push(DamagedShard { shard: 7, key: "k".to_owned(), what: "it is gone".to_owned() });
+        let read = Manifest::from_json(&manifest.to_json()).expect("own output");
+        assert!(read == manifest && read.is_damaged(7) && !read.is_damaged(8));
+    }
 
     #[test]
     fn skips_hold_what_was_inserted_and_nothing_else() {

@@ -24,6 +24,9 @@ pub struct Round {
     /// Why it was opened.
     #[serde(default)]
     pub cause: Cause,
+    /// Whoever asked for it agreed to leave out however much is damaged.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub accepts_damage: bool,
     /// Counts the dataset's rounds from 1.
     pub round: u32,
     /// Number of the first slice.
@@ -104,6 +107,7 @@ mod tests {
             request_id: "r".to_owned(),
             traceparent: String::new(),
             cause: Cause::MayComeBack,
+            accepts_damage: true,
             round: 2,
             first_slice: 7,
             slices: vec![slice(10), slice(3)],
@@ -121,6 +125,8 @@ mod tests {
         assert!(Round::from_json(&Round { format: 2, ..round.clone() }.to_json()).is_err());
         let older = String::from_utf8(round.to_json()).expect("JSON");
         let older = older.replace(r#""cause":"may_come_back","#, "").replace(r#","once":true"#, "");
-        assert_eq!(Round::from_json(older.as_bytes()).expect("as they were").cause, Cause::Request);
+        let older = older.replace(r#""accepts_damage":true,"#, "");
+        let older = Round::from_json(older.as_bytes()).expect("as they were");
+        assert!(older.cause == Cause::Request && !older.accepts_damage);
     }
 }

@@ -6,11 +6,12 @@ use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use proto::pb::FailureKind;
-use proto::{Attempt, DatasetId, OutcomeCounts, Rejection, ShardId, ShardIndex, Stored, keys};
+use proto::{Attempt, OutcomeCounts, Rejection, ShardId, ShardIndex, keys};
 use tracing::{error, info, warn};
 
 use super::wanted::Wanted;
 use super::{Datasets, PARALLEL, Stage};
+use crate::damage::{self, Read};
 use crate::error::Error;
 use crate::ledger::{Counts, Decision, Expired, MOST_STRIKES, Renewal};
 use crate::metrics;
@@ -160,21 +161,22 @@ impl Datasets {
                 return Err(Error::NotFound(format!("no dataset {:?}", id.dataset)));
             }
         }
-        let key = keys::index(id);
-        let json = self.store.get(&key).await?;
-        let json = json.ok_or_else(|| Error::Precondition(format!("{key} does not exist: put it first")))?;
-        let index = ShardIndex::from_json(&json).map_err(|e| Error::Local(format!("{key}: {e}")))?;
-        self.committed(&id.dataset, &index);
-        Ok(index.attempt)
+        let index = damage::find_index(&self.store, id).await?;
+        let index =
+            index.ok_or_else(|| Error::Precondition(format!("{} does not exist: put it first", keys::index(id))))?;
+        self.committed(id, &index);
+        Ok(index.map_or(Attempt { term: 0, n: 0 }, |index| index.attempt))
     }
 
-    /// Takes note of a shard's index.
-    fn committed(self: &Arc<Self>, id: &DatasetId, index: &ShardIndex) {
+    /// Takes note of a shard's index. One that cannot be read commits the shard, too, since nobody can put another: its
+    /// URLs come again in another round.
+    fn committed(self: &Arc<Self>, of: &ShardId, index: &Read<ShardIndex>) {
+        let id = &of.dataset;
         let all = {
             let mut state = self.state();
             // A shard without a file was closed by a coordinator.
-            let worker = index.outcomes_file.as_ref().map(|_| index.writer.as_str());
-            if !state.ledger.commit(&id.shard(index.shard), worker) {
+            let worker = index.as_ref().ok().and_then(|index| index.outcomes_file.as_ref().map(|_| &*index.writer));
+            if !state.ledger.commit(of, worker) {
                 return;
             }
             if worker.is_some() {
@@ -182,15 +184,25 @@ impl Datasets {
             }
             let counts = state.ledger.counts(id);
             let Some(dataset) = state.live.get_mut(id) else { return };
-            dataset.count(index);
+            match index {
+                Ok(index) => {
+                    dataset.count(index);
+                    let (attempt, writer) = (index.attempt, &index.writer);
+                    info!(dataset = &**id, shard = of.shard, %attempt, writer, "shard committed");
+                }
+                Err(damaged) => {
+                    let (key, what) = (&damaged.key, &damaged.what);
+                    error!(
+                        dataset = &**id,
+                        shard = of.shard,
+                        key,
+                        what,
+                        "index is damaged; its URLs are fetched again"
+                    );
+                    dataset.count_damaged(damaged.clone());
+                }
+            }
             metrics::shard_committed();
-            info!(
-                dataset = &**id,
-                shard = index.shard,
-                attempt = %index.attempt,
-                writer = index.writer,
-                "shard committed"
-            );
             let all = counts == Counts::default();
             if all {
                 dataset.stage = Stage::Sealing;
@@ -204,17 +216,9 @@ impl Datasets {
 
     /// Reads whether the last attempt at a shard has left an index, and decides what becomes of the shard.
     async fn check(self: &Arc<Self>, id: ShardId) -> Result<(), Error> {
-        let key = keys::index(&id);
-        let read = self.store.get(&key).await;
-        let json = read.inspect_err(|_| self.state().ledger.postpone(self.now(), &id))?;
-        if let Some(json) = json {
-            match ShardIndex::from_json(&json) {
-                Ok(index) => self.committed(&id.dataset, &index),
-                Err(error) => {
-                    error!(key, %error, "index cannot be read; its shard stays open");
-                    self.state().ledger.postpone(self.now(), &id);
-                }
-            }
+        let read = damage::find_index(&self.store, &id).await;
+        if let Some(index) = read.inspect_err(|_| self.state().ledger.postpone(self.now(), &id))? {
+            self.committed(&id, &index);
             return Ok(());
         }
         let decision = {
@@ -252,7 +256,7 @@ impl Datasets {
         // A stale coordinator must not close what the workers of a later one make.
         self.term.check(&self.store).await?;
         let outcome = if urls > 1 { Rejection::Unfetched } else { Rejection::SliceFailed };
-        let mut index = ShardIndex {
+        let index = ShardIndex {
             version: 1,
             nonce: nonce(),
             writer: "coordinator".to_owned(),
@@ -262,10 +266,10 @@ impl Datasets {
             tars: BTreeMap::new(),
             outcomes_file: None,
         };
-        let key = keys::index(id);
-        if let Created::Lost(theirs) = self.store.create(&key, &index).await? {
-            index = ShardIndex::from_json(&theirs).map_err(|e| Error::Local(format!("{key}: {e}")))?;
-        }
+        let index = match self.store.create(&keys::index(id), &index).await? {
+            Created::Won => Ok(index),
+            Created::Lost(theirs) => damage::known_index(&self.store, id, &theirs).await?,
+        };
         let outcome = outcome.name();
         warn!(
             dataset = &*id.dataset,
@@ -274,7 +278,7 @@ impl Datasets {
             outcome,
             "slice failed {MOST_STRIKES} workers; it is closed"
         );
-        self.committed(&id.dataset, &index);
+        self.committed(id, &index);
         Ok(())
     }
 

@@ -4,15 +4,18 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use anyhow::Context;
+use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use proto::manifest::Manifest;
 use proto::round::Round;
-use proto::{DatasetId, DatasetSpec, ShardIndex, Stored, keys};
+use proto::{DatasetId, DatasetSpec, Stored, keys};
 use tracing::{error, info, warn};
 
+use super::remove::was_committed;
 use super::rounds::short;
 use super::seal::outcome;
 use super::{Dataset, Datasets, PARALLEL, Stage};
+use crate::damage;
 use crate::error::Error;
 use crate::store::StoreError;
 
@@ -59,9 +62,9 @@ impl Datasets {
 
     /// One dataset and its uncommitted shards; None if there is nothing to go on with.
     async fn recover_one(self: &Arc<Self>, id: DatasetId) -> anyhow::Result<Option<(Dataset, Vec<u32>)>> {
-        let rounds = self.store.get_all(self.store.list(&keys::rounds(&id)).await?).await?;
+        let named = self.store.list(&keys::rounds(&id)).await?;
         let dead = self.store.get(&keys::tombstone(&id)).await?.is_some();
-        if dead || rounds.is_empty() {
+        if dead || named.is_empty() && !was_committed(&id, &self.store.list(&keys::dataset(&id)).await?) {
             // A list that was never read to its end. The tombstone first, so that whoever still works on it comes too
             // late.
             let this = Arc::clone(self);
@@ -73,9 +76,20 @@ impl Datasets {
             return Ok(None);
         }
         let recovered = async {
-            let rounds = rounds.iter().map(|(_, json)| Round::from_json(json)).collect::<Result<Vec<_>, _>>()?;
-            let spec_json = String::from_utf8(self.store.need(&keys::dataset_spec(&id)).await?.to_vec())?;
-            let spec = DatasetSpec::from_json(&spec_json)?;
+            let last = named.iter().filter_map(|key| number(key)).max().unwrap_or(1);
+            let named = (1..=last).map(|round| keys::round(&id, round)).collect();
+            let rounds = self.store.get_all(named).await?;
+            let round = |(key, json): &(String, Bytes)| Round::from_json(json).with_context(|| key.clone());
+            let rounds = rounds.iter().map(round).collect::<anyhow::Result<Vec<_>>>()?;
+            let gap =
+                (1u32..).zip(&rounds).find(|(n, round)| *n != round.round).map_or(rounds.len() as u32 + 1, |(n, _)| n);
+            if gap <= last {
+                anyhow::bail!("{} is gone", keys::round(&id, gap));
+            }
+            let key = keys::dataset_spec(&id);
+            let spec_json = self.store.get(&key).await?.with_context(|| format!("{key} is gone"))?;
+            let spec = DatasetSpec::from_json(str::from_utf8(&spec_json).with_context(|| key.clone())?);
+            let spec = spec.with_context(|| key)?;
             let mut dataset = Dataset::new(&id, spec, rounds);
             if let Some(manifest) = self.latest_manifest(&id).await? {
                 dataset.sealed(manifest.into());
@@ -86,9 +100,15 @@ impl Datasets {
             committed.retain(|key| number(key).is_some_and(|shard| open.contains(&shard)));
             let mut indexes = std::pin::pin!(self.store.get_each(committed));
             while let Some((key, json)) = indexes.try_next().await? {
-                let index = ShardIndex::from_json(&json).with_context(|| key)?;
-                dataset.count(&index);
-                open.remove(&index.shard);
+                let Some(shard) = number(&key) else { continue };
+                match damage::known_index(&self.store, &id.shard(shard), &json).await? {
+                    Ok(index) => dataset.count(&index),
+                    Err(damaged) => {
+                        error!(dataset = &*id, shard, key, what = damaged.what, "index is damaged");
+                        dataset.count_damaged(damaged);
+                    }
+                }
+                open.remove(&shard);
             }
             if open.is_empty() {
                 let complete = |manifest: &&Arc<Manifest>| {
@@ -103,22 +123,30 @@ impl Datasets {
         match recovered.await {
             Ok(found) => Ok(Some(found)),
             Err(error) if error.is::<StoreError>() => Err(error),
-            // One broken dataset must not keep the cluster from starting.
+            // One broken dataset must not keep the cluster from starting, and it must not be gone from view.
             Err(error) => {
-                error!(dataset = &*id, error = format!("{error:#}"), "dataset cannot be read; it is left out");
-                Ok(None)
+                let error = format!(
+                    "the dataset cannot be read: {error:#}. Restore that object, and start the coordinator again"
+                );
+                error!(dataset = &*id, error, "dataset cannot be read");
+                let mut dataset = Dataset::new(&id, DatasetSpec::default(), Vec::new());
+                dataset.stage = Stage::Failed(error);
+                Ok(Some((dataset, Vec::new())))
             }
         }
     }
 
+    /// The latest one that can be read: what a damaged one named is sealed again.
     async fn latest_manifest(&self, id: &DatasetId) -> anyhow::Result<Option<Manifest>> {
-        match self.latest_version(id).await? {
-            0 => Ok(None),
-            version => {
-                let json = self.store.need(&keys::manifest(id, version)).await?;
-                Ok(Some(Manifest::from_json(&json)?))
+        for version in (1..=self.latest_version(id).await?).rev() {
+            let key = keys::manifest(id, version);
+            match self.store.get(&key).await?.map(|json| Manifest::from_json(&json)) {
+                Some(Ok(manifest)) => return Ok(Some(manifest)),
+                Some(Err(error)) => error!(key, %error, "manifest is damaged; looking for the one before it"),
+                None => {}
             }
         }
+        Ok(None)
     }
 
     pub(super) async fn latest_version(&self, id: &DatasetId) -> Result<u32, StoreError> {

@@ -10,6 +10,14 @@ use super::Datasets;
 use crate::error::Error;
 use crate::store::{StoreError, nonce, wall_millis};
 
+/// Whether, of a dataset without a catalog, these keys show that it had one. If not, they are a list that was never read
+/// to its end, or what somebody wrote after the dataset had been deleted.
+pub(crate) fn was_committed(id: &DatasetId, keys: &[String]) -> bool {
+    let any = |folder: String| keys.iter().any(|key| key.starts_with(&format!("{folder}/")));
+    let is_whole = any(keys::slices(id)) || keys.contains(&keys::dataset_spec(id));
+    any(keys::rounds(id)) || any(keys::manifests(id)) || any(keys::indexes(id)) && is_whole
+}
+
 impl Datasets {
     /// Puts the tombstone and forgets the dataset; its objects are removed in the background.
     pub(crate) async fn delete(self: &Arc<Self>, name: &str) -> Result<(), Error> {

@@ -152,7 +152,7 @@ pub(crate) fn gather(
         }
         Ok(())
     })?;
-    if compared { history.each_listed(|synset, url| catalog.push_known(synset, url)) } else { Ok(()) }
+    if compared { history.each_listed(&indexes, |synset, url| catalog.push_known(synset, url)) } else { Ok(()) }
 }
 
 /// Runs `cut` on a thread and stores the slices that it sends.
@@ -222,11 +222,12 @@ impl Datasets {
         let start = self.next_round(dataset, cause, &crate::store::nonce()).await?;
         let (handle, store, folder) = (Handle::current(), self.store.clone(), self.folder.clone());
         let (id, spec) = (dataset.id.clone(), Arc::clone(&dataset.spec));
-        let rounds = Arc::clone(&dataset.rounds);
+        let (rounds, tolerance) = (Arc::clone(&dataset.rounds), dataset.tolerance());
         let round = put_slices(&self.store, &dataset.id, move |slices| {
             let mut spec = (*spec).clone();
             let mut catalog = Catalog::new(&spec, start, folder);
-            let history = History { handle: &handle, store: &store, dataset: &id, rounds: &rounds };
+            let of = spec.clone();
+            let history = History::new(&handle, &store, (&id, &of), &rounds, &tolerance);
             gather(&history, &retry, spec.slice_urls, false, &mut catalog)?;
             catalog.cut(&mut spec, slices)
         });

@@ -4,27 +4,43 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use backon::BackoffBuilder;
 use bytes::Bytes;
 use futures::TryStreamExt;
 use proto::manifest::Manifest;
 use proto::pb::FailureKind;
-use proto::{Attempt, DatasetId, DatasetSpec, ShardIndex, Split, Stored, keys};
+use proto::{Attempt, DatasetId, DatasetSpec, Split, keys};
 use tracing::{error, info, warn};
 
 use super::rounds::short;
 use super::{Dataset, Datasets, Stage};
-use crate::history::HistoryError;
+use crate::damage;
 use crate::ledger::Counts;
 use crate::manifest::{SealError, Sealing, seal};
 use crate::store::StoreError;
 
-/// Between two tries to seal, when the store fails.
-const SEAL_PAUSE: Duration = Duration::from_secs(5);
+/// Between two tries to seal, which read the whole dataset: the first, and the longest.
+const SEAL_PAUSES: [Duration; 2] = [Duration::from_secs(5), Duration::from_secs(300)];
 
 impl Datasets {
+    /// Tries once more to seal a dataset that has failed, unless its manifest names all.
+    pub(crate) fn seal_again(self: &Arc<Self>, id: &DatasetId) {
+        if let Some(dataset) = self.state().live.get_mut(id) {
+            if !matches!(dataset.stage, Stage::Failed(_)) || dataset.unnamed_rounds().next().is_none() {
+                return;
+            }
+            dataset.stage = Stage::Sealing;
+            dataset.revision += 1;
+        }
+        self.spawn_seal(id.clone());
+    }
+
     pub(super) fn spawn_seal(self: &Arc<Self>, id: DatasetId) {
         let this = Arc::clone(self);
         tokio::spawn(async move {
+            let [first, longest] = SEAL_PAUSES;
+            let pauses = backon::ExponentialBuilder::new().with_min_delay(first).with_max_delay(longest);
+            let mut pauses = pauses.with_factor(2.0).without_max_times().build();
             let stage = loop {
                 let sealed = {
                     let Ok(_permit) = this.sealing.acquire().await else { return };
@@ -33,16 +49,14 @@ impl Datasets {
                 match sealed {
                     Ok(Some(stage)) => break stage,
                     Ok(None) => return,
-                    Err(error @ SealError::History(HistoryError::Corrupt { .. })) => {
-                        break Stage::Failed(error.to_string());
-                    }
+                    Err(error) if error.is_final() => break Stage::Failed(error.to_string()),
                     Err(error) => {
                         warn!(dataset = &*id, %error, "cannot seal, trying again");
                         let text = format!("cannot seal: {error}");
                         this.state().failed(this.now(), FailureKind::Store, None, &id, text);
                     }
                 }
-                tokio::time::sleep(SEAL_PAUSE).await;
+                tokio::time::sleep(pauses.next().unwrap_or(longest)).await;
             };
             match &stage {
                 Stage::Failed(error) => error!(dataset = &*id, error, "dataset failed"),
@@ -96,6 +110,7 @@ impl Datasets {
             version: self.latest_version(&dataset.id).await? + 1,
             rounds: dataset.rounds.to_vec(),
             folder: self.folder.clone(),
+            tolerance: dataset.tolerance(),
             spec: DatasetSpec::clone(&dataset.spec),
         };
         let (store, handle) = (self.store.clone(), tokio::runtime::Handle::current());
@@ -108,8 +123,10 @@ impl Datasets {
     /// be on its way.)
     async fn sweep(&self, id: &DatasetId) -> Result<(), StoreError> {
         let indexes = self.store.get_each(self.store.list(&keys::indexes(id)).await?);
-        let winner = |(_, json): (String, Bytes)| {
-            let index = ShardIndex::from_json(&json).ok()?;
+        // Of one that is damaged nobody knows which attempt has won.
+        let winner = |(key, json): (String, Bytes)| {
+            let of = id.shard(keys::number(&key).ok()?.try_into().ok()?);
+            let index = damage::parse_index(&of, &json).ok()?;
             Some((index.shard, index.attempt))
         };
         let winners: HashMap<u32, Attempt> =
@@ -122,9 +139,8 @@ impl Datasets {
             keys::number(key).is_ok_and(|n| u32::try_from(n).is_ok_and(|n| n < last && !named.contains(&n)))
         });
         self.store.delete_all(slices).await?;
-        let folder = keys::dataset(id);
-        let mut folders = vec![format!("{folder}/outcomes")];
-        folders.extend(Split::ALL.iter().map(|split| format!("{folder}/shards/{split}")));
+        let mut folders = vec![keys::outcomes_of(id)];
+        folders.extend(Split::ALL.map(|split| keys::tars(id, split)));
         for folder in folders {
             let mut garbage = self.store.list(&folder).await?;
             garbage.retain(|key| {

@@ -141,6 +141,7 @@ mod tests {
             outcomes: OutcomeCounts::default(),
             skipped: BTreeMap::new(),
             near_duplicates: 0,
+            damaged: Vec::new(),
             mean: [0.0; 3],
             std: [1.0; 3],
             shards: Vec::new(),

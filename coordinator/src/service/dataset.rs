@@ -8,7 +8,7 @@ use bytes::Bytes;
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
 use object_store::GetRange;
-use proto::manifest::Manifest;
+use proto::manifest::{DamagedShard, Manifest};
 use proto::pb::dataset_service_server::DatasetService;
 use proto::pb::{self, DatasetState};
 use proto::{DatasetId, Rejection, Split, keys};
@@ -203,7 +203,12 @@ fn message(dataset: &Dataset, counts: Counts, troubles: Vec<pb::Trouble>) -> pb:
         near_duplicates: manifest.map_or(0, |manifest| manifest.near_duplicates),
         troubles,
         automatic_rounds: dataset.automatic_rounds(),
+        damaged: dataset.damaged().map(damaged_shard).collect(),
     }
+}
+
+fn damaged_shard(DamagedShard { shard, key, what }: &DamagedShard) -> pb::DamagedShard {
+    pb::DamagedShard { shard: *shard, key: key.clone(), what: what.clone() }
 }
 
 fn sealed_class(class: &proto::manifest::ManifestClass, per_class: u32) -> pb::ClassCount {

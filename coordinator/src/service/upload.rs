@@ -105,6 +105,9 @@ pub(super) async fn refresh(
         return Ok(response(&id, &round));
     }
     let (dataset, _) = datasets.find(&found.id)?;
+    if let (Stage::Failed(error), true) = (&dataset.stage, dataset.rounds.is_empty()) {
+        return Err(Error::Precondition(error.clone()));
+    }
     if !matches!(dataset.stage, Stage::Ready | Stage::Failed(_)) {
         let message = format!("dataset {:?} is still being fetched: wait until it is ready", dataset.id.name());
         return Err(Error::Precondition(message));
@@ -119,14 +122,18 @@ pub(super) async fn refresh(
             let mut spec = (*dataset.spec).clone();
             let mut catalog = Catalog::new(&spec, round, folder.clone());
             let lists = read_lists(&mut catalog, &start, Pieces::new(received), folder)?;
-            let (dataset_id, rounds) = (&dataset.id, &dataset.rounds[..]);
-            let history = History { handle: &handle, store: &store, dataset: dataset_id, rounds };
+            let mut tolerance = dataset.tolerance();
+            tolerance.any |= start.accept_damage;
+            let of = (&dataset.id, &*dataset.spec);
+            let history = History::new(&handle, &store, of, &dataset.rounds, &tolerance);
             gather(&history, &Retry::transient(&dataset), spec.slice_urls, lists > 0, &mut catalog)?;
-            catalog.cut(&mut spec, slices)
+            let round = catalog.cut(&mut spec, slices)?;
+            Ok(Round { accepts_damage: start.accept_damage, ..round })
         }
     });
     let round = with_lists(datasets, &start, stream, pieces, made).await?;
     if round.slices.is_empty() {
+        datasets.seal_again(&dataset.id);
         return Ok(pb::CreateDatasetResponse { round: 0, ..response(&dataset.id, &round) });
     }
     let datasets = Arc::clone(datasets);

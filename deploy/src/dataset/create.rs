@@ -99,6 +99,10 @@ pub(crate) struct RefreshArgs {
     name: String,
     #[command(flatten)]
     lists: ListArgs,
+    /// Go on although so many shards are damaged that the store itself may be wrong: leave them out, and fetch their URLs
+    /// again
+    #[arg(long)]
+    accept_damage: bool,
     /// Wait until the dataset is ready
     #[arg(long)]
     wait: bool,
@@ -187,7 +191,7 @@ pub(super) async fn create(args: CreateArgs) -> Result<()> {
 /// Opens another round of a dataset.
 pub(super) async fn refresh(args: RefreshArgs) -> Result<()> {
     let sources = args.lists.urls.iter().map(|text| Source::parse(text)).collect::<Result<Vec<_>>>()?;
-    let start = args.lists.start(&args.name);
+    let start = Start { accept_damage: args.accept_damage, ..args.lists.start(&args.name) };
     let of = NameArgs { name: args.name, cluster: args.cluster };
     let round = open_round(&of, Call::Refresh, &start, &sources).await?;
     report(&of, &round, "refreshed", args.wait, &args.timeout).await

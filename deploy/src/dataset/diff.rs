@@ -9,7 +9,7 @@ use proto::{DatasetId, Manifest, OutcomeCounts};
 use serde::Serialize;
 
 use super::reader::{DatasetArgs, Reader, samples};
-use crate::output::{Format, Table, say, say_json};
+use crate::output::{Format, Table, note, say, say_json};
 
 /// Arguments of `gleaner dataset diff`.
 #[derive(Debug, clap::Args)]
@@ -74,7 +74,8 @@ pub(super) async fn run(args: Args) -> Result<()> {
 /// Samples added and removed, by synset. Only shards that are not the same in both versions are read.
 async fn moved(reader: &Reader, one: &Manifest, other: &Manifest) -> Result<HashMap<String, (u64, u64)>> {
     let by_number = |manifest: &Manifest| -> HashMap<u32, ManifestShard> {
-        manifest.shards.iter().map(|shard| (shard.shard, shard.clone())).collect()
+        let sound = manifest.shards.iter().filter(|shard| !manifest.is_damaged(shard.shard));
+        sound.map(|shard| (shard.shard, shard.clone())).collect()
     };
     let (before, after) = (by_number(one), by_number(other));
     let all: BTreeSet<u32> = before.keys().chain(after.keys()).copied().collect();
@@ -90,7 +91,14 @@ async fn moved(reader: &Reader, one: &Manifest, other: &Manifest) -> Result<Hash
             }
         };
         let (before, after) = (skips(pair.0).await?, skips(pair.1).await?);
-        for (ordinal, row) in (0u32..).zip(samples(reader.rows(&one.dataset, any).await?)) {
+        let rows = match reader.rows(one, any).await {
+            Err(error) if one.is_damaged(shard) || other.is_damaged(shard) => {
+                note(format!("samples of shard {shard}, which is damaged, are not counted: {error:#}"));
+                continue;
+            }
+            rows => rows?,
+        };
+        for (ordinal, row) in (0u32..).zip(samples(rows)) {
             let counts = |skips: &Option<Skips>| skips.as_ref().is_some_and(|skips| !skips.contains(ordinal));
             match (counts(&before), counts(&after)) {
                 (false, true) => moved.entry(row.synset).or_default().0 += 1,

@@ -150,11 +150,18 @@ impl Reader {
         })
     }
 
-    /// What became of the URLs of a shard; one that the coordinator has closed has no file, only its slice.
-    pub(super) async fn rows(&self, dataset: &DatasetId, shard: &ManifestShard) -> Result<Vec<OutcomeRow>> {
+    /// What became of the URLs of a shard; one that the coordinator has closed, or that is damaged, has no file, only its
+    /// slice.
+    pub(super) async fn rows(&self, manifest: &Manifest, shard: &ManifestShard) -> Result<Vec<OutcomeRow>> {
         let Some(file) = &shard.outcomes else {
-            let key = keys::slice(&dataset.shard(shard.shard));
-            let index = ShardIndex::from_json(&self.get(&keys::index(&dataset.shard(shard.shard))).await?)?;
+            let of = manifest.dataset.shard(shard.shard);
+            let key = keys::slice(&of);
+            if manifest.is_damaged(shard.shard) {
+                let rows = self.get(&key).await.and_then(|slice| Ok(closed_rows(&slice, Err(Rejection::Unfetched))?));
+                // Without its slice, too, nobody knows its URLs.
+                return Ok(rows.unwrap_or_default());
+            }
+            let index = ShardIndex::from_json(&self.get(&keys::index(&of)).await?)?;
             let outcome = index.outcomes.iter().next().map_or(Err(Rejection::SliceFailed), |(only, _)| only);
             return closed_rows(&self.get(&key).await?, outcome).with_context(|| key);
         };
@@ -176,7 +183,7 @@ impl Reader {
                 Some(file) => table::read::<Finding>(self.file(file).await?)?,
                 None => Vec::new(),
             };
-            anyhow::Ok((shard.round, self.rows(&manifest.dataset, shard).await?, found))
+            anyhow::Ok((shard.round, self.rows(manifest, shard).await?, found))
         });
         let mut files = std::pin::pin!(files.buffered(AHEAD));
         // Keys of later rounds, and those of the round that is being read.

@@ -81,7 +81,7 @@ pub fn write(store: &Path, made: &Dataset<'_>) -> (Manifest, StoredFile) {
             tars.insert(split, ManifestTar { key: name, sha256, first, blocks });
             first += samples;
         }
-        let skips = Some(put(store, &keys::skips(&made.dataset.shard(shard), 1), skips.as_bytes()));
+        let skips = Some(put(store, &keys::skips(&made.dataset.shard(shard), 1, "0"), skips.as_bytes()));
         shards.push(ManifestShard { shard, round: 1, outcomes: None, findings: None, skips, tars });
     }
     let manifest = Manifest {
@@ -96,6 +96,7 @@ pub fn write(store: &Path, made: &Dataset<'_>) -> (Manifest, StoredFile) {
         outcomes: OutcomeCounts::default(),
         skipped: BTreeMap::new(),
         near_duplicates: 0,
+        damaged: Vec::new(),
         mean: made.moments.0,
         std: made.moments.1,
         shards,
