@@ -143,6 +143,7 @@ fn assert_same_samples(cluster: &Cluster, disturbed: &str) {
     let found = compare(cluster, disturbed, "undisturbed");
     assert_eq!((found["steps_a"].as_u64(), found["steps_equal"].as_u64()), (Some(steps), Some(steps)), "{found}");
     println!("{disturbed}: {steps} steps on the same samples as undisturbed");
+    cluster.gleaner(&["fsck"]);
 }
 
 #[test]

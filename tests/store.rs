@@ -214,3 +214,71 @@ fn so_much_damage_that_the_store_may_be_wrong_is_left_out_only_if_somebody_says_
     assert_eq!((damaged(&described), &described["outcomes"]["kept"]), (vec![4, 6], &200.into()));
     assert_eq!(cluster.json(&["dataset", "refresh", "some"])["round"], 0, "what is known is no news");
 }
+
+fn fsck(cluster: &Cluster, flags: &[&str]) -> (bool, Value) {
+    let output = cluster.try_gleaner(&[&["fsck", "-o", "json"], flags].concat());
+    let text = String::from_utf8_lossy(&output.stdout);
+    let report = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"));
+    (output.status.success(), report)
+}
+
+#[test]
+fn garbage_is_removed_while_the_cluster_works_and_nothing_that_it_needs() {
+    let origin = Origin::serve(Options { seed: 36, delay: Duration::from_millis(100), ..Options::default() });
+    let origin = origin.expect("loopback");
+    let mut cluster = Cluster::start();
+    let list = cluster.write("urls.txt", &urls(0..300, &origin));
+    cluster.gleaner(&["dataset", "create", "some", "--urls", &list, "--size", "64", "--slice-urls", "10"]);
+    cluster.gleaner(&["dataset", "create", "dead", "--urls", &list, "--size", "64", "--slice-urls", "10"]);
+    cluster.gleaner(&["dataset", "delete", "dead", "-y"]);
+    let describe = |cluster: &Cluster| cluster.json(&["dataset", "describe", "some"]);
+    for n in 0..3 {
+        cluster.start_worker_with(&format!("worker-{n}"), &["--connections", "8"]);
+        let before = describe(&cluster)["shards_committed"].as_u64();
+        cluster.eventually("shards are committed", |cluster| {
+            cluster.gleaner(&["gc", "--grace", "1s"]);
+            describe(cluster)["shards_committed"].as_u64() > before.map(|n| n + 3)
+        });
+        cluster.kill(&format!("worker-{n}"));
+    }
+    cluster.start_worker("worker");
+    assert_eq!(ready(&cluster, "some")["outcomes"]["kept"], 300);
+    let (is_whole, report) = fsck(&cluster, &["--deep"]);
+    assert!(is_whole, "{report:#}");
+    assert_eq!((&report["datasets"], &report["shards"]), (&1.into(), &30.into()));
+
+    // What a lost attempt leaves, if nobody sweeps it.
+    let index = object(&cluster, "index", 3);
+    let lost = object(&cluster, "outcomes", 3).with_file_name("000003-1.9999.parquet");
+    std::fs::write(&lost, "rubbish").expect("the temporary folder is writable");
+    assert_eq!(cluster.json(&["gc"])["garbage"], serde_json::json!([]), "it is younger than a day");
+    let dry = cluster.json(&["gc", "--grace", "0s", "--dry-run"]);
+    assert!(lost.exists() && dry["removed"] == 0 && dry["garbage"][0]["bytes"] == 7, "{dry:#}");
+    assert_eq!(cluster.json(&["gc", "--grace", "0s"])["removed"], 1);
+    assert!(!lost.exists() && index.exists());
+}
+
+#[test]
+fn an_audit_names_what_is_damaged_and_a_folder_that_is_no_store() {
+    let origin = web(37);
+    let mut cluster = Cluster::start();
+    cluster.start_worker("worker");
+    create_large(&cluster, &urls(0..200, &origin));
+    assert!(fsck(&cluster, &["--deep"]).0);
+    let tar = object(&cluster, "shards/train", 7);
+    flip(&tar);
+    assert!(fsck(&cluster, &[]).0, "its length is the same");
+    let (is_whole, report) = fsck(&cluster, &["--deep"]);
+    let key = report["findings"][0]["key"].as_str().expect("a finding").to_owned();
+    assert!(!is_whole && tar.ends_with(&key), "{report:#}");
+    // Without it, its shard is left out, which is no finding any more.
+    std::fs::remove_file(&tar).expect("it is there");
+    assert!(!fsck(&cluster, &[]).0);
+    cluster.gleaner(&["dataset", "refresh", "some"]);
+    assert_eq!(ready(&cluster, "some")["outcomes"]["kept"], 200);
+    let (is_whole, report) = fsck(&cluster, &["--deep"]);
+    assert!(is_whole && report["left_out"][0]["key"] == key, "{report:#}");
+    let nowhere = cluster.path("nowhere");
+    assert_eq!(cluster.try_gleaner(&["fsck", "--store", &nowhere.display().to_string()]).status.code(), Some(3));
+    assert!(!nowhere.exists());
+}

@@ -166,6 +166,7 @@ fn create(cluster: &Cluster, list: &str, slice_urls: u32) {
 
 fn wait(cluster: &Cluster) -> Value {
     cluster.gleaner(&["dataset", "wait", "birds", "--timeout", "120s"]);
+    cluster.gleaner(&["fsck", "--deep"]);
     describe(cluster)
 }
 

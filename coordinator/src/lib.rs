@@ -12,8 +12,10 @@
 //! - `duplicates`, `near` (pure): which samples do not count;
 //! - `roster` (pure), `runs`: which rank runs where, and each run's history;
 //! - `service`: the gRPC face of all that;
+//! - [`audit`]: what in a store does not add up, and what is garbage, for commands that look at it without a coordinator;
 //! - [`metrics`], `store`, `cluster`, `term`, `error`: what they stand on.
 
+pub mod audit;
 mod catalog;
 mod cluster;
 mod damage;

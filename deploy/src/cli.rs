@@ -5,7 +5,7 @@ use clap::{Parser, Subcommand};
 
 use crate::client::ClusterArgs;
 use crate::telemetry::{Spans, TelemetryArgs};
-use crate::{dataset, doctor, local, roles, run, status};
+use crate::{dataset, doctor, fsck, gc, local, roles, run, status};
 
 /// A distributed data-and-training cluster for image classification
 ///
@@ -37,6 +37,10 @@ pub(crate) enum Command {
     Status(ClusterArgs),
     /// Check this machine: version, devices, store, coordinator
     Doctor(doctor::Args),
+    /// Check a store without a coordinator: every object against what names it
+    Fsck(fsck::Args),
+    /// Remove what nobody needs any more from a store: what lost attempts left, old checkpoints, what was deleted
+    Gc(gc::Args),
     /// Run the coordinator, which decides who does what
     Coordinator(roles::CoordinatorArgs),
     /// Run a fetch worker
@@ -77,6 +81,8 @@ impl Command {
             Command::Run(command) => run::run(command).await,
             Command::Status(args) => status::run(&args).await,
             Command::Doctor(args) => doctor::run(args).await,
+            Command::Fsck(args) => fsck::run(args).await,
+            Command::Gc(args) => gc::run(args).await,
             Command::Coordinator(args) => roles::coordinator(args).await,
             Command::Worker(args) => roles::worker(args).await,
             #[cfg(feature = "trainer")]
@@ -106,7 +112,7 @@ mod tests {
     fn the_flags_are_these_and_no_more() {
         Cli::command().debug_assert();
         #[rustfmt::skip]
-        let expected: [(&[&str], &str); 27] = [
+        let expected: [(&[&str], &str); 29] = [
             (&["local"], "store listen workers ranks allow-net exit-with-stdin"),
             (&["dataset", "create"], "urls store-key format synset-column url-column synsets url-template class-names \
                 size resize no-upscale encode-format reencode quality validation test seed slice-urls per-class min-bytes spec set wait timeout"),
@@ -135,6 +141,8 @@ mod tests {
             (&["run", "delete"], "yes"),
             (&["status"], ""),
             (&["doctor"], "store"),
+            (&["fsck"], "store deep"),
+            (&["gc"], "store dry-run grace"),
         ];
         for (path, expected) in expected {
             let expected: Vec<&str> = expected.split_whitespace().collect();

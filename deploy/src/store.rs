@@ -9,7 +9,7 @@ use object_store::prefix::PrefixStore;
 use object_store::{ObjectStore, parse_url_opts};
 use url::Url;
 
-use crate::exit::Ended;
+use crate::exit::{Ended, Exit};
 use crate::metered::Metered;
 
 /// What every role takes.
@@ -31,6 +31,19 @@ pub(crate) fn open_metered(location: &str) -> Result<Arc<dyn ObjectStore>> {
 /// If the URL's scheme is none of these, or the store cannot be opened with what the environment says.
 pub(crate) fn open(location: &str) -> Result<Arc<dyn ObjectStore>> {
     open_with(location, true)
+}
+
+/// Likewise, but a folder that is not there is not made.
+///
+/// # Errors
+/// As [`open`], and if there is no such folder.
+pub(crate) fn open_existing(location: &str) -> Result<Arc<dyn ObjectStore>> {
+    if let Some(folder) = folder(location)?
+        && !folder.is_dir()
+    {
+        return Err(Ended::error(Exit::NotFound, format!("--store {location}: there is no such folder")));
+    }
+    open(location)
 }
 
 /// Likewise, for what can be written again: a folder is written without fsync.
