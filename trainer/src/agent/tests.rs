@@ -1,11 +1,14 @@
 //! The agent against a coordinator that does as the test says, with shells in the place of ranks.
 
 use std::pin::Pin;
+use std::sync::Mutex;
 
 use futures::{Stream, TryStreamExt};
 use object_store::ObjectStoreExt;
 use object_store::memory::InMemory;
+use proto::cluster::ClusterRecord;
 use proto::pb::trainer_service_server::{TrainerService, TrainerServiceServer};
+use proto::{Stored, keys};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -15,8 +18,8 @@ const DEADLINE: Duration = Duration::from_secs(10);
 
 type ToAgent = mpsc::Sender<Result<pb::CoordinatorMessage, Status>>;
 
-/// Hands each new stream to the test.
-struct Puppet(mpsc::Sender<(Streaming<pb::AgentMessage>, ToAgent)>);
+/// Hands each new stream to the test; callers that know their cluster must be of this one.
+struct Puppet(mpsc::Sender<(Streaming<pb::AgentMessage>, ToAgent)>, Arc<Mutex<String>>);
 
 #[tonic::async_trait]
 impl TrainerService for Puppet {
@@ -26,6 +29,8 @@ impl TrainerService for Puppet {
         &self,
         request: Request<Streaming<pb::AgentMessage>>,
     ) -> Result<Response<Self::ConnectStream>, Status> {
+        let cluster = self.1.lock().expect("nobody panics").clone();
+        proto::cluster::admit(&cluster, request.metadata())?;
         let (to_agent, messages) = mpsc::channel(16);
         self.0.send((request.into_inner(), to_agent)).await.map_err(|_| Status::unavailable("the test is over"))?;
         Ok(Response::new(Box::pin(ReceiverStream::new(messages))))
@@ -35,6 +40,7 @@ impl TrainerService for Puppet {
 struct Stage {
     streams: mpsc::Receiver<(Streaming<pb::AgentMessage>, ToAgent)>,
     store: Arc<dyn ObjectStore>,
+    cluster: Arc<Mutex<String>>,
     shutdown: CancellationToken,
     agent: tokio::task::JoinHandle<Result<()>>,
 }
@@ -48,7 +54,8 @@ impl Stage {
         drop(listener);
         let coordinator = format!("http://{address}");
         let (send, streams) = mpsc::channel(4);
-        let service = TrainerServiceServer::new(Puppet(send));
+        let cluster = Arc::new(Mutex::new("first".to_owned()));
+        let service = TrainerServiceServer::new(Puppet(send, Arc::clone(&cluster)));
         tokio::spawn(tonic::transport::Server::builder().serve(address, service));
         let store: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
         let config = Config {
@@ -62,7 +69,14 @@ impl Stage {
         let shutdown = CancellationToken::new();
         let command = ["sh", "-c", script].map(OsString::from).to_vec();
         let agent = tokio::spawn(run("agent".to_owned(), config, store.clone(), command, |_| {}, shutdown.clone()));
-        Self { streams, store, shutdown, agent }
+        Self { streams, store, cluster, shutdown, agent }
+    }
+
+    /// Makes store and coordinator those of this cluster.
+    async fn be(&self, id: &str) {
+        let record = ClusterRecord { format: 1, nonce: String::new(), id: id.to_owned(), at_millis: 0 };
+        self.store.put(&keys::CLUSTER.into(), record.to_json().into()).await.expect("memory takes it");
+        id.clone_into(&mut self.cluster.lock().expect("nobody panics"));
     }
 
     async fn next_stream(&mut self) -> (Streaming<pb::AgentMessage>, ToAgent) {
@@ -164,6 +178,31 @@ async fn ranks_outlive_the_coordinator_and_are_offered_to_the_next_one() {
     }
     tell(&to, coordinator_message::Message::Kill(kill(4))).await;
     assert_eq!(hear(&mut said, left).await.0, 0);
+    stage.shutdown.cancel();
+    stage.agent.await.expect("no panic").expect("an orderly end");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_whose_store_is_replaced_comes_to_the_new_cluster_without_the_old_ones_ranks_and_term() {
+    let mut stage = Stage::with("cat > /dev/null").await;
+    // There is no cluster before a coordinator has started.
+    drop(stage.next_stream().await);
+    stage.be("first").await;
+    let (mut said, to) = stage.next_stream().await;
+    tell(&to, coordinator_message::Message::Welcome(pb::Welcome { term: 6 })).await;
+    tell(&to, join(0)).await;
+    let rank =
+        |message| if let agent_message::Message::Heartbeat(beat) = message { Some(beat.devices[0].rank) } else { None };
+    while hear(&mut said, rank).await.is_none() {}
+
+    stage.be("second").await;
+    drop((said, to));
+    let (mut said, to) = stage.next_stream().await;
+    let hello = hear(&mut said, hello).await;
+    assert_eq!((hello.term_seen, hello.occupied), (0, vec![]));
+    tell(&to, coordinator_message::Message::Welcome(pb::Welcome { term: 1 })).await;
+    tell(&to, join(0)).await;
+    while hear(&mut said, rank).await.is_none() {}
     stage.shutdown.cancel();
     stage.agent.await.expect("no panic").expect("an orderly end");
 }
