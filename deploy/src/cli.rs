@@ -5,7 +5,7 @@ use clap::{Parser, Subcommand};
 
 use crate::client::ClusterArgs;
 use crate::telemetry::{Spans, TelemetryArgs};
-use crate::{dataset, doctor, fsck, gc, local, roles, run, status};
+use crate::{dataset, doctor, fsck, gc, local, roles, run, status, web};
 
 /// A distributed data-and-training cluster for image classification
 ///
@@ -35,6 +35,8 @@ pub(crate) enum Command {
     Run(run::Command),
     /// Show what the cluster consists of and what waits
     Status(ClusterArgs),
+    /// Show the cluster, its datasets and its runs to a browser
+    Web(web::Args),
     /// Check this machine: version, devices, store, coordinator
     Doctor(doctor::Args),
     /// Check a store without a coordinator: every object against what names it
@@ -58,7 +60,7 @@ impl Command {
     /// Whether it serves until it is told to end, and does not do one thing for somebody.
     pub(crate) fn is_role(&self) -> bool {
         match self {
-            Command::Local(_) | Command::Coordinator(_) | Command::Worker(_) => true,
+            Command::Local(_) | Command::Coordinator(_) | Command::Worker(_) | Command::Web(_) => true,
             #[cfg(feature = "trainer")]
             Command::Trainer(_) | Command::Rank(_) => true,
             _ => false,
@@ -80,6 +82,7 @@ impl Command {
             Command::Dataset(command) => dataset::run(command).await,
             Command::Run(command) => run::run(command).await,
             Command::Status(args) => status::run(&args).await,
+            Command::Web(args) => web::run(args).await,
             Command::Doctor(args) => doctor::run(args).await,
             Command::Fsck(args) => fsck::run(args).await,
             Command::Gc(args) => gc::run(args).await,
@@ -112,8 +115,8 @@ mod tests {
     fn the_flags_are_these_and_no_more() {
         Cli::command().debug_assert();
         #[rustfmt::skip]
-        let expected: [(&[&str], &str); 29] = [
-            (&["local"], "store listen workers ranks allow-net exit-with-stdin"),
+        let expected: [(&[&str], &str); 30] = [
+            (&["local"], "store listen web-listen workers ranks allow-net exit-with-stdin"),
             (&["dataset", "create"], "urls store-key format synset-column url-column synsets url-template class-names \
                 size resize no-upscale encode-format reencode quality validation test seed slice-urls per-class min-bytes spec set wait timeout"),
             (&["dataset", "refresh"], "urls store-key format synset-column url-column accept-damage wait timeout"),
@@ -140,6 +143,7 @@ mod tests {
             (&["run", "resume"], "at wait timeout"),
             (&["run", "delete"], "yes"),
             (&["status"], ""),
+            (&["web"], "web-listen exit-with-stdin"),
             (&["doctor"], "store"),
             (&["fsck"], "store deep"),
             (&["gc"], "store dry-run grace"),

@@ -4,7 +4,7 @@ mod create;
 mod diff;
 mod export;
 mod outcomes;
-mod reader;
+pub(crate) mod reader;
 
 use std::ops::ControlFlow;
 use std::time::Duration;
@@ -284,7 +284,7 @@ async fn manifest(name: String, version: u32, args: &ClusterArgs) -> Result<()> 
 }
 
 /// The bytes of a manifest as the coordinator streams them; version 0 is the latest.
-async fn manifest_json(cluster: &Cluster, name: &str, version: u32) -> Result<Vec<u8>, Status> {
+pub(crate) async fn manifest_json(cluster: &Cluster, name: &str, version: u32) -> Result<Vec<u8>, Status> {
     let request = GetManifestRequest { name: name.to_owned(), version };
     let mut stream = answer(cluster.datasets.clone().get_manifest(request)).await?;
     let mut json = Vec::new();

@@ -3,6 +3,7 @@
 
 mod baseline;
 
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -80,7 +81,6 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     let manifest = cluster.gleaner(&["dataset", "manifest", "demo"]).output().await?;
     let store = crate::store::open(&cluster.store)?;
     let baseline = baseline::nearest_class_mean(&store, &Manifest::from_json(&manifest)?).await?;
-    cluster.stop().await?;
 
     say(format!(
         "test: top-1 {top1:.3}, top-5 {top5:.3}; chance 0.050; nearest class mean of 16x16 pixels {baseline:.3}"
@@ -94,7 +94,11 @@ pub(crate) async fn run(args: Args) -> Result<()> {
         args.epochs,
         begun.elapsed().as_secs_f64(),
     ));
-    Ok(())
+    if std::io::stdout().is_terminal() && std::env::var_os("DEMO_EXIT").is_none() {
+        say(format!("\nLook at what it made: http://{}   (Ctrl-C ends it)", cluster.pages));
+        tokio::signal::ctrl_c().await?;
+    }
+    cluster.stop().await
 }
 
 /// `dir`, or the first of `dir-2`, `dir-3` ... that does not exist; made.
@@ -138,17 +142,19 @@ fn cluster_store(dir: &Path) -> String {
 struct LocalCluster {
     local: Child,
     address: String,
+    pages: String,
     store: String,
 }
 
 impl LocalCluster {
     async fn start(dir: &Path, args: &Args) -> Result<Self> {
         // Free a moment ago; if somebody takes it in between, `local` says so.
-        let address = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string();
+        let free = || anyhow::Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string());
+        let (address, pages) = (free()?, free()?);
         let store = cluster_store(dir);
         let log = std::fs::File::create(dir.join("cluster.log"))?;
         let local = Command::new(std::env::current_exe()?)
-            .args(["local", "--exit-with-stdin", "--store", &store, "--listen", &address])
+            .args(["local", "--exit-with-stdin", "--store", &store, "--listen", &address, "--web-listen", &pages])
             .args(["--workers", &args.workers.to_string(), "--ranks", &args.ranks.to_string()])
             // Its origin is our own: nobody has to be spared.
             .env("GLEANER_HOST_SLOTS", "128")
@@ -159,7 +165,8 @@ impl LocalCluster {
             .kill_on_drop(true)
             .spawn()?;
         say(format!("$ gleaner local --store {store} --workers {} --ranks {}", args.workers, args.ranks));
-        let mut cluster = Self { local, address, store };
+        say(format!("look at it: http://{pages}"));
+        let mut cluster = Self { local, address, pages, store };
         let begun = Instant::now();
         while cluster.gleaner(&["status"]).output().await.is_err() {
             let ended = cluster.local.try_wait()?;

@@ -3,13 +3,14 @@
 //! that dies is started again; a child whose supervisor is gone ends by itself, because its standard input closes.
 
 use std::fs::{File, TryLockError};
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use proto::pb::GetStatusRequest;
 use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::net::TcpListener;
 use tokio::process::{Child, Command};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -21,8 +22,8 @@ use crate::exit::{Ended, Exit};
 use crate::output::{Format, note};
 use crate::process::{self, ShutdownArgs};
 use crate::roles::DEFAULT_LISTEN;
-use crate::store;
 use crate::telemetry::{LogFormat, TelemetryArgs};
+use crate::{store, web};
 
 /// For the coordinator to answer after the start.
 const START: Duration = Duration::from_secs(60);
@@ -44,6 +45,9 @@ pub(crate) struct Args {
     /// Address and port of the coordinator
     #[arg(long, env = "GLEANER_LISTEN", default_value = DEFAULT_LISTEN)]
     listen: SocketAddr,
+    /// Address and port of the pages for a browser [default: 127.0.0.1:7071, or a free port if that is taken]
+    #[arg(long, env = "GLEANER_WEB_LISTEN", value_name = "ADDRESS:PORT")]
+    web_listen: Option<SocketAddr>,
     /// Fetch workers
     #[arg(long, default_value_t = 1)]
     workers: u32,
@@ -66,6 +70,8 @@ pub(crate) async fn run(args: Args, telemetry: TelemetryArgs) -> Result<()> {
     drop(store::open(&args.store)?);
     let _lock = lock(&args.store)?;
     let listen = process::bind(args.listen, "--listen").await?.local_addr()?;
+    let pages = pages(args.web_listen).await?;
+    let pages_at = reachable(pages.local_addr()?);
     let address = format!("http://{}", reachable(listen));
 
     let stop_clients = CancellationToken::new();
@@ -101,7 +107,15 @@ pub(crate) async fn run(args: Args, telemetry: TelemetryArgs) -> Result<()> {
             let arguments = [&["trainer"], &store[..], &to, &["--advertise-address", "127.0.0.1"], &devices].concat();
             clients.spawn(child("trainer", &arguments).run(stop_clients.clone()));
         }
-        note(format!("cluster is up at {address}, store {}; Ctrl-C ends it. In another terminal:", args.store));
+        let (pages_of, until) = (address.clone(), stop_clients.clone());
+        clients.spawn(async move {
+            if let Err(error) = web::serve(pages, &pages_of, until).await {
+                warn!(%error, "the pages are served no more");
+            }
+        });
+        note(format!("cluster is up at {address}, store {}; Ctrl-C ends it", args.store));
+        note(format!("look at it: http://{pages_at}"));
+        note("in another terminal:");
         let flag =
             if args.listen.to_string() == DEFAULT_LISTEN { String::new() } else { format!(" --coordinator {address}") };
         note(format!("  gleaner dataset create birds --urls birds.txt --wait{flag}"));
@@ -114,6 +128,17 @@ pub(crate) async fn run(args: Args, telemetry: TelemetryArgs) -> Result<()> {
     stop_coordinator.cancel();
     coordinator.join_all().await;
     started
+}
+
+/// The listener of the pages: where somebody chose, or else where they usually are, or on a free port.
+async fn pages(chosen: Option<SocketAddr>) -> Result<TcpListener> {
+    match chosen {
+        Some(chosen) => process::bind(chosen, "--web-listen").await,
+        None => match TcpListener::bind(web::DEFAULT_LISTEN).await {
+            Ok(listener) => Ok(listener),
+            Err(_) => process::bind((Ipv4Addr::LOCALHOST, 0).into(), "--web-listen").await,
+        },
+    }
 }
 
 /// Locks a folder, so that no two clusters push each other's coordinator out of office again and again.

@@ -4,7 +4,7 @@
 //! - [`cli`]: the command tree; [`exit`]: how a command ends; [`output`]: what it prints;
 //! - [`roles`]: `coordinator`, `worker`, `trainer`, `rank`; [`local`]: all of them as one process tree; [`store`]: opens the store,
 //!   [`metered`] counts its requests, [`metrics`] serves the counts over HTTP; [`process`]: sockets and the signal to end;
-//! - [`client`]: the way to the coordinator; [`dataset`], [`lists`], [`run`], [`settings`], [`status`], [`doctor`]: for people;
+//! - [`client`]: the way to the coordinator; [`dataset`], [`lists`], [`run`], [`settings`], [`status`], [`doctor`]: for people; [`web`]: the same for a browser;
 //!   [`fsck`], [`gc`]: what in a store does not add up, and what nobody needs any more, without a coordinator;
 //!   [`confirm`] asks before something is deleted, [`time`] writes moments and spans;
 //! - `demo`: the whole job, shown on one machine; [`allocator`]: how a worker's process uses memory.
@@ -33,6 +33,7 @@ mod status;
 mod store;
 mod telemetry;
 mod time;
+mod web;
 
 use std::process::ExitCode;
 use std::time::Duration;

@@ -4,14 +4,14 @@ mod cancel;
 mod compare;
 mod delete;
 mod describe;
-mod explain;
+pub(crate) mod explain;
 mod list;
 mod logs;
 mod metrics;
 mod model;
 mod resume;
 mod submit;
-mod view;
+pub(crate) mod view;
 mod wait;
 
 use anyhow::Result;

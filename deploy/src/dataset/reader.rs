@@ -43,7 +43,7 @@ pub(super) struct DatasetArgs {
 
 /// Reads the objects of one dataset.
 #[derive(Debug, Clone)]
-pub(super) enum Reader {
+pub(crate) enum Reader {
     Coordinator { cluster: Box<Cluster>, name: String },
     Store { store: Arc<dyn ObjectStore>, dataset: DatasetId },
 }
@@ -110,18 +110,7 @@ impl Reader {
                     offset: range.start,
                     length: range.end - range.start,
                 };
-                let read = async || {
-                    let mut stream = answer(cluster.datasets.clone().read_object(request.clone())).await?;
-                    let mut bytes = BytesMut::new();
-                    loop {
-                        let next = tokio::time::timeout(SILENCE, stream.message()).await;
-                        match next.map_err(|_| Status::deadline_exceeded("the object stopped half way"))?? {
-                            Some(chunk) => bytes.extend_from_slice(&chunk.data),
-                            None => return Ok(bytes.freeze()),
-                        }
-                    }
-                };
-                insist(read).await.with_context(|| key.to_owned())
+                insist(async || read_object(cluster, request.clone()).await).await.with_context(|| key.to_owned())
             }
             Self::Store { store, .. } => {
                 let path = Path::from(key);
@@ -171,7 +160,7 @@ impl Reader {
 
     /// Hands out each URL once, with its latest outcome and what was found about it, shard by shard, the last round
     /// first.
-    pub(super) async fn each_url(
+    pub(crate) async fn each_url(
         &self,
         manifest: &Manifest,
         mut each: impl AsyncFnMut(OutcomeRow, Option<Finding>) -> Result<ControlFlow<()>>,
@@ -208,6 +197,19 @@ impl Reader {
             }
         }
         Ok(())
+    }
+}
+
+/// An object, or a part of it, as the coordinator streams it.
+pub(crate) async fn read_object(cluster: &Cluster, request: ReadObjectRequest) -> Result<Bytes, Status> {
+    let mut stream = answer(cluster.datasets.clone().read_object(request)).await?;
+    let mut bytes = BytesMut::new();
+    loop {
+        let next = tokio::time::timeout(SILENCE, stream.message()).await;
+        match next.map_err(|_| Status::deadline_exceeded("the object stopped half way"))?? {
+            Some(chunk) => bytes.extend_from_slice(&chunk.data),
+            None => return Ok(bytes.freeze()),
+        }
     }
 }
 

@@ -13,16 +13,16 @@ const STEPS: usize = 100;
 
 /// Where the time of a run's steps goes.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-struct Explanation {
+pub(crate) struct Explanation {
     run: String,
     /// `data`, `compute`, `ranks`, `network`, or `nothing` if no step has been measured.
     bound_by: &'static str,
     generation: u64,
     ranks: u32,
     /// Measured steps that the rest is the mean of.
-    steps: usize,
+    pub(crate) steps: usize,
     images_per_second: f64,
-    step_seconds: f64,
+    pub(crate) step_seconds: f64,
     data_wait_seconds: f64,
     compute_seconds: f64,
     rank_wait_seconds: f64,
@@ -56,7 +56,7 @@ pub(super) async fn run(of: &NameArgs) -> Result<()> {
 }
 
 /// The mean over the newest steps of the newest generation.
-fn measured(run: &str, points: &[Metric]) -> Explanation {
+pub(crate) fn measured(run: &str, points: &[Metric]) -> Explanation {
     let generation = points.iter().map(|point| point.generation).max().unwrap_or(0);
     let newest: Vec<&Metric> = points.iter().rev().filter(|point| point.generation == generation).take(STEPS).collect();
     let time = |point: &Metric| point.samples as f64 / point.images_per_second.max(1e-9);
@@ -104,7 +104,21 @@ fn measured(run: &str, points: &[Metric]) -> Explanation {
     explanation
 }
 
-fn words(run: &Run, explanation: &Explanation) -> Vec<String> {
+impl Explanation {
+    /// The parts of a step, each with its seconds.
+    pub(crate) fn parts(&self) -> [(&'static str, f64); 5] {
+        [
+            ("waiting for data", self.data_wait_seconds),
+            ("forward and backward", self.compute_seconds),
+            ("waiting for the slowest rank", self.rank_wait_seconds),
+            ("waiting for the network", self.network_wait_seconds),
+            ("optimizer", self.optimizer_seconds),
+        ]
+    }
+}
+
+/// What bounds the run, with the numbers that say so; the last line is the verdict.
+pub(crate) fn words(run: &Run, explanation: &Explanation) -> Vec<String> {
     let Explanation { run: name, bound_by, generation, ranks, steps, images_per_second, step_seconds, .. } =
         explanation;
     if *steps == 0 {
@@ -119,13 +133,7 @@ fn words(run: &Run, explanation: &Explanation) -> Vec<String> {
         "{name}: {images_per_second:.0} images/s, {step_seconds:.3} s a step (mean of {steps} measured steps of generation \
          {generation}, {ranks} ranks)"
     )];
-    for (what, seconds) in [
-        ("waiting for data", explanation.data_wait_seconds),
-        ("forward and backward", explanation.compute_seconds),
-        ("waiting for the slowest rank", explanation.rank_wait_seconds),
-        ("waiting for the network", explanation.network_wait_seconds),
-        ("optimizer", explanation.optimizer_seconds),
-    ] {
+    for (what, seconds) in explanation.parts() {
         lines.push(format!("  {what:<29} {seconds:>8.4} s  {:>3.0} %", share(seconds)));
     }
     if *ranks > 1 {

@@ -20,7 +20,7 @@ pub(super) fn changed(of: &NameArgs, run: &Run, what: &str) -> Result<()> {
 }
 
 /// One event of a run's history for people.
-pub(super) fn happened(event: &RunEvent) -> String {
+pub(crate) fn happened(event: &RunEvent) -> String {
     match event {
         RunEvent::Submitted { start: None, .. } => "submitted".to_owned(),
         RunEvent::Submitted { start: Some(start), .. } => format!("submitted; begins with {start}"),
@@ -45,7 +45,7 @@ pub(super) fn happened(event: &RunEvent) -> String {
 }
 
 /// For how many milliseconds a run has been running, or ran until its end; None if it has not begun.
-pub(super) fn duration(run: &Run, now_millis: u64) -> Option<u64> {
+pub(crate) fn duration(run: &Run, now_millis: u64) -> Option<u64> {
     let end = if run.ended_millis > 0 { run.ended_millis } else { now_millis };
     (run.began_millis > 0).then(|| end.saturating_sub(run.began_millis))
 }

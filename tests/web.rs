@@ -1,0 +1,154 @@
+//! The pages, as a browser gets them from a real cluster: they say what the command line says, and show what is stored.
+
+mod small;
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::Duration;
+
+use small::{dataset, submit, wait};
+use support::{Cluster, FreeAddress};
+
+/// What a page's server answered.
+struct Answer {
+    head: String,
+    body: Vec<u8>,
+}
+
+impl Answer {
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.body).into_owned()
+    }
+
+    fn status(&self) -> &str {
+        self.head.split(' ').nth(1).unwrap_or_default()
+    }
+}
+
+/// Asks for a page as somebody who calls the server `host`.
+fn get_as(host: &str, address: &str, path: &str) -> Answer {
+    let mut socket = TcpStream::connect(address).expect("it listens");
+    socket.set_read_timeout(Some(Duration::from_secs(60))).expect("a socket");
+    write!(socket, "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n").expect("it reads");
+    let mut bytes = Vec::new();
+    socket.read_to_end(&mut bytes).expect("it answers");
+    let end = bytes.windows(4).position(|window| window == b"\r\n\r\n").expect("a head") + 4;
+    let body = bytes.split_off(end);
+    Answer { head: String::from_utf8_lossy(&bytes).to_lowercase(), body }
+}
+
+/// The page of a server that is there.
+fn get(address: &str, path: &str) -> String {
+    let answer = get_as(address, address, path);
+    assert_eq!(answer.status(), "200", "{path}: {}", answer.text());
+    // Nothing from anywhere else, and nothing that the policy would not let run.
+    let text = answer.text();
+    for foreign in ["src=\"http", "href=\"http", "<style", " style=", "onclick", "javascript:"] {
+        assert!(!text.contains(foreign), "{path} has {foreign}");
+    }
+    assert!(answer.head.contains("content-security-policy: default-src 'none'"), "{}", answer.head);
+    assert!(answer.body.len() < 100_000, "{path}: {} bytes", answer.body.len());
+    text
+}
+
+fn start_pages(cluster: &mut Cluster) -> FreeAddress {
+    let address = FreeAddress::loopback();
+    let coordinator = format!("http://{}", cluster.address());
+    cluster.spawn("web", &["web", "--web-listen", &address.to_string(), "--coordinator", &coordinator]);
+    cluster.eventually("the pages are served", |_| TcpStream::connect(address.to_string()).is_ok());
+    address
+}
+
+/// A number as pages write it.
+fn apart(n: u64) -> String {
+    let digits = n.to_string();
+    let places = digits.char_indices().map(|(i, digit)| match (digits.len() - i) % 3 {
+        0 if i > 0 => format!("\u{202f}{digit}"),
+        _ => digit.to_string(),
+    });
+    places.collect()
+}
+
+#[test]
+fn pages_say_what_the_command_line_says_and_show_the_stored_pictures() {
+    let mut cluster = Cluster::start();
+    let pages = start_pages(&mut cluster).to_string();
+    assert!(get(&pages, "/").contains("Nothing here yet"));
+    dataset(&mut cluster);
+    cluster.start_trainer("trainer", 1);
+    submit(&cluster, "one", 4, &["ranks.max=1"]);
+    wait(&cluster, "one");
+    submit(&cluster, "two", 4, &["ranks.max=1", "train.learning_rate=0.01"]);
+    wait(&cluster, "two");
+
+    let described = cluster.json(&["dataset", "describe", "small"]);
+    let home = get(&pages, "/");
+    for link in ["/datasets/small", "/runs/one", "/runs/two", "All is quiet"] {
+        assert!(home.contains(link), "{link}: {home}");
+    }
+    let page = get(&pages, "/datasets/small");
+    for class in described["classes"].as_array().expect("classes") {
+        for count in ["train", "validation", "test"] {
+            let cell = format!("<td class=\"n\">{}</td>", apart(class[count].as_u64().expect("a count")));
+            assert!(page.contains(&cell), "{cell}: {page}");
+        }
+    }
+    for (outcome, urls) in described["outcomes"].as_object().expect("outcomes") {
+        let urls = apart(urls.as_u64().expect("a count"));
+        assert!(page.contains(&format!("?outcome={outcome}")) && page.contains(&urls), "{outcome} {urls}: {page}");
+    }
+
+    // All pictures of the sheet are stored ones, of the class that was asked for.
+    let synset = described["classes"][2]["synset"].as_str().expect("a synset");
+    let sheet = get(&pages, &format!("/datasets/small?class={synset}"));
+    let pictures: Vec<&str> = sheet.split("src=\"").skip(1).filter_map(|rest| rest.split('"').next()).collect();
+    let pictures: Vec<&str> = pictures.into_iter().filter(|address| address.contains("/pictures/")).collect();
+    assert!(pictures.len() >= 20, "{sheet}");
+    let names = described["classes"][2]["name"].as_str().filter(|name| !name.is_empty()).unwrap_or(synset);
+    assert_eq!(sheet.matches(&format!("alt=\"{names}, sample")).count(), pictures.len(), "{sheet}");
+    for picture in [pictures[0], pictures[pictures.len() - 1]] {
+        let answer = get_as(&pages, &pages, picture);
+        assert!(answer.status() == "200" && answer.head.contains("image/jpeg"), "{}", answer.head);
+        let header = turbojpeg::read_header(&answer.body).expect("a JPEG");
+        assert_eq!(header.width.min(header.height), 72);
+    }
+    for gone in ["/datasets/small/pictures/1/0/train/99/0.jpg", "/datasets/small/pictures/1/0/train/0/x.jpg"] {
+        assert_eq!(get_as(&pages, &pages, gone).status(), "404", "{gone}");
+    }
+
+    let kept = described["outcomes"]["kept"].as_u64().expect("a count");
+    let urls = get(&pages, "/datasets/small/urls?outcome=kept");
+    assert!(urls.contains(&format!("{} of 200 URLs", apart(kept))), "{urls}");
+    assert!(get(&pages, "/datasets/small/urls?url=%3Cscript%3E").contains("0 of 200 URLs"));
+
+    let run = cluster.json(&["run", "describe", "one"]);
+    let page = get(&pages, "/runs/one");
+    let test = format!("test top-1 {:.1} %", 100.0 * run["test"]["top1"].as_f64().expect("a share"));
+    assert!(page.contains(&test) && page.contains("done. Step"), "{test}: {page}");
+    assert_eq!(page.matches("<figure class=\"chart\"").count(), 4, "{page}");
+    let explained = cluster.json(&["run", "explain", "one"]);
+    assert!(page.contains(&format!("bound by {}", explained["bound_by"].as_str().expect("a word"))), "{page}");
+    let logged = cluster.gleaner(&["run", "logs", "one"]);
+    assert!(get(&pages, "/runs/one/logs").contains(&format!("The newest {} lines", logged.lines().count())));
+    let compared = get(&pages, "/compare?a=one&b=two");
+    assert!(compared.contains("train.learning_rate") && !compared.contains("model.width"), "{compared}");
+    assert_eq!(get_as(&pages, &pages, "/compare?a=one").status(), "400");
+
+    for missing in ["/datasets/none", "/runs/none", "/nothing"] {
+        assert_eq!(get_as(&pages, &pages, missing).status(), "404", "{missing}");
+    }
+}
+
+#[test]
+fn another_sites_name_is_refused_and_a_coordinator_that_is_away_is_said() {
+    let mut cluster = Cluster::start();
+    let pages = start_pages(&mut cluster).to_string();
+    let rebound = get_as("evil.example", &pages, "/");
+    assert_eq!(rebound.status(), "421", "{}", rebound.text());
+    assert!(!rebound.text().contains("cluster"), "{}", rebound.text());
+    cluster.kill("coordinator");
+    let away = get_as(&pages, &pages, "/");
+    assert!(away.status() == "503" && away.text().contains("does not answer"), "{}", away.text());
+    cluster.start_coordinator();
+    cluster.eventually("the pages are back", |_| get_as(&pages, &pages, "/").status() == "200");
+}
