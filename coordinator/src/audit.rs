@@ -160,7 +160,13 @@ impl Audit {
         found.findings.extend(news);
     }
 
-    /// Forgets all findings under a folder: it was deleted meanwhile.
+    /// Whether anything under a folder does not add up.
+    fn has_found(&self, folder: &str) -> bool {
+        let found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        found.findings.iter().any(|finding| finding.key.starts_with(&format!("{folder}/")))
+    }
+
+    /// Forgets all findings under a folder: it has changed meanwhile.
     fn forget(&self, folder: &str) {
         let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
         found.findings.retain(|finding| !finding.key.starts_with(&format!("{folder}/")));

@@ -31,7 +31,7 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     }
     match report.findings.len() {
         0 => Ok(()),
-        findings => Err(Ended::error(Exit::Failed, format!("{}: {findings} findings", args.store.store))),
+        _ => Err(Ended::error(Exit::Failed, format!("{}: not all adds up", args.store.store))),
     }
 }
 

@@ -44,7 +44,9 @@ pub(crate) async fn run(args: Args) -> Result<()> {
             if args.dry_run {
                 found.iter().for_each(|garbage| say(format!("{}: {}", garbage.key, garbage.why)));
             }
-            summary(&found).say();
+            if !found.is_empty() {
+                summary(&found).say();
+            }
             let bytes = ByteSize(found.iter().map(|garbage| garbage.bytes).sum());
             let objects = found.len();
             say(match args.dry_run {

@@ -16,12 +16,14 @@ use crate::store::StoreError;
 impl Audit {
     /// Checks a dataset; the number of its committed shards. None: it is deleted, or was never committed.
     pub(super) async fn check_dataset(&self, id: &DatasetId) -> Result<Option<u64>, StoreError> {
-        let (folder, tombstone) = (keys::dataset(id), keys::tombstone(id));
-        if self.listing.has(&tombstone) || !was_committed(id, &self.listing.keys(&folder)) {
+        let folder = keys::dataset(id);
+        let is_live = |keys: &[String]| !keys.contains(&keys::tombstone(id)) && was_committed(id, keys);
+        if !is_live(&self.listing.keys(&folder)) {
             return Ok(None);
         }
         let shards = self.check_live(id).await?;
-        if self.store.head(&tombstone).await?.is_some() {
+        // It may have been deleted meanwhile.
+        if self.has_found(&folder) && !is_live(&self.store.list(&folder).await?) {
             self.forget(&folder);
             return Ok(None);
         }

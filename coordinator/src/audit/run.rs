@@ -15,6 +15,9 @@ use crate::damage::READS;
 use crate::roster::{Now, Run, Sources};
 use crate::store::StoreError;
 
+/// How often the events of a run are read while new ones come.
+const MOST_READS: usize = 5;
+
 /// A run as its objects tell it.
 pub(super) struct Recovered {
     pub(super) stored: StoredRun,
@@ -40,8 +43,16 @@ impl Audit {
         if self.listing.has(&tombstone) || !events && !self.listing.has(&keys::run_spec(name)) {
             return Ok(false);
         }
-        if let Some(recovered) = self.recover_run(name).await? {
+        let folder = keys::run(name);
+        // A run that goes on removes what its later events do not keep: then they are read once more.
+        for _ in 0..MOST_READS {
+            self.forget(&folder);
+            let Some(recovered) = self.recover_run(name).await? else { break };
             self.check_named(name, &recovered).await?;
+            let events = self.store.list(&keys::events(name)).await?.len();
+            if !self.has_found(&folder) || events == recovered.events.len() {
+                break;
+            }
         }
         let ledger = |json: Bytes| Lines::from_json(&json).map(drop).map_err(|error| error.to_string());
         let checks = self
@@ -50,18 +61,21 @@ impl Audit {
             .into_iter()
             .map(|key| async move { self.object(&key, ledger).await.map(drop) });
         futures::stream::iter(checks).buffer_unordered(PARALLEL).try_collect::<()>().await?;
-        if self.store.head(&tombstone).await?.is_some() {
-            self.forget(&keys::run(name));
-            return Ok(false);
+        // It may have been deleted meanwhile.
+        let is_deleted = self.has_found(&folder)
+            && (self.store.head(&tombstone).await?.is_some() || self.store.list(&folder).await?.is_empty());
+        if is_deleted {
+            self.forget(&folder);
         }
-        Ok(true)
+        Ok(!is_deleted)
     }
 
     /// The run as its events tell it; None if that cannot be known.
     pub(super) async fn recover_run(&self, name: &str) -> Result<Option<Recovered>, StoreError> {
         let parse = |json: Bytes| StoredRun::from_json(&json).map_err(|error| error.to_string());
         let stored = self.object(&keys::run_spec(name), parse).await?;
-        let last = self.listing.keys(&keys::events(name)).iter().filter_map(|key| keys::number(key).ok()).max();
+        let there = self.store.list(&keys::events(name)).await?;
+        let last = there.iter().filter_map(|key| keys::number(key).ok()).max();
         let mut events: Vec<EventRecord> = Vec::new();
         for n in 1..=last.unwrap_or(0) {
             let parse = |json: Bytes| {
