@@ -89,6 +89,8 @@ pub(crate) struct Dataset {
     pub(crate) manifest: Option<Arc<Manifest>>,
     /// Shards of later rounds whose index cannot be read.
     damaged: BTreeMap<u32, DamagedShard>,
+    /// Somebody who had nothing to fetch agreed to leave out however much is damaged.
+    accepts_damage: bool,
     pub(crate) stage: Stage,
     /// Grows with each change.
     revision: u64,
@@ -172,7 +174,7 @@ impl Dataset {
         let known = self.manifest.iter().flat_map(|manifest| &manifest.damaged);
         Tolerance {
             known: known.map(|damaged| damaged.shard).collect(),
-            any: asked.is_some_and(|round| round.accepts_damage),
+            any: self.accepts_damage || asked.is_some_and(|round| round.accepts_damage),
         }
     }
 
@@ -358,6 +360,7 @@ impl Dataset {
             wanted,
             manifest: None,
             damaged: BTreeMap::new(),
+            accepts_damage: false,
             stage: Stage::Fetching,
             revision: 0,
         }

@@ -39,12 +39,34 @@ async fn a_dataset_of_which_too_much_is_damaged_fails_and_is_sealed_once_that_is
     assert!(failed.error.contains("2 of 3 shards") && failed.error.contains("--accept-damage"), "{}", failed.error);
     let refused = cluster.refresh("birds", "request-2", None).await.expect_err("it is not mended");
     assert_eq!((refused.code(), refused.message()), (Code::FailedPrecondition, &*failed.error));
-
     put(&*cluster.store, &indexes[0].0, indexes[0].1.clone()).await;
     put(&*cluster.store, &indexes[1].0, indexes[1].1.clone()).await;
     assert_eq!(cluster.refresh("birds", "request-3", None).await.expect("it is mended").round, 0);
     let ready = cluster.sealed("birds").await;
     assert_eq!((ready.state(), ready.outcomes["kept"], ready.damaged.len()), (DatasetState::Ready, 30, 0));
+    cluster.stop().await;
+}
+
+#[tokio::test]
+async fn shards_of_which_even_the_slices_are_gone_are_left_out_when_somebody_says_so() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cluster = Cluster::start(folder.path(), 30.0).await;
+    let created = cluster.create("birds", "request-1", 10, &list()).await.expect("a good list");
+    for n in 0..3 {
+        let lease = cluster.lease(PATIENCE).await.expect("one of three");
+        put_shard(&*cluster.store, &lease).await;
+        if n == 2 {
+            for of in [0, 1].map(|shard| shard_id(&created.dataset, shard)) {
+                put(&*cluster.store, &keys::index(&of), "rubbish").await;
+                cluster.store.delete(&Path::from(keys::slice(&of))).await.expect("it is there");
+            }
+        }
+        cluster.complete(&lease).await;
+    }
+    assert_eq!(cluster.sealed("birds").await.state(), DatasetState::Failed);
+    assert_eq!(cluster.accept_damage("birds", "request-2").await.expect("agreed").round, 0, "nobody knows its URLs");
+    let ready = cluster.sealed("birds").await;
+    assert_eq!((ready.state(), ready.outcomes["kept"], ready.damaged.len()), (DatasetState::Ready, 10, 2));
     cluster.stop().await;
 }
 

@@ -24,12 +24,13 @@ const SEAL_PAUSES: [Duration; 2] = [Duration::from_secs(5), Duration::from_secs(
 
 impl Datasets {
     /// Tries once more to seal a dataset that has failed, unless its manifest names all.
-    pub(crate) fn seal_again(self: &Arc<Self>, id: &DatasetId) {
+    pub(crate) fn seal_again(self: &Arc<Self>, id: &DatasetId, accepts_damage: bool) {
         if let Some(dataset) = self.state().live.get_mut(id) {
             if !matches!(dataset.stage, Stage::Failed(_)) || dataset.unnamed_rounds().next().is_none() {
                 return;
             }
             dataset.stage = Stage::Sealing;
+            dataset.accepts_damage |= accepts_damage;
             dataset.revision += 1;
         }
         self.spawn_seal(id.clone());

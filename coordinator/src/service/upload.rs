@@ -133,7 +133,7 @@ pub(super) async fn refresh(
     });
     let round = with_lists(datasets, &start, stream, pieces, made).await?;
     if round.slices.is_empty() {
-        datasets.seal_again(&dataset.id);
+        datasets.seal_again(&dataset.id, start.accept_damage);
         return Ok(pb::CreateDatasetResponse { round: 0, ..response(&dataset.id, &round) });
     }
     let datasets = Arc::clone(datasets);

@@ -112,6 +112,14 @@ impl Cluster {
         Ok(self.datasets().refresh_dataset(stream).await?.into_inner())
     }
 
+    /// Likewise, without a list, however much is damaged.
+    pub async fn accept_damage(&self, name: &str, request_id: &str) -> Result<pb::CreateDatasetResponse, Status> {
+        let (request_id, name) = (request_id.to_owned(), name.to_owned());
+        let start = Start { request_id, name, accept_damage: true, ..Start::default() };
+        let stream = tokio_stream::once(pb::CreateDatasetRequest { part: Some(Part::Start(start)) });
+        Ok(self.datasets().refresh_dataset(stream).await?.into_inner())
+    }
+
     pub async fn dataset(&self, name: &str) -> Result<pb::Dataset, Status> {
         Ok(self.datasets().get_dataset(pb::GetDatasetRequest { name: name.to_owned() }).await?.into_inner())
     }
