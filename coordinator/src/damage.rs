@@ -142,3 +142,52 @@ async fn find<T>(
     }
     Ok(Some(Err(wrong)))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use object_store::memory::InMemory;
+    use proto::{Attempt, OutcomeCounts};
+
+    use super::*;
+
+    #[test]
+    fn no_flipped_bit_makes_an_index_that_of_another_shard_or_attempt() {
+        let of = "birds-1".parse::<proto::DatasetId>().expect("an id").shard(7);
+        let attempt = Attempt { term: 12, n: 345 };
+        let file = StoredFile { key: keys::outcomes(&of, attempt), bytes: 5, sha256: "00".to_owned() };
+        let index = ShardIndex {
+            version: 1,
+            nonce: "n".to_owned(),
+            writer: "w".to_owned(),
+            shard: of.shard,
+            attempt,
+            outcomes: OutcomeCounts::default(),
+            tars: BTreeMap::new(),
+            outcomes_file: Some(file.clone()),
+        };
+        let whole = index.to_json();
+        assert_eq!(parse_index(&of, &whole), Ok(index));
+        for bit in 0..whole.len() * 8 {
+            let mut flipped = whole.clone();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            if let Ok(index) = parse_index(&of, &flipped) {
+                let named = index.outcomes_file.map(|file| file.key);
+                assert_eq!((index.shard, index.attempt, named), (7, attempt, Some(file.key.clone())), "bit {bit}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_torn_once_is_read_again_and_what_is_gone_is_named() {
+        let store = Store::new(Arc::new(InMemory::new()));
+        store.put("a/1", Bytes::from("whole")).await.expect("memory takes it");
+        let torn = std::cell::Cell::new(true);
+        let parse = |bytes: Bytes| if torn.replace(false) { Err("torn".to_owned()) } else { Ok(bytes) };
+        assert_eq!(read(&store, "a/1", parse).await.expect("reads"), Ok(Bytes::from("whole")));
+        let refused = read(&store, "a/1", |_| Err::<(), _>("no".to_owned())).await.expect("reads");
+        assert_eq!(refused, Err("no".to_owned()));
+        assert_eq!(read(&store, "a/2", Ok).await.expect("reads"), Err("it is gone".to_owned()));
+    }
+}
