@@ -225,7 +225,7 @@ impl Default for Limits {
             connect_timeout_seconds: 10.0,
             first_byte_timeout_seconds: 20.0,
             retries: 2,
-            redirects: 5,
+            redirects: 10,
         }
     }
 }

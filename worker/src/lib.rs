@@ -28,6 +28,7 @@ mod fetch;
 mod format;
 mod hosts;
 mod lease;
+mod mend;
 pub mod metrics;
 mod pixels;
 mod placeholder;

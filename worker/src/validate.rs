@@ -2,6 +2,7 @@
 //! a full decode, resize, flat pictures, encode. Colour profiles (ICC) are left aside, alpha is laid over white, of an
 //! animation the first frame counts.
 
+use std::borrow::Cow;
 use std::io::{Cursor, ErrorKind};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -16,6 +17,7 @@ use proto::{ImageFormat, Limits, Reencode, Rejection, Resize};
 use sha2::{Digest, Sha256};
 
 use crate::format::{format_of, is_cut_riff, webp_fits};
+use crate::mend;
 use crate::pixels::{Codec, DecodeAs, Frame, Hasher, Picture, Pixels, Shrinker, is_flat, moments};
 use crate::placeholder::Placeholders;
 
@@ -153,7 +155,7 @@ impl Validator {
                 && self.codec.most(size.0, size.1).is_ok_and(|most| bytes.len() <= most);
             frame
         } else {
-            self.decode_other(bytes, format, rules, max_pixels, validation)?
+            self.decode_mended(bytes, format, rules, max_pixels, validation)?
         };
         let picture = self.shrinker.shrink(&self.pixels, &frame);
         let moments = moments(&picture);
@@ -169,7 +171,31 @@ impl Validator {
         Ok(Stored { image, moments })
     }
 
-    /// Every format but JPEG, by the `image` crate.
+    /// Every format but JPEG, also if the file is a little broken beside its pixels.
+    fn decode_mended(
+        &mut self,
+        bytes: &[u8],
+        format: Format,
+        rules: &Rules,
+        max_pixels: u64,
+        validation: &mut Validation,
+    ) -> Result<Frame, Refusal> {
+        let whole = if format == Format::Gif { mend::gif(bytes) } else { Cow::Borrowed(bytes) };
+        let decoded = self.decode_other(&whole, format, rules, max_pixels, validation);
+        let mended = match decoded {
+            Err(Refusal::Rejected(Rejection::Truncated | Rejection::Undecodable)) if format == Format::Png => {
+                mend::png(bytes)
+            }
+            _ => None,
+        };
+        match mended.map(|mended| self.decode_other(&mended, format, rules, max_pixels, validation)) {
+            // It is broken in its pixels, too.
+            None | Some(Err(Refusal::Rejected(Rejection::Truncated | Rejection::Undecodable))) => decoded,
+            Some(mended) => mended,
+        }
+    }
+
+    /// By the `image` crate.
     fn decode_other(
         &mut self,
         bytes: &[u8],

@@ -58,6 +58,17 @@ async fn serve(mut stream: TcpStream) -> std::io::Result<()> {
             let next = n.parse::<u32>().unwrap_or(0) + 1;
             with(&format!("302 Found\r\nLocation: /hops/{next}"), b"")
         }
+        // Heads as they should not be, but are.
+        ("folded", seed) => with("200 OK\r\nX-Fold: one\r\n two\r\n\tthree", &picture(seed.parse().unwrap_or(0))),
+        ("lines", _) => with("200 OK\r\nno header at all\r\nX-Blank : x\r\n: nameless", &picture(80)),
+        ("headers", _) => {
+            let more: String = (0..300).map(|n| format!("\r\nX-H{n}: {n}")).collect();
+            with(&format!("200 OK{more}"), &picture(81))
+        }
+        ("latin1", _) => [&b"HTTP/1.1 302 Found\r\nConnection: close\r\nLocation: /\xe9t\xe9\r\n\r\n"[..]].concat(),
+        ("%E9t%E9", _) => with("200 OK", &picture(82)),
+        ("part", "whole") => with("206 Partial\r\nContent-Range: bytes 0-9/10", &picture(83)),
+        ("part", _) => with("206 Partial\r\nContent-Range: bytes 0-9/11", &picture(84)),
         ("private", _) => with("302 Found\r\nLocation: http://10.0.0.1/x.jpg", b""),
         ("metadata", _) => with("302 Found\r\nLocation: http://169.254.169.254/latest", b""),
         ("long", _) => with(&format!("302 Found\r\nLocation: /good/{}", "7".repeat(9000)), b""),
@@ -241,6 +252,12 @@ async fn every_url_gets_its_one_outcome_and_index_outcomes_and_tars_agree() {
         ("http://".into(), Err(Rejection::BadUrl)),
         (format!("{base}/heads"), Err(Rejection::Protocol)),
         (format!("{base}/many"), Err(Rejection::Protocol)),
+        (format!("{base}/folded/85"), Ok(())),
+        (format!("{base}/lines"), Ok(())),
+        (format!("{base}/headers"), Ok(())),
+        (format!("{base}/latin1"), Ok(())),
+        (format!("{base}/part/whole"), Ok(())),
+        (format!("{base}/part/first"), Err(Rejection::HttpStatus)),
         (format!("{base}/packed"), Err(Rejection::NotAnImage)),
         (format!("{base}/film"), Err(Rejection::NotAnImage)),
     ];
@@ -291,7 +308,7 @@ async fn every_url_gets_its_one_outcome_and_index_outcomes_and_tars_agree() {
         }
         assert_eq!((moments, per_class), (tar.moments, tar.per_class.clone()));
     }
-    assert_eq!(samples, 62);
+    assert_eq!(samples, 67);
 }
 
 #[tokio::test]

@@ -1,13 +1,15 @@
 //! The HTTP client: sends a request, follows its redirects up to another host, and reads the body.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
+use percent_encoding::{CONTROLS, percent_encode};
 use proto::outcomes::LONGEST_URL;
 use proto::{Limits, Rejection};
-use reqwest::header::{ACCEPT, ACCEPT_ENCODING, CONTENT_ENCODING, HeaderMap, HeaderValue, LOCATION};
+use reqwest::header::{ACCEPT, ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_RANGE, HeaderMap, HeaderValue, LOCATION};
 use reqwest::{Certificate, Client, Response, StatusCode};
 use tokio::time::{Instant, timeout_at};
 use url::{Host, Url};
@@ -26,6 +28,11 @@ use crate::format::format_of;
 const STREAMS: u32 = 256;
 /// An HTTP/2 connection on which nothing has come for so long is asked for a sign of life, and has as long to give it.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
+
+/// Headers of a response over HTTP/1.
+const MOST_HEADERS: usize = 1000;
+/// Bytes of a response's head over HTTP/2.
+const LONGEST_HTTP2_HEAD: u32 = 256 << 10;
 
 const ACCEPT_IMAGES: &str = "image/jpeg,image/png,image/webp,image/gif,image/bmp,image/tiff,image/*;q=0.8,*/*;q=0.1";
 
@@ -138,7 +145,7 @@ impl Fetcher {
         if let Some(client) = clients.get(&connect_timeout) {
             return Ok(client.clone());
         }
-        // A response's head has hyper's limits: 100 headers and 417,792 bytes; 16 KiB over HTTP/2.
+        // A response's head has hyper's limit of 417,792 bytes, and over HTTP/2 browsers' one.
         let client = Client::builder()
             .user_agent(&self.config.user_agent)
             .default_headers(HeaderMap::from_iter([
@@ -156,6 +163,12 @@ impl Fetcher {
             // comes back to most hosts seldom, and then idle connections are other people's memory.
             .pool_max_idle_per_host(64)
             .pool_idle_timeout(Duration::from_secs(10))
+            // Heads that browsers take: thousands of sites send such.
+            .http1_max_headers(MOST_HEADERS)
+            .http1_allow_obsolete_multiline_headers_in_responses(true)
+            .http1_allow_spaces_after_header_name_in_responses(true)
+            .http1_ignore_invalid_headers_in_responses(true)
+            .http2_max_header_list_size(LONGEST_HTTP2_HEAD)
             .http2_initial_stream_window_size(FREE_BYTES as u32)
             .http2_initial_connection_window_size(STREAMS * FREE_BYTES as u32)
             .http2_keep_alive_interval(KEEP_ALIVE)
@@ -180,7 +193,7 @@ impl Fetcher {
     }
 
     async fn read(&self, mut response: Response, limits: &Limits, mut deadline: Instant) -> Result<Body, FetchError> {
-        if response.status() != StatusCode::OK {
+        if response.status() != StatusCode::OK && !is_whole_range(&response) {
             return Err(FetchError::of_status(response.status(), response.headers()));
         }
         if self.config.honour_opt_outs && opted_out(response.headers()) {
@@ -227,15 +240,28 @@ impl Fetcher {
     }
 }
 
+/// Whether a response is a part that nobody asked for and that is the whole.
+fn is_whole_range(response: &Response) -> bool {
+    let range = response.headers().get(CONTENT_RANGE).and_then(|range| range.to_str().ok());
+    let whole = || {
+        let (last, length) = range?.trim().strip_prefix("bytes 0-")?.split_once('/')?;
+        Some(last.parse::<u64>().ok()?.checked_add(1)? == length.parse::<u64>().ok()?)
+    };
+    response.status() == StatusCode::PARTIAL_CONTENT && whole().unwrap_or(false)
+}
+
 /// Where a response points, if it is a redirect.
 fn redirect_target(from: &Url, response: &Response) -> Result<Option<Url>, Rejection> {
     if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
         return Ok(None);
     }
     let Some(location) = response.headers().get(LOCATION) else { return Ok(None) };
-    // Servers send raw UTF-8 here, whatever the standard says.
-    let location = std::str::from_utf8(location.as_bytes()).map_err(|_| Rejection::Protocol)?;
-    let mut next = from.join(location).map_err(|_| Rejection::Protocol)?;
+    // Servers send raw bytes here, whatever the standard says. UTF-8 is encoded where it is joined.
+    let location = match std::str::from_utf8(location.as_bytes()) {
+        Ok(text) => Cow::Borrowed(text),
+        Err(_) => percent_encode(location.as_bytes(), CONTROLS).into(),
+    };
+    let mut next = from.join(&location).map_err(|_| Rejection::Protocol)?;
     next.set_fragment(None);
     if next.as_str().len() > LONGEST_URL {
         return Err(Rejection::Protocol);

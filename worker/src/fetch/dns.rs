@@ -140,7 +140,12 @@ impl GuardedResolver {
 impl Inner {
     /// All addresses of a host.
     async fn lookup(&self, host: &str) -> Result<Vec<IpAddr>, Failed> {
-        let Ok(mut name) = hickory_resolver::proto::rr::Name::from_utf8(host) else { return Err(Failed::NoSuchName) };
+        // Byte for byte as the URL has it, whose international names are encoded already: people's names have
+        // underscores in them and hyphens at their ends, which no standard for names of hosts allows.
+        let labels = host.strip_suffix('.').unwrap_or(host).split('.').map(str::as_bytes);
+        let Ok(mut name) = hickory_resolver::proto::rr::Name::from_labels(labels) else {
+            return Err(Failed::NoSuchName);
+        };
         // A name of one word may be one of the local network, for which the system's search list is. All others are
         // whole: to try each with every suffix of a cluster's search list would make several questions of one. Only
         // where private nets are allowed a short name may be one of theirs: `web.pictures`, of a cluster's service.

@@ -44,7 +44,7 @@ fn answer(question: &[u8], before: usize) -> Option<Vec<u8>> {
     let word = question.get(13..13 + usize::from(question[12]))?.to_ascii_lowercase();
     let in_cluster = question.windows(7).any(|part| part == b"cluster");
     let is_a = question.get(end - 4..end - 2)? == [0, 1];
-    let (code, address): (u8, Option<[u8; 4]>) = match word.split(|byte| *byte == b'-').next()? {
+    let (code, address): (u8, Option<[u8; 4]>) = match word.split(|byte| matches!(byte, b'-' | b'_')).next()? {
         b"good" => (0, Some([93, 184, 216, 34])),
         // A public address at first, a private one later; neither is to be remembered.
         b"rebinding" => (0, Some(if before < 2 { [93, 184, 216, 34] } else { [10, 0, 0, 1] })),
@@ -136,6 +136,22 @@ async fn a_second_name_server_answers_when_the_first_does_not() {
     let resolver = GuardedResolver::new(AddressRules::default(), &[other, NameServer(server.address)]);
     let found = resolve(&resolver.expect("name servers are named"), "good-2.example").await;
     assert_eq!(found.expect("the second one knows"), [Ipv4Addr::new(93, 184, 216, 34)]);
+}
+
+#[tokio::test]
+async fn names_that_no_host_should_have_are_looked_up_all_the_same() {
+    let server = NameServerDouble::start().await;
+    let resolver = server.resolver(&[]);
+    for name in ["good_cube.example", "good-.example", "good--x.my_blog.example", "good-1._.example", "GOOD-1.example."]
+    {
+        assert!(resolve(&resolver, name).await.is_ok(), "{name}");
+    }
+    let asked = server.asked();
+    for name in ["good..example", &format!("good-{}.example", "x".repeat(60))] {
+        let error = resolve(&resolver, name).await.expect_err("no name at all");
+        assert!(error.contains("no address"), "{name}: {error}");
+    }
+    assert_eq!(server.asked(), asked);
 }
 
 #[tokio::test]
