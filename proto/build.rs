@@ -14,7 +14,7 @@ const FILES: [&str; 5] = [
 ];
 
 /// Messages that the command line also prints as JSON.
-const PRINTED: [&str; 14] = [
+const PRINTED: [&str; 15] = [
     "AgentStatus",
     "ClassCount",
     "CompareRunsResponse",
@@ -23,6 +23,7 @@ const PRINTED: [&str; 14] = [
     "Dataset",
     "DeviceStatus",
     "LedgerLine",
+    "ListRow",
     "LogLine",
     "Metric",
     "Run",

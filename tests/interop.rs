@@ -73,6 +73,54 @@ fn webdataset_reads_the_same_pixels_and_labels_as_we_do() {
     assert_eq!(theirs, ours);
 }
 
+#[test]
+fn webdataset_reads_the_captions_and_columns_of_a_list_without_classes() {
+    let mut cluster = Cluster::start();
+    cluster.start_worker("worker");
+    let origin = Origin::serve(Options { seed: 9, ..Options::default() }).expect("loopback");
+    // LAION's columns, as JSON lines have them.
+    let row = |n: u64| {
+        let url = list::url(Rot::Good, (0, n), n, &origin);
+        let (text, similarity) = (format!("a \"dog\", été {n}"), 0.25 + n as f64 / 64.0);
+        let rest =
+            serde_json::json!({ "WIDTH": 9_000 + n, "similarity": similarity, "hash": n << 40, "punsafe": null });
+        (serde_json::json!({ "URL": url, "TEXT": text, "pwatermark": [0.5] }), rest)
+    };
+    let rows: Vec<serde_json::Value> = (0..12)
+        .map(row)
+        .map(|(mut row, rest)| {
+            let more = rest.as_object().expect("an object").clone();
+            row.as_object_mut().expect("an object").extend(more);
+            row
+        })
+        .collect();
+    let list: String = rows.iter().map(|row| format!("{row}\n")).collect();
+    let list = cluster.write("laion.jsonl", &list);
+    let flags = ["--unlabelled", "--keep-columns", "all", "--size", "64", "--wait", "--timeout", "120s"];
+    cluster.gleaner(&[&["dataset", "create", "laion", "--urls", &list], &flags[..]].concat());
+    let manifest = Manifest::from_json(cluster.gleaner(&["dataset", "manifest", "laion"]).as_bytes()).expect("one");
+    let tars = manifest.shards.iter().flat_map(|shard| shard.tars.values());
+    let tars: Vec<PathBuf> = tars.map(|tar| Path::new(cluster.store()).join(&tar.key)).collect();
+    let read = printed(python("python").arg(root().join("tests/python/read_columns.py")).args(&tars));
+    let mut read: Vec<serde_json::Value> = read.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    read.sort_by_key(|sample| sample["key"].as_u64());
+    assert_eq!(read.len(), rows.len());
+    for (sample, row) in read.iter().zip(&rows) {
+        assert_eq!((&sample["cls"], &sample["txt"]), (&serde_json::Value::Null, &row["TEXT"]));
+        for (ours, listed) in [
+            ("url", "URL"),
+            ("TEXT", "TEXT"),
+            ("WIDTH", "WIDTH"),
+            ("similarity", "similarity"),
+            ("hash", "hash"),
+            ("pwatermark", "pwatermark"),
+        ] {
+            assert_eq!(sample["json"][ours], row[listed], "{ours}");
+        }
+        assert!(sample["json"]["width"].as_u64().is_some_and(|width| width < 9_000), "as fetched, not as listed");
+    }
+}
+
 /// Eight images of noise with their labels, as safetensors.
 fn a_batch() -> Vec<u8> {
     let mut random = fastrand::Rng::with_seed(1);

@@ -1,6 +1,7 @@
 //! The catalog: all URLs of a list, shuffled and cut into slices, in bounded memory.
 //!
-//! Entries go into the partitions of a [`Spool`] by a hash of (seed, ordinal, synset, URL); the partitions, each sorted
+//! Lines come together by their URLs first: one that stands in the list again is fetched once, and may have several
+//! classes. Entries go into the partitions of a [`Spool`] by a hash of (seed, ordinal, synset, URL); the partitions, each sorted
 //! by that hash, are the shuffled catalog. The order depends on nothing else, so the same list gives the same slices.
 
 use std::collections::{BTreeMap, HashSet};
@@ -9,21 +10,33 @@ use std::path::PathBuf;
 
 use bytes::Bytes;
 use proto::dataset_spec::Class;
+use proto::outcomes::OutcomeRow;
 use proto::round::{Cause, Round, Slice};
-use proto::slice::SliceWriter;
-use proto::{DatasetSpec, Outcome, OutcomeCounts};
+use proto::slice::{SliceWriter, split_tail};
+use proto::{DatasetSpec, MultiLabel, OutcomeCounts, Rejection, columns, pb};
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::error::Error;
-use crate::list::{self, ListOptions};
+use crate::list::{self, Entry, Line, ListOptions};
 use crate::spool::Spool;
 
 /// A list with more classes than this is not one of classes.
 const MOST_CLASSES: usize = 1_000_000;
 
-/// Bad lines that are shown.
+/// So many classes, and it is time to ask whether they are any.
+const EARLY_CLASSES: usize = 100_000;
+
+/// Of fewer pictures each may have a class of its own.
+const FEW_URLS: u64 = 10;
+
+/// What can be done with a list whose classes are none.
+const WAY_OUT: &str = "if the list has captions and no classes, --unlabelled takes it (--keep-columns caption keeps \
+                       them); if another column is the class, --columns or --synset-column names it; --synsets FILE \
+                       says that classes are meant so";
+
+/// Lines, rows and sources that are shown.
 const EXAMPLES: usize = 10;
 
 /// Where a round begins: what earlier ones have used up.
@@ -61,6 +74,15 @@ struct Pool {
     urls: u64,
 }
 
+/// How lists were understood, for people.
+#[derive(Debug, Default)]
+pub(crate) struct Shown {
+    /// The first sources.
+    pub(crate) understood: Vec<String>,
+    /// The first rows.
+    pub(crate) preview: Vec<pb::ListRow>,
+}
+
 /// Gathers the entries of all sources of one round.
 pub(crate) struct Catalog {
     seed: u64,
@@ -68,22 +90,36 @@ pub(crate) struct Catalog {
     /// Of URLs that have no other.
     dealing: Dealing,
     pools: BTreeMap<Dealing, Pool>,
+    multi_label: Option<MultiLabel>,
+    /// Classes that nobody chose can be no classes.
+    checked: bool,
+    /// The most new URLs.
+    limit: u64,
     folder: Option<PathBuf>,
     /// None: all that occur.
     chosen: Option<HashSet<String>>,
-    /// In a later round: new lines and those of earlier rounds, which are compared at the end.
-    compared: Option<Spool>,
+    /// The lines, and the URLs of earlier rounds, by URL: they are compared at the end.
+    lines: Spool,
+    /// Good lines of chosen classes.
+    ordinals: u64,
+    /// How the first sources were understood.
+    understood: Vec<String>,
+    /// The first rows, as they were understood.
+    preview: Vec<pb::ListRow>,
     urls_per_class: BTreeMap<String, u64>,
     new_urls: u64,
     retried: OutcomeCounts,
     not_chosen: u64,
     known: u64,
+    repeated: u64,
+    several: u64,
+    several_example: String,
     bad_lines: u64,
     bad_line_examples: Vec<String>,
 }
 
-/// In the place of a key: the entry has none yet.
-const NEW: u64 = u64::MAX;
+/// In the place of an ordinal: the URL is of an earlier round.
+const KNOWN: u64 = u64::MAX;
 
 impl Catalog {
     /// An empty one. The classes of `spec` choose which synsets are taken; `folder` is where large lists are spooled.
@@ -91,10 +127,16 @@ impl Catalog {
         let chosen = spec.classes.iter().map(|class| class.synset.clone()).collect::<HashSet<_>>();
         Self {
             seed: spec.seed,
-            compared: (start.round > 1).then(|| Spool::new(folder.clone())),
+            lines: Spool::new(folder.clone()),
+            ordinals: 0,
+            understood: Vec::new(),
+            preview: Vec::new(),
             start,
             dealing: Dealing { slice_urls: spec.slice_urls, once: false },
             pools: BTreeMap::new(),
+            multi_label: spec.multi_label,
+            checked: chosen.is_empty() && !spec.unlabelled,
+            limit: u64::MAX,
             folder,
             chosen: (!chosen.is_empty()).then_some(chosen),
             urls_per_class: BTreeMap::new(),
@@ -102,125 +144,233 @@ impl Catalog {
             retried: OutcomeCounts::default(),
             not_chosen: 0,
             known: 0,
+            repeated: 0,
+            several: 0,
+            several_example: String::new(),
             bad_lines: 0,
             bad_line_examples: Vec::new(),
         }
     }
 
+    /// The same, of which at most so many new URLs are taken: a sample that the seed chooses.
+    pub(crate) fn limited(self, limit: u64) -> Self {
+        Self { limit, ..self }
+    }
+
+    /// How the lists were understood, for people.
+    pub(crate) fn shown(&mut self) -> Shown {
+        Shown { understood: std::mem::take(&mut self.understood), preview: std::mem::take(&mut self.preview) }
+    }
+
     /// Reads one source to its end.
     pub(crate) fn read(&mut self, name: &str, source: impl Read + Send, options: &ListOptions) -> Result<(), Error> {
-        list::read(name, source, options, &mut |number, line| match line {
-            Ok((synset, url)) => self.push(synset, url),
-            Err(what) => {
+        let understood = list::read(name, source, options, &mut |number, line| match line {
+            Line::Entry(entry) => {
+                if self.preview.len() < EXAMPLES {
+                    let Entry { synset, url, columns } = entry;
+                    let [synset, url, columns] = [synset, url, columns].map(str::to_owned);
+                    self.preview.push(pb::ListRow { synset, url, columns });
+                }
+                self.push(entry)
+            }
+            Line::Absent => {
+                self.not_chosen += 1;
+                Ok(())
+            }
+            Line::Bad(what) => {
                 self.bad_lines += 1;
                 if self.bad_line_examples.len() < EXAMPLES {
                     self.bad_line_examples.push(format!("{name}:{number}: {what}"));
                 }
                 Ok(())
             }
-        })
+        })?;
+        if self.understood.len() < EXAMPLES {
+            self.understood.push(format!("{name}: {understood}"));
+        }
+        Ok(())
     }
 
-    fn push(&mut self, synset: &str, url: &str) -> Result<(), Error> {
+    fn push(&mut self, Entry { synset, url, columns }: Entry<'_>) -> Result<(), Error> {
         if self.chosen.as_ref().is_some_and(|chosen| !chosen.contains(synset)) {
             self.not_chosen += 1;
             return Ok(());
         }
-        match &mut self.compared {
-            None => self.push_entry(self.dealing, NEW, synset.as_bytes(), url.as_bytes()),
-            Some(compared) => {
-                let (digest, synset, url) = (digest(synset, url), synset.as_bytes(), url.as_bytes());
-                let head = LineHead { digest, lengths: Lengths::of(synset, url) };
-                Ok(compared.push(digest[0], &[head.as_bytes(), synset, url])?)
-            }
-        }
+        let (digest, ordinal) = (self.digest(url), self.ordinals);
+        self.ordinals += 1;
+        let between = if columns.is_empty() { "" } else { "\t" };
+        let tail = url.len() + between.len() + columns.len();
+        let head = LineHead { digest, ordinal, lengths: Lengths { synset: synset.len() as u32, tail: tail as u32 } };
+        let parts = [head.as_bytes(), synset.as_bytes(), url.as_bytes(), between.as_bytes(), columns.as_bytes()];
+        Ok(self.lines.push(digest[0], &parts)?)
     }
 
-    /// Tells of an entry of an earlier round, so that a new line like it is known.
-    pub(crate) fn push_known(&mut self, synset: &str, url: &str) -> Result<(), Error> {
-        if let Some(compared) = &mut self.compared {
-            let digest = digest(synset, url);
-            compared.push(digest[0], &[LineHead { digest, lengths: Lengths::of(&[], &[]) }.as_bytes()])?;
-        }
-        Ok(())
+    /// Tells of a URL of an earlier round, so that a new line with it is known.
+    pub(crate) fn push_known(&mut self, url: &str) -> Result<(), Error> {
+        let digest = self.digest(url);
+        let head = LineHead { digest, ordinal: KNOWN, lengths: Lengths { synset: 0, tail: 0 } };
+        Ok(self.lines.push(digest[0], &[head.as_bytes()])?)
     }
 
-    /// Takes in an entry of an earlier round, which is to be fetched again; `outcome` is what became of it last.
-    pub(crate) fn retry(
-        &mut self,
-        dealing: Dealing,
-        (key, synset, url): (u64, &str, &str),
-        outcome: Outcome,
-    ) -> Result<(), Error> {
-        self.retried.add(outcome, 1);
-        self.push_entry(dealing, key, synset.as_bytes(), url.as_bytes())
+    /// What stands for a URL when they are compared. The seed makes the order of these a shuffle: the first of them are
+    /// a sample.
+    fn digest(&self, url: &str) -> [u8; 16] {
+        let hash = Sha256::new().chain_update(self.seed.to_le_bytes()).chain_update(url).finalize();
+        std::array::from_fn(|i| hash[i])
     }
 
-    fn push_entry(&mut self, dealing: Dealing, key: u64, synset: &[u8], url: &[u8]) -> Result<(), Error> {
-        let ordinal = if key == NEW { self.start.first_key + self.new_urls } else { key };
-        if key == NEW {
-            let synset = String::from_utf8_lossy(synset);
-            let classes = self.urls_per_class.len();
-            match self.urls_per_class.get_mut(&*synset) {
-                Some(urls) => *urls += 1,
-                None if classes == MOST_CLASSES => {
-                    return Err(Error::Invalid(format!(
-                        "more than {MOST_CLASSES} synsets: is the first column the class?"
-                    )));
-                }
-                None => drop(self.urls_per_class.insert(synset.into_owned(), 1)),
-            }
-            self.new_urls += 1;
-        }
+    /// Takes in a URL of an earlier round, which is to be fetched again; `why` is what became of it last.
+    pub(crate) fn retry(&mut self, dealing: Dealing, row: &OutcomeRow, why: Rejection) -> Result<(), Error> {
+        self.retried.add(Err(why), 1);
+        let columns = row.columns.as_deref().unwrap_or_default();
+        let between = if columns.is_empty() { "" } else { "\t" };
+        let tail = [&row.url, between, columns].concat();
+        self.push_entry(dealing, row.key.max(0) as u64, row.synset.as_bytes(), tail.as_bytes())
+    }
+
+    fn push_entry(&mut self, dealing: Dealing, key: u64, synset: &[u8], tail: &[u8]) -> Result<(), Error> {
         let hash = Sha256::new()
             .chain_update(self.seed.to_le_bytes())
-            .chain_update(ordinal.to_le_bytes())
+            .chain_update(key.to_le_bytes())
             .chain_update(synset)
             .chain_update([0])
-            .chain_update(url)
+            .chain_update(tail)
             .finalize();
         let first = u64::from_be_bytes(std::array::from_fn(|i| hash[i]));
-        let head = EntryHead { hash: first, ordinal, key, lengths: Lengths::of(synset, url) };
+        let head =
+            EntryHead { hash: first, key, lengths: Lengths { synset: synset.len() as u32, tail: tail.len() as u32 } };
         let new = || Pool { spool: Spool::new(self.folder.clone()), urls: 0 };
         let pool = self.pools.entry(dealing).or_insert_with(new);
         pool.urls += 1;
-        Ok(pool.spool.push(hash[0], &[head.as_bytes(), synset, url])?)
+        Ok(pool.spool.push(hash[0], &[head.as_bytes(), synset, tail])?)
     }
 
-    /// Enters the new lines that no earlier round has, each once.
-    fn compare(&mut self) -> Result<(), Error> {
-        let Some(compared) = self.compared.take() else { return Ok(()) };
-        for partition in compared.into_partitions() {
+    /// Enters each URL once that no earlier round has.
+    fn enter_lines(&mut self) -> Result<(), Error> {
+        let spool = std::mem::replace(&mut self.lines, Spool::new(None));
+        for partition in spool.into_partitions() {
             let partition = partition?;
-            let lines = lines(&partition, |head: &LineHead| head.lengths);
-            let (earlier, new): (Vec<_>, Vec<_>) = lines.into_iter().partition(|(_, synset, _)| synset.is_empty());
-            let mut there: HashSet<[u8; 16]> = earlier.into_iter().map(|(head, ..)| head.digest).collect();
-            for (head, synset, url) in new {
-                if there.insert(head.digest) {
-                    self.push_entry(self.dealing, NEW, synset, url)?;
-                } else {
-                    self.known += 1;
+            let mut lines = lines(&partition, |head: &LineHead| head.lengths);
+            lines.sort_unstable_by_key(|(head, ..)| (head.digest, head.ordinal));
+            for same in lines.chunk_by(|(a, ..), (b, ..)| a.digest == b.digest) {
+                let known = same.last().is_some_and(|(head, ..)| head.ordinal == KNOWN);
+                match same {
+                    _ if known => self.known += same.iter().filter(|(head, ..)| head.ordinal != KNOWN).count() as u64,
+                    _ if self.new_urls == self.limit => return Ok(()),
+                    same => self.enter(same)?,
                 }
             }
         }
         Ok(())
+    }
+
+    /// Enters a URL, which has one or several lines.
+    fn enter(&mut self, same: &[(LineHead, &[u8], &[u8])]) -> Result<(), Error> {
+        let (first, synset, tail) = same[0];
+        let mut synsets: Vec<&[u8]> = Vec::new();
+        if same.len() > 1 {
+            same.iter().for_each(|(_, synset, _)| {
+                if !synsets.contains(synset) {
+                    synsets.push(synset)
+                }
+            });
+            self.repeated += (same.len() - synsets.len()) as u64;
+        }
+        let mut with_classes = None;
+        if synsets.len() > 1 {
+            let synsets = synsets.iter().map(|synset| std::str::from_utf8(synset).unwrap_or_default());
+            let (url, columns) = split_tail(std::str::from_utf8(tail).unwrap_or_default());
+            if self.several == 0 {
+                let synsets: Vec<&str> = synsets.clone().take(3).collect();
+                self.several_example = format!("{url} ({})", synsets.join(", "));
+            }
+            self.several += 1;
+            match self.multi_label {
+                Some(MultiLabel::Drop) => return Ok(()),
+                Some(MultiLabel::All) => {
+                    with_classes = Some([url, "\t", &columns::with_classes(columns, synsets)].concat());
+                }
+                Some(MultiLabel::First) | None => {}
+            }
+        }
+        let name = String::from_utf8_lossy(synset);
+        let classes = self.urls_per_class.len();
+        match self.urls_per_class.get_mut(&*name) {
+            Some(urls) => *urls += 1,
+            None => {
+                if matches!(classes, EARLY_CLASSES | MOST_CLASSES) {
+                    self.check_classes()?;
+                }
+                if classes == MOST_CLASSES {
+                    return Err(Error::Invalid(format!("more than {MOST_CLASSES} synsets: {WAY_OUT}")));
+                }
+                self.urls_per_class.insert(name.into_owned(), 1);
+            }
+        }
+        self.new_urls += 1;
+        let tail = with_classes.as_ref().map_or(tail, |tail| tail.as_bytes());
+        self.push_entry(self.dealing, self.start.first_key + first.ordinal, synset, tail)
+    }
+
+    /// Refuses classes that nobody can have meant: most pictures have one of their own, as captions are.
+    fn check_classes(&self) -> Result<(), Error> {
+        let own = self.urls_per_class.iter().filter(|(_, urls)| **urls == 1);
+        let alone = own.clone().count() as u64;
+        // Of a few pictures each may well have a class of its own, but not a sentence.
+        let sentence = |synset: &str| synset.split_whitespace().count() > 3;
+        let few = self.new_urls < FEW_URLS && !own.clone().any(|(synset, _)| sentence(synset));
+        if !self.checked || alone * 2 <= self.new_urls || few {
+            return Ok(());
+        }
+        let examples: Vec<String> = own.take(3).map(|(synset, _)| format!("{synset:?}")).collect();
+        let (urls, examples) = (self.new_urls, examples.join(", "));
+        Err(Error::Invalid(format!(
+            "{alone} of {urls} pictures have a class of their own, such as {examples}: {WAY_OUT}"
+        )))
+    }
+
+    /// Compares the lines, and refuses lists that cannot be meant so.
+    fn gather(&mut self) -> Result<(), Error> {
+        self.enter_lines()?;
+        let entered = self.new_urls + self.retried.total();
+        let all_bad = self.bad_lines > 0 && self.new_urls + self.known + self.not_chosen + self.several == 0;
+        if all_bad || self.start.round == 1 && entered == 0 {
+            let mut message =
+                format!("no line of the list is good: {} bad, {} not chosen", self.bad_lines, self.not_chosen);
+            if self.several > 0 {
+                message += &format!(", {} of several classes", self.several);
+            }
+            self.bad_line_examples.iter().for_each(|line| message += &format!("; {line}"));
+            return Err(Error::Invalid(message));
+        }
+        if self.several > 0 && self.multi_label.is_none() {
+            let (several, all, example) = (self.several, self.new_urls, &self.several_example);
+            return Err(Error::Invalid(format!(
+                "{several} of {all} pictures have several classes, such as {example}: --multi-label first takes the \
+                 class that stands first, all keeps all of them (such pictures are stored, but not trained on), drop \
+                 leaves such pictures out"
+            )));
+        }
+        self.check_classes()
+    }
+
+    /// What a first round would be, its slices aside.
+    pub(crate) fn survey(mut self, spec: &DatasetSpec) -> Result<Round, Error> {
+        self.gather()?;
+        let urls = spec.slice_urls;
+        let slices = self.new_urls.div_ceil(urls.into());
+        let slice = || Slice { urls, sha256: String::new(), once: false };
+        Ok(self.into_round(std::iter::repeat_with(slice).take(slices as usize).collect()))
     }
 
     /// Cuts the shuffled entries into slices and sends each one's number and bytes to `slices`.
     /// Completes the classes of `spec`, and returns the round that names the slices: without any if a later round has
     /// nothing to fetch.
     pub(crate) fn cut(mut self, spec: &mut DatasetSpec, slices: &mpsc::Sender<(u32, Bytes)>) -> Result<Round, Error> {
-        self.compare()?;
-        let (entered, start) = (self.new_urls + self.retried.total(), self.start);
-        let all_bad = self.bad_lines > 0 && self.new_urls + self.known + self.not_chosen == 0;
-        if all_bad || start.round == 1 && entered == 0 {
-            let mut message =
-                format!("no line of the list is good: {} bad, {} not chosen", self.bad_lines, self.not_chosen);
-            self.bad_line_examples.iter().for_each(|line| message += &format!("; {line}"));
-            return Err(Error::Invalid(message));
-        }
+        self.gather()?;
+        let (entered, first_slice) = (self.new_urls + self.retried.total(), self.start.first_slice);
         let cut = |(dealing, pool): (&Dealing, &Pool)| pool.urls.div_ceil(dealing.slice_urls.into());
-        if u64::from(start.first_slice) + self.pools.iter().map(cut).sum::<u64>() > 999_999 {
+        if u64::from(first_slice) + self.pools.iter().map(cut).sum::<u64>() > 999_999 {
             return Err(Error::Invalid(format!(
                 "{entered} URLs in slices of {}: choose larger slices",
                 spec.slice_urls
@@ -230,27 +380,26 @@ impl Catalog {
             let class = |synset: &String| Class { synset: synset.clone(), name: String::new() };
             spec.classes = self.urls_per_class.keys().map(class).collect();
         }
-        let mut cutter = Cutter {
-            dealing: self.dealing,
-            first_slice: start.first_slice,
-            slices,
-            done: Vec::new(),
-            open: None,
-            key: start.first_key,
-        };
-        for (dealing, pool) in self.pools {
+        let mut cutter = Cutter { dealing: self.dealing, first_slice, slices, done: Vec::new(), open: None };
+        for (dealing, pool) in std::mem::take(&mut self.pools) {
             cutter.dealing = dealing;
             for partition in pool.spool.into_partitions() {
                 let partition = partition?;
                 let mut entries = lines(&partition, |head: &EntryHead| head.lengths);
                 entries.sort_unstable();
-                for (head, synset, url) in entries {
-                    cutter.push(head.key, synset, url)?;
+                for (head, synset, tail) in entries {
+                    cutter.push(head.key, synset, tail)?;
                 }
             }
             cutter.close()?;
         }
-        Ok(Round {
+        let slices = cutter.done;
+        Ok(self.into_round(slices))
+    }
+
+    fn into_round(self, slices: Vec<Slice>) -> Round {
+        let start = self.start;
+        Round {
             format: 1,
             nonce: crate::store::nonce(),
             request_id: start.request_id,
@@ -259,67 +408,58 @@ impl Catalog {
             accepts_damage: false,
             round: start.round,
             first_slice: start.first_slice,
-            slices: cutter.done,
+            slices,
             first_key: start.first_key,
             new_urls: self.new_urls,
+            keys: self.ordinals,
             urls_per_class: self.urls_per_class,
             retried: self.retried,
             not_chosen: self.not_chosen,
             known: self.known,
+            repeated: self.repeated,
+            several: self.several,
             bad_lines: self.bad_lines,
             bad_line_examples: self.bad_line_examples,
-        })
+        }
     }
 }
 
-/// What stands for a synset and a URL when they are compared.
-fn digest(synset: &str, url: &str) -> [u8; 16] {
-    let hash = Sha256::new().chain_update(synset).chain_update([0]).chain_update(url).finalize();
-    std::array::from_fn(|i| hash[i])
-}
-
-/// What stands before a synset and a URL in a spool. Sorted by it, entries are shuffled.
+/// What stands before a synset and a tail in a spool. Sorted by it, entries are shuffled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, FromBytes, IntoBytes, Immutable)]
 #[repr(C)]
 struct EntryHead {
     hash: u64,
-    ordinal: u64,
-    /// [`NEW`]: it has none yet.
     key: u64,
     lengths: Lengths,
 }
 
-/// What stands before a synset and a URL that are compared; those of earlier rounds are left out, and have no length.
+/// What stands before a synset and a tail that are compared; those of earlier rounds are left out, and have no length.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable)]
 #[repr(C)]
 struct LineHead {
     digest: [u8; 16],
+    /// Among the lines; or [`KNOWN`].
+    ordinal: u64,
     lengths: Lengths,
 }
 
-/// Of a synset and a URL, in bytes.
+/// Of a synset and of what stands behind it in a slice (see [`proto::slice`]), in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, FromBytes, IntoBytes, Immutable)]
 #[repr(C)]
 struct Lengths {
     synset: u32,
-    url: u32,
+    tail: u32,
 }
 
-impl Lengths {
-    fn of(synset: &[u8], url: &[u8]) -> Self {
-        Self { synset: synset.len() as u32, url: url.len() as u32 }
-    }
-}
-
-/// What a spool's partition holds: heads, each with its synset and URL.
+/// What a spool's partition holds: heads, each with its synset and tail.
 fn lines<H: FromBytes>(mut bytes: &[u8], lengths: impl Fn(&H) -> Lengths) -> Vec<(H, &[u8], &[u8])> {
     let next = || {
         let (head, rest) = H::read_from_prefix(bytes).ok()?;
-        let Lengths { synset, url } = lengths(&head);
+        let Lengths { synset, tail } = lengths(&head);
         let (synset, rest) = rest.split_at_checked(synset as usize)?;
-        let (url, rest) = rest.split_at_checked(url as usize)?;
+        let (tail, rest) = rest.split_at_checked(tail as usize)?;
         bytes = rest;
-        Some((head, synset, url))
+        Some((head, synset, tail))
     };
     std::iter::from_fn(next).collect()
 }
@@ -331,24 +471,15 @@ struct Cutter<'a> {
     slices: &'a mpsc::Sender<(u32, Bytes)>,
     done: Vec<Slice>,
     open: Option<SliceWriter>,
-    /// Of the next new URL.
-    key: u64,
 }
 
 impl Cutter<'_> {
-    fn push(&mut self, key: u64, synset: &[u8], url: &[u8]) -> Result<(), Error> {
-        let key = match key {
-            NEW => {
-                self.key += 1;
-                self.key - 1
-            }
-            given => given,
-        };
+    fn push(&mut self, key: u64, synset: &[u8], tail: &[u8]) -> Result<(), Error> {
         let open = match &mut self.open {
             Some(open) => open,
             None => self.open.insert(SliceWriter::new()?),
         };
-        open.push(key, synset, url)?;
+        open.push(key, synset, tail)?;
         if open.urls() == self.dealing.slice_urls { self.close() } else { Ok(()) }
     }
 
@@ -388,6 +519,10 @@ mod tests {
         Ok((round, lines))
     }
 
+    fn row(url: &str) -> OutcomeRow {
+        OutcomeRow { synset: "n1".to_owned(), url: url.to_owned(), ..OutcomeRow::default() }
+    }
+
     fn cut(list: &str, mut spec: DatasetSpec) -> Result<(DatasetSpec, Round, Vec<String>), Error> {
         let mut catalog = Catalog::new(&spec, RoundStart::first("r"), None);
         catalog.read("list", Cursor::new(list.to_owned()), &options())?;
@@ -402,21 +537,21 @@ mod tests {
         let start = RoundStart { round: 2, first_slice: 7, first_key: 100, ..RoundStart::first("r2") };
         let mut catalog = Catalog::new(&spec, start.clone(), None);
         for url in ["http://a", "http://b"] {
-            catalog.push_known("n1", url).expect("in memory");
+            catalog.push_known(url).expect("in memory");
         }
         let dealing = catalog.dealing;
-        catalog.retry(dealing, (41, "n1", "http://b"), Err(Rejection::Timeout)).expect("in memory");
+        let columns = Some(r#"{"caption":"b"}"#.to_owned());
+        let row = OutcomeRow { key: 41, columns, ..row("http://b") };
+        catalog.retry(dealing, &row, Rejection::Timeout).expect("in memory");
         let list = "n1\thttp://c\nn1\thttp://a\nn2\thttp://a\nn1\thttp://c\nn1\thttp://d\nbad\n";
         catalog.read("list", Cursor::new(list), &options()).expect("reads");
         let (round, mut slices) = lines(catalog, &mut spec).expect("cuts");
         slices.sort();
         let keys: Vec<&str> = slices.iter().filter_map(|line| line.split('\t').next()).collect();
-        assert_eq!(keys, ["100", "101", "41"]);
-        assert_eq!(slices[2], "41\tn1\thttp://b");
-        assert_eq!(
-            (round.first_slice, round.new_urls, round.known, round.not_chosen, round.bad_lines),
-            (7, 2, 2, 1, 1)
-        );
+        assert_eq!(keys, ["100", "103", "41"]);
+        assert_eq!(slices[2], "41\tn1\thttp://b\t{\"caption\":\"b\"}");
+        assert_eq!((round.first_slice, round.new_urls, round.known, round.not_chosen), (7, 2, 1, 1));
+        assert_eq!((round.repeated, round.bad_lines, round.end_key()), (1, 1, 104));
         assert_eq!((round.urls(), round.retried), (3, OutcomeCounts::from_iter([(Err(Rejection::Timeout), 1)])));
 
         let nothing = lines(Catalog::new(&spec, start, None), &mut spec).expect("no error");
@@ -431,7 +566,7 @@ mod tests {
         let dealings = [(100, true), (100, false), (10, false), (1, false)];
         for (key, (slice_urls, once)) in (0..).zip(dealings.iter().cycle().take(48)) {
             let dealing = Dealing { slice_urls: *slice_urls, once: *once };
-            catalog.retry(dealing, (key, "n1", "http://a"), Err(Rejection::Unfetched)).expect("in memory");
+            catalog.retry(dealing, &OutcomeRow { key, ..row("http://a") }, Rejection::Unfetched).expect("in memory");
         }
         let (round, lines) = lines(catalog, &mut spec).expect("cuts");
         assert_eq!((round.cause, lines.len()), (Cause::MayComeBack, 48));
@@ -448,9 +583,9 @@ mod tests {
         assert_eq!((round.urls(), round.urls_per_class["n1"]), (2500, 833));
         assert_eq!(resolved.classes.iter().map(|c| c.synset.as_str()).collect::<Vec<_>>(), ["n0", "n1", "n2"]);
         let mut urls: Vec<&str> = Vec::new();
-        for (key, line) in lines.iter().enumerate() {
-            let (found, rest) = line.split_once('\t').expect("three columns");
-            assert_eq!(found, key.to_string());
+        for line in &lines {
+            let (key, rest) = line.split_once('\t').expect("three columns");
+            assert_eq!(list.lines().nth(key.parse().expect("a key")), Some(rest));
             urls.push(rest);
         }
         assert!(!urls.is_sorted());
@@ -460,6 +595,59 @@ mod tests {
         assert_eq!(urls, listed);
         assert_eq!(cut(&list, spec.clone()).expect("again").2, lines);
         assert_ne!(cut(&list, DatasetSpec { seed: 8, ..spec }).expect("again").2, lines);
+    }
+
+    #[test]
+    fn a_picture_of_several_classes_is_fetched_once_as_the_caller_says() {
+        let list = "dog\thttp://a\ncat\thttp://b\ncat\thttp://a\ndog\thttp://a\ndog\thttp://c\ncat\thttp://d\n";
+        let error = cut(list, DatasetSpec::default()).expect_err("several classes").to_string();
+        assert!(error.contains("1 of 4 pictures") && error.contains("http://a (dog, cat)"), "{error}");
+        assert!(error.contains("--multi-label"), "{error}");
+        let with = |multi_label| DatasetSpec { multi_label: Some(multi_label), ..DatasetSpec::default() };
+        let of = |multi_label| {
+            let (_, round, mut lines) = cut(list, with(multi_label)).expect("it is said what is meant");
+            lines.sort();
+            assert_eq!((round.several, round.repeated), (1, 1));
+            (round.new_urls, lines[0].clone())
+        };
+        assert_eq!(of(MultiLabel::First), (4, "0\tdog\thttp://a".to_owned()));
+        assert_eq!(of(MultiLabel::All), (4, "0\tdog\thttp://a\t{\"synsets\":[\"dog\",\"cat\"]}".to_owned()));
+        assert_eq!(of(MultiLabel::Drop), (3, "1\tcat\thttp://b".to_owned()));
+        // Of one class among those that were chosen it is a picture like any other.
+        let classes = vec![Class { synset: "dog".into(), name: String::new() }];
+        let (_, round, _) = cut(list, DatasetSpec { classes, ..DatasetSpec::default() }).expect("one class");
+        assert_eq!((round.several, round.new_urls, round.not_chosen), (0, 2, 3));
+    }
+
+    #[test]
+    fn classes_that_nobody_can_have_meant_are_refused() {
+        let captions: String = (0..12).map(|i| format!("a dog at place {i}\thttp://h/{i}\n")).collect();
+        let few: String = captions.lines().take(3).map(|line| format!("{line}\n")).collect();
+        for list in [&captions, &few] {
+            let error = cut(list, DatasetSpec::default()).expect_err("captions").to_string();
+            assert!(error.contains("have a class of their own") && error.contains("--unlabelled"), "{error}");
+        }
+        let classes = captions.lines().filter_map(|line| line.split_once('\t'));
+        let classes = classes.map(|(synset, _)| Class { synset: synset.to_owned(), name: String::new() }).collect();
+        assert!(cut(&captions, DatasetSpec { classes, ..DatasetSpec::default() }).is_ok(), "they were chosen");
+        assert!(cut("dog\thttp://a\ncat\thttp://b\n", DatasetSpec::default()).is_ok(), "one picture each");
+    }
+
+    #[test]
+    fn a_limit_takes_a_sample_that_the_seed_chooses() {
+        let list: String = (0..3000).map(|i| format!("n{}\thttp://h/{i}\n", i % 3)).collect();
+        let sample = |seed| {
+            let mut spec = DatasetSpec { seed, ..DatasetSpec::default() };
+            let mut catalog = Catalog::new(&spec, RoundStart::first("r"), None).limited(300);
+            catalog.read("list", Cursor::new(list.clone()), &options()).expect("reads");
+            lines(catalog, &mut spec).expect("cuts")
+        };
+        let (round, first) = sample(1);
+        assert_eq!((round.new_urls, first.len()), (300, 300));
+        assert!(round.urls_per_class.values().all(|urls| (70..130).contains(urls)), "{:?}", round.urls_per_class);
+        assert_eq!(sample(1).1, first);
+        let both = sample(2).1.iter().filter(|line| first.contains(line)).count();
+        assert!(both < 70, "{both} of 300 are in both samples");
     }
 
     #[test]

@@ -12,6 +12,7 @@ use std::io;
 use std::path::PathBuf;
 
 use proto::Duplicates;
+use proto::columns::has_several_classes;
 use proto::findings::Finding;
 use proto::manifest::{Skip, Skips};
 use proto::outcomes::OutcomeRow;
@@ -139,6 +140,10 @@ impl Finder {
     ) -> io::Result<Result<(), String>> {
         if !latest {
             self.findings.push(sample, Some(Skip::Superseded), None)?;
+            return Ok(Ok(()));
+        }
+        if row.columns.as_deref().is_some_and(has_several_classes) {
+            self.findings.push(sample, Some(Skip::SeveralClasses), None)?;
             return Ok(Ok(()));
         }
         let mut sha256 = [0; 32];

@@ -79,7 +79,7 @@ pub(crate) struct Seen(pub(crate) Vec<u64>);
 
 impl Seen {
     fn new(rounds: &[Round]) -> Self {
-        let keys = rounds.last().filter(|_| rounds.len() > 1).map_or(0, |last| last.first_key + last.new_urls);
+        let keys = rounds.last().filter(|_| rounds.len() > 1).map_or(0, Round::end_key);
         Self(vec![0; keys.div_ceil(64) as usize])
     }
 
@@ -207,12 +207,12 @@ impl<'a> History<'a> {
         Ok(())
     }
 
-    /// Hands out the synset and URL of every entry of every slice; one that was fetched again comes again. Those of a
+    /// Hands out the URL of every entry of every slice; one that was fetched again comes again. Those of a
     /// damaged slice come from its shard's outcomes.
     pub(crate) fn each_listed<E: From<HistoryError>>(
         &self,
         indexes: &BTreeMap<u32, ShardIndex>,
-        mut each: impl FnMut(&str, &str) -> Result<(), E>,
+        mut each: impl FnMut(&str) -> Result<(), E>,
     ) -> Result<(), E> {
         let slices: Vec<u32> = self.rounds.iter().flat_map(Round::shards).collect();
         for group in slices.chunks(PARALLEL) {
@@ -222,7 +222,7 @@ impl<'a> History<'a> {
                     Ok(text) => {
                         for entry in slice::entries(&text) {
                             let entry = entry.map_err(|error| corrupt(&self.slice_key(*slice), error))?;
-                            each(entry.synset, entry.url)?;
+                            each(entry.url)?;
                         }
                     }
                     Err(damaged) => {
@@ -231,9 +231,7 @@ impl<'a> History<'a> {
                             what = damaged.what,
                             "slice is damaged; its URLs come from its outcomes"
                         );
-                        self.each(indexes.get(slice), |_, rows| {
-                            rows.iter().try_for_each(|row| each(&row.synset, &row.url))
-                        })?;
+                        self.each(indexes.get(slice), |_, rows| rows.iter().try_for_each(|row| each(&row.url)))?;
                     }
                 }
             }

@@ -18,7 +18,7 @@ fn list() -> String {
     for i in 0..120 {
         list += &format!("n{}\thttp://h/picture{i}\n", i % 3);
     }
-    list += "n0\thttp://h/picture0/again\nn0\thttp://h/shared\nn1\thttp://h/shared\n";
+    list += "n0\thttp://h/picture0/again\nn0\thttp://h/shared\nn1\thttp://h/shared/again\n";
     for i in 0..5 {
         list += &format!("n1\tgone:{i}\n");
     }

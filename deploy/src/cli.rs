@@ -117,9 +117,9 @@ mod tests {
         #[rustfmt::skip]
         let expected: [(&[&str], &str); 30] = [
             (&["local"], "store listen web-listen workers ranks allow-net exit-with-stdin"),
-            (&["dataset", "create"], "urls store-key format synset-column url-column synsets url-template class-names \
+            (&["dataset", "create"], "urls store-key format synset-column url-column columns limit dry-run unlabelled multi-label keep-columns verify synsets url-template class-names \
                 size resize no-upscale encode-format reencode quality validation test seed slice-urls per-class min-bytes spec set wait timeout"),
-            (&["dataset", "refresh"], "urls store-key format synset-column url-column accept-damage wait timeout"),
+            (&["dataset", "refresh"], "urls store-key format synset-column url-column columns limit accept-damage wait timeout"),
             (&["dataset", "outcomes"], "store outcome synset limit version"),
             (&["dataset", "diff"], "store"),
             (&["dataset", "export"], "store to as split version"),

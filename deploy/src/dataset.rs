@@ -4,6 +4,7 @@ mod create;
 mod diff;
 mod export;
 mod outcomes;
+mod preview;
 pub(crate) mod reader;
 
 use std::ops::ControlFlow;

@@ -188,13 +188,18 @@ async fn get(client: &reqwest::Client, url: &str) -> Result<reqwest::Response> {
         .with_context(|| format!("cannot read the list {url}"))
 }
 
-/// The classes of a file that `flag` names: `synset`, white space or a comma, and a name for people, which may be missing. Empty
+/// The classes of a file that `flag` names: `synset`, a tab, a comma or, behind a word with a digit in it as ids have, a
+/// blank, and a name for people, which may be missing. A line without any of these is a class, perhaps with blanks in it. Empty
 /// lines and those that begin with `#` are left out, and so is the header of Open Images' class descriptions.
 pub(crate) fn parse_synsets(flag: &str, text: &str) -> Result<Vec<Class>> {
     let mut classes = Vec::new();
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
     for line in lines.filter(|line| *line != "LabelName,DisplayName") {
-        let (synset, name) = line.split_once(|c: char| c == ',' || c.is_whitespace()).unwrap_or((line, ""));
+        let is_id = |word: &str| word.contains(|c: char| c.is_ascii_digit());
+        let by_blank = || line.split_once(char::is_whitespace).filter(|(word, _)| is_id(word));
+        let split = line.split_once('\t').or_else(|| line.split_once(',').filter(|(word, _)| !word.contains(' ')));
+        let (synset, name) = split.or_else(by_blank).or_else(|| line.split_once(',')).unwrap_or((line, ""));
+        let synset = synset.trim();
         let name = name.trim().trim_matches('"').trim();
         classes.push(Class { synset: synset.to_owned(), name: name.to_owned() });
     }
@@ -214,6 +219,12 @@ mod tests {
         let pairs: Vec<(&str, &str)> =
             classes.iter().map(|class| (class.synset.as_str(), class.name.as_str())).collect();
         assert_eq!(pairs, [("n02084071", "dog, domestic dog"), ("n02121620", "cat"), ("n1", "")]);
+        let named =
+            parse_synsets("golden retriever\nborder collie,a dog\n金毛 犬\tdog\nn1 dog, domestic dog\n").expect("four");
+        let pairs: Vec<(&str, &str)> = named.iter().map(|class| (class.synset.as_str(), class.name.as_str())).collect();
+        let wanted =
+            [("golden retriever", ""), ("border collie", "a dog"), ("金毛 犬", "dog"), ("n1", "dog, domestic dog")];
+        assert_eq!(pairs, wanted);
         assert!(parse_synsets("# none\n").is_err());
         let described =
             parse_synsets("LabelName,DisplayName\n/m/011k07,Tortoise\n/m/011q46kg,\"Container, box\"\n").expect("two");

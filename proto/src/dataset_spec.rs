@@ -21,6 +21,19 @@ pub struct DatasetSpec {
     /// The classes; a class's place here is its label. When a dataset is created this is the choice of synsets out of
     /// the list (empty: all that occur, in alphabetical order); in `spec.json` it is complete.
     pub classes: Vec<Class>,
+    /// Whether the list has no classes: its pictures are gathered, stored and exported, all in one class called
+    /// [`UNLABELLED`], and nothing can be trained on them.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub unlabelled: bool,
+    /// What is done with pictures that the list has under several classes. Left out: such a list is refused.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub multi_label: Option<MultiLabel>,
+    /// Columns of the list that travel with the samples; `all`: every one.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub keep_columns: Vec<String>,
+    /// What tells whether a URL still gives the picture that was listed. Left out: it may give another.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub verify: Option<Verify>,
     /// How fetched images become stored ones.
     pub resize: Resize,
     /// Which share of the images goes where.
@@ -42,11 +55,47 @@ pub struct DatasetSpec {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Class {
-    /// Its id in the URL list, ImageNet's `n02084071` or any other word without white space.
+    /// Its id in the URL list, ImageNet's `n02084071` or any other name in one line.
     pub synset: String,
     /// For people; the synset itself if nobody gave a name.
     #[serde(default)]
     pub name: String,
+}
+
+/// The one class of a dataset whose list has none.
+pub const UNLABELLED: &str = "unlabelled";
+
+/// What is done with pictures that a list has under several classes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MultiLabel {
+    /// They are of the class that stands first in the list.
+    First,
+    /// They are stored with all of their classes, but none of them counts as a sample of one, so that none is trained
+    /// on.
+    All,
+    /// They are left out.
+    Drop,
+}
+
+/// A column of the list that has a digest of each picture's bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Verify {
+    /// How it is made and written.
+    pub digest: ListedDigest,
+    /// The column's name; it is kept.
+    pub column: String,
+}
+
+/// How a digest is made and written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ListedDigest {
+    /// SHA-256 in hex, as DataComp has it.
+    Sha256,
+    /// MD5 in Base64, as Open Images has it.
+    Md5Base64,
 }
 
 /// How fetched images become stored ones.
@@ -177,6 +226,10 @@ impl Default for DatasetSpec {
     fn default() -> Self {
         Self {
             classes: Vec::new(),
+            unlabelled: false,
+            multi_label: None,
+            keep_columns: Vec::new(),
+            verify: None,
             resize: Resize::default(),
             splits: Splits::default(),
             limits: Limits::default(),
@@ -271,10 +324,15 @@ impl DatasetSpec {
             check(key, seconds, seconds > 0.0 && seconds <= 3600.0, "more than 0, at most 3600")?;
         }
         check("limits.retries", limits.retries, limits.retries <= 10, "at most 10")?;
+        let other = classes.iter().find(|class| class.synset != UNLABELLED).filter(|_| self.unlabelled);
+        if let Some(Class { synset, .. }) = other {
+            return Err(SpecError(format!("unlabelled = true: must be false, since a class is chosen: {synset:?}")));
+        }
         let mut seen = HashSet::new();
         for class in classes {
             let ok = class.synset.parse::<Synset>().is_ok();
-            check("classes.synset", format!("{:?}", class.synset), ok, "a word of 1 to 128 bytes without white space")?;
+            let rule = "1 to 128 bytes without control characters, and no white space at its ends";
+            check("classes.synset", format!("{:?}", class.synset), ok, rule)?;
             check("classes.synset", format!("{:?}", class.synset), seen.insert(&class.synset), "named once only")?;
         }
         Ok(())
@@ -405,6 +463,9 @@ mod tests {
             (r#"{"resize": {"format": "gif"}}"#, "`png`"),
             (r#"{"splits": {"validation": 0.9}}"#, "splits.validation = 0.9"),
             (r#"{"classes": [{"synset": "a"}, {"synset": "a"}]}"#, "named once only"),
+            (r#"{"classes": [{"synset": "a "}]}"#, "no white space at its ends"),
+            (r#"{"classes": [{"synset": "a"}], "unlabelled": true}"#, "must be false"),
+            (r#"{"multi_label": "some"}"#, "`first`, `all`, `drop`"),
         ] {
             let error = DatasetSpec::from_json(json).expect_err(json).to_string();
             assert!(error.contains(said), "{error}");

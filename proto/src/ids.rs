@@ -96,11 +96,11 @@ name!(
 );
 
 name!(
-    /// A class in a URL list: ImageNet's `n02084071`, or any other word.
+    /// A class in a URL list: ImageNet's `n02084071`, or any other name, in any script and with blanks in it.
     Synset,
     "synset",
     is_synset,
-    "1 to 128 bytes without white space"
+    "1 to 128 bytes without control characters, and no white space at its ends"
 );
 
 /// Whether `name` may name a dataset or a run: 1 to 63 of `a-z 0-9 - .`, beginning and ending with a letter or digit,
@@ -117,8 +117,8 @@ fn is_dataset_id(id: &str) -> bool {
     is_name(id) && id.rsplit_once('-').is_some_and(|(name, _)| is_name(name))
 }
 
-fn is_synset(word: &str) -> bool {
-    (1..=Synset::LONGEST).contains(&word.len()) && !word.contains(char::is_whitespace)
+fn is_synset(name: &str) -> bool {
+    (1..=Synset::LONGEST).contains(&name.len()) && !name.contains(char::is_control) && name.trim() == name
 }
 
 impl DatasetId {
@@ -219,9 +219,11 @@ mod tests {
     }
 
     #[test]
-    fn synsets_are_words() {
-        assert!("n02084071".parse::<Synset>().is_ok() && "/m/011k07".parse::<Synset>().is_ok());
-        for bad in ["", "golden retriever", "a\tb", &"x".repeat(Synset::LONGEST + 1)] {
+    fn synsets_are_names_that_stand_in_one_line() {
+        for good in ["n02084071", "/m/011k07", "golden retriever", "金毛犬", "a/../b", "100 %"] {
+            assert!(good.parse::<Synset>().is_ok(), "{good}");
+        }
+        for bad in ["", " ", "dog ", "a\tb", "a\nb", "a\u{85}b", &"x".repeat(Synset::LONGEST + 1)] {
             assert!(bad.parse::<Synset>().is_err(), "{bad}");
         }
     }

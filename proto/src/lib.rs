@@ -5,6 +5,7 @@
 //! - [`ids`], [`keys`]: names of what lasts, and the keys of its objects, built and parsed here alone;
 //! - [`site`]: what has a budget;
 //! - [`dataset_spec`], [`run_spec`]: what people ask for;
+//! - [`columns`]: what of a list travels with its pictures;
 //! - [`format`], [`table`]: what stored objects have in common: numbered JSON documents, and rows as Parquet;
 //! - [`cluster`], [`term`]: which cluster a process belongs to, and the begin of a coordinator's time in office;
 //! - [`round`], [`slice`], [`tombstone`]: the parts of a dataset's catalog, the URLs of one shard, and the end of a
@@ -17,6 +18,7 @@
 //! - [`trace`]: which span of another process a piece of work belongs to.
 
 pub mod cluster;
+pub mod columns;
 pub mod dataset_spec;
 pub mod findings;
 pub mod format;
@@ -42,7 +44,8 @@ pub mod tombstone;
 pub mod trace;
 
 pub use dataset_spec::{
-    Class, DatasetSpec, Duplicates, ImageFormat, Limits, Reencode, Resize, ResizeMode, SpecError, Split, Splits,
+    Class, DatasetSpec, Duplicates, ImageFormat, Limits, MultiLabel, Reencode, Resize, ResizeMode, SpecError, Split,
+    Splits,
 };
 pub use format::{FormatError, Stored, StoredOnce};
 pub use ids::{Attempt, DatasetId, RunName, ShardId, Synset};

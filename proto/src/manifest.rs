@@ -56,7 +56,7 @@ pub enum Skip {
     Superseded,
     /// The same bytes under so many different URLs that they can only be a placeholder which nobody had listed.
     ManyUrls,
-    /// The same bytes under several classes.
+    /// The same bytes under several classes, or a picture that the list has under several, all of which are kept.
     SeveralClasses,
     /// The same bytes as a sample of its class with a lower key.
     Duplicate,

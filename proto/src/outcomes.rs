@@ -63,6 +63,8 @@ pub struct OutcomeRow {
     pub fetched_at: i64,
     /// Milliseconds from the URL's first request to its outcome.
     pub millis: i64,
+    /// What of the list travels with the picture: a JSON object.
+    pub columns: Option<String>,
 }
 
 impl OutcomeRow {
@@ -127,6 +129,7 @@ impl Row for OutcomeRow {
             "sum_of_squares_blue" => self.sum_of_squares_blue = value.long(),
             "fetched_at" => self.fetched_at = value.long().unwrap_or_default(),
             "millis" => self.millis = value.long().unwrap_or_default(),
+            "columns" => self.columns = value.text(),
             _ => {}
         }
     }
@@ -142,6 +145,7 @@ pub fn closed_rows(slice: &[u8], outcome: Outcome) -> Result<Vec<OutcomeRow>, Fo
         key: entry.key as i64,
         synset: entry.synset.to_owned(),
         url: entry.url.to_owned(),
+        columns: Some(entry.columns.to_owned()).filter(|columns| !columns.is_empty()),
         outcome: outcome_name(outcome).to_owned(),
         ..OutcomeRow::default()
     };
@@ -164,6 +168,7 @@ mod tests {
             http_status: Some(200),
             sha256: Some("00ff".into()),
             split: Some("test".into()),
+            columns: Some(r#"{"caption":"a dog"}"#.into()),
             ..OutcomeRow::default()
         };
         kept.set_moments(&Moments { pixels: 1, sum: [2, 3, 4], sum_of_squares: [5, 6, 7] });

@@ -89,6 +89,8 @@ rejections! {
     TooSmall = "too_small",
     /// The bytes are no image of a known format.
     NotAnImage = "not_an_image",
+    /// The bytes are not those that the list names by their digest.
+    Changed = "changed",
     /// The bytes or the pixels are those of a known "no longer available" picture.
     Placeholder = "placeholder",
     /// More pixels than allowed, known from the header before anything is decoded.
@@ -137,6 +139,7 @@ impl Rejection {
             | Self::TooLarge
             | Self::TooSmall
             | Self::NotAnImage
+            | Self::Changed
             | Self::Placeholder
             | Self::TooManyPixels
             | Self::TooFewPixels

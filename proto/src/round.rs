@@ -37,14 +37,24 @@ pub struct Round {
     pub first_key: u64,
     /// URLs that came into the catalog with it.
     pub new_urls: u64,
-    /// The same by synset.
+    /// Keys that it used up, from `first_key` on: a new URL's key is its place among the lines, some of which gave
+    /// none. 0, in older rounds: as many as there were new URLs.
+    #[serde(default)]
+    pub keys: u64,
+    /// New URLs by synset.
     pub urls_per_class: BTreeMap<String, u64>,
     /// URLs of earlier rounds that it fetches again, by the outcome that they had.
     pub retried: OutcomeCounts,
     /// Lines of synsets that were not chosen.
     pub not_chosen: u64,
-    /// Lines whose synset and URL were in the catalog already.
+    /// Lines whose URL was in the catalog already.
     pub known: u64,
+    /// Lines that said again what another one had said.
+    #[serde(default)]
+    pub repeated: u64,
+    /// New URLs that stood under several classes.
+    #[serde(default)]
+    pub several: u64,
     /// Lines without a synset or without a URL.
     pub bad_lines: u64,
     /// The first few of them.
@@ -86,6 +96,11 @@ impl Round {
         self.new_urls + self.retried.total()
     }
 
+    /// The first key that a later round can give.
+    pub fn end_key(&self) -> u64 {
+        self.first_key + self.keys.max(self.new_urls)
+    }
+
     /// Numbers of its slices, which are those of its shards.
     pub fn shards(&self) -> Range<u32> {
         self.first_slice..self.first_slice + self.slices.len() as u32
@@ -113,20 +128,24 @@ mod tests {
             slices: vec![slice(10), slice(3)],
             first_key: 70,
             new_urls: 9,
+            keys: 12,
             urls_per_class: [("n1".to_owned(), 9)].into(),
             retried: [(Err(Rejection::Timeout), 4)].into_iter().collect(),
             not_chosen: 1,
             known: 2,
+            repeated: 3,
+            several: 0,
             bad_lines: 1,
             bad_line_examples: vec!["list:4: no tab".to_owned()],
         };
-        assert_eq!((round.urls(), round.shards()), (13, 7..9));
+        assert_eq!((round.urls(), round.shards(), round.end_key()), (13, 7..9, 82));
         assert_eq!(Round::from_json(&round.to_json()).expect("own output"), round);
         assert!(Round::from_json(&Round { format: 2, ..round.clone() }.to_json()).is_err());
         let older = String::from_utf8(round.to_json()).expect("JSON");
         let older = older.replace(r#""cause":"may_come_back","#, "").replace(r#","once":true"#, "");
         let older = older.replace(r#""accepts_damage":true,"#, "");
+        let older = older.replace(r#""keys":12,"#, "").replace(r#""repeated":3,"several":0,"#, "");
         let older = Round::from_json(older.as_bytes()).expect("as they were");
-        assert!(older.cause == Cause::Request && !older.accepts_damage);
+        assert_eq!((older.cause, older.accepts_damage, older.end_key()), (Cause::Request, false, 79));
     }
 }

@@ -1,15 +1,16 @@
 //! A shard's tar files, in WebDataset's layout. Bytes in, bytes out.
 //!
 //! A sample is three members of a tar, one after the other: `KEY.jpg` or `KEY.png`, `KEY.cls` (its label in decimal),
-//! `KEY.json` (where it came from), KEY being 12 digits. A tar is cut into blocks of whole samples, a few MB each,
+//! `KEY.json` (where it came from, and the columns of its list that travel with it), KEY being 12 digits. One without a
+//! class, or with several, has no `KEY.cls`; one with a caption has `KEY.txt`, too. A tar is cut into blocks of whole samples, a few MB each,
 //! which can be read by range and understood alone.
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::ImageFormat;
 use crate::format::FormatError;
+use crate::{ImageFormat, columns};
 
 /// A tar's block is closed once it has this many bytes.
 pub const BLOCK_BYTES: u64 = 2 << 20;
@@ -28,7 +29,8 @@ pub struct Sample {
 /// What stands beside a sample, for people and other tools.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Origin {
-    /// Its class.
+    /// Its class; empty: it has none, or several, which are among its columns.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub synset: String,
     /// As in the list.
     pub url: String,
@@ -38,6 +40,9 @@ pub struct Origin {
     pub width: u32,
     /// Of the image as fetched.
     pub height: u32,
+    /// The [columns](crate::columns) of the list that travel with it, as text: further members of the object.
+    #[serde(skip)]
+    pub columns: String,
 }
 
 /// A part of a tar that holds whole samples.
@@ -125,9 +130,19 @@ impl TarWriter {
     /// Appends one sample. Returns the offset and length of the encoded image within the tar.
     pub fn append(&mut self, sample: &Sample, origin: &Origin) -> (u64, u64) {
         let key = format!("{:012}", sample.key);
-        let json = serde_json::to_vec(origin).expect("strings and numbers only");
+        let mut json = serde_json::to_vec(origin).expect("strings and numbers only");
+        if let Some(columns) = origin.columns.strip_prefix('{') {
+            json.pop();
+            json.push(b',');
+            json.extend_from_slice(columns.as_bytes());
+        }
         let offset = self.member(&format!("{key}.{}", ImageFormat::of(&sample.image).ending()), &sample.image);
-        self.member(&format!("{key}.cls"), sample.label.to_string().as_bytes());
+        if !origin.synset.is_empty() {
+            self.member(&format!("{key}.cls"), sample.label.to_string().as_bytes());
+        }
+        if let Some(caption) = columns::caption(&origin.columns) {
+            self.member(&format!("{key}.txt"), caption.as_bytes());
+        }
         self.member(&format!("{key}.json"), &json);
         self.open.samples += 1;
         if self.position() - self.open.offset >= BLOCK_BYTES {
@@ -216,6 +231,10 @@ pub fn read_block(block: &Bytes) -> Result<Vec<Sample>, FormatError> {
                 let text = std::str::from_utf8(&data).map_err(|_| bad(&format!("member {name:?} is not UTF-8")))?;
                 *label = Some(text.trim().parse().map_err(|_| bad(&format!("member {name:?} holds no label")))?);
             }
+            ("txt", Some((of, ..))) if *of == key => {}
+            ("json", Some((of, _, None))) if *of == key => {
+                return Err(bad(&format!("sample {key} has no class, so that nothing can be trained on it")));
+            }
             ("json", Some((of, _, Some(_)))) if *of == key => {
                 if let Some((key, image, Some(label))) = open.take() {
                     samples.push(Sample { key, label, image });
@@ -235,7 +254,7 @@ pub fn read_block(block: &Bytes) -> Result<Vec<Sample>, FormatError> {
 pub struct RawSample {
     /// The URL's ordinal in the catalog.
     pub key: u64,
-    /// The place of its class in the dataset's spec.
+    /// The place of its class in the dataset's spec; [`u32::MAX`]: it has none, or several.
     pub label: u32,
     /// The ending of its image's name, without the dot.
     pub ending: String,
@@ -296,7 +315,8 @@ mod tests {
     use proptest::prelude::*;
 
     fn origin() -> Origin {
-        Origin { synset: "n1".into(), url: "http://x/".into(), sha256: "00".into(), width: 5, height: 7 }
+        let (synset, url, sha256) = ("n1".into(), "http://x/".into(), "00".into());
+        Origin { synset, url, sha256, width: 5, height: 7, columns: String::new() }
     }
 
     /// A sample with the offset and length of its image in the tar.
@@ -358,6 +378,38 @@ mod tests {
             }
         }
         assert_eq!(read_block(&tar.slice(..whole)).expect("whole"), samples);
+    }
+
+    #[test]
+    fn columns_are_members_of_the_json_and_a_caption_is_a_text() {
+        let mut writer = TarWriter::new();
+        let columns = r#"{"caption":"a dog","boxes":[[1]]}"#.to_owned();
+        let sample = Sample { key: 7, label: 3, image: Bytes::from_static(b"\xff\xd8\xff") };
+        writer.append(&sample, &Origin { columns: columns.clone(), ..origin() });
+        let labelled = writer.take();
+        assert_eq!(read_block(&labelled).expect("whole"), std::slice::from_ref(&sample));
+        writer.append(&sample, &Origin { columns, synset: String::new(), ..origin() });
+        let unlabelled = writer.take();
+        let members = |block: &Bytes| -> Vec<(String, String)> {
+            let mut archive = tar::Archive::new(block.as_ref());
+            let member = |entry: std::io::Result<tar::Entry<'_, &[u8]>>| {
+                let mut entry = entry.expect("whole");
+                let mut text = Vec::new();
+                std::io::Read::read_to_end(&mut entry, &mut text).expect("whole");
+                (entry.path().expect("a name").display().to_string(), String::from_utf8_lossy(&text).into_owned())
+            };
+            archive.entries().expect("a tar").map(member).collect()
+        };
+        let named = members(&labelled);
+        assert_eq!(named.iter().map(|(name, _)| &name[13..]).collect::<Vec<_>>(), ["jpg", "cls", "txt", "json"]);
+        assert_eq!(named[2].1, "a dog");
+        let json: serde_json::Value = serde_json::from_str(&named[3].1).expect("JSON");
+        assert_eq!((&json["boxes"][0][0], &json["synset"], &json["width"]), (&1.into(), &"n1".into(), &5.into()));
+        let named = members(&unlabelled);
+        assert_eq!(named.iter().map(|(name, _)| &name[13..]).collect::<Vec<_>>(), ["jpg", "txt", "json"]);
+        assert!(!named[2].1.contains("synset"), "{}", named[2].1);
+        assert_eq!(split_block(&unlabelled).expect("whole")[0].label, u32::MAX);
+        assert!(read_block(&unlabelled).expect_err("no class").to_string().contains("no class"));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! A slice: the URLs of one shard (see [`crate::keys::slice`]). One line each, `KEY<TAB>synset<TAB>url`, packed by
-//! zstd.
+//! zstd. Behind the URL may stand a tab and the [columns](crate::columns) that travel with it: a URL in front of such
+//! has no tabs in it. URL and columns together are the line's tail.
 
 use std::io::{self, Write};
 
@@ -14,6 +15,14 @@ pub struct Entry<'a> {
     pub synset: &'a str,
     /// As in the list, which may hold what is no URL at all.
     pub url: &'a str,
+    /// A JSON object; empty: there are none.
+    pub columns: &'a str,
+}
+
+/// The URL of a tail and its columns.
+pub fn split_tail(tail: &str) -> (&str, &str) {
+    let columns = tail.strip_suffix('}').and_then(|_| tail.rsplit_once("\t{"));
+    columns.map_or((tail, ""), |(url, _)| (url, &tail[url.len() + 1..]))
 }
 
 /// Packs the entries of one slice.
@@ -31,14 +40,15 @@ impl SliceWriter {
         Ok(Self { encoder: zstd::Encoder::new(Vec::new(), 3)?, urls: 0 })
     }
 
-    /// Appends an entry, whose synset has no tab and which has no line breaks: UTF-8 both.
+    /// Appends an entry, whose synset has no tab and which has no line breaks: UTF-8 both. `tail` is its URL, behind
+    /// which its columns may stand.
     ///
     /// # Errors
     /// If zstd has no memory.
-    pub fn push(&mut self, key: u64, synset: &[u8], url: &[u8]) -> io::Result<()> {
+    pub fn push(&mut self, key: u64, synset: &[u8], tail: &[u8]) -> io::Result<()> {
         self.urls += 1;
         write!(self.encoder, "{key}\t")?;
-        [synset, b"\t", url, b"\n"].into_iter().try_for_each(|part| self.encoder.write_all(part))
+        [synset, b"\t", tail, b"\n"].into_iter().try_for_each(|part| self.encoder.write_all(part))
     }
 
     /// Entries so far.
@@ -74,7 +84,9 @@ pub fn entries(text: &str) -> impl Iterator<Item = Result<Entry<'_>, FormatError
 
 fn entry(line: &str) -> Option<Entry<'_>> {
     let mut fields = line.splitn(3, '\t');
-    Some(Entry { key: fields.next()?.parse().ok()?, synset: fields.next()?, url: fields.next()? })
+    let (key, synset) = (fields.next()?.parse().ok()?, fields.next()?);
+    let (url, columns) = split_tail(fields.next()?);
+    Some(Entry { key, synset, url, columns })
 }
 
 #[cfg(test)]
@@ -84,14 +96,17 @@ mod tests {
     #[test]
     fn entries_are_read_back_whatever_their_urls_hold() {
         let written = [
-            Entry { key: 7, synset: "n1", url: "http://a/\tb" },
-            Entry { key: 1 << 60, synset: "dog", url: "no URL at all" },
+            Entry { key: 7, synset: "n1", url: "http://a/\tb", columns: "" },
+            Entry { key: 1 << 60, synset: "golden retriever", url: "no URL at all", columns: "" },
+            Entry { key: 8, synset: "n1", url: "http://a/{}", columns: r#"{"caption":"a {b}","n":[{}]}"# },
         ];
         let mut writer = SliceWriter::new().expect("memory");
         for entry in written {
-            writer.push(entry.key, entry.synset.as_bytes(), entry.url.as_bytes()).expect("memory");
+            let tail = if entry.columns.is_empty() { "" } else { "\t" };
+            let tail = [entry.url, tail, entry.columns].concat();
+            writer.push(entry.key, entry.synset.as_bytes(), tail.as_bytes()).expect("memory");
         }
-        assert_eq!(writer.urls(), 2);
+        assert_eq!(writer.urls(), 3);
         let stored = writer.finish().expect("memory");
         let text = unpack(&stored).expect("own output");
         assert_eq!(entries(&text).collect::<Result<Vec<_>, _>>().expect("own output"), written);

@@ -14,8 +14,8 @@ use proto::pb::FailureKind;
 use proto::rejection::outcome_name;
 use proto::shard::Origin;
 use proto::{
-    Attempt, DatasetSpec, FormatError, Outcome, OutcomeCounts, Rejection, Sample, ShardId, ShardIndex, Split, keys,
-    slice, table, trace,
+    Attempt, DatasetSpec, FormatError, Outcome, OutcomeCounts, Rejection, Sample, ShardId, ShardIndex, Split, columns,
+    keys, slice, table, trace,
 };
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
@@ -31,6 +31,7 @@ use crate::progress::Progress;
 use crate::store;
 use crate::upload::{self, TarUpload};
 use crate::validate::{Rules, Stored};
+use crate::verify;
 use crate::way_out::WayOut;
 
 /// An attempt that lasts longer commits what it has.
@@ -181,7 +182,8 @@ async fn fetch_and_upload<T: Send>(
     let spec = &assignment.spec;
     let mut early = std::pin::pin!(early_end(&tools.way_out, leave));
     let placeholders = Placeholders::load(&*tools.store).await?;
-    let rules = Arc::new(Rules { resize: spec.resize, limits: spec.limits.clone(), placeholders });
+    let rules =
+        Arc::new(Rules { resize: spec.resize, limits: spec.limits.clone(), placeholders, verify: spec.verify.clone() });
     let labels: HashMap<&str, u32> =
         (0..).zip(&spec.classes).map(|(label, class)| (class.synset.as_str(), label)).collect();
     let entries = read_slice(&*tools.store, assignment).await?;
@@ -309,7 +311,7 @@ async fn believed(way_out: &WayOut, rows: Vec<(u64, OutcomeRow)>) -> Option<Vec<
         if holds && !unproved {
             return row;
         }
-        let entry = SliceEntry { key: row.key, synset: row.synset, url: row.url };
+        let entry = SliceEntry { key: row.key, synset: row.synset, url: row.url, columns: row.columns };
         unfetched(entry, Rejection::Unfetched)
     };
     let mut rows: Vec<OutcomeRow> = rows.into_iter().map(believe).collect();
@@ -332,6 +334,7 @@ async fn read_slice(store: &dyn ObjectStore, of: &Assignment) -> Result<Vec<Slic
             key: entry.key as i64,
             synset: entry.synset.to_owned(),
             url: entry.url.to_owned(),
+            columns: Some(entry.columns.to_owned()).filter(|columns| !columns.is_empty()),
         };
         slice::entries(&slice::unpack(&compressed)?).map(|entry| Ok(owned(entry?))).collect()
     };
@@ -365,6 +368,11 @@ async fn validate(tools: &Tools, rules: Arc<Rules>, result: FetchResult) -> anyh
     };
     let outcome = match body {
         Err(rejection) => Err(rejection),
+        Ok((body, _)) if changed(&rules, &row, &body.bytes) => {
+            row.bytes = Some(body.bytes.len() as i64);
+            row.sha256 = Some(proto::shard::sha256_hex(&body.bytes));
+            Err(Rejection::Changed)
+        }
         Ok((body, _connection)) => {
             row.bytes = Some(body.bytes.len() as i64);
             let validation = tools.pool.validate(body, rules).await?;
@@ -383,6 +391,11 @@ async fn validate(tools: &Tools, rules: Arc<Rules>, result: FetchResult) -> anyh
     Ok(Validated { number, row, outcome, kept })
 }
 
+/// Whether it is another body than was listed.
+fn changed(rules: &Rules, row: &OutcomeRow, body: &[u8]) -> bool {
+    rules.verify.as_ref().is_some_and(|verify| verify::differs(verify, row.columns.as_deref(), body))
+}
+
 /// Appends a sample to the tar of its split.
 async fn append_sample(
     assignment: &Assignment,
@@ -395,12 +408,15 @@ async fn append_sample(
     let split = assignment.spec.splits.split_of(sha256);
     let tar = files.tar(assignment, split);
     let side = |pixels: Option<i32>| pixels.and_then(|n| u32::try_from(n).ok()).unwrap_or(0);
+    let columns = row.columns.clone().unwrap_or_default();
+    let one_class = !assignment.spec.unlabelled && !columns::has_several_classes(&columns);
     let origin = Origin {
-        synset: row.synset.clone(),
+        synset: if one_class { row.synset.clone() } else { String::new() },
         url: row.url.clone(),
         sha256: hex::encode(sha256),
         width: side(row.width),
         height: side(row.height),
+        columns,
     };
     let key = u64::try_from(row.key).context("keys count from 0")?;
     let (offset, length) = tar.append(&Sample { key, label, image: stored.image }, &origin, &stored.moments).await?;

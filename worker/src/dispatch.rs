@@ -39,12 +39,15 @@ pub(crate) struct SliceEntry {
     pub(crate) key: i64,
     pub(crate) synset: String,
     pub(crate) url: String,
+    /// What travels with its picture.
+    pub(crate) columns: Option<String>,
 }
 
 impl SliceEntry {
     /// The row of a URL of which nothing else is known.
     pub(crate) fn into_row(self) -> OutcomeRow {
-        OutcomeRow { key: self.key, synset: self.synset, url: self.url, ..OutcomeRow::default() }
+        let Self { key, synset, url, columns } = self;
+        OutcomeRow { key, synset, url, columns, ..OutcomeRow::default() }
     }
 }
 

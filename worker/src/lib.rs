@@ -36,6 +36,7 @@ mod progress;
 mod store;
 mod upload;
 mod validate;
+mod verify;
 mod way_out;
 
 use std::collections::HashMap;

@@ -11,6 +11,7 @@ use bytes::Bytes;
 use image::ImageFormat as Format;
 use image::metadata::Orientation;
 use image::{DynamicImage, ExtendedColorType, ImageDecoder, ImageEncoder, ImageError, ImageReader};
+use proto::dataset_spec::Verify;
 use proto::shard::Moments;
 use proto::{ImageFormat, Limits, Reencode, Rejection, Resize};
 #[cfg(any(test, fuzzing))]
@@ -30,6 +31,8 @@ pub(crate) struct Rules {
     pub(crate) resize: Resize,
     pub(crate) limits: Limits,
     pub(crate) placeholders: Placeholders,
+    /// What the list says of each picture's bytes.
+    pub(crate) verify: Option<Verify>,
 }
 
 /// What was learned of a body.

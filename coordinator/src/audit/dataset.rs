@@ -155,7 +155,7 @@ impl Audit {
 
 /// Whether a round goes on where the last one ended, and is as large as its slices.
 fn follows(round: &Round, last: Option<&Round>) -> Result<(), String> {
-    let (slices, keys) = last.map_or((0, 0), |last| (last.shards().end, last.first_key + last.new_urls));
+    let (slices, keys) = last.map_or((0, 0), |last| (last.shards().end, last.end_key()));
     if round.first_slice < slices {
         return Err(format!("its first slice is {}, when the last round's end at {slices}", round.first_slice));
     }

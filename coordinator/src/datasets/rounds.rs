@@ -148,11 +148,11 @@ pub(crate) fn gather(
         for (row, _) in rows.iter().filter(|(_, latest)| *latest) {
             let Some(rejection) = retry.selects(row, failed.as_ref()) else { continue };
             let dealing = retry.dealing(slice_urls, index, rejection);
-            catalog.retry(dealing, (row.key.max(0) as u64, &row.synset, &row.url), Err(rejection))?;
+            catalog.retry(dealing, row, rejection)?;
         }
         Ok(())
     })?;
-    if compared { history.each_listed(&indexes, |synset, url| catalog.push_known(synset, url)) } else { Ok(()) }
+    if compared { history.each_listed(&indexes, |url| catalog.push_known(url)) } else { Ok(()) }
 }
 
 /// Runs `cut` on a thread and stores the slices that it sends.
@@ -198,7 +198,7 @@ impl Datasets {
             cause,
             round: last.round + 1,
             first_slice: highest.saturating_add(1),
-            first_key: last.first_key + last.new_urls,
+            first_key: last.end_key(),
             request_id: request_id.to_owned(),
         })
     }

@@ -1,23 +1,15 @@
-//! What lists of every format hold: entries, each with a synset and a URL, perhaps in columns that have names.
+//! What lists of every format hold: entries, each with a URL, a class and perhaps columns that travel with the picture.
 
+use std::borrow::Cow;
 use std::io;
 use std::path::PathBuf;
 
+use percent_encoding::{CONTROLS, percent_encode};
 use proto::Synset;
 use proto::outcomes::LONGEST_URL;
 use proto::pb::ListFormat;
 
 use crate::error::Error;
-
-/// Columns that hold the class, the most telling first. `LabelName` is Open Images'.
-const SYNSETS: &[&str] =
-    &["synset", "wnid", "synsetid", "labelname", "class", "classid", "label", "labelid", "category", "target"];
-
-/// Columns that hold the URL. `OriginalURL` is Open Images'; `Thumbnail300KURL` beside it is not wanted.
-const URLS: &[&str] = &["url", "imageurl", "imgurl", "originalurl", "photoimageurl", "imagelink", "link", "uri", "src"];
-
-/// A line of more bytes than this is bad.
-pub(super) const LONGEST_LINE: usize = 64 << 10;
 
 /// How the lines of a list are to be read.
 #[derive(Debug, Clone, Default)]
@@ -27,69 +19,131 @@ pub(crate) struct ListOptions {
     pub(crate) synset_column: String,
     /// Likewise.
     pub(crate) url_column: String,
+    /// The names of all columns, for lists without a header.
+    pub(crate) columns: Vec<String>,
+    /// There are no classes.
+    pub(crate) unlabelled: bool,
+    /// Columns that travel with the pictures; `all`: every one.
+    pub(crate) keep: Vec<String>,
     /// For temporary files; None: the system's folder.
     pub(crate) folder: Option<PathBuf>,
 }
 
-/// One line: synset and URL, or what is wrong with it.
-pub(crate) type Line<'a> = Result<(&'a str, &'a str), String>;
+/// What a line says.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Line<'a> {
+    /// A picture, and a class of it.
+    Entry(Entry<'a>),
+    /// A class that is not in its picture.
+    Absent,
+    /// Nothing that could be used, and why.
+    Bad(String),
+}
 
-/// Takes the lines of a source with their numbers.
+/// A picture, and a class of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Entry<'a> {
+    pub(crate) synset: &'a str,
+    pub(crate) url: &'a str,
+    /// See [`proto::columns`].
+    pub(crate) columns: &'a str,
+}
+
+/// Takes the lines of a source with their numbers. One with several classes comes once for each.
 pub(crate) type Each<'a> = &'a mut dyn FnMut(u64, Line<'_>) -> Result<(), Error>;
 
 /// A line's entry, or what is wrong with it.
-pub(super) fn entry<'a>(synset: &'a str, url: &'a str) -> Line<'a> {
-    let (synset, url) = (synset.trim(), url.trim());
+pub(super) fn entry<'a>(synset: &'a str, url: &'a str, columns: &'a str) -> Line<'a> {
+    let synset = synset.trim();
     if synset.is_empty() {
-        Err("no synset".to_owned())
-    } else if synset.contains(char::is_whitespace) {
-        Err(format!("synset {synset:?} has white space in it"))
+        Line::Bad("no synset".to_owned())
+    } else if synset.contains(char::is_control) {
+        Line::Bad(format!("synset {synset:?} has a control character in it"))
+    } else if is_url(synset) {
+        Line::Bad(format!("the class is a URL, {synset:?}: --columns says what stands where"))
     } else if synset.len() > Synset::LONGEST {
-        Err(format!("a synset of {} bytes; {} are allowed", synset.len(), Synset::LONGEST))
+        let (is, most) = (synset.len(), Synset::LONGEST);
+        Line::Bad(format!("a synset of {is} bytes; {most} are allowed (--unlabelled is for lists without classes)"))
     } else if url.len() > LONGEST_URL {
-        Err(format!("a URL of {} bytes; {LONGEST_URL} are allowed", url.len()))
+        Line::Bad(format!("a URL of {} bytes; {LONGEST_URL} are allowed", url.len()))
     } else if url.is_empty() {
-        Err("no URL".to_owned())
+        Line::Bad("no URL".to_owned())
     } else if url.contains(['\n', '\r']) {
-        Err("a line break in the URL".to_owned())
+        Line::Bad("a line break in the URL".to_owned())
     } else {
-        Ok((synset, url))
+        Line::Entry(Entry { synset, url, columns })
     }
 }
 
-/// The places of the synset's and the URL's column among `there`; what is missing is said by the name that was wanted.
-pub(super) fn find_columns<'a>(
-    there: impl Iterator<Item = &'a str> + Clone,
-    options: &ListOptions,
-) -> Result<(usize, usize), &'static str> {
-    let plain = |name: &str| -> String {
-        name.chars().filter(char::is_ascii_alphanumeric).map(|c| c.to_ascii_lowercase()).collect()
-    };
-    let find = |given: &str, usual: &[&str]| match given {
-        "" => usual.iter().find_map(|usual| there.clone().position(|column| plain(column) == *usual)),
-        given => there.clone().position(|column| column == given),
-    };
-    match (find(&options.synset_column, SYNSETS), find(&options.url_column, URLS)) {
-        (Some(synset), Some(url)) => Ok((synset, url)),
-        (None, _) => Err("class"),
-        (_, None) => Err("URL"),
-    }
+/// Whether a text begins as addresses do.
+pub(super) fn is_url(text: &str) -> bool {
+    let scheme = text.split_once("://").map(|(scheme, _)| scheme);
+    scheme.is_some_and(|scheme| (2..=8).contains(&scheme.len()) && scheme.bytes().all(|b| b.is_ascii_alphanumeric()))
 }
 
-/// That a column is not there, which are, and what to do.
-pub(super) fn no_column<'a>(
-    name: &str,
-    what: &str,
-    there: impl Iterator<Item = &'a str>,
-    options: &ListOptions,
-) -> Error {
-    let (given, flag) = match what {
-        "class" => (&options.synset_column, "--synset-column"),
-        _ => (&options.url_column, "--url-column"),
+/// A text as it is meant: without white space around it and the quotes of a field.
+pub(super) fn clean_text(field: &[u8]) -> Result<Cow<'_, str>, String> {
+    let text = std::str::from_utf8(field).map_err(|_| "not UTF-8".to_owned())?.trim();
+    Ok(match text.strip_prefix('"').and_then(|text| text.strip_suffix('"')) {
+        Some(quoted) if quoted.contains("\"\"") => quoted.replace("\"\"", "\"").into(),
+        Some(quoted) => quoted.trim().into(),
+        None => text.into(),
+    })
+}
+
+/// A URL as it is meant: without white space and quotes around it, without tabs, which browsers pass over, and with
+/// `&amp;` and the like undone. What is not UTF-8 is percent-encoded.
+pub(super) fn clean_url(field: &[u8]) -> Cow<'_, str> {
+    let Ok(text) = std::str::from_utf8(field) else {
+        return undone(bare(&percent_encode(field.trim_ascii(), CONTROLS).to_string())).into();
     };
-    let wanted = if given.is_empty() { format!("for the {what}") } else { format!("{given:?}") };
-    let there: Vec<&str> = there.collect();
-    Error::Invalid(format!("{name}: no column {wanted}; it has {}. Name the right one with {flag}", there.join(", ")))
+    let text = bare(text);
+    if text.contains(['&', '\t']) { undone(text).into() } else { text.into() }
+}
+
+fn bare(text: &str) -> &str {
+    let text = text.trim();
+    let quotes = [('"', '"'), ('\'', '\''), ('<', '>')].into_iter();
+    let mut quoted = quotes.filter_map(|(open, close)| text.strip_prefix(open)?.strip_suffix(close));
+    quoted.next().map_or(text, str::trim)
+}
+
+/// Without tabs, and with HTML's entities undone.
+fn undone(text: &str) -> String {
+    let mut url = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(at) = rest.find(['&', '\t']) {
+        url.push_str(&rest[..at]);
+        rest = &rest[at..];
+        let (meant, length) = match rest.as_bytes()[0] {
+            b'\t' => (None, 1),
+            _ => entity(rest).map_or((Some('&'), 1), |(meant, length)| (Some(meant), length)),
+        };
+        url.extend(meant);
+        rest = &rest[length..];
+    }
+    url + rest
+}
+
+/// What an entity at the beginning of a text stands for, and its length.
+fn entity(text: &str) -> Option<(char, usize)> {
+    let end = text.bytes().take(10).position(|byte| byte == b';')?;
+    let meant = match &text[1..end] {
+        "amp" => '&',
+        "quot" => '"',
+        "apos" => '\'',
+        "lt" => '<',
+        "gt" => '>',
+        name => {
+            let number = name.strip_prefix('#')?;
+            let code = match number.strip_prefix(['x', 'X']) {
+                Some(hex) => u32::from_str_radix(hex, 16).ok()?,
+                None => number.parse().ok()?,
+            };
+            char::from_u32(code).filter(|meant| !meant.is_control())?
+        }
+    };
+    Some((meant, end + 1))
 }
 
 /// That a source cannot be read.
@@ -98,5 +152,43 @@ pub(super) fn unreadable(name: &str, error: &io::Error) -> Error {
         // What the channel to the caller's stream says when the caller went away.
         io::ErrorKind::ConnectionAborted => Error::Aborted(format!("{name}: {error}")),
         _ => Error::Invalid(format!("{name}: cannot be read: {error}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn urls_are_taken_as_they_are_meant() {
+        for (written, meant) in [
+            (&b" http://a/x \t"[..], "http://a/x"),
+            (b"\"http://a/x\"", "http://a/x"),
+            (b"'http://a/x'", "http://a/x"),
+            (b"<http://a/x>", "http://a/x"),
+            (b"http://a/?a=1&amp;b=2&#38;c=3&#x26;d=&quot;", "http://a/?a=1&b=2&c=3&d=\""),
+            (b"http://a/?a=1&b=2&copy=3&amp", "http://a/?a=1&b=2&copy=3&amp"),
+            (b"http://a/&;&#;&#x;&#10;&#1114112;", "http://a/&;&#;&#x;&#10;&#1114112;"),
+            ("http://a/é&amp;ü".as_bytes(), "http://a/é&ü"),
+            (b"http://a/b\tc", "http://a/bc"),
+            (b"http://a/\xe9t\xe9?x&amp;y", "http://a/%E9t%E9?x&y"),
+            (b"", ""),
+            (b"\"", "\""),
+        ] {
+            assert_eq!(clean_url(written), meant);
+        }
+    }
+
+    #[test]
+    fn texts_lose_the_quotes_of_their_field_and_nothing_else() {
+        for (written, meant) in [
+            (&b" golden retriever "[..], "golden retriever"),
+            (b"\"say \"\"cheese\"\"\"", "say \"cheese\""),
+            (b"5\" nail", "5\" nail"),
+            (b"\"", "\""),
+        ] {
+            assert_eq!(clean_text(written).expect("UTF-8"), meant);
+        }
+        assert!(clean_text(b"\xe9").is_err());
     }
 }

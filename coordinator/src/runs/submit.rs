@@ -34,6 +34,10 @@ impl Runs {
             };
             return Err(Error::Precondition(format!("dataset {:?} {why}", spec.dataset)));
         };
+        if dataset.spec.unlabelled {
+            let why = "has no classes: its list was taken with --unlabelled, so that nothing can be trained on it";
+            return Err(Error::Precondition(format!("dataset {:?} {why}", spec.dataset)));
+        }
         let version = *spec.manifest.get_or_insert(latest.version);
         let manifest_key = keys::manifest(&dataset.id, version);
         let missing = || Error::NotFound(format!("dataset {:?} has no manifest of version {version}", spec.dataset));

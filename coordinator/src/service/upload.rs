@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 use tonic::Streaming;
 use tracing::{Instrument, warn};
 
-use crate::catalog::{Catalog, RoundStart};
+use crate::catalog::{Catalog, RoundStart, Shown};
 use crate::datasets::rounds::{Retry, gather, put_slices};
 use crate::datasets::{Datasets, Stage};
 use crate::error::Error;
@@ -57,15 +57,28 @@ pub(super) async fn create(
     let id: DatasetId = id.parse().map_err(|error: IdError| Error::Invalid(format!("name: {error}")))?;
     let (pieces, received) = mpsc::channel(32);
     let round = RoundStart::first(&start.request_id);
+    if start.dry_run {
+        let (folder, of) = (datasets.folder.clone(), start.clone());
+        let read = tokio::task::spawn_blocking(move || {
+            let mut catalog = Catalog::new(&spec, round, folder.clone()).limited(limit(&of));
+            read_lists(&mut catalog, &spec, &of, Pieces::new(received), folder)?;
+            let shown = catalog.shown();
+            catalog.survey(&spec).map(|round| with_shown(response(&id, &round), shown))
+        });
+        let read = async { read.await.map_err(|error| Error::Local(error.to_string()))? };
+        let response = with_lists(datasets, &start, stream, pieces, read).await?;
+        return Ok(pb::CreateDatasetResponse { dataset: String::new(), ..response });
+    }
     let made = put_slices(&datasets.store, &id, {
         let (folder, start) = (datasets.folder.clone(), start.clone());
         move |slices| {
             let mut spec = spec;
-            let mut catalog = Catalog::new(&spec, round, folder.clone());
-            read_lists(&mut catalog, &start, Pieces::new(received), folder)?;
+            let mut catalog = Catalog::new(&spec, round, folder.clone()).limited(limit(&start));
+            read_lists(&mut catalog, &spec, &start, Pieces::new(received), folder)?;
+            let shown = catalog.shown();
             let round = catalog.cut(&mut spec, slices)?;
             name_classes(&mut spec, &start.class_names);
-            Ok((spec, round))
+            Ok((spec, round, shown))
         }
     });
     let made = with_lists(datasets, &start, stream, pieces, made).await;
@@ -74,10 +87,10 @@ pub(super) async fn create(
     let finish = async move {
         let _name = name;
         let committed = match made {
-            Ok((spec, round)) => datasets.commit(&id, spec, round.clone()).await.map(|()| round),
+            Ok((spec, round, shown)) => datasets.commit(&id, spec, round.clone()).await.map(|()| (round, shown)),
             Err(error) => Err(error),
         };
-        committed.map(|round| response(&id, &round)).inspect_err(|_| {
+        committed.map(|(round, shown)| with_shown(response(&id, &round), shown)).inspect_err(|_| {
             tokio::spawn(async move {
                 if let Err(error) = datasets.remove_uncommitted(&id).await {
                     warn!(dataset = &*id, %error, "cannot remove slices of a list that failed");
@@ -120,26 +133,28 @@ pub(super) async fn refresh(
         let dataset = dataset.clone();
         move |slices| {
             let mut spec = (*dataset.spec).clone();
-            let mut catalog = Catalog::new(&spec, round, folder.clone());
-            let lists = read_lists(&mut catalog, &start, Pieces::new(received), folder)?;
+            let mut catalog = Catalog::new(&spec, round, folder.clone()).limited(limit(&start));
+            let lists = read_lists(&mut catalog, &spec, &start, Pieces::new(received), folder)?;
+            let shown = catalog.shown();
             let mut tolerance = dataset.tolerance();
             tolerance.any |= start.accept_damage;
             let of = (&dataset.id, &*dataset.spec);
             let history = History::new(&handle, &store, of, &dataset.rounds, &tolerance);
             gather(&history, &Retry::transient(&dataset), spec.slice_urls, lists > 0, &mut catalog)?;
             let round = catalog.cut(&mut spec, slices)?;
-            Ok(Round { accepts_damage: start.accept_damage, ..round })
+            Ok((Round { accepts_damage: start.accept_damage, ..round }, shown))
         }
     });
-    let round = with_lists(datasets, &start, stream, pieces, made).await?;
+    let (round, shown) = with_lists(datasets, &start, stream, pieces, made).await?;
     if round.slices.is_empty() {
         datasets.seal_again(&dataset.id, start.accept_damage);
-        return Ok(pb::CreateDatasetResponse { round: 0, ..response(&dataset.id, &round) });
+        return Ok(pb::CreateDatasetResponse { round: 0, ..with_shown(response(&dataset.id, &round), shown) });
     }
     let datasets = Arc::clone(datasets);
     let finish = async move {
         let _name = name;
-        datasets.add_round(&dataset.id, round.clone()).await.map(|()| response(&dataset.id, &round))
+        let added = datasets.add_round(&dataset.id, round.clone()).await;
+        added.map(|()| with_shown(response(&dataset.id, &round), shown))
     };
     tokio::spawn(finish.in_current_span()).await.map_err(|error| Error::Local(error.to_string()))?
 }
@@ -248,11 +263,20 @@ fn glob(pattern: &str) -> Result<GlobMatcher, Error> {
 }
 
 /// Reads all sources into the catalog; how many there were.
-fn read_lists(catalog: &mut Catalog, start: &Start, mut pieces: Pieces, folder: Option<PathBuf>) -> Result<u64, Error> {
+fn read_lists(
+    catalog: &mut Catalog,
+    spec: &DatasetSpec,
+    start: &Start,
+    mut pieces: Pieces,
+    folder: Option<PathBuf>,
+) -> Result<u64, Error> {
     let options = ListOptions {
         format: start.format(),
         synset_column: start.synset_column.clone(),
         url_column: start.url_column.clone(),
+        columns: start.columns.clone(),
+        unlabelled: spec.unlabelled,
+        keep: spec.keep_columns.iter().chain(spec.verify.as_ref().map(|verify| &verify.column)).cloned().collect(),
         folder,
     };
     let mut lists = 0;
@@ -326,7 +350,20 @@ fn response(id: &DatasetId, round: &Round) -> pb::CreateDatasetResponse {
         round: round.round,
         retried: (&round.retried).into(),
         known: round.known,
+        repeated: round.repeated,
+        several: round.several,
+        urls_per_class: round.urls_per_class.clone().into_iter().collect(),
+        ..Default::default()
     }
+}
+
+fn with_shown(response: pb::CreateDatasetResponse, shown: Shown) -> pb::CreateDatasetResponse {
+    pb::CreateDatasetResponse { understood: shown.understood, preview: shown.preview, ..response }
+}
+
+/// The most new URLs that are taken.
+fn limit(start: &Start) -> u64 {
+    if start.limit == 0 { u64::MAX } else { start.limit }
 }
 
 #[cfg(test)]

@@ -98,7 +98,7 @@ impl Cluster {
         list: &str,
     ) -> Result<pb::CreateDatasetResponse, Status> {
         let stream = requests(name, request_id, spec.to_json(), Some(list));
-        Ok(self.datasets().create_dataset(stream).await?.into_inner())
+        Ok(without_rows(self.datasets().create_dataset(stream).await?.into_inner()))
     }
 
     /// Opens another round, perhaps with a list of new URLs.
@@ -109,7 +109,7 @@ impl Cluster {
         list: Option<&str>,
     ) -> Result<pb::CreateDatasetResponse, Status> {
         let stream = requests(name, request_id, String::new(), list);
-        Ok(self.datasets().refresh_dataset(stream).await?.into_inner())
+        Ok(without_rows(self.datasets().refresh_dataset(stream).await?.into_inner()))
     }
 
     /// Likewise, without a list, however much is damaged.
@@ -302,6 +302,7 @@ pub async fn put_shard(store: &dyn ObjectStore, lease: &pb::Lease) {
                 sha256: hex::encode(sha),
                 width: 1,
                 height: 1,
+                columns: String::new(),
             };
             let (offset, length) = writer.append(&sample, &origin);
             per_class.add(label);
@@ -346,4 +347,9 @@ pub async fn put_shard(store: &dyn ObjectStore, lease: &pb::Lease) {
     let key = Key::from(keys::index(&of));
     // Somebody else may have been first; that is the coordinator's to say.
     let _ = store.put_opts(&key, index.to_json().into(), options).await;
+}
+
+/// Without what is shown of a list, which a repeated request does not read.
+fn without_rows(response: pb::CreateDatasetResponse) -> pb::CreateDatasetResponse {
+    pb::CreateDatasetResponse { understood: Vec::new(), preview: Vec::new(), ..response }
 }

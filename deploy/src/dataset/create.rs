@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use tonic::Status;
 use uuid::Uuid;
 
-use super::NameArgs;
+use super::{NameArgs, preview};
 use crate::client::{Cluster, ClusterArgs, TimeoutArgs, insist};
 use crate::exit::Ended;
 use crate::lists::{self, Source};
@@ -32,6 +32,21 @@ pub(crate) struct CreateArgs {
     name: String,
     #[command(flatten)]
     lists: ListArgs,
+    /// Read everything and say what the dataset would be, but create nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// The list has no classes: gather, store and export its pictures, and train on none
+    #[arg(long, conflicts_with_all = ["synsets", "synset_column", "class_names", "url_template", "multi_label"])]
+    unlabelled: bool,
+    /// Pictures under several classes: the first of these, all (stored, but not trained on), or drop such pictures
+    #[arg(long, value_name = "first|all|drop")]
+    multi_label: Option<String>,
+    /// Columns that travel with the pictures, such as caption,license; all: every one
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    keep_columns: Vec<String>,
+    /// Take only pictures whose bytes have the digest in this column: sha256:COLUMN (hex) or md5-base64:COLUMN
+    #[arg(long, value_name = "DIGEST:COLUMN")]
+    verify: Option<String>,
     /// Which synsets to keep, and their names: lines of SYNSET and a name; all of the list if left out
     #[arg(long, value_name = "FILE")]
     synsets: Option<PathBuf>,
@@ -115,7 +130,7 @@ pub(crate) struct RefreshArgs {
 /// Where the URLs are, and how they are written.
 #[derive(Debug, clap::Args)]
 pub(crate) struct ListArgs {
-    /// Lists of URLs: files, - for standard input, or http(s) addresses; plain, gzip or zstd
+    /// Lists of URLs: files, - for standard input, or http(s) addresses; plain, gzip or zstd, or in a tar
     #[arg(long, num_args = 1.., value_name = "FILE|-|URL")]
     urls: Vec<String>,
     /// A list in the cluster's own store: a key, a folder (ending in /), or a pattern with * and ?
@@ -130,6 +145,12 @@ pub(crate) struct ListArgs {
     /// The column of the URL, if it has another name than usual (url, image_url, OriginalURL, link ...)
     #[arg(long, value_name = "NAME")]
     url_column: Option<String>,
+    /// The names of all columns, for a list without a header: url,caption
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    columns: Vec<String>,
+    /// Take a sample of so many URLs, which the seed chooses
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    limit: u64,
 }
 
 /// How a list is written.
@@ -185,6 +206,12 @@ pub(super) async fn create(args: CreateArgs) -> Result<()> {
     let (start, sources) = prepare(&args)?;
     let of = NameArgs { name: args.name, cluster: args.cluster };
     let round = open_round(&of, Call::Create, &start, &sources).await?;
+    if args.lists.format == ListForm::Auto {
+        preview::show(&round);
+    }
+    if args.dry_run {
+        return preview::report(&of, &start, &round, &summary(&of.name, "would be created", &round));
+    }
     report(&of, &round, "created", args.wait, &args.timeout).await
 }
 
@@ -265,6 +292,8 @@ fn summary(name: &str, verb: &str, round: &CreateDatasetResponse) -> String {
         (retried, "of them are tried again"),
         (*known, "lines are in the catalog already"),
         (*not_chosen, "lines of other synsets left out"),
+        (round.repeated, "lines say again what another one said"),
+        (round.several, "pictures have several classes"),
         (*bad_lines, "bad lines"),
     ] {
         if count > 0 {
@@ -284,6 +313,8 @@ impl ListArgs {
             synset_column: self.synset_column.clone().unwrap_or_default(),
             url_column: self.url_column.clone().unwrap_or_default(),
             store_keys: self.store_key.clone(),
+            columns: self.columns.clone(),
+            limit: self.limit,
             ..Start::default()
         }
     }
@@ -315,7 +346,7 @@ fn prepare(args: &CreateArgs) -> Result<(Start, Vec<Source>)> {
     }
     // Parsed again, because the classes are checked too.
     let spec_json = DatasetSpec::from_json(&spec.to_json())?.to_json();
-    let start = Start { spec_json, class_names, ..args.lists.start(&args.name) };
+    let start = Start { spec_json, class_names, dry_run: args.dry_run, ..args.lists.start(&args.name) };
     Ok((start, sources))
 }
 
@@ -335,11 +366,21 @@ fn spec(args: &CreateArgs) -> Result<DatasetSpec> {
         // {:?} writes whole numbers with their point, as TOML wants floats.
         ("splits.validation", args.validation.map(|v| format!("{v:?}"))),
         ("splits.test", args.test.map(|v| format!("{v:?}"))),
+        ("unlabelled", args.unlabelled.then(|| true.to_string())),
+        ("multi_label", args.multi_label.clone()),
         ("seed", args.seed.map(|v| v.to_string())),
         ("slice_urls", args.slice_urls.map(|v| v.to_string())),
         ("per_class", args.per_class.map(|v| v.to_string())),
         ("limits.min_bytes", args.min_bytes.map(|v| v.as_u64().to_string())),
     ];
+    if let Some(verify) = &args.verify {
+        let wrong = || Ended::usage(format!("--verify {verify}: sha256:COLUMN or md5-base64:COLUMN is wanted"));
+        let (digest, column) = verify.split_once(':').filter(|(_, column)| !column.is_empty()).ok_or_else(wrong)?;
+        let table = table.entry("verify").or_insert_with(|| toml::Table::new().into());
+        let table = table.as_table_mut().ok_or_else(wrong)?;
+        table.insert("digest".to_owned(), digest.into());
+        table.insert("column".to_owned(), column.into());
+    }
     for assignment in &args.set {
         settings::set(&mut table, assignment)?;
     }
@@ -348,7 +389,11 @@ fn spec(args: &CreateArgs) -> Result<DatasetSpec> {
             settings::set(&mut table, &format!("{key}={value}"))?;
         }
     }
-    Ok(DatasetSpec::from_json(&serde_json::to_string(&table)?)?)
+    let mut spec = DatasetSpec::from_json(&serde_json::to_string(&table)?)?;
+    if !args.keep_columns.is_empty() {
+        spec.keep_columns = args.keep_columns.clone();
+    }
+    Ok(spec)
 }
 
 /// Streams the lists up. The outer error is a list that could not be read.

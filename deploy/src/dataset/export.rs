@@ -1,6 +1,6 @@
 //! `gleaner dataset export`: the samples that count, for other tools.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
@@ -70,10 +70,11 @@ pub(super) async fn run(args: Args) -> Result<()> {
         Form::List => list(&reader, &manifest, &splits, &target).await?,
         form => {
             let mut written = 0;
+            let folders = folders(manifest.classes.iter().map(|class| class.synset.as_str()));
             for shard in &manifest.shards {
                 for (split, tar) in shard.tars.iter().filter(|(split, _)| splits.contains(split)) {
                     written += match form {
-                        Form::Tree => tree(&reader, &manifest, (shard, *split, tar), &target).await?,
+                        Form::Tree => tree(&reader, &folders, (shard, *split, tar), &target).await?,
                         _ => webdataset(&reader, (shard, *split, tar), &target).await?,
                     };
                     progress.update(written, total, &args.from.name, "exported");
@@ -160,7 +161,7 @@ async fn blocks<'a>(
 
 async fn tree(
     reader: &Reader,
-    manifest: &Manifest,
+    folders: &[String],
     (shard, split, tar): (&ManifestShard, Split, &ManifestTar),
     target: &Target,
 ) -> Result<u64> {
@@ -169,12 +170,10 @@ async fn tree(
     while let Some(samples) = blocks.try_next().await? {
         written += samples.len() as u64;
         let files = samples.into_iter().map(|sample| {
-            let class = manifest.classes.get(sample.label as usize);
-            let class = class.with_context(|| format!("{}: label {} is no class's", tar.key, sample.label));
-            anyhow::Ok((
-                format!("{split}/{}/{:012}.{}", folder(&class?.synset), sample.key, sample.ending),
-                sample.image,
-            ))
+            // Without classes all pictures have the same label, which none of them says.
+            let label = if folders.len() == 1 { 0 } else { sample.label as usize };
+            let folder = folders.get(label).with_context(|| format!("{}: label {label} is no class's", tar.key))?;
+            anyhow::Ok((format!("{split}/{folder}/{:012}.{}", sample.key, sample.ending), sample.image))
         });
         let puts = stream::iter(files)
             .try_for_each_concurrent(WRITES, |(key, image)| async move { target.put(&key, image).await });
@@ -183,9 +182,25 @@ async fn tree(
     Ok(written)
 }
 
-/// A synset as the name of a folder: some, like Open Images' `/m/011k07`, have slashes in them.
-fn folder(synset: &str) -> String {
-    synset.trim_matches('/').replace('/', "_")
+/// Names of folders for the classes, each another, whatever is in their names: Open Images' `/m/011k07` has slashes.
+/// They differ also where upper and lower case are the same.
+fn folders<'a>(synsets: impl Iterator<Item = &'a str>) -> Vec<String> {
+    let mut taken = HashSet::new();
+    let unsafe_in_names = |c: char| c.is_control() || matches!(c, '/' | '\\' | ':' | '*' | '?' | '"' | '<' | '>' | '|');
+    let name = |(label, synset): (usize, &str)| {
+        let plain = synset.trim_matches('/').replace(unsafe_in_names, "_");
+        // No file system takes `..`, and some no dot or blank at the end.
+        let plain = plain.trim_matches(['.', ' ']);
+        let plain = if plain.is_empty() { "_" } else { plain };
+        let numbered = (0..).map(|n| match n {
+            0 => plain.to_owned(),
+            1 => format!("{plain}-{label}"),
+            n => format!("{plain}-{label}-{n}"),
+        });
+        let free = numbered.into_iter().find(|name| taken.insert(name.to_lowercase()));
+        free.unwrap_or_else(|| label.to_string())
+    };
+    synsets.enumerate().map(name).collect()
 }
 
 async fn webdataset(
@@ -217,7 +232,7 @@ async fn list(reader: &Reader, manifest: &Manifest, splits: &[Split], target: &T
     let labels: BTreeMap<&str, u32> =
         manifest.classes.iter().zip(0..).map(|(class, label)| (class.synset.as_str(), label)).collect();
     let mut writer = target.writer("list.csv");
-    let head = "key,split,synset,label,url,final_url,width,height,sha256,tar,offset,length\n";
+    let head = "key,split,synset,label,url,final_url,width,height,sha256,tar,offset,length,columns\n";
     writer.put(Bytes::from_static(head.as_bytes())).await?;
     let mut written = 0;
     let write = reader.each_url(manifest, async |row, finding| {
@@ -255,6 +270,7 @@ fn entry(row: &OutcomeRow, label: Option<u32>) -> Result<Bytes> {
         text(&row.tar),
         number(row.offset),
         number(row.length),
+        text(&row.columns),
     ];
     let mut line = csv::WriterBuilder::new().buffer_capacity(512).from_writer(Vec::new());
     line.write_record(fields)?;
@@ -268,11 +284,28 @@ mod tests {
     #[test]
     fn fields_with_commas_and_quotes_are_quoted() {
         let row = OutcomeRow { key: 3, synset: "n1".into(), url: "http://a/,\"x\"".into(), ..OutcomeRow::default() };
-        assert_eq!(entry(&row, Some(2)).expect("text"), "3,,n1,2,\"http://a/,\"\"x\"\"\",,,,,,,\n");
+        assert_eq!(entry(&row, Some(2)).expect("text"), "3,,n1,2,\"http://a/,\"\"x\"\"\",,,,,,,,\n");
     }
 
     #[test]
-    fn a_synset_with_slashes_is_one_folder() {
-        assert_eq!((folder("/m/011k07"), folder("n02084071")), ("m_011k07".to_owned(), "n02084071".to_owned()));
+    fn every_class_has_a_folder_of_its_own_within_its_split() {
+        let synsets = [
+            "/m/011k07",
+            "n02084071",
+            "golden retriever",
+            "金毛犬",
+            "a/b",
+            "a_b",
+            "A_B",
+            "../..",
+            "..",
+            "a:b. ",
+            "a_b-5",
+        ];
+        let names = folders(synsets.into_iter());
+        assert_eq!(names[..5], ["m_011k07", "n02084071", "golden retriever", "金毛犬", "a_b"]);
+        let lower: HashSet<String> = names.iter().map(|name| name.to_lowercase()).collect();
+        assert_eq!(lower.len(), synsets.len(), "{names:?}");
+        assert!(names.iter().all(|name| !name.contains(['/', '\\', ':']) && !name.starts_with('.')), "{names:?}");
     }
 }

@@ -56,6 +56,7 @@ pub fn write(store: &Path, made: &Dataset<'_>) -> (Manifest, StoredFile) {
                     sha256: format!("{key:x}"),
                     width,
                     height,
+                    columns: String::new(),
                 };
                 tar.append(&Sample { key, label, image: (made.picture)(key, label) }, &origin);
                 class.urls += 1;

@@ -58,6 +58,14 @@ async fn serve(mut stream: TcpStream) -> std::io::Result<()> {
             let next = n.parse::<u32>().unwrap_or(0) + 1;
             with(&format!("302 Found\r\nLocation: /hops/{next}"), b"")
         }
+        ("once", seed) => {
+            static BROKEN_OFF: Mutex<Vec<String>> = Mutex::new(Vec::new());
+            let whole = with("200 OK", &picture(seed.parse().unwrap_or(0)));
+            let mut broken_off = BROKEN_OFF.lock().expect("nothing panics");
+            let again = broken_off.iter().any(|before| before == path);
+            broken_off.push(path.to_owned());
+            if again { whole } else { whole[..whole.len() / 2].to_vec() }
+        }
         // Heads as they should not be, but are.
         ("folded", seed) => with("200 OK\r\nX-Fold: one\r\n two\r\n\tthree", &picture(seed.parse().unwrap_or(0))),
         ("lines", _) => with("200 OK\r\nno header at all\r\nX-Blank : x\r\n: nameless", &picture(80)),
@@ -252,6 +260,7 @@ async fn every_url_gets_its_one_outcome_and_index_outcomes_and_tars_agree() {
         ("http://".into(), Err(Rejection::BadUrl)),
         (format!("{base}/heads"), Err(Rejection::Protocol)),
         (format!("{base}/many"), Err(Rejection::Protocol)),
+        (format!("{base}/once/86"), Ok(())),
         (format!("{base}/folded/85"), Ok(())),
         (format!("{base}/lines"), Ok(())),
         (format!("{base}/headers"), Ok(())),
@@ -308,7 +317,7 @@ async fn every_url_gets_its_one_outcome_and_index_outcomes_and_tars_agree() {
         }
         assert_eq!((moments, per_class), (tar.moments, tar.per_class.clone()));
     }
-    assert_eq!(samples, 67);
+    assert_eq!(samples, 68);
 }
 
 #[tokio::test]

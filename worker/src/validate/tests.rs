@@ -10,7 +10,12 @@ const SIZE: u32 = 64;
 
 pub(crate) fn rules() -> Rules {
     let limits = Limits { min_bytes: 100, min_side: 16, max_pixels: 1_000_000, max_aspect: 4.0, ..Limits::default() };
-    Rules { resize: Resize { size: SIZE, ..Resize::default() }, limits, placeholders: Placeholders::default() }
+    Rules {
+        resize: Resize { size: SIZE, ..Resize::default() },
+        limits,
+        placeholders: Placeholders::default(),
+        verify: None,
+    }
 }
 
 fn validate(bytes: &[u8]) -> Validation {
