@@ -122,6 +122,53 @@ fn webdataset_reads_the_captions_and_columns_of_a_list_without_classes() {
 }
 
 /// Eight images of noise with their labels, as safetensors.
+#[test]
+fn classify_sees_what_onnxruntime_sees_and_is_as_right_as_the_runs_own_test() {
+    let mut cluster = Cluster::start();
+    cluster.start_worker("worker");
+    let classes = dataset(&cluster).classes;
+    cluster.start_trainer("trainer", 1);
+    for (run, arch) in [("bn", "alexnet-bn"), ("slim", "alexnet-slim")] {
+        let model = format!("model = {{ arch = \"{arch}\", width = 0.25 }}\ninput = {{ crop = 64 }}\n");
+        let train =
+            "train = { epochs = 6, batch = 16, learning_rate = 0.02 }\nranks = { max = 1, lanes = 2, threads = 1 }\n";
+        let spec = cluster.write("run.toml", &format!("dataset = \"small\"\n{model}{train}"));
+        cluster.gleaner(&["run", "submit", "-f", &spec, "--name", run, "--wait", "--timeout", "180s"]);
+    }
+    let tree = cluster.path("tree").display().to_string();
+    cluster.gleaner(&["dataset", "export", "small", "--to", &tree, "--as", "tree"]);
+    for run in ["bn", "slim"] {
+        let folder = cluster.path(run).display().to_string();
+        cluster.gleaner(&["run", "model", run, "--to", &folder]);
+        let (mut right, mut pictures) = (0, 0);
+        for class in &classes {
+            let of = format!("{tree}/test/{}", class.synset);
+            if !Path::new(&of).exists() {
+                continue;
+            }
+            let found = cluster.json(&["classify", run, &of]);
+            // A model on this machine is the same one.
+            assert_eq!(cluster.json(&["classify", &folder, &of])[0]["logits"], found[0]["logits"]);
+            for answer in found.as_array().expect("a list") {
+                right += u64::from(answer["guesses"][0]["synset"] == class.synset.as_str());
+                pictures += 1;
+            }
+            let file = cluster.write("answers.json", &found.to_string());
+            let script = root().join("tests/python/classified.py");
+            let difference = printed(python("python").arg(script).args([&folder, &file]));
+            let difference: f64 = difference.trim().parse().expect("a number");
+            assert!(difference < 1e-4, "{run} {}: {difference}", class.synset);
+        }
+        let test = cluster.json(&["run", "describe", run])["test"].clone();
+        assert_eq!(test["samples"].as_u64(), Some(pictures), "{test}");
+        let top1 = test["top1"].as_f64().expect("a share");
+        assert!((top1 - right as f64 / pictures as f64).abs() < 1e-6, "{run}: {right} of {pictures}, {test}");
+    }
+    let refused = cluster.try_gleaner(&["classify", "slim", "no-such-file.jpg"]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert_eq!(cluster.try_gleaner(&["classify", "none", "x.jpg"]).status.code(), Some(3), "there is no such run");
+}
+
 fn a_batch() -> Vec<u8> {
     let mut random = fastrand::Rng::with_seed(1);
     let mut noise = || random.f32() * 4.0 - 2.0;

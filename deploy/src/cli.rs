@@ -5,7 +5,7 @@ use clap::{Parser, Subcommand};
 
 use crate::client::ClusterArgs;
 use crate::telemetry::{Spans, TelemetryArgs};
-use crate::{dataset, doctor, fsck, gc, local, roles, run, status, web};
+use crate::{classify, dataset, doctor, fsck, gc, local, roles, run, status, web};
 
 /// A distributed data-and-training cluster for image classification
 ///
@@ -33,6 +33,8 @@ pub(crate) enum Command {
     /// Submit, show and end training runs
     #[command(subcommand)]
     Run(run::Command),
+    /// Say what a trained model sees in pictures
+    Classify(classify::Args),
     /// Show what the cluster consists of and what waits
     Status(ClusterArgs),
     /// Show the cluster, its datasets and its runs to a browser
@@ -81,6 +83,7 @@ impl Command {
             Command::Demo(args) => crate::demo::run(args).await,
             Command::Dataset(command) => dataset::run(command).await,
             Command::Run(command) => run::run(command).await,
+            Command::Classify(args) => classify::run(args).await,
             Command::Status(args) => status::run(&args).await,
             Command::Web(args) => web::run(args).await,
             Command::Doctor(args) => doctor::run(args).await,
@@ -115,7 +118,7 @@ mod tests {
     fn the_flags_are_these_and_no_more() {
         Cli::command().debug_assert();
         #[rustfmt::skip]
-        let expected: [(&[&str], &str); 30] = [
+        let expected: [(&[&str], &str); 31] = [
             (&["local"], "store listen web-listen workers ranks allow-net exit-with-stdin"),
             (&["dataset", "create"], "urls store-key format synset-column url-column columns limit dry-run unlabelled multi-label keep-columns verify synsets url-template class-names \
                 size resize no-upscale encode-format reencode quality validation test seed slice-urls per-class min-bytes spec set wait timeout"),
@@ -142,6 +145,7 @@ mod tests {
             (&["run", "cancel"], ""),
             (&["run", "resume"], "at wait timeout"),
             (&["run", "delete"], "yes"),
+            (&["classify"], ""),
             (&["status"], ""),
             (&["web"], "web-listen exit-with-stdin"),
             (&["doctor"], "store"),

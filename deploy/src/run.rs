@@ -8,7 +8,7 @@ pub(crate) mod explain;
 mod list;
 mod logs;
 mod metrics;
-mod model;
+pub(crate) mod model;
 mod resume;
 mod submit;
 pub(crate) mod view;

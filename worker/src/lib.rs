@@ -10,7 +10,7 @@
 //!   bodies, compressed bodies, opt-outs, name look-ups and permitted addresses.
 //! - `decode_pool`, `validate`, `format`, `placeholder`: a body to a stored picture or a rejection, on threads of their
 //!   own.
-//! - `pixels`: JPEG, scaling to the stored size, measuring.
+//! - `pixels`: JPEG, scaling to the stored size, measuring. `prepare` does the same for pictures that a trained network is to see.
 //! - `way_out`: whether the worker reaches the web at all, or takes its own trouble for the world's.
 //! - `upload`, `store`: tars that are uploaded while they grow, and the index, put last and only if there is none;
 //!   operations on the store are tried again, with `backoff`.
@@ -32,6 +32,7 @@ mod mend;
 pub mod metrics;
 mod pixels;
 mod placeholder;
+mod prepare;
 mod progress;
 mod store;
 mod upload;
@@ -68,6 +69,7 @@ pub use fetch::NameServer;
 use fetch::{AddressRules, FetchConfig, Fetcher};
 use lease::{Coordinator, LeaseId};
 pub use placeholder::PLACEHOLDERS_KEY;
+pub use prepare::{Pixels, Preparer};
 use progress::Progress;
 use way_out::WayOut;
 

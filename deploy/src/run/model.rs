@@ -35,13 +35,8 @@ pub(crate) struct Args {
 
 /// Writes the files of a done run's model, each checked against its digest.
 pub(super) async fn run(args: Args) -> Result<()> {
-    let mut client = Cluster::new(&args.cluster)?.runs;
-    let run = answer(client.get_run(GetRunRequest { run: args.run.clone() })).await?;
-    let mut files = digests(&run.events).ok_or_else(|| {
-        let message =
-            format!("run {} is not done: a model is written at its end. See: gleaner run describe {0}", args.run);
-        Ended::error(Exit::Conflict, message)
-    })?;
+    let cluster = Cluster::new(&args.cluster)?;
+    let mut files = files(&cluster, &args.run).await?;
     if let Some(unknown) = args.file.iter().find(|name| !files.contains_key(*name)) {
         let known = files.into_keys().collect::<Vec<_>>().join(", ");
         return Err(Ended::error(Exit::NotFound, format!("the model has no file {unknown:?}, but: {known}")));
@@ -50,17 +45,7 @@ pub(super) async fn run(args: Args) -> Result<()> {
     std::fs::create_dir_all(&args.to).with_context(|| format!("failed to make {}", args.to.display()))?;
     let mut written = Vec::new();
     for (file, digest) in files {
-        let request = GetModelFileRequest { run: args.run.clone(), file: file.clone() };
-        let mut pieces = answer(client.get_model_file(request)).await?;
-        let mut bytes = Vec::new();
-        loop {
-            let next = tokio::time::timeout(PIECE_DEADLINE, pieces.message()).await;
-            match next.map_err(|_| Status::deadline_exceeded(format!("{file} stopped half way")))?? {
-                Some(piece) => bytes.extend_from_slice(&piece.bytes),
-                None => break,
-            }
-        }
-        anyhow::ensure!(sha256_hex(&bytes) == digest, "{file} has changed in the store: its digest is not the run's");
+        let bytes = read(&cluster, &args.run, (&file, &digest)).await?;
         let path = args.to.join(&file);
         put(&path, &bytes).with_context(|| format!("failed to write {}", path.display()))?;
         match args.cluster.output {
@@ -72,6 +57,42 @@ pub(super) async fn run(args: Args) -> Result<()> {
         say_json(&written)?;
     }
     Ok(())
+}
+
+/// One file of a done run's model.
+///
+/// # Errors
+/// If the run is not done, or its model has no such file.
+pub(crate) async fn fetch(cluster: &Cluster, run: &str, file: &str) -> Result<Vec<u8>> {
+    let files = files(cluster, run).await?;
+    let digest = files.get(file).with_context(|| format!("the model of run {run} has no file {file}"))?;
+    read(cluster, run, (file, digest)).await
+}
+
+/// The files of a done run's model with their digests.
+async fn files(cluster: &Cluster, name: &str) -> Result<BTreeMap<String, String>> {
+    let run = answer(cluster.runs.clone().get_run(GetRunRequest { run: name.to_owned() })).await?;
+    digests(&run.events).ok_or_else(|| {
+        let message =
+            format!("run {name} is not done: a model is written at its end. See: gleaner run describe {name}");
+        Ended::error(Exit::Conflict, message)
+    })
+}
+
+/// A file of a model, checked against its digest.
+async fn read(cluster: &Cluster, run: &str, (file, digest): (&str, &str)) -> Result<Vec<u8>> {
+    let request = GetModelFileRequest { run: run.to_owned(), file: file.to_owned() };
+    let mut pieces = answer(cluster.runs.clone().get_model_file(request)).await?;
+    let mut bytes = Vec::new();
+    loop {
+        let next = tokio::time::timeout(PIECE_DEADLINE, pieces.message()).await;
+        match next.map_err(|_| Status::deadline_exceeded(format!("{file} stopped half way")))?? {
+            Some(piece) => bytes.extend_from_slice(&piece.bytes),
+            None => break,
+        }
+    }
+    anyhow::ensure!(sha256_hex(&bytes) == digest, "{file} has changed in the store: its digest is not the run's");
+    Ok(bytes)
 }
 
 /// A half file never stands under its name.

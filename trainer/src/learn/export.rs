@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use object_store::ObjectStore;
 use proto::run_spec::Model;
-use proto::{Class, Manifest, RunSpec, keys};
+use proto::{Class, Manifest, Resize, RunSpec, keys};
 use serde::Serialize;
 use tch::{Kind, Tensor};
 
@@ -22,6 +22,8 @@ struct Description<'a> {
     run: &'a str,
     model: &'a Model,
     crop: u32,
+    /// How the pictures that it learned from were stored; of those the centre is cut out.
+    resize: &'a Resize,
     /// Pixel values from 0 to 1 become (value - mean) / std, channel by channel: red, green, blue.
     mean: [f64; 3],
     std: [f64; 3],
@@ -48,6 +50,7 @@ pub(crate) async fn export(
         run,
         model: &spec.model,
         crop: spec.input.crop,
+        resize: &manifest.resize,
         mean: manifest.mean,
         std: manifest.std,
         classes: classes.collect(),
@@ -64,6 +67,7 @@ pub(crate) async fn export(
         ("run", run.to_owned()),
         ("classes", serde_json::to_string(&description.classes)?),
         ("input", "RGB, each value from 0 to 1".to_owned()),
+        ("resize", serde_json::to_string(description.resize)?),
     ];
     let (folded, crop) = (network.folded(), i64::from(spec.input.crop));
     let channels = |of: [f64; 3]| Tensor::from_slice(&of.map(|value| value as f32));

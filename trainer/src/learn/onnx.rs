@@ -15,7 +15,7 @@ use self::pb::{
 const IR_VERSION: i64 = 8;
 const OPERATOR_SET: i64 = 13;
 
-/// A graph that grows node by node; values are known by name, and each node has one output, of the node's own name.
+/// A graph that grows node by node; values are known by name, and each node has one output.
 #[derive(Debug)]
 pub(crate) struct Graph(GraphProto);
 
@@ -63,7 +63,7 @@ impl Graph {
         Ok(name)
     }
 
-    /// Adds a node; `name` is also that of its output.
+    /// Adds a node whose output is called `name`. The node itself is called otherwise, since some runtimes keep both in one table.
     pub(crate) fn node(
         &mut self,
         operator: &str,
@@ -74,7 +74,7 @@ impl Graph {
         self.0.node.push(NodeProto {
             input: inputs.iter().map(|&input| input.to_owned()).collect(),
             output: vec![name.to_owned()],
-            name: name.to_owned(),
+            name: format!("{name}.{}", operator.to_lowercase()),
             op_type: operator.to_owned(),
             attribute: attributes.iter().map(|(name, value)| AttributeProto::of(name, value)).collect(),
         });

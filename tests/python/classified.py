@@ -1,0 +1,31 @@
+"""Looks with onnxruntime, over Pillow's decoder, at the pictures that `gleaner classify -o json` has looked at.
+
+    classified.py MODEL_FOLDER ANSWERS.json
+
+Prints the largest difference of the logits, relative to the largest logit. The pictures have the size that the model's are stored with.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+folder, answers = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+crop = session.get_inputs()[0].shape[2]
+size = json.loads(session.get_modelmeta().custom_metadata_map["resize"])["size"]
+worst = 0.0
+assert answers
+for answer in answers:
+    assert answer["error"] is None, answer
+    image = Image.open(answer["picture"]).convert("RGB")
+    assert image.size == (size, size), image.size
+    begin = (size - crop) // 2
+    pixels = np.asarray(image, dtype=np.float32)[begin : begin + crop, begin : begin + crop] / 255
+    (logits,) = session.run(["logits"], {"image": pixels.transpose(2, 0, 1)[None]})
+    ours = np.array(answer["logits"], dtype=np.float32)
+    worst = max(worst, float(np.abs(logits[0] - ours).max() / np.abs(logits).max()))
+print(worst)
