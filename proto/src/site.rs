@@ -301,6 +301,20 @@ mod tests {
     }
 
     #[test]
+    fn names_in_any_script_are_hosts_as_dns_writes_them() {
+        for (name, host) in [
+            ("bücher.example", "xn--bcher-kva.example"),
+            ("BÜCHER.example", "xn--bcher-kva.example"),
+            ("例え.テスト", "xn--r8jz45g.xn--zckzah"),
+            ("ελληνικά.example", "xn--hxargifdar.example"),
+            ("faß.example", "xn--fa-hia.example"),
+        ] {
+            assert_eq!(host_of(&format!("http://{name}/1.jpg")).as_deref(), Some(host), "{name}");
+        }
+        assert_eq!(host_of("http://xn--zzzzzz-99999/1.jpg"), None, "no name is encoded so");
+    }
+
+    #[test]
     fn the_profiles_name_each_site_once_in_lower_case() {
         let names: Vec<&String> = profiles().iter().flat_map(|named| &named.names).collect();
         let mut once = names.clone();
