@@ -144,6 +144,18 @@ fn a_picture_of_several_classes_is_fetched_once_and_keeps_all_of_them() {
     let several: Vec<_> = samples.values().filter(|(members, ..)| members == "jpg json").collect();
     assert_eq!(several.len(), 2);
     assert!(several.iter().all(|(_, json, _)| json["synsets"] == json!(["/m/dog", "/m/cat"])));
+    let folder = cluster.path("tars").display().to_string();
+    cluster.gleaner(&["dataset", "export", "all", "--to", &folder, "--as", "webdataset"]);
+    let (mut pictures, mut classes) = (0, 0);
+    for tar in std::fs::read_dir(Path::new(&folder).join("train")).expect("tars") {
+        let mut archive = tar::Archive::new(std::fs::File::open(tar.expect("a tar").path()).expect("a tar"));
+        for member in archive.entries().expect("a tar") {
+            let name = member.expect("whole").path().expect("a name").display().to_string();
+            pictures += u32::from(name.ends_with(".jpg"));
+            classes += u32::from(name.ends_with(".cls"));
+        }
+    }
+    assert_eq!((pictures, classes), (10, 8), "they are exported for other tools");
 }
 
 #[test]

@@ -10,7 +10,7 @@ use futures::{StreamExt, TryStreamExt, stream};
 use object_store::buffered::BufWriter;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
-use proto::manifest::{ManifestShard, ManifestTar};
+use proto::manifest::{ManifestShard, ManifestTar, Skip};
 use proto::outcomes::OutcomeRow;
 use proto::shard::{RawSample, split_block};
 use proto::{Manifest, Split};
@@ -70,12 +70,14 @@ pub(super) async fn run(args: Args) -> Result<()> {
         Form::List => list(&reader, &manifest, &splits, &target).await?,
         form => {
             let mut written = 0;
+            // Pictures of several classes count as samples of none, but other tools can use them.
+            let several = form == Form::Webdataset && manifest.skipped.contains_key(&Skip::SeveralClasses);
             let folders = folders(manifest.classes.iter().map(|class| class.synset.as_str()));
             for shard in &manifest.shards {
                 for (split, tar) in shard.tars.iter().filter(|(split, _)| splits.contains(split)) {
                     written += match form {
                         Form::Tree => tree(&reader, &folders, (shard, *split, tar), &target).await?,
-                        _ => webdataset(&reader, (shard, *split, tar), &target).await?,
+                        _ => webdataset(&reader, (shard, *split, tar), several, &target).await?,
                     };
                     progress.update(written, total, &args.from.name, "exported");
                 }
@@ -133,11 +135,12 @@ impl Target {
     }
 }
 
-/// The samples of a tar that count, block by block.
+/// The samples of a tar that count, block by block, and, if `several` are wanted, those that have several classes.
 async fn blocks<'a>(
     reader: &'a Reader,
     shard: &ManifestShard,
     tar: &'a ManifestTar,
+    several: bool,
 ) -> Result<impl stream::Stream<Item = Result<Vec<RawSample>>> + use<'a>> {
     let skips = reader.skips(shard).await?;
     let mut first = tar.first;
@@ -145,7 +148,7 @@ async fn blocks<'a>(
         first += block.samples;
         (first - block.samples, *block)
     });
-    let wanted: Vec<_> = placed.filter(|(_, block)| block.kept > 0).collect();
+    let wanted: Vec<_> = placed.filter(|(_, block)| block.kept > 0 || several).collect();
     let read = stream::iter(wanted).map(async move |(place, block)| {
         let bytes = reader.read(&tar.key, block.offset..block.offset + block.length).await?;
         let samples = split_block(&bytes).with_context(|| tar.key.clone())?;
@@ -154,7 +157,7 @@ async fn blocks<'a>(
         Ok((place, samples))
     });
     Ok(read.buffered(AHEAD).map_ok(move |(place, samples): (u32, Vec<RawSample>)| {
-        let counts = |(at, _): &(u32, RawSample)| !skips.contains(*at);
+        let counts = |(at, sample): &(u32, RawSample)| !skips.contains(*at) || several && has_no_label(sample);
         (place..).zip(samples).filter(counts).map(|(_, sample)| sample).collect()
     }))
 }
@@ -166,7 +169,7 @@ async fn tree(
     target: &Target,
 ) -> Result<u64> {
     let mut written = 0;
-    let mut blocks = std::pin::pin!(blocks(reader, shard, tar).await?);
+    let mut blocks = std::pin::pin!(blocks(reader, shard, tar, false).await?);
     while let Some(samples) = blocks.try_next().await? {
         written += samples.len() as u64;
         let files = samples.into_iter().map(|sample| {
@@ -203,24 +206,34 @@ fn folders<'a>(synsets: impl Iterator<Item = &'a str>) -> Vec<String> {
     synsets.enumerate().map(name).collect()
 }
 
+fn has_no_label(sample: &RawSample) -> bool {
+    sample.label == u32::MAX
+}
+
+/// Returns how many samples that count were written.
 async fn webdataset(
     reader: &Reader,
     (shard, split, tar): (&ManifestShard, Split, &ManifestTar),
+    several: bool,
     target: &Target,
 ) -> Result<u64> {
-    if tar.blocks.iter().all(|block| block.kept == 0) {
+    if !several && tar.blocks.iter().all(|block| block.kept == 0) {
         return Ok(0);
     }
     let key = format!("{split}/{:06}.tar", shard.shard);
     let failed = || format!("cannot write {key} to {}", target.location);
     let mut writer = target.writer(&key);
-    let mut written = 0;
-    let mut blocks = std::pin::pin!(blocks(reader, shard, tar).await?);
+    let (mut written, mut any) = (0, false);
+    let mut blocks = std::pin::pin!(blocks(reader, shard, tar, several).await?);
     while let Some(samples) = blocks.try_next().await? {
         for sample in samples {
+            written += u64::from(!several || !has_no_label(&sample));
+            any = true;
             writer.put(sample.members).await.with_context(failed)?;
-            written += 1;
         }
+    }
+    if !any {
+        return Ok(0);
     }
     // Two empty records end a tar (POSIX.1-1988).
     writer.put(Bytes::from_static(&[0; 1024])).await.with_context(failed)?;
