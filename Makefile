@@ -16,7 +16,7 @@ help:
 	@echo "make soak-train           a run whose ranks and agents are killed every 10 s for SECONDS=300; its ledger must be an undisturbed one's"
 	@echo "make bench-train          the trainer against PyTorch, torchvision and WebDataset on this machine [ARGS=--help]"
 	@echo "make bench-fetch          Gleaner and img2dataset on the same lists (PHOTOS=photos.tar: with these JPEGs; ROUNDS=2)"
-	@echo "make bench-scale          1, 2 and 4 workers against a slow web, and a host's budget that they keep together"
+	@echo "make bench-scale          1, 2 and 4 workers against a slow web, and a site's budget that they keep together"
 	@echo "make fuzz                 feeds garbage to what reads lists, images and shards, each for SECONDS=60"
 	@echo "make setup                libtorch and the build's tools, into target/; every other target does it first"
 	@echo "make images               both container images, as archives in target/images; needs buildah. PROFILE=dev: quicker, if"

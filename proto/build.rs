@@ -14,7 +14,7 @@ const FILES: [&str; 5] = [
 ];
 
 /// Messages that the command line also prints as JSON.
-const PRINTED: [&str; 15] = [
+const PRINTED: [&str; 16] = [
     "AgentStatus",
     "ClassCount",
     "CompareRunsResponse",
@@ -22,6 +22,7 @@ const PRINTED: [&str; 15] = [
     "DamagedShard",
     "Dataset",
     "DeviceStatus",
+    "LargeSite",
     "LedgerLine",
     "ListRow",
     "LogLine",

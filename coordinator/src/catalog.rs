@@ -1,23 +1,27 @@
-//! The catalog: all URLs of a list, shuffled and cut into slices, in bounded memory.
+//! The catalog: all URLs of a list, dealt into slices by their sites, in bounded memory.
 //!
 //! Lines come together by their URLs first: one that stands in the list again is fetched once, and may have several
-//! classes. Entries go into the partitions of a [`Spool`] by a hash of (seed, ordinal, synset, URL); the partitions, each sorted
-//! by that hash, are the shuffled catalog. The order depends on nothing else, so the same list gives the same slices.
+//! classes. Entries go into the partitions of a [`Spool`] by a hash of their site; `dealing` makes slices of them. Within
+//! a slice they are in the order of a hash of (seed, ordinal, synset, URL). Nothing else decides, so the same list gives
+//! the same slices.
 
 use std::collections::{BTreeMap, HashSet};
 use std::io::Read;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use proto::dataset_spec::Class;
 use proto::outcomes::OutcomeRow;
-use proto::round::{Cause, Round, Slice};
+use proto::round::{Cause, LargeSite, Round, Slice};
+use proto::site::{self, Sites};
 use proto::slice::{SliceWriter, split_tail};
 use proto::{DatasetSpec, MultiLabel, OutcomeCounts, Rejection, columns, pb};
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
+use crate::dealing::{self, Large, most_of_site, site_hash};
 use crate::error::Error;
 use crate::list::{self, Entry, Line, ListOptions};
 use crate::spool::Spool;
@@ -38,6 +42,9 @@ const WAY_OUT: &str = "if the list has captions and no classes, --unlabelled tak
 
 /// Lines, rows and sources that are shown.
 const EXAMPLES: usize = 10;
+
+/// Numbers of slices have six digits.
+const LAST_SLICE: u32 = 999_999;
 
 /// Where a round begins: what earlier ones have used up.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,12 +75,6 @@ pub(crate) struct Dealing {
     pub(crate) once: bool,
 }
 
-/// The URLs of one dealing.
-struct Pool {
-    spool: Spool,
-    urls: u64,
-}
-
 /// How lists were understood, for people.
 #[derive(Debug, Default)]
 pub(crate) struct Shown {
@@ -87,9 +88,10 @@ pub(crate) struct Shown {
 pub(crate) struct Catalog {
     seed: u64,
     start: RoundStart,
+    sites: Arc<Sites>,
     /// Of URLs that have no other.
     dealing: Dealing,
-    pools: BTreeMap<Dealing, Pool>,
+    pools: BTreeMap<Dealing, Spool>,
     multi_label: Option<MultiLabel>,
     /// Classes that nobody chose can be no classes.
     checked: bool,
@@ -122,8 +124,9 @@ pub(crate) struct Catalog {
 const KNOWN: u64 = u64::MAX;
 
 impl Catalog {
-    /// An empty one. The classes of `spec` choose which synsets are taken; `folder` is where large lists are spooled.
-    pub(crate) fn new(spec: &DatasetSpec, start: RoundStart, folder: Option<PathBuf>) -> Self {
+    /// An empty one. The classes of `spec` choose which synsets are taken; `folder` is where large lists are spooled;
+    /// `sites` say which URLs are of one site, and how many of them are many.
+    pub(crate) fn new(spec: &DatasetSpec, start: RoundStart, folder: Option<PathBuf>, sites: Arc<Sites>) -> Self {
         let chosen = spec.classes.iter().map(|class| class.synset.clone()).collect::<HashSet<_>>();
         Self {
             seed: spec.seed,
@@ -132,6 +135,7 @@ impl Catalog {
             understood: Vec::new(),
             preview: Vec::new(),
             start,
+            sites,
             dealing: Dealing { slice_urls: spec.slice_urls, once: false },
             pools: BTreeMap::new(),
             multi_label: spec.multi_label,
@@ -236,13 +240,18 @@ impl Catalog {
             .chain_update([0])
             .chain_update(tail)
             .finalize();
-        let first = u64::from_be_bytes(std::array::from_fn(|i| hash[i]));
-        let head =
-            EntryHead { hash: first, key, lengths: Lengths { synset: synset.len() as u32, tail: tail.len() as u32 } };
-        let new = || Pool { spool: Spool::new(self.folder.clone()), urls: 0 };
-        let pool = self.pools.entry(dealing).or_insert_with(new);
-        pool.urls += 1;
-        Ok(pool.spool.push(hash[0], &[head.as_bytes(), synset, tail])?)
+        let hash = u64::from_be_bytes(std::array::from_fn(|i| hash[i]));
+        let (url, _) = split_tail(std::str::from_utf8(tail).unwrap_or_default());
+        let (site, most) = match &site::host_of(url) {
+            Some(host) => {
+                let site = self.sites.place(host).site;
+                (site_hash(self.seed, site), most_of_site(self.sites.budget(site), dealing.slice_urls))
+            }
+            // It will never be fetched, and may be anywhere.
+            None => (hash, dealing.slice_urls),
+        };
+        let pool = self.pools.entry(dealing).or_insert_with(|| Spool::new(self.folder.clone()));
+        Ok(dealing::Entry { site, most, hash, key, synset, tail }.spool(pool)?)
     }
 
     /// Enters each URL once that no earlier round has.
@@ -360,44 +369,48 @@ impl Catalog {
         let urls = spec.slice_urls;
         let slices = self.new_urls.div_ceil(urls.into());
         let slice = || Slice { urls, sha256: String::new(), once: false };
-        Ok(self.into_round(std::iter::repeat_with(slice).take(slices as usize).collect()))
+        Ok(self.into_round(std::iter::repeat_with(slice).take(slices as usize).collect(), None))
     }
 
-    /// Cuts the shuffled entries into slices and sends each one's number and bytes to `slices`.
+    /// Deals the entries into slices and sends each one's number and bytes to `slices`.
     /// Completes the classes of `spec`, and returns the round that names the slices: without any if a later round has
     /// nothing to fetch.
     pub(crate) fn cut(mut self, spec: &mut DatasetSpec, slices: &mpsc::Sender<(u32, Bytes)>) -> Result<Round, Error> {
         self.gather()?;
         let (entered, first_slice) = (self.new_urls + self.retried.total(), self.start.first_slice);
-        let cut = |(dealing, pool): (&Dealing, &Pool)| pool.urls.div_ceil(dealing.slice_urls.into());
-        if u64::from(first_slice) + self.pools.iter().map(cut).sum::<u64>() > 999_999 {
-            return Err(Error::Invalid(format!(
-                "{entered} URLs in slices of {}: choose larger slices",
-                spec.slice_urls
-            )));
-        }
         if spec.classes.is_empty() {
             let class = |synset: &String| Class { synset: synset.clone(), name: String::new() };
             spec.classes = self.urls_per_class.keys().map(class).collect();
         }
-        let mut cutter = Cutter { dealing: self.dealing, first_slice, slices, done: Vec::new(), open: None };
-        for (dealing, pool) in std::mem::take(&mut self.pools) {
-            cutter.dealing = dealing;
-            for partition in pool.spool.into_partitions() {
-                let partition = partition?;
-                let mut entries = lines(&partition, |head: &EntryHead| head.lengths);
-                entries.sort_unstable();
-                for (head, synset, tail) in entries {
-                    cutter.push(head.key, synset, tail)?;
+        let (mut done, mut large_sites) = (BTreeMap::new(), Vec::new());
+        for (Dealing { slice_urls, once }, pool) in std::mem::take(&mut self.pools) {
+            let first = first_slice.saturating_add(done.len() as u32);
+            let mut pack = |n: u32, mut hand: dealing::Hand| {
+                let number = first.saturating_add(n);
+                if number > LAST_SLICE {
+                    return Err(Error::Invalid(format!(
+                        "{entered} URLs in slices of {}, and of fewer for slow sites: choose larger slices or budgets",
+                        spec.slice_urls
+                    )));
                 }
-            }
-            cutter.close()?;
+                let mut writer = SliceWriter::new()?;
+                hand.shuffled().try_for_each(|(key, synset, tail)| writer.push(key, synset, tail))?;
+                let (urls, bytes) = (writer.urls(), Bytes::from(writer.finish()?));
+                done.insert(number, Slice { urls, sha256: proto::shard::sha256_hex(&bytes), once });
+                let sent = slices.blocking_send((number, bytes));
+                sent.map_err(|_| Error::Local("the upload of slices has ended".to_owned()))
+            };
+            let large = dealing::deal(pool, self.folder.clone(), self.seed, slice_urls, &self.sites, &mut pack)?;
+            large_sites.extend(large.into_iter().map(|Large { site, slices }| LargeSite {
+                site,
+                first_slice: first + slices.start,
+                slices: slices.end - slices.start,
+            }));
         }
-        let slices = cutter.done;
-        Ok(self.into_round(slices))
+        Ok(self.into_round(done.into_values().collect(), Some(large_sites)))
     }
 
-    fn into_round(self, slices: Vec<Slice>) -> Round {
+    fn into_round(self, slices: Vec<Slice>, large_sites: Option<Vec<LargeSite>>) -> Round {
         let start = self.start;
         Round {
             format: 1,
@@ -409,6 +422,7 @@ impl Catalog {
             round: start.round,
             first_slice: start.first_slice,
             slices,
+            large_sites,
             first_key: start.first_key,
             new_urls: self.new_urls,
             keys: self.ordinals,
@@ -422,15 +436,6 @@ impl Catalog {
             bad_line_examples: self.bad_line_examples,
         }
     }
-}
-
-/// What stands before a synset and a tail in a spool. Sorted by it, entries are shuffled.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, FromBytes, IntoBytes, Immutable)]
-#[repr(C)]
-struct EntryHead {
-    hash: u64,
-    key: u64,
-    lengths: Lengths,
 }
 
 /// What stands before a synset and a tail that are compared; those of earlier rounds are left out, and have no length.
@@ -464,37 +469,6 @@ fn lines<H: FromBytes>(mut bytes: &[u8], lengths: impl Fn(&H) -> Lengths) -> Vec
     std::iter::from_fn(next).collect()
 }
 
-/// Writes one slice after the other.
-struct Cutter<'a> {
-    dealing: Dealing,
-    first_slice: u32,
-    slices: &'a mpsc::Sender<(u32, Bytes)>,
-    done: Vec<Slice>,
-    open: Option<SliceWriter>,
-}
-
-impl Cutter<'_> {
-    fn push(&mut self, key: u64, synset: &[u8], tail: &[u8]) -> Result<(), Error> {
-        let open = match &mut self.open {
-            Some(open) => open,
-            None => self.open.insert(SliceWriter::new()?),
-        };
-        open.push(key, synset, tail)?;
-        if open.urls() == self.dealing.slice_urls { self.close() } else { Ok(()) }
-    }
-
-    fn close(&mut self) -> Result<(), Error> {
-        let Some(open) = self.open.take() else { return Ok(()) };
-        let urls = open.urls();
-        let bytes = Bytes::from(open.finish()?);
-        let number = self.first_slice + self.done.len() as u32;
-        self.done.push(Slice { urls, sha256: proto::shard::sha256_hex(&bytes), once: self.dealing.once });
-        self.slices
-            .blocking_send((number, bytes))
-            .map_err(|_| Error::Local("the upload of slices has ended".to_owned()))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -524,7 +498,7 @@ mod tests {
     }
 
     fn cut(list: &str, mut spec: DatasetSpec) -> Result<(DatasetSpec, Round, Vec<String>), Error> {
-        let mut catalog = Catalog::new(&spec, RoundStart::first("r"), None);
+        let mut catalog = Catalog::new(&spec, RoundStart::first("r"), None, Arc::default());
         catalog.read("list", Cursor::new(list.to_owned()), &options())?;
         let (round, lines) = lines(catalog, &mut spec)?;
         Ok((spec, round, lines))
@@ -535,7 +509,7 @@ mod tests {
         let classes = vec![Class { synset: "n1".into(), name: "dog".into() }];
         let mut spec = DatasetSpec { classes, ..DatasetSpec::default() };
         let start = RoundStart { round: 2, first_slice: 7, first_key: 100, ..RoundStart::first("r2") };
-        let mut catalog = Catalog::new(&spec, start.clone(), None);
+        let mut catalog = Catalog::new(&spec, start.clone(), None, Arc::default());
         for url in ["http://a", "http://b"] {
             catalog.push_known(url).expect("in memory");
         }
@@ -554,7 +528,7 @@ mod tests {
         assert_eq!((round.repeated, round.bad_lines, round.end_key()), (1, 1, 104));
         assert_eq!((round.urls(), round.retried), (3, OutcomeCounts::from_iter([(Err(Rejection::Timeout), 1)])));
 
-        let nothing = lines(Catalog::new(&spec, start, None), &mut spec).expect("no error");
+        let nothing = lines(Catalog::new(&spec, start, None, Arc::default()), &mut spec).expect("no error");
         assert_eq!((nothing.0.urls(), nothing.1.len()), (0, 0));
     }
 
@@ -562,11 +536,11 @@ mod tests {
     fn each_dealing_has_slices_of_its_own() {
         let mut spec = DatasetSpec { slice_urls: 100, ..DatasetSpec::default() };
         let start = RoundStart { round: 2, cause: Cause::MayComeBack, ..RoundStart::first("r2") };
-        let mut catalog = Catalog::new(&spec, start, None);
+        let mut catalog = Catalog::new(&spec, start, None, Arc::default());
         let dealings = [(100, true), (100, false), (10, false), (1, false)];
         for (key, (slice_urls, once)) in (0..).zip(dealings.iter().cycle().take(48)) {
-            let dealing = Dealing { slice_urls: *slice_urls, once: *once };
-            catalog.retry(dealing, &OutcomeRow { key, ..row("http://a") }, Rejection::Unfetched).expect("in memory");
+            let (dealing, url) = (Dealing { slice_urls: *slice_urls, once: *once }, format!("http://a{key}.com"));
+            catalog.retry(dealing, &OutcomeRow { key, ..row(&url) }, Rejection::Unfetched).expect("in memory");
         }
         let (round, lines) = lines(catalog, &mut spec).expect("cuts");
         assert_eq!((round.cause, lines.len()), (Cause::MayComeBack, 48));
@@ -575,26 +549,23 @@ mod tests {
     }
 
     #[test]
-    fn slices_hold_every_url_once_shuffled_by_seed_and_keyed_by_place() {
-        let list: String = (0..2500).map(|i| format!("n{}\thttp://h/{i}\n", i % 3)).collect();
+    fn slices_hold_every_url_once_dealt_by_site_shuffled_by_seed_and_keyed_by_their_place_in_the_list() {
+        let host = |i: u32| if i < 2349 { "a.large.com".to_owned() } else { format!("www.s{}.com", i % 5) };
+        let list: String = (0..2500).map(|i| format!("n{}\thttp://{}/{i}\n", i % 3, host(i))).collect();
         let spec = DatasetSpec { slice_urls: 1000, seed: 7, ..DatasetSpec::default() };
-        let (resolved, round, lines) = cut(&list, spec.clone()).expect("a good list");
-        assert_eq!(round.slices.iter().map(|s| s.urls).collect::<Vec<_>>(), [1000, 1000, 500]);
+        let (resolved, round, mut lines) = cut(&list, spec.clone()).expect("a good list");
+        assert_eq!(round.slices.iter().map(|s| s.urls).collect::<Vec<_>>(), [151, 783, 783, 783]);
+        let large = LargeSite { site: "large.com".to_owned(), first_slice: 1, slices: 3 };
+        assert_eq!(round.large_sites, Some(vec![large]));
+        assert!(lines[151..].iter().all(|line| line.contains("large")));
         assert_eq!((round.urls(), round.urls_per_class["n1"]), (2500, 833));
         assert_eq!(resolved.classes.iter().map(|c| c.synset.as_str()).collect::<Vec<_>>(), ["n0", "n1", "n2"]);
-        let mut urls: Vec<&str> = Vec::new();
-        for line in &lines {
-            let (key, rest) = line.split_once('\t').expect("three columns");
-            assert_eq!(list.lines().nth(key.parse().expect("a key")), Some(rest));
-            urls.push(rest);
-        }
-        assert!(!urls.is_sorted());
-        urls.sort_unstable();
-        let mut listed: Vec<&str> = list.lines().collect();
-        listed.sort_unstable();
-        assert_eq!(urls, listed);
         assert_eq!(cut(&list, spec.clone()).expect("again").2, lines);
         assert_ne!(cut(&list, DatasetSpec { seed: 8, ..spec }).expect("again").2, lines);
+        assert!(!lines[..151].is_sorted());
+        lines.sort_by_key(|line| line.split('\t').next().and_then(|key| key.parse::<u32>().ok()));
+        let listed: Vec<String> = (0..).zip(list.lines()).map(|(key, line)| format!("{key}\t{line}")).collect();
+        assert_eq!(lines, listed);
     }
 
     #[test]
@@ -638,7 +609,7 @@ mod tests {
         let list: String = (0..3000).map(|i| format!("n{}\thttp://h/{i}\n", i % 3)).collect();
         let sample = |seed| {
             let mut spec = DatasetSpec { seed, ..DatasetSpec::default() };
-            let mut catalog = Catalog::new(&spec, RoundStart::first("r"), None).limited(300);
+            let mut catalog = Catalog::new(&spec, RoundStart::first("r"), None, Arc::default()).limited(300);
             catalog.read("list", Cursor::new(list.clone()), &options()).expect("reads");
             lines(catalog, &mut spec).expect("cuts")
         };

@@ -1,9 +1,10 @@
-//! The datasets: what is known of each, and the work on them, by subject: `recover`, `lease`, `rounds`, `seal`,
-//! `remove`, `wanted`.
+//! The datasets: what is known of each, and the work on them, by subject: `recover`, `lease`, `large`,
+//! `rounds`, `seal`, `remove`, `wanted`.
 //!
 //! The state is behind one lock that is never held over an await. All of it comes from the store: [`Datasets::recover`]
 //! rebuilds it by listing.
 
+mod large;
 mod lease;
 mod recover;
 mod remove;
@@ -19,10 +20,12 @@ use std::time::{Duration, Instant};
 use proto::manifest::{DamagedShard, Manifest};
 use proto::pb::{self, FailureKind};
 use proto::round::{Cause, Round, Slice};
+use proto::site::Sites;
 use proto::{DatasetId, DatasetSpec, OutcomeCounts, Rejection, ShardIndex, Split, keys};
 use tokio::sync::{Notify, OwnedMutexGuard, Semaphore};
 use tracing::info;
 
+use crate::datasets::large::Slices;
 pub(crate) use crate::datasets::lease::Report;
 pub(crate) use crate::datasets::remove::was_committed;
 use crate::datasets::wanted::Wanted;
@@ -30,6 +33,8 @@ use crate::error::Error;
 use crate::history::Tolerance;
 use crate::ledger::{Counts, Ledger, Now};
 use crate::probes::Probes;
+use crate::shares::Shares;
+use crate::sites::Deal;
 use crate::store::{Created, Store};
 use crate::term::Term;
 use crate::trouble::{Trouble, Troubles};
@@ -43,8 +48,13 @@ pub(crate) struct Datasets {
     pub(crate) term: Arc<Term>,
     /// For temporary files.
     pub(crate) folder: Option<PathBuf>,
+    /// What may be asked of which site.
+    pub(crate) sites: Arc<Sites>,
     started: Instant,
     state: Mutex<State>,
+    /// Who has which part of which site's budget. Locked after the state, if
+    /// together with it, and never held over an await.
+    shares: Mutex<Shares>,
     /// Told when a shard may have become free.
     free: Notify,
     /// Held while a dataset of that name is created.
@@ -56,6 +66,7 @@ pub(crate) struct Datasets {
 struct State {
     ledger: Ledger,
     live: BTreeMap<DatasetId, Dataset>,
+    slices: Slices,
     workers: HashMap<String, Instant>,
     troubles: Troubles,
     probes: Probes,
@@ -78,6 +89,8 @@ pub(crate) struct Dataset {
     pub(crate) spec: Arc<DatasetSpec>,
     pub(crate) spec_json: String,
     pub(crate) rounds: Arc<Vec<Round>>,
+    /// Which slices are for whom.
+    deal: Arc<Deal>,
     /// URLs by outcome: those of the rounds that the latest manifest names, each by its latest one, and those of the
     /// committed shards of later rounds.
     outcomes: OutcomeCounts,
@@ -196,20 +209,30 @@ impl Dataset {
 
 impl Datasets {
     /// Without any dataset; see [`Datasets::recover`].
-    pub(crate) fn new(store: Store, term: Arc<Term>, lease: Duration, folder: Option<PathBuf>) -> Arc<Self> {
+    pub(crate) fn new(
+        store: Store,
+        term: Arc<Term>,
+        lease: Duration,
+        folder: Option<PathBuf>,
+        sites: Sites,
+    ) -> Arc<Self> {
         let ledger = Ledger::new(term.number(), lease);
+        let shares = Shares::new(Duration::ZERO, lease, term.number() == 1);
         Arc::new(Self {
             store,
             term,
             folder,
+            sites: sites.into(),
             started: Instant::now(),
             state: Mutex::new(State {
                 ledger,
                 live: BTreeMap::new(),
+                slices: Slices::default(),
                 workers: HashMap::new(),
                 troubles: Troubles::default(),
                 probes: Probes::default(),
             }),
+            shares: Mutex::new(shares),
             free: Notify::new(),
             names: Mutex::default(),
             sealing: Semaphore::new(2),
@@ -354,6 +377,7 @@ impl Dataset {
             id: id.clone(),
             spec_json: spec.to_json(),
             spec: spec.into(),
+            deal: Deal::new(&rounds).into(),
             rounds: rounds.into(),
             outcomes: OutcomeCounts::default(),
             progress: BTreeMap::new(),

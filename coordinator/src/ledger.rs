@@ -37,6 +37,8 @@ pub(crate) struct Ledger {
     term: u64,
     lease: Duration,
     granted: u64,
+    /// Grows whenever a shard may have come, gone, or changed its state.
+    version: u64,
     /// Shards that workers have committed.
     commits: u64,
     /// Oldest first: it is served first.
@@ -139,7 +141,7 @@ impl Ledger {
     /// An empty one. `lease` is the duration of a lease.
     pub(crate) fn new(term: u64, lease: Duration) -> Self {
         let (datasets, workers, lost) = (Vec::new(), HashMap::new(), VecDeque::new());
-        Self { term, lease, granted: 0, commits: 0, datasets, workers, lost }
+        Self { term, lease, granted: 0, version: 1, commits: 0, datasets, workers, lost }
     }
 
     /// Goes on in a higher term.
@@ -152,12 +154,18 @@ impl Ledger {
         self.lease
     }
 
+    /// Differs whenever [`Ledger::open_shards`] may.
+    pub(crate) fn version(&self) -> u64 {
+        self.version
+    }
+
     /// Adds uncommitted shards of a dataset: all of a new one, or those of another round. `fresh`: it was created in
     /// this term, so nobody of an older one can hold a lease.
     pub(crate) fn add(&mut self, now: Now, dataset: &DatasetId, shards: impl IntoIterator<Item = u32>, fresh: bool) {
         let state = if fresh { State::Pending { from: now } } else { State::Unknown { until: now + self.lease } };
         let open = Open { failures: 0, strikes: Vec::new(), commits: self.commits, attempt: None, state };
         let shards = shards.into_iter().map(|shard| (shard, open.clone()));
+        self.version += 1;
         match self.datasets.iter_mut().find(|(id, _)| id == dataset) {
             Some((_, there)) => there.extend(shards),
             None => self.datasets.push((dataset.clone(), shards.collect())),
@@ -166,6 +174,7 @@ impl Ledger {
 
     /// Forgets a dataset and all its leases.
     pub(crate) fn remove(&mut self, dataset: &DatasetId) {
+        self.version += 1;
         self.datasets.retain(|(id, _)| id != dataset);
     }
 
@@ -174,16 +183,22 @@ impl Ledger {
         self.workers.retain(|worker, _| there(worker));
     }
 
-    /// Grants the first shard of the oldest dataset that has one; one that has failed comes behind the others of its
-    /// dataset.
-    pub(crate) fn grant(&mut self, now: Now, worker: &str) -> Option<(ShardId, Attempt)> {
+    /// Grants the first shard of the oldest dataset that has one which `may` be granted; one that has failed comes
+    /// behind the others of its dataset.
+    pub(crate) fn grant(
+        &mut self,
+        now: Now,
+        worker: &str,
+        may: impl Fn(&DatasetId, u32) -> bool,
+    ) -> Option<(ShardId, Attempt)> {
         if self.workers.get(worker).is_some_and(|record| now < record.from) {
             return None;
         }
         for (dataset, shards) in &mut self.datasets {
             let free = |open: &Open| matches!(open.state, State::Pending { from } if from <= now);
             let mut found = None;
-            for (&shard, open) in shards.iter_mut().filter(|(_, open)| free(open)) {
+            let may = |shard: u32| may(dataset, shard);
+            for (&shard, open) in shards.iter_mut().filter(|(shard, open)| free(open) && may(**shard)) {
                 let failed = open.failures > 0;
                 if !failed || found.is_none() {
                     found = Some((shard, open));
@@ -193,7 +208,7 @@ impl Ledger {
                 }
             }
             let Some((shard, open)) = found else { continue };
-            self.granted += 1;
+            (self.granted, self.version) = (self.granted + 1, self.version + 1);
             let attempt = Attempt { term: self.term, n: self.granted };
             open.attempt = Some(attempt);
             open.state = State::Leased { worker: worker.into(), until: now + self.lease, finished: 0, since: now };
@@ -291,6 +306,7 @@ impl Ledger {
                     _ => continue,
                 };
                 open.state = State::Checking;
+                self.version += 1;
                 over.push((dataset.shard(shard), lost));
             }
         }
@@ -363,6 +379,14 @@ impl Ledger {
         new
     }
 
+    /// All uncommitted shards, and whether each is leased.
+    pub(crate) fn open_shards(&self) -> impl Iterator<Item = (&DatasetId, u32, bool)> {
+        let shard = |(shard, open): (&u32, &Open)| (*shard, matches!(open.state, State::Leased { .. }));
+        self.datasets
+            .iter()
+            .flat_map(move |(id, shards)| shards.iter().map(shard).map(move |(shard, leased)| (id, shard, leased)))
+    }
+
     /// A dataset's uncommitted shards.
     pub(crate) fn counts(&self, dataset: &DatasetId) -> Counts {
         self.count(|id| id == dataset)
@@ -396,6 +420,7 @@ impl Ledger {
     }
 
     fn shards(&mut self, dataset: &DatasetId) -> Option<&mut BTreeMap<u32, Open>> {
+        self.version += 1;
         self.datasets.iter_mut().find(|(id, _)| id == dataset).map(|(_, shards)| shards)
     }
 

@@ -4,9 +4,9 @@
 //! All that lasts is in the object store; a coordinator that is killed is replaced by another one that lists it.
 //! [`run`] checks that the store can decide races, begins a term, recovers, and serves:
 //!
-//! - `catalog`, `list`, `spool`: lists of URLs become shuffled slices, in bounded memory;
+//! - `catalog`, `list`, `dealing`, `spool`: lists of URLs become slices, dealt by site, in bounded memory;
 //! - `ledger` (pure): who may make which shard until when;
-//! - `hosts` (pure): how much of which host each worker may use;
+//! - `sites`, `shares` (pure): how much of which site each worker may use;
 //! - `datasets`, `manifest`, `history`, `damage`: the state of all datasets, their sealing, what became of each URL, and
 //!   what cannot be read any more;
 //! - `duplicates`, `near` (pure): which samples do not count;
@@ -20,10 +20,10 @@ mod catalog;
 mod cluster;
 mod damage;
 mod datasets;
+mod dealing;
 mod duplicates;
 mod error;
 mod history;
-mod hosts;
 mod ledger;
 mod list;
 mod manifest;
@@ -33,6 +33,8 @@ mod probes;
 mod roster;
 mod runs;
 mod service;
+mod shares;
+mod sites;
 mod spool;
 mod store;
 mod term;
@@ -62,13 +64,13 @@ use tracing::{info, warn};
 use crate::cluster::Guard;
 use crate::datasets::Datasets;
 use crate::error::Error;
-pub use crate::hosts::{Budget, HostBudgets};
 use crate::runs::Runs;
 use crate::service::dataset::DatasetApi;
 use crate::service::fetch::FetchApi;
 use crate::service::run::RunApi;
 use crate::service::scaler::ScalerApi;
 use crate::service::trainer::TrainerApi;
+pub use crate::sites::SiteBudgets;
 use crate::store::Store;
 use crate::term::Term;
 
@@ -81,9 +83,9 @@ pub struct Config {
     /// Folder for the temporary files of large lists and datasets [default: the system's]
     #[arg(long, env = "GLEANER_SPOOL_FOLDER")]
     pub spool_folder: Option<PathBuf>,
-    /// What may be asked of one host
+    /// What may be asked of one site
     #[command(flatten)]
-    pub hosts: HostBudgets,
+    pub sites: SiteBudgets,
 }
 
 fn lease_seconds(text: &str) -> Result<f64, String> {
@@ -121,7 +123,7 @@ pub async fn run(
     let cluster = cluster::identify(&store).await.context("failed to read which cluster this is")?;
     let term = Arc::new(Term::begin(&store).await.context("failed to begin a term")?);
     let lease = Duration::from_secs_f64(config.lease_seconds);
-    let datasets = Datasets::new(store.clone(), Arc::clone(&term), lease, config.spool_folder);
+    let datasets = Datasets::new(store.clone(), Arc::clone(&term), lease, config.spool_folder, config.sites.into());
     datasets.recover().await.context("failed to recover the datasets")?;
     let recovered = Runs::recover(store.clone(), Arc::clone(&term), Arc::clone(&datasets)).await;
     let (runs, drive) = recovered.context("failed to recover the runs")?;
@@ -151,8 +153,7 @@ pub async fn run(
                 .max_decoding_message_size(LARGEST_MESSAGE),
         )
         .add_service(InterceptedService::new(
-            FetchServiceServer::new(FetchApi::new(Arc::clone(&datasets), config.hosts))
-                .max_decoding_message_size(LARGEST_MESSAGE),
+            FetchServiceServer::new(FetchApi(Arc::clone(&datasets))).max_decoding_message_size(LARGEST_MESSAGE),
             Guard(Arc::clone(&cluster)),
         ))
         .add_service(RunServiceServer::new(RunApi(Arc::clone(&runs))).max_decoding_message_size(LARGEST_MESSAGE))

@@ -59,14 +59,36 @@ impl Spool {
 
     /// Each partition's bytes, in order.
     pub(crate) fn into_partitions(self) -> impl Iterator<Item = io::Result<Vec<u8>>> {
-        self.partitions.into_iter().map(|(buffer, file)| match file {
-            None => Ok(buffer),
-            Some(mut file) => {
-                let mut bytes = Vec::new();
+        self.into_streams().map(|mut partition| {
+            if partition.file.is_none() {
+                return Ok(partition.buffer);
+            }
+            let mut bytes = Vec::new();
+            partition.stream()?.read_to_end(&mut bytes)?;
+            Ok(bytes)
+        })
+    }
+
+    /// The partitions, in order, however large they are.
+    pub(crate) fn into_streams(self) -> impl Iterator<Item = Partition> {
+        self.partitions.into_iter().map(|(buffer, file)| Partition { buffer, file })
+    }
+}
+
+/// One partition of a spool.
+pub(crate) struct Partition {
+    buffer: Vec<u8>,
+    file: Option<File>,
+}
+
+impl Partition {
+    /// Its bytes from the first one on.
+    pub(crate) fn stream(&mut self) -> io::Result<Box<dyn Read + '_>> {
+        Ok(match &mut self.file {
+            None => Box::new(&self.buffer[..]),
+            Some(file) => {
                 file.rewind()?;
-                file.read_to_end(&mut bytes)?;
-                bytes.extend_from_slice(&buffer);
-                Ok(bytes)
+                Box::new(file.chain(&self.buffer[..]))
             }
         })
     }

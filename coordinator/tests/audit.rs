@@ -25,8 +25,8 @@ use serde_json::json;
 async fn whole() -> (Arc<InMemory>, DatasetId) {
     let folder = tempfile::tempdir().expect("a folder");
     let cluster = Cluster::start(folder.path(), 0.5).await;
-    let pictures = (0..40).map(|i| format!("n{}\thttp://h/{i}/a\n", i % 2));
-    let same = (0..3).map(|i| format!("n0\thttp://h/{}/b\n", i * 2));
+    let pictures = (0..40).map(|i| format!("n{}\thttp://h{i}/{i}/a\n", i % 2));
+    let same = (0..3).map(|i| format!("n0\thttp://h{i}/{}/b\n", i * 2));
     let list: String = pictures.chain(same).chain((0..4).map(|i| format!("n1\tgone:{i}\n"))).collect();
     let created = cluster.create("birds", "request-1", 20, &list).await.expect("a good list");
     cluster.work().await;

@@ -13,7 +13,7 @@ use proto::pb::DatasetState;
 use tonic::Code;
 
 fn list() -> String {
-    (0..30).map(|i| format!("n{}\thttp://h/{i}\n", i % 2)).collect()
+    (0..30).map(|i| format!("n{}\thttp://h{i}/{i}\n", i % 2)).collect()
 }
 
 #[tokio::test]

@@ -16,9 +16,9 @@ use tonic::Code;
 fn list() -> String {
     let mut list = String::from("# a list\n");
     for i in 0..120 {
-        list += &format!("n{}\thttp://h/picture{i}\n", i % 3);
+        list += &format!("n{}\thttp://h{i}/picture{i}\n", i % 3);
     }
-    list += "n0\thttp://h/picture0/again\nn0\thttp://h/shared\nn1\thttp://h/shared/again\n";
+    list += "n0\thttp://h0/picture0/again\nn0\thttp://h/shared\nn1\thttp://h/shared/again\n";
     for i in 0..5 {
         list += &format!("n1\tgone:{i}\n");
     }
@@ -177,7 +177,7 @@ async fn a_url_that_kills_its_workers_is_found_in_smaller_and_smaller_slices() {
     let work = async {
         while !cluster.are_sealed().await {
             let worker = format!("w{failures}");
-            let Some(lease) = cluster.lease_as(&worker, Duration::from_millis(100)).await else { continue };
+            let Some(lease) = cluster.lease_any_as(&worker, Duration::from_millis(100)).await else { continue };
             let slice = get(&*cluster.store, &proto::keys::slice(&shard_id(&lease.dataset, lease.shard))).await;
             if proto::slice::unpack(&slice).expect("a slice").contains("/picture77\n") {
                 failures += 1;
@@ -243,7 +243,7 @@ async fn a_coordinator_that_hears_of_a_higher_term_refuses_and_ends_once_it_is_i
     let cluster = Cluster::start(folder.path(), 30.0).await;
     assert!(cluster.lease(Duration::ZERO).await.is_none(), "its term has begun");
     put(&*cluster.store, &proto::keys::term(2), "{}").await;
-    let request = pb::LeaseShardRequest { term_seen: 2, worker: "w1".to_owned(), wait_millis: 0 };
+    let request = pb::LeaseShardRequest { term_seen: 2, worker: "w1".to_owned(), wait_millis: 0, large: false };
     let refused = cluster.fetch().lease_shard(request).await.expect_err("its term is 1");
     assert_eq!(refused.code(), Code::Unavailable);
     let ended = tokio::time::timeout(PATIENCE, cluster.running).await.expect("in time").expect("no panic");
@@ -256,7 +256,7 @@ async fn above_a_term_that_the_store_has_lost_a_coordinator_goes_on_with_the_lea
     let cluster = Cluster::start(folder.path(), 30.0).await;
     cluster.create("birds", "request-1", 1000, &list()).await.expect("a good list");
     let lease = cluster.lease(PATIENCE).await.expect("the only one");
-    let request = pb::LeaseShardRequest { term_seen: 6, worker: "w2".to_owned(), wait_millis: 0 };
+    let request = pb::LeaseShardRequest { term_seen: 6, worker: "w2".to_owned(), wait_millis: 0, large: false };
     let asked = async || cluster.fetch().lease_shard(request.clone()).await;
     assert_eq!(asked().await.expect_err("its term is 1").code(), Code::Unavailable);
     let answered = async {
@@ -302,7 +302,7 @@ async fn a_caller_of_another_cluster_is_refused_until_it_knows_better() {
     let own = proto::cluster::OwnCluster::default();
     let channel = proto::cluster::OfCluster::new(cluster.channel.clone(), own.clone());
     let mut fetch = proto::pb::fetch_service_client::FetchServiceClient::new(channel);
-    let request = pb::LeaseShardRequest { term_seen: 0, worker: "w1".to_owned(), wait_millis: 0 };
+    let request = pb::LeaseShardRequest { term_seen: 0, worker: "w1".to_owned(), wait_millis: 0, large: false };
     fetch.lease_shard(request.clone()).await.expect("it does not know its cluster yet");
     own.set("another".to_owned());
     let stranger = pb::LeaseShardRequest { term_seen: 6, ..request.clone() };
@@ -381,5 +381,67 @@ async fn lists_in_the_own_store_are_read_after_the_streamed_ones() {
     let missing = create("dogs", "lists/dogs").await.expect_err("no such object");
     assert_eq!(missing.code(), Code::InvalidArgument);
     assert!(missing.message().contains("lists/dogs"), "{}", missing.message());
+    cluster.stop().await;
+}
+
+#[tokio::test]
+async fn as_many_slices_of_a_large_site_are_leased_as_its_budget_is_worth_over_all_datasets() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cluster = Cluster::start(folder.path(), 2.0).await;
+    let list = |name: &str| (0..100).map(|i| format!("n{}\thttp://{name}.large.com/{i}\n", i % 3)).collect::<String>();
+    cluster.create("birds", "request-1", 50, &(list("a") + "n0\thttp://h/small\n")).await.expect("a good list");
+    cluster.create("cats", "request-2", 50, &list("b")).await.expect("a good list");
+    let wait = Duration::from_millis(50);
+    let mixed = cluster.lease(wait).await.expect("the one of many sites");
+    assert_eq!((mixed.shard, cluster.lease(wait).await), (0, None));
+    assert_eq!(mixed.budgets.as_ref().and_then(|budgets| budgets.other.as_ref()).map(|other| other.slots), Some(16));
+    let mut datasets = Vec::new();
+    for _ in 0..4 {
+        let lease = cluster.lease_large(PATIENCE).await.expect("a slice of the large site");
+        assert_eq!(cluster.lease_large(wait).await, None, "one worker is enough for it");
+        put_shard(&*cluster.store, &lease).await;
+        cluster.complete(&lease).await;
+        datasets.push(lease.dataset);
+    }
+    datasets.dedup();
+    assert_eq!((datasets.len(), cluster.lease_large(wait).await), (2, None));
+    cluster.stop().await;
+}
+
+#[tokio::test]
+async fn workers_share_a_site_between_them_and_a_request_that_was_overtaken_is_refused() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cluster = Cluster::start(folder.path(), 30.0).await;
+    let ask = async |worker: &str, sequence, held| {
+        let site = pb::SiteDemand { site: "a.com".into(), held, wanted: true, ..pb::SiteDemand::default() };
+        let request = pb::ShareSitesRequest { term_seen: 0, worker: worker.into(), sequence, sites: vec![site] };
+        let answer = cluster.fetch().share_sites(request).await?.into_inner();
+        assert_eq!((answer.duration_millis, answer.sites.len()), (30_000, 1));
+        Ok::<_, tonic::Status>(answer.sites[0])
+    };
+    let first = ask("w1", 1, 0).await.expect("in order");
+    assert_eq!((first.slots, first.site_slots, first.site_requests_per_second), (16, 16, 100.0));
+    assert_eq!((first.requests_per_second, first.known, first.delay_millis), (2.0, false, 0));
+    assert_eq!(ask("w2", 1, 0).await.expect("in order").slots, 0);
+    assert_eq!(ask("w1", 1, 16).await.expect_err("overtaken").code(), Code::Aborted);
+    cluster.stop().await;
+}
+
+#[tokio::test]
+async fn a_round_that_was_not_dealt_by_site_is_finished() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cluster = Cluster::start(folder.path(), 0.5).await;
+    let created = cluster.create("birds", "request-1", 50, &list()).await.expect("a good list");
+    cluster.kill();
+    let cluster = Cluster::start(folder.path(), 0.5).await;
+    let key = proto::keys::round(&created.dataset.parse().expect("the coordinator's"), 1);
+    let round = String::from_utf8(get(&*cluster.store, &key).await.to_vec()).expect("JSON");
+    let without = round.replace(r#""large_sites":[],"#, "");
+    assert_ne!(round, without, "{round}");
+    put(&*cluster.store, &key, without).await;
+    cluster.kill();
+    let cluster = Cluster::start(folder.path(), 0.5).await;
+    cluster.work().await;
+    assert_eq!(cluster.sealed("birds").await.state(), DatasetState::Ready);
     cluster.stop().await;
 }

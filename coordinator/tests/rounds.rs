@@ -19,7 +19,7 @@ fn counts(pairs: &[(&str, u64)]) -> std::collections::HashMap<String, u64> {
 
 /// 30 pictures, 3 whose server says nothing at first, 5 that are gone.
 fn list() -> String {
-    let pictures = (0..30).map(|i| format!("n{}\thttp://h/{i}\n", i % 2));
+    let pictures = (0..30).map(|i| format!("n{}\thttp://h{i}/{i}\n", i % 2));
     let late = (0..3).map(|i| format!("n0\thttp://late/slow{i}\n"));
     pictures.chain(late).chain((0..5).map(|i| format!("n1\tgone:{i}\n"))).collect()
 }
@@ -47,7 +47,7 @@ async fn a_refresh_fetches_what_may_come_back_and_what_is_new_and_outlives_a_kil
     // What a coordinator that died in the middle of a refresh has left.
     put(&*cluster.store, &keys::slice(&shard_id(&created.dataset, 2)), "rubbish").await;
 
-    let more = "n0\thttp://h/new\nn0\thttp://h/0\nn9\thttp://h/new\nn1\thttp://h/new-too\n";
+    let more = "n0\thttp://h/new\nn0\thttp://h0/0\nn9\thttp://h/new\nn1\thttp://h/new-too\n";
     let refreshed = cluster.refresh("birds", "request-2", Some(more)).await.expect("it is ready");
     assert_eq!((refreshed.round, refreshed.urls, refreshed.known, refreshed.not_chosen), (3, 5, 1, 1));
     assert_eq!(refreshed.retried, counts(&[("timeout", 3)]));
@@ -92,9 +92,9 @@ async fn a_class_keeps_so_many_and_opens_what_it_left_when_duplicates_make_it_sh
     let folder = tempfile::tempdir().expect("a folder");
     let cluster = Cluster::start(folder.path(), 30.0).await;
     // n0 has enough, but among the first that are fetched are many copies; n1 has too few.
-    let copies = (0..60).map(|i| format!("n0\thttp://h/copy/{i}\n"));
-    let pictures = (0..20).map(|i| format!("n0\thttp://h/{i}\n"));
-    let few = (0..6).map(|i| format!("n1\thttp://h/few{i}\n"));
+    let copies = (0..60).map(|i| format!("n0\thttp://h{i}/copy/{i}\n"));
+    let pictures = (0..20).map(|i| format!("n0\thttp://h{i}/{i}\n"));
+    let few = (0..6).map(|i| format!("n1\thttp://h{i}/few{i}\n"));
     let list: String = copies.chain(pictures).chain(few).collect();
     let duplicates = proto::Duplicates { many_urls: 100, near_bits: 4 };
     let spec = DatasetSpec { slice_urls: 11, per_class: 10, duplicates, ..DatasetSpec::default() };
@@ -116,8 +116,9 @@ async fn pictures_that_look_alike_are_told_and_never_stand_in_train_and_test_bot
     let folder = tempfile::tempdir().expect("a folder");
     let cluster = Cluster::start(folder.path(), 30.0).await;
     // 60 pictures, of which some test and some train, that all look nearly the same; 20 that look like nothing else.
-    let alike = (0..60u64).map(|i| format!("n0\thttp://h/a{i}~{:016x}\n", 0xabcd_0000_0000_0000 | (i % 4)));
-    let alone = (0..20u64).map(|i| format!("n0\thttp://h/b{i}~{:016x}\n", (i + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)));
+    let alike = (0..60u64).map(|i| format!("n0\thttp://h{i}/a{i}~{:016x}\n", 0xabcd_0000_0000_0000 | (i % 4)));
+    let alone =
+        (0..20u64).map(|i| format!("n0\thttp://h{i}/b{i}~{:016x}\n", (i + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)));
     let spec = DatasetSpec {
         splits: proto::Splits { validation: 0.2, test: 0.2, salt: String::new() },
         slice_urls: 25,

@@ -150,7 +150,7 @@ async fn with_dataset(folder: &std::path::Path) -> Cluster {
 
 async fn with_dataset_on(store: Arc<dyn ObjectStore>) -> Cluster {
     let cluster = Cluster::start_on(store, 30.0).await;
-    let list: String = (0..120).map(|i| format!("n{}\thttp://h/picture{i}\n", i % 3)).collect();
+    let list: String = (0..120).map(|i| format!("n{}\thttp://h{i}/picture{i}\n", i % 3)).collect();
     cluster.create("birds", "request-1", 50, &list).await.expect("a good list");
     cluster.work().await;
     cluster.sealed("birds").await;

@@ -56,7 +56,7 @@ async fn workers_are_wanted_for_slices_until_the_last_is_committed_and_trainers_
     assert!(!pushed(&mut workers).await && !pushed(&mut trainers).await, "nothing to do is told at once");
     assert_eq!((value(&cluster, "worker").await, value(&cluster, "trainer").await), (0.0, 0.0));
 
-    let list: String = (0..120).map(|i| format!("n{}\thttp://h/picture{i}\n", i % 3)).collect();
+    let list: String = (0..120).map(|i| format!("n{}\thttp://h{i}/picture{i}\n", i % 3)).collect();
     cluster.create("birds", "request-1", 50, &list).await.expect("a good list");
     assert!(pushed(&mut workers).await, "work is pushed");
     assert_eq!(value(&cluster, "worker").await, 3.0);

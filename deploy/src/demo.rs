@@ -1,5 +1,5 @@
-//! `gleaner demo`: the whole job on one machine, over the same commands that a user types. Only the web origin is special:
-//! it is our own, on loopback, and serves drawings through a list that is rotted as ImageNet's is.
+//! `gleaner demo`: the whole job on one machine, over the same commands that a user types. Only the web origin is
+//! special: it is our own, on loopback, and serves drawings through a list that is rotted as ImageNet's is.
 
 mod baseline;
 
@@ -157,8 +157,8 @@ impl LocalCluster {
             .args(["local", "--exit-with-stdin", "--store", &store, "--listen", &address, "--web-listen", &pages])
             .args(["--workers", &args.workers.to_string(), "--ranks", &args.ranks.to_string()])
             // Its origin is our own: nobody has to be spared.
-            .env("GLEANER_HOST_SLOTS", "128")
-            .env("GLEANER_HOST_RATE", "0")
+            .env("GLEANER_SITE_SLOTS", "128")
+            .env("GLEANER_SITE_RATE", "0")
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(log)

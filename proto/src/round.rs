@@ -33,6 +33,10 @@ pub struct Round {
     pub first_slice: u32,
     /// In the order of their numbers.
     pub slices: Vec<Slice>,
+    /// Sites whose URLs have slices of their own; every other site is in one slice alone. None: the URLs were not dealt
+    /// by site, so that every site may be in each slice.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub large_sites: Option<Vec<LargeSite>>,
     /// The first key that this round gave; its other new URLs have the keys that follow.
     pub first_key: u64,
     /// URLs that came into the catalog with it.
@@ -90,6 +94,25 @@ pub struct Slice {
     pub once: bool,
 }
 
+/// A site with slices of its own.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LargeSite {
+    /// As [`crate::site`] names it.
+    pub site: String,
+    /// Number of its first slice.
+    pub first_slice: u32,
+    /// How many it has.
+    pub slices: u32,
+}
+
+impl LargeSite {
+    /// Numbers of its slices.
+    pub fn shards(&self) -> Range<u32> {
+        self.first_slice..self.first_slice + self.slices
+    }
+}
+
 impl Round {
     /// URLs of all slices together.
     pub fn urls(&self) -> u64 {
@@ -126,6 +149,7 @@ mod tests {
             round: 2,
             first_slice: 7,
             slices: vec![slice(10), slice(3)],
+            large_sites: Some(vec![LargeSite { site: "flickr.com".to_owned(), first_slice: 8, slices: 1 }]),
             first_key: 70,
             new_urls: 9,
             keys: 12,
@@ -141,8 +165,10 @@ mod tests {
         assert_eq!((round.urls(), round.shards(), round.end_key()), (13, 7..9, 82));
         assert_eq!(Round::from_json(&round.to_json()).expect("own output"), round);
         assert!(Round::from_json(&Round { format: 2, ..round.clone() }.to_json()).is_err());
-        let older = String::from_utf8(round.to_json()).expect("JSON");
-        let older = older.replace(r#""cause":"may_come_back","#, "").replace(r#","once":true"#, "");
+        let older = Round { large_sites: None, ..round };
+        let json = String::from_utf8(older.to_json()).expect("JSON");
+        assert!(!json.contains("large_sites"), "as it was before URLs were dealt by site");
+        let older = json.replace(r#""cause":"may_come_back","#, "").replace(r#","once":true"#, "");
         let older = older.replace(r#""accepts_damage":true,"#, "");
         let older = older.replace(r#""keys":12,"#, "").replace(r#""repeated":3,"several":0,"#, "");
         let older = Round::from_json(older.as_bytes()).expect("as they were");

@@ -1,9 +1,9 @@
 //! Sites: what has a budget. Many names lead to the servers of one owner, who counts the requests to all of them.
 //!
-//! A site is the registrable domain by the ICANN section of the public suffix list (`img.example.co.uk` is of `example.co.uk`),
-//! or a group of names that a [profile](PROFILES) or the operator names. Under a suffix that is private (`blogspot.com`) many
-//! owners share one site: each one's name is a *bucket* within it. An IP literal or a name of one label is a site by itself,
-//! with its port.
+//! A site is the registrable domain by the ICANN section of the public suffix list (`img.example.co.uk` is of
+//! `example.co.uk`), or a group of names that a [profile](PROFILES) or the operator names. Under a suffix that is
+//! private (`blogspot.com`) many owners share one site: each one's name is a *bucket* within it. An IP literal or a
+//! name of one label is a site by itself, with its port.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -13,6 +13,8 @@ use std::sync::LazyLock;
 
 use serde::Deserialize;
 use url::Url;
+
+use crate::pb;
 
 /// The profiles that Gleaner is shipped with, as TOML.
 pub const PROFILES: &str = include_str!("sites.toml");
@@ -29,6 +31,12 @@ pub struct Budget {
     pub rate: f64,
     /// Whether it is known that the site bears this rate. If not, the rate is learned, from [`FIRST_RATE`] on.
     pub borne: bool,
+}
+
+impl Default for Budget {
+    fn default() -> Self {
+        Self { slots: 16, rate: 100.0, borne: false }
+    }
 }
 
 /// A budget that somebody gave: for these names and all names under them together.
@@ -96,6 +104,13 @@ pub fn profiles() -> &'static [Named] {
     &PARSED
 }
 
+impl Default for Sites {
+    /// What is known without an operator's word.
+    fn default() -> Self {
+        Self::new(Budget::default(), profiles().iter().cloned())
+    }
+}
+
 impl Sites {
     /// `default` is for sites that `named` does not name. Of two that name the same, the later one counts.
     pub fn new(default: Budget, named: impl IntoIterator<Item = Named>) -> Self {
@@ -122,7 +137,8 @@ impl Sites {
         named.unwrap_or(Budget { borne: self.default.borne || is_own(site), ..self.default })
     }
 
-    /// The site and bucket of a host, in lower case and with its port if that is neither 80 nor 443, as in `a.example.com:8080`.
+    /// The site and bucket of a host, in lower case and with its port if that is neither 80 nor 443, as in
+    /// `a.example.com:8080`.
     pub fn place<'a>(&'a self, host: &'a str) -> Place<'a> {
         if let Some(&n) = self.by_name.get(host) {
             return Place { site: &self.named[n].names[0], bucket: None };
@@ -149,7 +165,34 @@ impl Sites {
     }
 }
 
-/// The host of a parsed URL as budgets name it: without a dot at its end, and with its port if that is neither 80 nor 443.
+impl From<&Sites> for pb::SiteBudgets {
+    fn from(sites: &Sites) -> Self {
+        let budget = |names: &[String], budget: Budget| pb::SiteBudget {
+            names: names.to_vec(),
+            slots: budget.slots,
+            requests_per_second: budget.rate,
+            borne: budget.borne,
+        };
+        let named = sites.named.iter().map(|named| budget(&named.names, named.budget)).collect();
+        Self { other: Some(budget(&[], sites.default)), named }
+    }
+}
+
+impl From<pb::SiteBudgets> for Sites {
+    fn from(budgets: pb::SiteBudgets) -> Self {
+        let budget = |budget: &pb::SiteBudget| Budget {
+            slots: budget.slots.max(1),
+            rate: budget.requests_per_second,
+            borne: budget.borne,
+        };
+        let named = |named: pb::SiteBudget| Named { budget: budget(&named), names: named.names };
+        let other = budgets.other.as_ref().map_or(Budget::default(), budget);
+        Self::new(other, budgets.named.into_iter().map(named))
+    }
+}
+
+/// The host of a parsed URL as budgets name it: without a dot at its end, and with its port if that is neither 80 nor
+/// 443.
 pub fn host_of_url(url: &Url) -> String {
     let host = url.host_str().unwrap_or_default();
     let host = host.strip_suffix('.').unwrap_or(host);
@@ -159,7 +202,8 @@ pub fn host_of_url(url: &Url) -> String {
     }
 }
 
-/// The same of any text, without reading more of it than needed if its host is written plainly; None if it is no HTTP URL.
+/// The same of any text, without reading more of it than needed if its host is written plainly; None if it is no HTTP
+/// URL.
 pub fn host_of(url: &str) -> Option<Cow<'_, str>> {
     if let Some(plain) = plain_host(url) {
         return Some(Cow::Borrowed(plain));
@@ -232,6 +276,12 @@ mod tests {
     use proptest::prelude::*;
 
     const DEFAULT: Budget = Budget { slots: 16, rate: 100.0, borne: false };
+
+    #[test]
+    fn what_is_known_of_sites_goes_to_workers_as_it_is() {
+        let sites = sites(&["named.test=2/10"]);
+        assert_eq!(Sites::from(pb::SiteBudgets::from(&sites)), sites);
+    }
 
     fn sites(named: &[&str]) -> Sites {
         let named = named.iter().map(|text| text.parse::<Named>().expect("well written"));

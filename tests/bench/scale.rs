@@ -1,9 +1,10 @@
-//! `make bench-scale`: what more workers bring when the web is slow, and whether they stay within a host's budget together.
+//! `make bench-scale`: what more workers bring when the web is slow, and whether they stay within a site's budget
+//! together.
 //!
-//! 1, 2 and 4 workers fetch small pictures from the demo's origin, which answers late: throughput, as the origin sees it, is
-//! counted in a window in which all of them are at work. Then 4 workers that want more than a host's budget share it while
-//! the coordinator is killed and another begins, and while one worker is stopped (SIGSTOP) for longer than its share lasts; the
-//! origin counts how many requests it answers at a time.
+//! 1, 2 and 4 workers fetch small pictures from the demo's origin, which answers late: throughput, as the origin sees
+//! it, is counted in a window in which all of them are at work. Then 4 workers that want more than a site's budget
+//! share it while the coordinator is killed and another begins, and while one worker is stopped (SIGSTOP) for longer
+//! than its share lasts; the origin counts how many requests it answers at a time.
 
 #![allow(missing_docs, clippy::print_stdout, reason = "a command that speaks to people")]
 
@@ -25,7 +26,7 @@ const WARM_UP: Duration = Duration::from_secs(4);
 const WINDOW: Duration = Duration::from_secs(10);
 /// Of one host, in the second part.
 const BUDGET: usize = 6;
-const GRANT: Duration = Duration::from_secs(2);
+const LEASE: Duration = Duration::from_secs(2);
 const PATIENCE: Duration = Duration::from_secs(60);
 const PICTURES: usize = 2000;
 
@@ -58,7 +59,7 @@ async fn main() -> Result<()> {
 async fn throughput(pictures: &Path, workers: usize) -> Result<f64> {
     let origin = origin(pictures, HOSTS).await?;
     let mut cluster = Cluster::new(None, Vec::new());
-    cluster.start_coordinator_with(&["--lease-seconds", "30", "--host-slots", "64", "--host-rate", "0"]);
+    cluster.start_coordinator_with(&["--lease-seconds", "30", "--site-slots", "64", "--site-rate", "0"]);
     create(&cluster, &origin);
     (0..workers).for_each(|n| start_worker(&mut cluster, n));
     let first = wait("the first request", || arrivals(&origin).into_iter().min()).await?;
@@ -73,8 +74,8 @@ async fn throughput(pictures: &Path, workers: usize) -> Result<f64> {
 /// The most requests at a time that a host saw.
 async fn budget(pictures: &Path) -> Result<usize> {
     let origin = origin(pictures, 1).await?;
-    let (slots, seconds) = (BUDGET.to_string(), GRANT.as_secs().to_string());
-    let flags = ["--lease-seconds", "30", "--host-slots", &slots, "--host-rate", "0", "--grant-seconds", &seconds];
+    let (slots, seconds) = (BUDGET.to_string(), LEASE.as_secs().to_string());
+    let flags = ["--lease-seconds", &seconds, "--site-slots", &slots, "--site-rate", "0"];
     let mut cluster = Cluster::new(None, Vec::new());
     cluster.start_coordinator_with(&flags);
     create(&cluster, &origin);
@@ -92,15 +93,15 @@ async fn budget(pictures: &Path) -> Result<usize> {
     };
     full("four workers share it").await?;
     cluster.kill("coordinator");
-    tokio::time::sleep(GRANT / 4).await;
+    tokio::time::sleep(LEASE / 4).await;
     cluster.start_coordinator_with(&flags);
     full("after the coordinator was killed and another began at once").await?;
     cluster.kill("coordinator");
-    tokio::time::sleep(GRANT * 3).await;
+    tokio::time::sleep(LEASE * 3).await;
     cluster.start_coordinator_with(&flags);
     full("after it was away for longer than shares last").await?;
     signal(cluster.pid("worker-0"), "STOP");
-    tokio::time::sleep(GRANT * 3).await;
+    tokio::time::sleep(LEASE * 3).await;
     full("while one worker is stopped").await?;
     signal(cluster.pid("worker-0"), "CONT");
     full("after it goes on").await?;

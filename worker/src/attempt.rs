@@ -36,6 +36,9 @@ use crate::way_out::WayOut;
 
 /// An attempt that lasts longer commits what it has.
 const LONGEST_ATTEMPT: Duration = Duration::from_secs(15 * 60);
+/// An attempt in which nothing is finished for so long, because sites are asked by others or want to be left alone,
+/// commits what it has.
+const LONGEST_WAIT: Duration = Duration::from_secs(5 * 60);
 /// For what is in flight when the worker is told to leave.
 const LAST_REQUESTS_TIMEOUT: Duration = Duration::from_secs(5);
 /// For deleting an attempt's files; what is left then is the cluster's garbage collection's.
@@ -60,6 +63,8 @@ pub(crate) struct Assignment {
     pub(crate) spec: DatasetSpec,
     /// All its URLs have failed in an earlier round.
     pub(crate) once: bool,
+    /// All its URLs are of one large site.
+    pub(crate) large: bool,
 }
 
 /// What ends an attempt from outside.
@@ -76,6 +81,7 @@ pub(crate) struct Signals {
 enum EarlyEnd {
     Leave,
     TooLong,
+    Waits,
     Offline,
 }
 
@@ -87,7 +93,7 @@ pub(crate) enum AttemptResult {
     LostTo(Attempt),
     /// It was cancelled before it committed; its files are deleted.
     Cancelled,
-    /// The worker was told to leave before any URL was finished.
+    /// The worker was told to leave, or no site had room, before any URL was finished.
     Left,
 }
 
@@ -95,7 +101,7 @@ pub(crate) enum AttemptResult {
 /// hosts: from then on the attempt leaves connections idle. Once the files are uploaded, cancelling is too late and the
 /// attempt commits.
 ///
-/// An attempt that is told to leave, lasts too long or loses its way out commits what it has, the rest as `unfetched`.
+/// An attempt that is told to leave, lasts or waits too long or loses its way out commits what it has, the rest as `unfetched`.
 ///
 /// # Errors
 /// If the slice cannot be parsed, the store fails, or nothing was finished for want of a way out. The attempt's files
@@ -196,11 +202,12 @@ async fn fetch_and_upload<T: Send>(
     };
     let (full, entries): (Vec<_>, _) = entries.into_iter().partition(&is_full);
     rows.extend(full.into_iter().map(reject_full));
-    let mut batch = tools.dispatcher.batch(entries, &spec.limits, assignment.once);
+    let mut batch = tools.dispatcher.batch(entries, &spec.limits, assignment.once, assignment.large);
     let mut all_started = std::pin::pin!(batch.all_started());
     let mut start_permit = Some(start_permit);
     let mut validating = JoinSet::new();
     let (mut ended, mut cut) = (None, None);
+    let mut waits = std::pin::pin!(tokio::time::sleep(LONGEST_WAIT));
     while rows.len() < urls {
         if progress.take_class_filled() {
             rows.extend(batch.take_out(is_full).into_iter().map(reject_full));
@@ -208,14 +215,14 @@ async fn fetch_and_upload<T: Send>(
         }
         tokio::select! {
             () = &mut all_started, if start_permit.is_some() => drop(start_permit.take()),
-            why = &mut early, if ended.is_none() => {
+            why = async { tokio::select! { why = &mut early => why, () = &mut waits => EarlyEnd::Waits } }, if ended.is_none() => {
                 tracing::info!(?why, finished = rows.len(), urls, "ending early");
                 ended = Some(why);
                 drop(start_permit.take());
                 rows.extend(batch.end().into_iter().map(|entry| (0, unfetched(entry, Rejection::Unfetched))));
                 cut = Some(Instant::now() + match why {
                     EarlyEnd::Leave => LAST_REQUESTS_TIMEOUT,
-                    EarlyEnd::TooLong => spec.limits.timeout(),
+                    EarlyEnd::TooLong | EarlyEnd::Waits => spec.limits.timeout(),
                     EarlyEnd::Offline => Duration::ZERO,
                 });
             }
@@ -224,6 +231,7 @@ async fn fetch_and_upload<T: Send>(
                 batch.cut();
             }
             result = batch.next(), if rows.len() + validating.len() < urls => {
+                waits.as_mut().reset(Instant::now() + LONGEST_WAIT);
                 let result = result.context("a URL got no result").fault_of(FailureKind::Slice)?;
                 let (tools, rules) = (Arc::clone(tools), Arc::clone(&rules));
                 validating.spawn(async move { validate(&tools, rules, result).await });
@@ -249,7 +257,7 @@ async fn fetch_and_upload<T: Send>(
     }
     let rows = match believed(&tools.way_out, rows).await {
         Some(rows) => rows,
-        None if ended == Some(EarlyEnd::Leave) => return Ok(Err(AttemptResult::Left)),
+        None if matches!(ended, Some(EarlyEnd::Leave | EarlyEnd::Waits)) => return Ok(Err(AttemptResult::Left)),
         None if ended == Some(EarlyEnd::TooLong) => {
             let minutes = LONGEST_ATTEMPT.as_secs() / 60;
             return Err(anyhow!("no URL was finished in {minutes} minutes")).fault_of(FailureKind::Worker);

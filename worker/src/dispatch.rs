@@ -10,10 +10,11 @@ use std::time::Duration;
 
 use backon::BackoffBuilder;
 use proto::outcomes::OutcomeRow;
+use proto::site::Sites;
 use proto::{Limits, Rejection};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use crate::backoff::backoff;
@@ -24,13 +25,15 @@ use crate::lease::Coordinator;
 use crate::metrics::InFlight;
 use crate::way_out::WayOut;
 
-/// For one call that asks for shares; a response that comes much later is not used anyway.
+/// For one call that asks for parts of sites' budgets.
 const ASK_TIMEOUT: Duration = Duration::from_secs(5);
-/// Between two calls, however many hosts become brokered meanwhile.
-const ASK_PAUSE: Duration = Duration::from_millis(20);
+/// Between two calls, however many sites there are to ask for meanwhile.
+const ASK_PAUSE: Duration = Duration::from_millis(50);
+/// A URL that was throttled so often, when others of its host were not, is tried no more.
+const THROTTLED: u32 = 8;
 /// Probes are asked so many at once: one that answers is enough.
 const PROBES_AT_ONCE: usize = 3;
-/// Connections that had nothing to do for so long ask for another shard.
+/// If there were connections to spare for so long, another shard is asked for.
 const IDLE: Duration = Duration::from_secs(1);
 
 /// One line of a slice.
@@ -82,8 +85,10 @@ pub(crate) struct Dispatcher {
     changed: Notify,
     /// A host is brokered for which the coordinator was not asked yet.
     ask: Notify,
-    /// Connections have had nothing to do for a while.
+    /// There have been connections to spare for a while.
     idle: Notify,
+    /// There are new URLs, of which nobody knows yet how many can be begun.
+    is_fed: AtomicBool,
     batches: AtomicUsize,
 }
 
@@ -98,6 +103,7 @@ struct Job {
     request: Request,
     /// Why it was tried again last.
     retried: Option<(Rejection, ResponseInfo)>,
+    throttled: u32,
     batch: Arc<Shared>,
 }
 
@@ -230,11 +236,12 @@ impl Dispatcher {
         Self {
             fetcher,
             way_out,
-            hosts: Mutex::new(Hosts::new(Instant::now(), connections.into())),
+            hosts: Mutex::new(Hosts::new(Instant::now(), Arc::default(), connections.into())),
             connections: Arc::new(Semaphore::new(connections.into())),
             changed: Notify::new(),
             ask: Notify::new(),
             idle: Notify::new(),
+            is_fed: AtomicBool::new(false),
             batches: AtomicUsize::new(0),
         }
     }
@@ -244,18 +251,28 @@ impl Dispatcher {
         self.hosts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Takes note of what the coordinator knows of sites.
+    pub(crate) fn know(&self, sites: Sites) {
+        self.hosts().know(Arc::new(sites));
+    }
+
     /// Wakes the loops that a change of `hosts` concerns.
-    fn wake(&self, mut hosts: MutexGuard<'_, Hosts<Job>>) {
-        if hosts.ask_now() {
-            self.ask.notify_one();
-        }
+    fn wake(&self, hosts: MutexGuard<'_, Hosts<Job>>) {
+        self.ask_if_due(&hosts);
         drop(hosts);
         self.changed.notify_one();
     }
 
-    /// Takes up URLs, which are fetched in this order as far as their hosts allow. `once`: all have failed in an
-    /// earlier round, so that each is tried just once.
-    pub(crate) fn batch(self: &Arc<Self>, entries: Vec<SliceEntry>, limits: &Limits, once: bool) -> Batch {
+    fn ask_if_due(&self, hosts: &Hosts<Job>) {
+        let now = Instant::now();
+        if hosts.ask_at(now).is_some_and(|at| at <= now) {
+            self.ask.notify_one();
+        }
+    }
+
+    /// Takes up URLs, which are fetched in this order as far as their hosts and sites allow, and before others if they
+    /// are of one `large` site. `once`: all have failed in an earlier round, so that each is tried just once.
+    pub(crate) fn batch(self: &Arc<Self>, entries: Vec<SliceEntry>, limits: &Limits, once: bool, large: bool) -> Batch {
         let (results, receiver) = mpsc::unbounded_channel();
         let id = self.batches.fetch_add(1, Ordering::Relaxed);
         let shared = Arc::new(Shared {
@@ -271,13 +288,15 @@ impl Dispatcher {
         if entries.is_empty() {
             shared.all_started.cancel();
         }
+        self.is_fed.store(true, Ordering::Release);
         let now = Instant::now();
         let mut hosts = self.hosts();
         for entry in entries {
             match Request::new(&entry.url) {
                 Ok(request) => {
-                    let (host, ticket, batch) = (request.host(), hosts.ticket(), Arc::clone(&shared));
-                    let job = Job { ticket, started: false, finished: false, entry, request, retried: None, batch };
+                    let (host, ticket, batch) = (request.host(), hosts.ticket(large), Arc::clone(&shared));
+                    let (started, finished) = (false, false);
+                    let job = Job { ticket, started, finished, entry, request, retried: None, throttled: 0, batch };
                     hosts.push(now, &host, ticket, job);
                 }
                 Err(rejection) => {
@@ -325,15 +344,22 @@ impl Dispatcher {
 
     /// Starts each URL when there is a connection and its host has room, for ever.
     pub(crate) async fn dispatch(self: Arc<Self>) {
-        while let Ok(permit) = Arc::clone(&self.connections).acquire_owned().await {
-            let mut idle_since = None;
+        // Since when no URL has had to wait for a connection, and none has come.
+        let mut room_since = Instant::now();
+        loop {
+            let permit = match Arc::clone(&self.connections).try_acquire_owned() {
+                Ok(permit) => permit,
+                Err(_) => {
+                    let Ok(permit) = Arc::clone(&self.connections).acquire_owned().await else { return };
+                    room_since = Instant::now();
+                    permit
+                }
+            };
             let (pass, job) = loop {
                 let next = {
                     let mut hosts = self.hosts();
                     let next = hosts.next(Instant::now());
-                    if hosts.ask_now() {
-                        self.ask.notify_one();
-                    }
+                    self.ask_if_due(&hosts);
                     next
                 };
                 let until = match next {
@@ -344,8 +370,10 @@ impl Dispatcher {
                     }
                     Next::Wait(until) => until,
                 };
-                let idle_since = *idle_since.get_or_insert_with(Instant::now);
-                let idle = idle_since + IDLE;
+                if self.is_fed.swap(false, Ordering::AcqRel) {
+                    room_since = Instant::now();
+                }
+                let idle = room_since + IDLE;
                 if Instant::now() >= idle {
                     self.idle.notify_waiters();
                 }
@@ -360,40 +388,47 @@ impl Dispatcher {
         }
     }
 
-    /// Keeps this worker's shares of brokered hosts, for ever.
+    /// Keeps this worker's parts of sites' budgets, for ever.
     pub(crate) async fn keep_shares(self: Arc<Self>, coordinator: Arc<Coordinator>) {
         let mut sequence = 0;
         let policy = backoff(Duration::from_millis(100), Duration::from_secs(1));
         let mut retries = policy.build();
         loop {
-            let asked = Instant::now();
-            let demands = {
-                let mut hosts = self.hosts();
-                let demands = hosts.demands(asked);
-                hosts.ask_now();
-                demands
-            };
-            if demands.is_empty() {
-                self.ask.notified().await;
+            let now = Instant::now();
+            let at = self.hosts().ask_at(now).map_or(now + IDLE, |at| at.min(now + IDLE));
+            if at > now {
+                let _ = timeout_at(at, self.ask.notified()).await;
                 continue;
             }
+            let asked = Instant::now();
+            let demands = self.hosts().demands(asked);
             sequence += 1;
-            let pause = match coordinator.share_hosts(sequence, demands, ASK_TIMEOUT).await {
-                Ok(answer) => {
+            let pause = match coordinator.share_sites(sequence, demands, ASK_TIMEOUT).await {
+                Ok((duration, shares)) => {
                     retries = policy.build();
-                    let ask_again = answer.ask_again;
                     let mut hosts = self.hosts();
-                    let taken = hosts.shared(asked, Instant::now(), answer);
+                    hosts.lend(asked, Instant::now(), duration, &shares);
                     self.wake(hosts);
-                    if taken { ask_again } else { ASK_PAUSE }
+                    ASK_PAUSE
                 }
                 Err(status) => {
-                    tracing::debug!(%status, "failed to ask for shares of hosts; trying again");
+                    tracing::debug!(%status, "failed to ask for parts of sites; trying again");
+                    self.hosts().unanswered(Instant::now());
                     retries.next().unwrap_or(ASK_PAUSE)
                 }
             };
-            sleep(ASK_PAUSE).await;
-            let _ = timeout(pause, self.ask.notified()).await;
+            sleep(pause).await;
+        }
+    }
+
+    /// Returns when nothing of a site may be in flight any more.
+    async fn ended(&self, site: &str) {
+        loop {
+            let until = self.hosts().until(site);
+            match until.filter(|until| *until > Instant::now()) {
+                Some(until) => sleep_until(until).await,
+                None => return,
+            }
         }
     }
 }
@@ -408,13 +443,18 @@ impl HostSlot {
     async fn fetch(mut self, mut job: Job, connection: ConnectionPermit) {
         let batch = Arc::clone(&job.batch);
         let dispatcher = Arc::clone(&self.dispatcher);
-        // The process may have stood still since the pass was given out.
-        if !self.pass.as_ref().is_some_and(|pass| pass.is_valid(Instant::now())) {
-            return self.give_back(HostSignal::Unknown, |hosts, now| queue(hosts, now, None, job));
-        }
+        let Some(site) = self.pass.as_ref().map(|pass| Arc::clone(&pass.site)) else { return };
         job.start();
-        let fetch = dispatcher.fetcher.fetch(&mut job.request, &batch.limits);
-        match batch.cut.run_until_cancelled(fetch).await {
+        let fetch = batch.cut.run_until_cancelled(dispatcher.fetcher.fetch(&mut job.request, &batch.limits));
+        let fetched = tokio::select! {
+            // The process may have stood still for long: then nothing is begun.
+            biased;
+            () = dispatcher.ended(&site) => {
+                return self.give_back(HostSignal::Unknown, |hosts, now| queue(hosts, now, None, job));
+            }
+            fetched = fetch => fetched,
+        };
+        match fetched {
             None => {
                 self.give_back(HostSignal::Unknown, |_, _| {});
                 job.finish(Err(Rejection::Unfetched));
@@ -425,6 +465,18 @@ impl HostSlot {
             }
             Some(Ok(Fetched::Redirect)) => {
                 self.give_back(HostSignal::Answered, |hosts, now| queue(hosts, now, None, job));
+            }
+            Some(Err(error)) if error.waits_for_host() && job.throttled < THROTTLED => {
+                job.throttled += 1;
+                let host = job.request.host();
+                let info = std::mem::take(&mut job.request.info);
+                job.retried = Some((error.rejection, info));
+                job.request.begin_again();
+                // If the host is given up for it, it is handed back.
+                self.give_back(error.signal, |hosts, now| match hosts.is_given_up(now, &host) {
+                    true => job.finish(Err(Rejection::HostGivenUp)),
+                    false => queue(hosts, now, None, job),
+                });
             }
             Some(Err(error)) => {
                 // A URL that fails once more says nothing new of its host: retries are the few URLs that fail, after

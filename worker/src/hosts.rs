@@ -1,53 +1,55 @@
-//! Which URL is fetched next: the one that has waited longest among those whose host has room. A pure state machine; time
-//! comes in as an argument.
+//! Which URL is fetched next: the one that has waited longest among those whose host and site have room. A pure state
+//! machine; time comes in as an argument.
 //!
-//! Hosts of which the worker has few URLs get [`UNBROKERED_SLOTS`]. From [`THRESHOLD`] on a host is *brokered*: requests to it
-//! need a share of its budget from the coordinator, which ends by this worker's clock. A URL whose host has no room waits
-//! here and holds nothing: no connection, no slot.
+//! What has a budget is a site (see `proto::site`). **Nothing is asked of a site of whose budget this worker has no
+//! part.** The coordinator lends parts for a while, by this worker's own clock; [`Hosts::demands`] says which are to be
+//! asked for, prolonged, and given back. A URL whose site has no room waits here and holds nothing: no connection, no
+//! slot.
 //!
-//! A host that fails many times in a row gets a pause, then one request at a time, and after some more failures it is given
-//! up for a while: what waits for it is handed back.
+//! A host that fails many times in a row gets a pause, then one request at a time, and after some more failures it is
+//! given up for a while: what waits for it is handed back. A site that throttles is asked more slowly (see `pace`).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+use proto::pb::{SiteDemand, SiteShare};
+use proto::site::{Budget, Sites};
 use tokio::time::Instant;
 
-/// A host of which more URLs than this are at hand is brokered.
-const THRESHOLD: usize = 8;
-/// Requests at once to a host that is not brokered.
-const UNBROKERED_SLOTS: u32 = 2;
-/// This share of its duration before its end a share is no longer counted on when new ones are asked for.
-const QUARTER: u32 = 4;
+use crate::pace::Pace;
+
 /// Failures in a row, after which a host is paused.
 const FAILURES: u32 = 8;
 /// The first pause; each one after it is twice as long.
 const PAUSE: Duration = Duration::from_secs(2);
 /// After so many pauses without an answer in between, a host is given up.
 const PAUSES: u32 = 3;
+/// So many times in a row a host's rate is halved before it is given up.
+const HALVINGS: u32 = 6;
+/// A host that wants to be left alone for longer is given up.
+const LONGEST_COOLDOWN: Duration = Duration::from_secs(300);
 /// For so long; then it gets one request to show that it is back.
 const GIVEN_UP: Duration = Duration::from_secs(600);
-/// A brokered host of which the coordinator has had no slot for so long is given up by this worker.
-const PATIENCE: Duration = Duration::from_secs(600);
-/// A host that has been idle for so long is forgotten.
+/// A host or site that has been idle for so long is forgotten.
 const FORGET: Duration = Duration::from_secs(600);
-/// How often idle hosts are looked for.
+/// How often idle ones are looked for.
 const SWEEP: Duration = Duration::from_secs(60);
+/// A part that nothing uses is given back after so long.
+const UNUSED: Duration = Duration::from_millis(500);
+/// After so long a part is asked for again that others had.
+const RETRY: Duration = Duration::from_secs(1);
+/// Sites of which it has parts, for each connection: most of them have to wait for their pace.
+const SITES_PER_CONNECTION: usize = 16;
+/// Sites of one request to the coordinator.
+const MOST_DEMANDS: usize = 2048;
 
 /// The right to one request at a host, until [`Hosts::finish`].
 #[derive(Debug)]
 pub(crate) struct Pass {
     pub(crate) host: Arc<str>,
-    /// The end of the share under which it was given out: it must not be begun later.
-    until: Option<Instant>,
-}
-
-impl Pass {
-    /// Whether its request may be begun now.
-    pub(crate) fn is_valid(&self, now: Instant) -> bool {
-        self.until.is_none_or(|until| now < until)
-    }
+    pub(crate) site: Arc<str>,
+    begun: Instant,
 }
 
 /// What a request says about its host.
@@ -57,7 +59,7 @@ pub(crate) enum HostSignal {
     Answered,
     /// It does not answer, or says that it is in trouble.
     Failed,
-    /// It asks to be left alone for so long (429).
+    /// It asks to be left alone for so long (429, 503).
     Throttled(Duration),
     /// Nothing: the request was dropped, or never begun.
     Unknown,
@@ -74,158 +76,289 @@ pub(crate) enum Next<T> {
     Wait(Option<Instant>),
 }
 
-/// Asked of the coordinator, for one host.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Demand {
-    pub(crate) host: Arc<str>,
-    pub(crate) wanted: u32,
-    pub(crate) holds: u32,
-    pub(crate) in_flight: u32,
-}
-
-/// What the coordinator answers to all demands.
-#[derive(Debug, Clone)]
-pub(crate) struct Shares {
-    /// Host, slots, requests per second (0: no limit).
-    pub(crate) shares: Vec<(String, u32, f64)>,
-    /// How long they count, from the moment when they were asked for.
-    pub(crate) duration: Duration,
-    /// The time between two askings.
-    pub(crate) ask_again: Duration,
-}
-
-/// All URLs of the process that wait, by host. `T` is whatever belongs to a URL.
+/// All URLs of the process that wait, by site and host. `T` is whatever belongs to a URL.
 #[derive(Debug)]
 pub(crate) struct Hosts<T> {
-    connections: u32,
+    known: Arc<Sites>,
     hosts: HashMap<Arc<str>, Host<T>>,
-    /// Hosts with room, by the age of their oldest URL.
+    sites: HashMap<Arc<str>, Site>,
+    /// Sites with room, by the age of their oldest URL.
     ready: BTreeSet<(u64, Arc<str>)>,
-    /// Hosts that have room from a certain time on.
-    timed: BTreeSet<(Instant, Arc<str>)>,
-    brokered: BTreeSet<Arc<str>>,
+    /// Sites and hosts that have room from a certain time on.
+    timed: BTreeSet<(Instant, Kind, Arc<str>)>,
     /// URLs with a pause of their own.
     paused: BTreeMap<(Instant, u64), (Arc<str>, T)>,
     given_up: VecDeque<T>,
-    tickets: u64,
-    ask_now: bool,
+    /// Sites whose part is to be asked for, prolonged or given back, by the time for it.
+    due: BTreeSet<(Instant, Arc<str>)>,
+    /// Sites that were not asked for yet, by the age of their oldest URL.
+    wanting: BTreeSet<(u64, Arc<str>)>,
+    /// Sites of which it has a part, and how many it may have.
+    parts: usize,
+    most_parts: usize,
+    /// What the request to the coordinator that is under way names, and says that is held.
+    asking: Vec<(Arc<str>, u32)>,
+    tickets: [u64; 2],
     swept: Instant,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Kind {
+    Site,
+    Host,
+}
+
+/// Where a site or host stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Nowhere,
+    /// Among those that may be asked, with its oldest ticket.
+    Ready(u64),
+    /// Among those that may be asked later.
+    Timed(Instant),
+}
+
+/// When the coordinator is to be asked about a site.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ask {
+    Never,
+    /// As soon as this worker may have another part; with its oldest ticket.
+    Wanting(u64),
+    At(Instant),
+}
+
+#[derive(Debug)]
+struct Site {
+    pace: Pace,
+    /// Requests at once that it may begin, until then; afterwards nothing may be in flight, either.
+    slots: u32,
+    until: Instant,
+    /// Slots that the coordinator takes for used: more than `slots` until what is in flight has ended.
+    recorded: u32,
+    /// The latest answer; None: it was never asked for.
+    answered: Option<Instant>,
+    /// When the part is to be prolonged.
+    renew: Instant,
+    /// The coordinator should hear soon what the site has said.
+    news: bool,
+    asking: bool,
+    ask: Ask,
+    in_flight: u32,
+    /// URLs that wait for its hosts, and the first one's ticket.
+    queued: usize,
+    oldest: u64,
+    /// Hosts that may be asked, by the age of their oldest URL.
+    waiting: BTreeSet<(u64, Arc<str>)>,
+    touched: Instant,
+    place: Place,
 }
 
 #[derive(Debug)]
 struct Host<T> {
+    site: Arc<str>,
     queue: BTreeMap<u64, T>,
     /// How many of its URLs are in `Hosts::paused`.
     paused: usize,
     in_flight: u32,
-    brokered: bool,
-    share: Option<Share>,
-    /// Whether it was among the latest demands.
-    asked: bool,
-    /// For how long the coordinator has had no slot of it.
-    unserved: Option<Instant>,
-    /// By its rate, the next request can begin then.
-    next: Instant,
+    /// Of an owner under a private suffix, who has a budget within the site's: requests at once, and their rate.
+    own: Option<(u32, Pace)>,
     /// Nothing is asked of it before.
     quiet_until: Instant,
     failures: u32,
     pauses: u32,
+    halvings: u32,
     given_up: Option<Instant>,
     touched: Instant,
     place: Place,
 }
 
-#[derive(Debug, Clone, Copy)]
-struct Share {
-    slots: u32,
-    rate: f64,
-    until: Instant,
-    duration: Duration,
-}
+impl Site {
+    fn new(now: Instant, budget: Budget) -> Self {
+        Self {
+            pace: Pace::new(now, budget.rate, budget.borne),
+            slots: 0,
+            until: now,
+            recorded: 0,
+            answered: None,
+            renew: now,
+            news: false,
+            asking: false,
+            ask: Ask::Never,
+            in_flight: 0,
+            queued: 0,
+            oldest: 0,
+            waiting: BTreeSet::new(),
+            touched: now,
+            place: Place::Nowhere,
+        }
+    }
 
-/// Where in the sets of [`Hosts`] a host stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Place {
-    Nowhere,
-    Ready(u64),
-    Timed(Instant),
+    /// Whether it has a part, by its own clock.
+    fn is_lent(&self, now: Instant) -> bool {
+        self.recorded > 0 && now < self.until
+    }
+
+    /// Slots that it goes on using at the most.
+    fn held(&self, now: Instant) -> u32 {
+        if self.is_lent(now) { self.slots.max(self.in_flight) } else { 0 }
+    }
+
+    fn place(&self, now: Instant) -> Place {
+        let Some(&(ticket, _)) = self.waiting.first() else { return Place::Nowhere };
+        if !self.is_lent(now) || self.in_flight >= self.slots {
+            return Place::Nowhere;
+        }
+        match self.pace.from() {
+            from if from > now => Place::Timed(from),
+            _ => Place::Ready(ticket),
+        }
+    }
+
+    fn ask(&self, now: Instant) -> Ask {
+        if self.asking {
+            return Ask::Never;
+        }
+        match (self.is_lent(now), self.queued > 0) {
+            (true, false) if self.in_flight == 0 => Ask::At(self.renew.min(self.touched + UNUSED)),
+            (true, _) if self.news || self.recorded > self.held(now) => Ask::At(self.touched),
+            (true, _) => Ask::At(self.renew),
+            (false, true) => match self.answered {
+                None => Ask::Wanting(self.oldest),
+                Some(answered) => Ask::At(if self.recorded > 0 { self.until } else { answered + RETRY }),
+            },
+            (false, false) => Ask::Never,
+        }
+    }
+
+    fn demand(&self, now: Instant, site: &str) -> SiteDemand {
+        let (requests_per_second, known) = self.pace.rate();
+        SiteDemand {
+            site: site.to_owned(),
+            held: self.held(now),
+            wanted: self.queued > 0 || self.in_flight > 0,
+            requests_per_second,
+            known,
+            quiet_millis: self.pace.quiet(now).as_millis() as u64,
+        }
+    }
+
+    /// Takes up the answer to a demand that was made at `asked` and in which it said that it holds so many slots.
+    fn lend(&mut self, asked: Instant, now: Instant, held: u32, share: &SiteShare, duration: Duration) {
+        let was_lent = self.is_lent(now) && held > 0;
+        self.slots = share.slots;
+        (self.recorded, self.until) = (share.slots.max(held), asked + duration);
+        self.renew = asked + duration / 3;
+        self.answered = if self.queued > 0 || self.recorded > 0 { Some(now) } else { None };
+        let learned = (share.requests_per_second, share.known);
+        let part = if share.slots > 0 { f64::from(share.slots) / f64::from(share.site_slots.max(1)) } else { 1.0 };
+        if share.slots > 0 {
+            self.pace.set(now, part, share.site_requests_per_second);
+        }
+        if !was_lent {
+            self.pace.begin_at(now, learned);
+        } else {
+            self.pace.hear(now, learned);
+        }
+        self.pace.delay(now + Duration::from_millis(share.delay_millis));
+    }
+
+    /// Whether nothing is lost if it is forgotten.
+    fn is_over(&self, now: Instant) -> bool {
+        let idle = self.in_flight == 0 && self.queued == 0 && self.waiting.is_empty() && !self.asking;
+        idle && !self.is_lent(now) && now >= self.touched + FORGET
+    }
 }
 
 impl<T> Host<T> {
-    fn new(now: Instant) -> Self {
+    fn new(now: Instant, site: Arc<str>, own: Option<Budget>) -> Self {
         Self {
+            site,
             queue: BTreeMap::new(),
             paused: 0,
             in_flight: 0,
-            brokered: false,
-            share: None,
-            asked: false,
-            unserved: None,
-            next: now,
+            own: own.map(|budget| (budget.slots, Pace::new(now, budget.rate, budget.borne))),
             quiet_until: now,
             failures: 0,
             pauses: 0,
+            halvings: 0,
             given_up: None,
             touched: now,
             place: Place::Nowhere,
         }
     }
 
-    fn live_share(&self, now: Instant) -> Option<Share> {
-        self.share.filter(|share| share.slots > 0 && now < share.until)
-    }
-
-    fn slots(&self, now: Instant) -> u32 {
-        let slots = if self.brokered { self.live_share(now).map_or(0, |share| share.slots) } else { UNBROKERED_SLOTS };
-        if self.pauses > 0 { slots.min(1) } else { slots }
-    }
-
-    /// Where it belongs now.
     fn place(&self, now: Instant) -> Place {
         let Some((&ticket, _)) = self.queue.first_key_value() else { return Place::Nowhere };
-        if self.in_flight >= self.slots(now) {
+        let slots = if self.pauses > 0 { 1 } else { self.own.map_or(u32::MAX, |(slots, _)| slots) };
+        if self.in_flight >= slots {
             return Place::Nowhere;
         }
-        match self.next.max(self.quiet_until) {
+        match self.own.map_or(self.quiet_until, |(_, pace)| pace.from().max(self.quiet_until)) {
             from if from > now => Place::Timed(from),
             _ => Place::Ready(ticket),
         }
     }
 
-    fn is_idle(&self, now: Instant) -> bool {
-        self.queue.is_empty() && self.paused == 0 && self.in_flight == 0 && self.live_share(now).is_none()
+    fn is_idle(&self) -> bool {
+        self.queue.is_empty() && self.paused == 0 && self.in_flight == 0
     }
 
     /// Whether nothing would be lost if it were forgotten.
-    fn is_blank(&self, now: Instant) -> bool {
-        self.is_idle(now) && !self.brokered && self.failures == 0 && self.pauses == 0 && self.given_up.is_none()
+    fn is_blank(&self) -> bool {
+        let well = self.failures == 0 && self.pauses == 0 && self.halvings == 0 && self.given_up.is_none();
+        self.is_idle() && well && self.own.is_none()
+    }
+
+    fn fail(&mut self, now: Instant) {
+        self.failures += 1;
+        // What was in flight when the pause began says nothing new.
+        if self.failures < FAILURES || now < self.quiet_until {
+            return;
+        }
+        if self.pauses >= PAUSES {
+            self.given_up = Some(now + GIVEN_UP);
+            return;
+        }
+        self.quiet_until = now + PAUSE * 2u32.pow(self.pauses);
+        self.pauses += 1;
     }
 }
 
 impl<T> Hosts<T> {
-    /// `connections`: the most that the worker has.
-    pub(crate) fn new(now: Instant, connections: u32) -> Self {
+    /// With what is known of sites.
+    pub(crate) fn new(now: Instant, known: Arc<Sites>, connections: usize) -> Self {
         Self {
-            connections,
+            known,
             hosts: HashMap::new(),
+            sites: HashMap::new(),
             ready: BTreeSet::new(),
             timed: BTreeSet::new(),
-            brokered: BTreeSet::new(),
             paused: BTreeMap::new(),
             given_up: VecDeque::new(),
-            tickets: 0,
-            ask_now: false,
+            due: BTreeSet::new(),
+            wanting: BTreeSet::new(),
+            parts: 0,
+            most_parts: SITES_PER_CONNECTION * connections,
+            asking: Vec::new(),
+            tickets: [0, 1 << 62],
             swept: now,
         }
     }
 
-    /// A place in the order of URLs, behind all others.
-    pub(crate) fn ticket(&mut self) -> u64 {
-        self.tickets += 1;
-        self.tickets
+    /// Takes note of what is known of sites now: it is for hosts that are met for the first time.
+    pub(crate) fn know(&mut self, known: Arc<Sites>) {
+        self.known = known;
     }
 
-    /// Lets a URL wait for its host; a URL that comes back brings its old ticket.
+    /// A place in the order of URLs, behind all others of its kind. Those of a large site's slice, which take longest,
+    /// come first.
+    pub(crate) fn ticket(&mut self, large: bool) -> u64 {
+        let tickets = &mut self.tickets[usize::from(!large)];
+        *tickets += 1;
+        *tickets
+    }
+
+    /// Lets a URL wait for its host.
     pub(crate) fn push(&mut self, now: Instant, host: &str, ticket: u64, item: T) {
         let host = self.enter(now, host);
         self.queue(now, host, ticket, item);
@@ -240,6 +373,74 @@ impl<T> Hosts<T> {
         self.paused.insert((now + pause, ticket), (host, item));
     }
 
+    /// Whether what waits for this host is handed back at once.
+    pub(crate) fn is_given_up(&self, now: Instant, host: &str) -> bool {
+        let place = self.known.place(host);
+        let at = self.hosts.get(place.bucket.unwrap_or(host));
+        at.is_some_and(|at| at.given_up.is_some_and(|until| now < until))
+    }
+
+    /// When the coordinator is to be asked for parts next; None: not before something changes.
+    pub(crate) fn ask_at(&self, now: Instant) -> Option<Instant> {
+        if !self.asking.is_empty() {
+            return None;
+        }
+        match self.wanting.is_empty() || self.parts > self.most_parts / 2 {
+            true => self.due.first().map(|(at, _)| *at),
+            false => Some(now),
+        }
+    }
+
+    /// Which parts are to be asked for, prolonged and given back now. What it says is held is not exceeded from now on,
+    /// whether or not there is an answer; [`Hosts::lend`] or [`Hosts::unanswered`] comes before the next demands.
+    pub(crate) fn demands(&mut self, now: Instant) -> Vec<SiteDemand> {
+        self.parts = self.sites.values().filter(|site| site.is_lent(now)).count();
+        let soon = now + UNUSED / 2;
+        let due = self.due.iter().take_while(|(at, _)| *at <= soon).map(|(_, name)| name);
+        let room = self.most_parts.saturating_sub(self.parts);
+        let wanting = self.wanting.iter().take(room).map(|(_, name)| name);
+        self.asking = due.chain(wanting).take(MOST_DEMANDS).cloned().map(|name| (name, 0)).collect();
+        let names: Vec<Arc<str>> = self.asking.iter().map(|(name, _)| Arc::clone(name)).collect();
+        let mut demands = Vec::with_capacity(names.len());
+        for (n, name) in names.iter().enumerate() {
+            let Some(site) = self.sites.get_mut(name) else { continue };
+            if site.queued == 0 && site.in_flight == 0 {
+                site.slots = 0;
+            }
+            (site.asking, site.news) = (true, false);
+            let demand = site.demand(now, name);
+            self.asking[n].1 = demand.held;
+            demands.push(demand);
+            self.settle_site(now, name);
+        }
+        demands
+    }
+
+    /// Takes up the answer to the demands that were made at `asked`.
+    pub(crate) fn lend(&mut self, asked: Instant, now: Instant, duration: Duration, shares: &[SiteShare]) {
+        for ((name, held), share) in std::mem::take(&mut self.asking).into_iter().zip(shares) {
+            let Some(site) = self.sites.get_mut(&name) else { continue };
+            site.asking = false;
+            site.lend(asked, now, held, share, duration);
+            self.settle_site(now, &name);
+        }
+        self.parts = self.sites.values().filter(|site| site.is_lent(now)).count();
+    }
+
+    /// There was no answer to the latest demands.
+    pub(crate) fn unanswered(&mut self, now: Instant) {
+        for (name, _) in std::mem::take(&mut self.asking) {
+            let Some(site) = self.sites.get_mut(&name) else { continue };
+            (site.asking, site.renew) = (false, now);
+            self.settle_site(now, &name);
+        }
+    }
+
+    /// Until when requests to a site may be in flight; None: there may be none.
+    pub(crate) fn until(&self, site: &str) -> Option<Instant> {
+        self.sites.get(site).filter(|site| site.recorded > 0).map(|site| site.until)
+    }
+
     /// What to do with a free connection.
     pub(crate) fn next(&mut self, now: Instant) -> Next<T> {
         self.sweep(now);
@@ -250,53 +451,70 @@ impl<T> Hosts<T> {
             }
             self.queue(now, host, ticket, item);
         }
-        while let Some((from, host)) = self.timed.first().filter(|(from, _)| *from <= now).cloned() {
-            self.timed.remove(&(from, Arc::clone(&host)));
-            self.settle(now, &host);
+        while let Some((from, kind, name)) = self.timed.first().filter(|(from, ..)| *from <= now).cloned() {
+            self.timed.remove(&(from, kind, Arc::clone(&name)));
+            match kind {
+                Kind::Site => self.settle_site(now, &name),
+                Kind::Host => self.settle_host(now, &name),
+            }
         }
         if let Some(item) = self.given_up.pop_front() {
             return Next::GivenUp(item);
         }
-        while let Some((_, host)) = self.ready.first().cloned() {
+        while let Some((_, name)) = self.ready.first().cloned() {
             // Its share may have ended since it was put there.
-            self.settle(now, &host);
-            let Some(at) = self.hosts.get_mut(&host).filter(|at| matches!(at.place, Place::Ready(_))) else { continue };
+            self.settle_site(now, &name);
+            let Some(site) = self.sites.get_mut(&name).filter(|site| matches!(site.place, Place::Ready(_))) else {
+                continue;
+            };
+            let Some((_, host)) = site.waiting.first().cloned() else { continue };
+            let Some(at) = self.hosts.get_mut(&host) else { continue };
             let Some((_, item)) = at.queue.pop_first() else { continue };
-            at.in_flight += 1;
-            at.touched = now;
-            let share = at.live_share(now).filter(|_| at.brokered);
-            if let Some(rate) = share.map(|share| share.rate).filter(|rate| *rate > 0.0) {
-                let interval = Duration::from_secs_f64((1.0 / rate).min(3600.0));
-                // A timer that was a little late costs no rate.
-                at.next = at.next.max(now.checked_sub(interval).unwrap_or(now)) + interval;
+            (at.in_flight, site.in_flight) = (at.in_flight + 1, site.in_flight + 1);
+            site.queued -= 1;
+            (at.touched, site.touched) = (now, now);
+            site.pace.begin(now);
+            if let Some((_, pace)) = &mut at.own {
+                pace.begin(now);
             }
-            self.settle(now, &host);
-            return Next::Begin(Pass { host, until: share.map(|share| share.until) }, item);
+            self.settle_host(now, &host);
+            return Next::Begin(Pass { host, site: name, begun: now }, item);
         }
-        let timed = self.timed.first().map(|(from, _)| *from);
+        let timed = self.timed.first().map(|(from, ..)| *from);
         Next::Wait(timed.into_iter().chain(self.paused.keys().next().map(|(from, _)| *from)).min())
     }
 
     /// Gives a pass back.
     pub(crate) fn finish(&mut self, now: Instant, pass: Pass, signal: HostSignal) {
-        let host = pass.host;
-        let Some(at) = self.hosts.get_mut(&host) else { return };
-        at.in_flight -= 1;
-        at.touched = now;
+        let Pass { host, site: name, begun } = pass;
+        let (Some(at), Some(site)) = (self.hosts.get_mut(&host), self.sites.get_mut(&name)) else { return };
+        (at.in_flight, site.in_flight) = (at.in_flight - 1, site.in_flight - 1);
+        (at.touched, site.touched) = (now, now);
         match signal {
-            HostSignal::Answered => (at.failures, at.pauses, at.given_up) = (0, 0, None),
+            HostSignal::Answered => {
+                (at.failures, at.pauses, at.halvings, at.given_up) = (0, 0, 0, None);
+                site.pace.answered(now);
+                if let Some((_, pace)) = &mut at.own {
+                    pace.answered(now);
+                }
+            }
             HostSignal::Failed => at.fail(now),
-            HostSignal::Throttled(pause) => {
-                at.fail(now);
-                at.quiet_until = at.quiet_until.max(now + pause);
+            HostSignal::Throttled(cooldown) => {
+                let pace = at.own.as_mut().map_or(&mut site.pace, |(_, pace)| pace);
+                let is_news = pace.throttled(now, begun, cooldown.min(LONGEST_COOLDOWN));
+                (at.halvings, site.news) = (at.halvings + u32::from(is_news), is_news || site.news);
+                if at.halvings >= HALVINGS || cooldown > LONGEST_COOLDOWN {
+                    at.given_up = Some(now + cooldown.max(GIVEN_UP));
+                }
             }
             HostSignal::Unknown => {}
         }
         if at.given_up.is_some_and(|until| now < until) {
+            site.queued -= at.queue.len();
             self.given_up.extend(std::mem::take(&mut at.queue).into_values());
         }
-        self.settle(now, &host);
-        if self.hosts.get(&host).is_some_and(|at| at.is_blank(now)) {
+        self.settle_host(now, &host);
+        if self.hosts.get(&host).is_some_and(Host::is_blank) {
             self.hosts.remove(&host);
         }
     }
@@ -310,7 +528,7 @@ impl<T> Hosts<T> {
                 changed.push(Arc::clone(host));
             }
         }
-        changed.iter().for_each(|host| self.settle(now, host));
+        changed.iter().for_each(|host| self.settle_host(now, host));
     }
 
     /// Takes out everything that waits and fits.
@@ -333,78 +551,42 @@ impl<T> Hosts<T> {
                 std::mem::take(&mut at.queue).into_iter().partition(|(_, item)| fits(item));
             at.queue = left;
             if !gone.is_empty() {
+                if let Some(site) = self.sites.get_mut(&at.site) {
+                    site.queued -= gone.len();
+                }
                 out.extend(gone.into_values());
                 changed.push(Arc::clone(host));
             }
         }
-        changed.iter().for_each(|host| self.settle(now, host));
+        changed.iter().for_each(|host| self.settle_host(now, host));
         out
     }
 
-    /// Whether a brokered host is to be asked for that was not asked for yet. Says so once.
-    pub(crate) fn ask_now(&mut self) -> bool {
-        std::mem::take(&mut self.ask_now)
-    }
-
-    /// What to ask the coordinator for; none if nothing is wanted, held or in flight. Lowers the shares to what is said here.
-    pub(crate) fn demands(&mut self, now: Instant) -> Vec<Demand> {
-        let mut demands = Vec::new();
-        for host in self.brokered.clone() {
-            let Some(at) = self.hosts.get_mut(&host) else { continue };
-            let waiting = u32::try_from(at.queue.len()).unwrap_or(u32::MAX).saturating_add(at.in_flight);
-            let wanted = waiting.min(if at.pauses > 0 { 1 } else { self.connections });
-            at.share = at.live_share(now).filter(|share| share.until > now + share.duration / QUARTER).map(|share| {
-                let slots = share.slots.min(wanted);
-                Share { slots, rate: share.rate * f64::from(slots) / f64::from(share.slots), ..share }
-            });
-            let holds = at.share.map_or(0, |share| share.slots);
-            at.asked = wanted > 0 || holds > 0 || at.in_flight > 0;
-            if at.asked {
-                demands.push(Demand { host: Arc::clone(&host), wanted, holds, in_flight: at.in_flight });
-            }
-            self.settle(now, &host);
-        }
-        demands
-    }
-
-    /// Takes up the answer to the demands of `asked`. False: it comes too late to be used.
-    pub(crate) fn shared(&mut self, asked: Instant, now: Instant, answer: Shares) -> bool {
-        if now >= asked + answer.duration / QUARTER {
-            return false;
-        }
-        for (host, slots, rate) in answer.shares {
-            let Some((host, at)) = self.hosts.get_key_value(host.as_str()).filter(|(_, at)| at.brokered) else {
-                continue;
-            };
-            let (host, waiting) = (Arc::clone(host), !at.queue.is_empty());
-            let Some(at) = self.hosts.get_mut(&host) else { continue };
-            at.share = Some(Share { slots, rate, until: asked + answer.duration, duration: answer.duration });
-            at.unserved = if slots == 0 && waiting { at.unserved.or(Some(now)) } else { None };
-            if rate > 0.0 {
-                at.next = at.next.min(now + Duration::from_secs_f64((1.0 / rate).min(3600.0)));
-            }
-            if at.unserved.is_some_and(|since| now - since >= PATIENCE) {
-                at.unserved = None;
-                self.given_up.extend(std::mem::take(&mut at.queue).into_values());
-            }
-            self.settle(now, &host);
-        }
-        true
-    }
-
+    /// The name under which a host is known: under a private suffix, its owner's.
     fn enter(&mut self, now: Instant, host: &str) -> Arc<str> {
-        match self.hosts.get_key_value(host) {
-            Some((host, _)) => Arc::clone(host),
-            None => {
-                let host: Arc<str> = host.into();
-                self.hosts.insert(Arc::clone(&host), Host::new(now));
-                host
-            }
+        let known = Arc::clone(&self.known);
+        let place = known.place(host);
+        let name = place.bucket.unwrap_or(host);
+        if let Some((name, _)) = self.hosts.get_key_value(name) {
+            return Arc::clone(name);
         }
+        let (site, name): (_, Arc<str>) = (self.enter_site(now, place.site), name.into());
+        let own = place.bucket.map(|_| known.default_budget());
+        self.hosts.insert(Arc::clone(&name), Host::new(now, site, own));
+        name
+    }
+
+    fn enter_site(&mut self, now: Instant, site: &str) -> Arc<str> {
+        if let Some((name, _)) = self.sites.get_key_value(site) {
+            return Arc::clone(name);
+        }
+        let name: Arc<str> = site.into();
+        self.sites.insert(Arc::clone(&name), Site::new(now, self.known.budget(site)));
+        name
     }
 
     fn queue(&mut self, now: Instant, host: Arc<str>, ticket: u64, item: T) {
-        let at = self.hosts.entry(Arc::clone(&host)).or_insert_with(|| Host::new(now));
+        let Some(at) = self.hosts.get_mut(&host) else { return };
         at.touched = now;
         match at.given_up {
             Some(until) if now < until => return self.given_up.push_back(item),
@@ -412,39 +594,62 @@ impl<T> Hosts<T> {
             None => {}
         }
         at.queue.insert(ticket, item);
-        if !at.brokered && at.queue.len() + at.paused + at.in_flight as usize > THRESHOLD {
-            at.brokered = true;
-            self.brokered.insert(Arc::clone(&host));
+        if let Some(site) = self.sites.get_mut(&at.site) {
+            if site.queued == 0 {
+                site.oldest = ticket;
+            }
+            site.queued += 1;
         }
-        self.settle(now, &host);
+        self.settle_host(now, &host);
     }
 
-    /// Puts a host where it belongs, after anything about it has changed.
-    fn settle(&mut self, now: Instant, host: &Arc<str>) {
-        let Some(at) = self.hosts.get_mut(host) else { return };
-        let place = at.place(now);
-        if at.brokered && !at.asked && !at.queue.is_empty() && at.live_share(now).is_none() {
-            self.ask_now = true;
+    /// Puts a host where it belongs, after anything about it has changed; then its site.
+    fn settle_host(&mut self, now: Instant, name: &Arc<str>) {
+        let Some(at) = self.hosts.get_mut(name) else { return };
+        let Some(site) = self.sites.get_mut(&at.site) else { return };
+        match at.place {
+            Place::Nowhere => {}
+            Place::Ready(ticket) => drop(site.waiting.remove(&(ticket, Arc::clone(name)))),
+            Place::Timed(from) => drop(self.timed.remove(&(from, Kind::Host, Arc::clone(name)))),
         }
-        let before = std::mem::replace(&mut at.place, place);
-        if before == place && before != Place::Nowhere {
-            // It may have been taken out of its set by whoever calls.
-            match place {
-                Place::Ready(ticket) => drop(self.ready.insert((ticket, Arc::clone(host)))),
-                Place::Timed(from) => drop(self.timed.insert((from, Arc::clone(host)))),
+        at.place = at.place(now);
+        match at.place {
+            Place::Nowhere => {}
+            Place::Ready(ticket) => drop(site.waiting.insert((ticket, Arc::clone(name)))),
+            Place::Timed(from) => drop(self.timed.insert((from, Kind::Host, Arc::clone(name)))),
+        }
+        let site = Arc::clone(&at.site);
+        self.settle_site(now, &site);
+    }
+
+    /// Puts a site where it belongs.
+    fn settle_site(&mut self, now: Instant, name: &Arc<str>) {
+        let Some(site) = self.sites.get_mut(name) else { return };
+        let place = site.place(now);
+        if place != site.place {
+            match std::mem::replace(&mut site.place, place) {
                 Place::Nowhere => {}
+                Place::Ready(ticket) => drop(self.ready.remove(&(ticket, Arc::clone(name)))),
+                Place::Timed(from) => drop(self.timed.remove(&(from, Kind::Site, Arc::clone(name)))),
             }
-            return;
+            match place {
+                Place::Nowhere => {}
+                Place::Ready(ticket) => drop(self.ready.insert((ticket, Arc::clone(name)))),
+                Place::Timed(from) => drop(self.timed.insert((from, Kind::Site, Arc::clone(name)))),
+            }
         }
-        match before {
-            Place::Nowhere => {}
-            Place::Ready(ticket) => drop(self.ready.remove(&(ticket, Arc::clone(host)))),
-            Place::Timed(from) => drop(self.timed.remove(&(from, Arc::clone(host)))),
-        }
-        match place {
-            Place::Nowhere => {}
-            Place::Ready(ticket) => drop(self.ready.insert((ticket, Arc::clone(host)))),
-            Place::Timed(from) => drop(self.timed.insert((from, Arc::clone(host)))),
+        let ask = site.ask(now);
+        if ask != site.ask {
+            match std::mem::replace(&mut site.ask, ask) {
+                Ask::Never => {}
+                Ask::Wanting(ticket) => drop(self.wanting.remove(&(ticket, Arc::clone(name)))),
+                Ask::At(at) => drop(self.due.remove(&(at, Arc::clone(name)))),
+            }
+            match ask {
+                Ask::Never => {}
+                Ask::Wanting(ticket) => drop(self.wanting.insert((ticket, Arc::clone(name)))),
+                Ask::At(at) => drop(self.due.insert((at, Arc::clone(name)))),
+            }
         }
     }
 
@@ -453,25 +658,9 @@ impl<T> Hosts<T> {
             return;
         }
         self.swept = now;
-        self.hosts.retain(|_, at| !(at.is_idle(now) && now >= at.touched + FORGET));
-        let hosts = &self.hosts;
-        self.brokered.retain(|host| hosts.contains_key(host));
-    }
-}
-
-impl<T> Host<T> {
-    fn fail(&mut self, now: Instant) {
-        self.failures += 1;
-        // What was in flight when the pause began says nothing new.
-        if self.failures < FAILURES || now < self.quiet_until {
-            return;
-        }
-        if self.pauses >= PAUSES {
-            self.given_up = Some(now + GIVEN_UP);
-            return;
-        }
-        self.quiet_until = now + PAUSE * 2u32.pow(self.pauses);
-        self.pauses += 1;
+        self.hosts.retain(|_, at| !at.is_idle() || now < at.touched + FORGET);
+        let used: BTreeSet<Arc<str>> = self.hosts.values().map(|at| Arc::clone(&at.site)).collect();
+        self.sites.retain(|name, site| used.contains(name) || !site.is_over(now));
     }
 }
 

@@ -12,8 +12,8 @@ use object_store::{ObjectStore, ObjectStoreExt};
 use proto::cluster::{ClusterRecord, OfCluster, OwnCluster, is_stranger};
 use proto::pb::fetch_service_client::FetchServiceClient;
 use proto::pb::{
-    CompleteShardRequest, Failure, FailureKind, HostDemand, HostShare, Lease, LeaseShardRequest, ReleaseLeaseRequest,
-    RenewLeaseRequest, ShareHostsRequest,
+    CompleteShardRequest, Failure, FailureKind, Lease, LeaseShardRequest, ReleaseLeaseRequest, RenewLeaseRequest,
+    ShareSitesRequest, SiteDemand, SiteShare,
 };
 use proto::trace::{Carried, Carry};
 use proto::{Stored, keys};
@@ -23,7 +23,6 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status};
 
 use crate::backoff::backoff;
-use crate::hosts::{Demand, Shares};
 use crate::progress::Progress;
 use crate::store;
 use crate::way_out::WayOut;
@@ -96,9 +95,9 @@ impl Coordinator {
         self.client.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Asks for a shard once; none if there is nothing to do. Until there was a response it does not wait for work, so
-    /// that it is soon known whether there is a coordinator.
-    pub(crate) async fn lease(&self) -> Result<Option<Lease>, Status> {
+    /// Asks for a shard once, of one `large` site or of many; none if there is nothing to do. Until there was a response
+    /// it does not wait for work, so that it is soon known whether there is a coordinator.
+    pub(crate) async fn lease(&self, large: bool) -> Result<Option<Lease>, Status> {
         let wait = if self.reached.load(Ordering::Relaxed) { LEASE_WAIT } else { Duration::ZERO };
         if self.cluster.id().is_empty() {
             self.read_cluster().await;
@@ -107,6 +106,7 @@ impl Coordinator {
             term_seen: self.highest_term.load(Ordering::Relaxed),
             worker: self.worker.clone(),
             wait_millis: wait.as_millis() as u64,
+            large,
         };
         let mut client = self.client();
         let response = within(wait + CALL_TIMEOUT, client.lease_shard(Request::new(request))).await;
@@ -188,34 +188,19 @@ impl Coordinator {
         }
     }
 
-    /// Asks once for shares of hosts.
-    pub(crate) async fn share_hosts(
+    /// Asks once for parts of sites' budgets: one for each demand, and for how long they are lent.
+    pub(crate) async fn share_sites(
         &self,
         sequence: u64,
-        demands: Vec<Demand>,
+        sites: Vec<SiteDemand>,
         timeout: Duration,
-    ) -> Result<Shares, Status> {
-        let demand = |Demand { host, wanted, holds, in_flight }: Demand| HostDemand {
-            host: host.to_string(),
-            wanted,
-            holds,
-            in_flight,
-        };
-        let request = ShareHostsRequest {
-            term_seen: self.highest_term.load(Ordering::Relaxed),
-            worker: self.worker.clone(),
-            sequence,
-            hosts: demands.into_iter().map(demand).collect(),
-        };
+    ) -> Result<(Duration, Vec<SiteShare>), Status> {
+        let (term_seen, worker) = (self.highest_term.load(Ordering::Relaxed), self.worker.clone());
+        let request = ShareSitesRequest { term_seen, worker, sequence, sites };
         let mut client = self.client();
-        let response = within(timeout, client.share_hosts(Request::new(request))).await?;
+        let response = within(timeout, client.share_sites(Request::new(request))).await?;
         self.check_term(response.term)?;
-        let share = |HostShare { host, slots, requests_per_second }| (host, slots, requests_per_second);
-        Ok(Shares {
-            shares: response.hosts.into_iter().map(share).collect(),
-            duration: Duration::from_millis(response.duration_millis),
-            ask_again: Duration::from_millis(response.ask_again_millis),
-        })
+        Ok((Duration::from_millis(response.duration_millis), response.sites))
     }
 
     /// Reports a shard whose index is put, until there is a response or `shutdown`.

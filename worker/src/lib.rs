@@ -30,6 +30,7 @@ mod hosts;
 mod lease;
 mod mend;
 pub mod metrics;
+mod pace;
 mod pixels;
 mod placeholder;
 mod prepare;
@@ -52,6 +53,7 @@ use backon::BackoffBuilder;
 pub use ipnet::IpNet;
 use object_store::ObjectStore;
 use proto::pb::{self, FailureKind, Lease};
+use proto::site::Sites;
 use proto::{DatasetId, DatasetSpec, trace};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
@@ -75,6 +77,8 @@ use way_out::WayOut;
 
 /// Shards that wait for their last URLs while the next shard is fetched; each holds parts of its tars in memory.
 const DRAINING_SHARDS: usize = 4;
+/// Shards of large sites that are made at once at the most: each waits for its site's pace.
+const LARGE_SITE_SHARDS: usize = 4;
 /// At the end of the process a lease may have been granted in a response that is still on its way.
 const LAST_LEASE_TIMEOUT: Duration = Duration::from_millis(250);
 /// For attempts to commit what they have at the end of the process.
@@ -173,7 +177,7 @@ pub async fn run(
     });
     background.spawn(async move {
         sharing.keep_shares(asked).await;
-        anyhow!("shares of hosts are no longer kept")
+        anyhow!("parts of sites' budgets are no longer kept")
     });
     background.spawn(tools.pool.clone().watch());
     let watching = Arc::clone(&tools.dispatcher);
@@ -181,7 +185,8 @@ pub async fn run(
         watching.watch_way_out().await;
         anyhow!("the way out is no longer watched")
     });
-    supervise(background, make_shards(&tools, &coordinator, config.shards.get().into(), &shutdown)).await
+    let maker = ShardMaker { tools, coordinator, shutdown, failures: Arc::default(), attempts: TaskTracker::new() };
+    supervise(background, maker.make_shards(config.shards.get().into())).await
 }
 
 /// Does the work, unless one of the background tasks, which have no end, ends first.
@@ -195,42 +200,60 @@ async fn supervise(mut background: JoinSet<anyhow::Error>, work: impl Future<Out
     }
 }
 
-/// Leases one shard after the other and makes up to `shards` of them at once, until `shutdown`.
-async fn make_shards(tools: &Arc<Tools>, coordinator: &Arc<Coordinator>, shards: usize, shutdown: &CancellationToken) {
-    // A shard holds both permits until all its URLs are started, and the second one until it is committed.
-    let starting = Arc::new(Semaphore::new(shards));
-    let open = Arc::new(Semaphore::new(shards + DRAINING_SHARDS));
-    let failures = Arc::new(AtomicU32::new(0));
-    let attempts = TaskTracker::new();
-    while let Some(Ok((start_permit, open))) = shutdown
-        .run_until_cancelled(async {
-            tokio::try_join!(Arc::clone(&starting).acquire_owned(), Arc::clone(&open).acquire_owned())
-        })
-        .await
-    {
-        let mut asking = std::pin::pin!(next_lease(coordinator, &tools.way_out, &failures));
-        let Some(lease) = shutdown.run_until_cancelled(&mut asking).await else {
-            if let Ok(lease) = tokio::time::timeout(LAST_LEASE_TIMEOUT, asking).await {
-                coordinator.release(&LeaseId::from(&lease), None).await;
-            }
-            break;
-        };
-        let span = span(&lease);
-        let (tools, coordinator) = (Arc::clone(tools), Arc::clone(coordinator));
-        let (failures, shutdown) = (Arc::clone(&failures), shutdown.clone());
-        let attempt = async move {
-            let _open = open;
-            if attempt_shard(&tools, &coordinator, &lease, start_permit, &shutdown).await {
-                failures.store(0, Ordering::Relaxed);
-            } else {
-                failures.fetch_add(1, Ordering::Relaxed);
-            }
-        };
-        attempts.spawn(attempt.instrument(span));
+/// Leases shards and makes them, until `shutdown`.
+struct ShardMaker {
+    tools: Arc<Tools>,
+    coordinator: Arc<Coordinator>,
+    shutdown: CancellationToken,
+    /// Attempts in a row that have failed.
+    failures: Arc<AtomicU32>,
+    attempts: TaskTracker,
+}
+
+impl ShardMaker {
+    /// Makes up to `shards` of many sites at once, and beside them those of large sites: what waits for one site must
+    /// not hold up the others.
+    async fn make_shards(&self, shards: usize) {
+        tokio::join!(self.make(false, shards, shards + DRAINING_SHARDS), self.make(true, 1, LARGE_SITE_SHARDS));
+        self.attempts.close();
+        if tokio::time::timeout(SHUTDOWN_TIMEOUT, self.attempts.wait()).await.is_err() {
+            tracing::warn!("attempts did not end in time; their leases end by themselves");
+        }
     }
-    attempts.close();
-    if tokio::time::timeout(SHUTDOWN_TIMEOUT, attempts.wait()).await.is_err() {
-        tracing::warn!("attempts did not end in time; their leases end by themselves");
+
+    /// Leases one shard after the other, each when less than `starting` have URLs left to be started, and less than
+    /// `open` are not committed.
+    async fn make(&self, large: bool, starting: usize, open: usize) {
+        let (starting, open) = (Arc::new(Semaphore::new(starting)), Arc::new(Semaphore::new(open)));
+        let permits =
+            async || tokio::try_join!(Arc::clone(&starting).acquire_owned(), Arc::clone(&open).acquire_owned());
+        while let Some(Ok((start_permit, open))) = self.shutdown.run_until_cancelled(permits()).await {
+            let Some(lease) = self.lease(large).await else { return };
+            let span = span(&lease);
+            let (tools, coordinator) = (Arc::clone(&self.tools), Arc::clone(&self.coordinator));
+            let (failures, shutdown) = (Arc::clone(&self.failures), self.shutdown.clone());
+            let attempt = async move {
+                let _open = open;
+                if attempt_shard(&tools, &coordinator, &lease, large, start_permit, &shutdown).await {
+                    failures.store(0, Ordering::Relaxed);
+                } else {
+                    failures.fetch_add(1, Ordering::Relaxed);
+                }
+            };
+            self.attempts.spawn(attempt.instrument(span));
+        }
+    }
+
+    /// The next lease; None: the worker is to end.
+    async fn lease(&self, large: bool) -> Option<Lease> {
+        let mut asking = std::pin::pin!(next_lease(&self.coordinator, &self.tools.way_out, &self.failures, large));
+        let lease = self.shutdown.run_until_cancelled(&mut asking).await;
+        if lease.is_none()
+            && let Ok(lease) = tokio::time::timeout(LAST_LEASE_TIMEOUT, asking).await
+        {
+            self.coordinator.release(&LeaseId::from(&lease), None).await;
+        }
+        lease
     }
 }
 
@@ -293,7 +316,7 @@ fn span(lease: &Lease) -> Span {
 }
 
 /// Waits for the next lease, however long that takes; longer after failed attempts, and as long as there is no way out.
-async fn next_lease(coordinator: &Coordinator, way_out: &WayOut, failures: &AtomicU32) -> Lease {
+async fn next_lease(coordinator: &Coordinator, way_out: &WayOut, failures: &AtomicU32, large: bool) -> Lease {
     way_out.online().await;
     let failed = failures.load(Ordering::Relaxed).min(MAX_COUNTED_FAILURES);
     if failed > 0 {
@@ -303,7 +326,7 @@ async fn next_lease(coordinator: &Coordinator, way_out: &WayOut, failures: &Atom
     let mut retries = policy.build();
     let mut logged = None;
     loop {
-        match coordinator.lease().await {
+        match coordinator.lease(large).await {
             Ok(Some(lease)) => return lease,
             Ok(None) => {
                 (retries, logged) = (policy.build(), None);
@@ -326,15 +349,19 @@ async fn attempt_shard(
     tools: &Arc<Tools>,
     coordinator: &Coordinator,
     lease: &Lease,
+    large: bool,
     start_permit: OwnedSemaphorePermit,
     shutdown: &CancellationToken,
 ) -> bool {
     let id = LeaseId::from(lease);
+    if let Some(budgets) = &lease.budgets {
+        tools.dispatcher.know(Sites::from(budgets.clone()));
+    }
     let progress = Progress::default();
     progress.set_wanted(lease.wanted.clone(), &HashMap::new());
     let signals = Signals { cancel: CancellationToken::new(), leave: shutdown.clone() };
     let made = async {
-        let assignment = assignment(lease).fault_of(FailureKind::Worker)?;
+        let assignment = assignment(lease, large).fault_of(FailureKind::Worker)?;
         make_shard(tools, &assignment, &progress, start_permit, &signals).await
     };
     let duration = Duration::from_millis(lease.duration_millis);
@@ -377,12 +404,13 @@ async fn attempt_shard(
     true
 }
 
-fn assignment(lease: &Lease) -> anyhow::Result<Assignment> {
+fn assignment(lease: &Lease, large: bool) -> anyhow::Result<Assignment> {
     Ok(Assignment {
         shard: lease.dataset.parse::<DatasetId>().context("the lease's dataset")?.shard(lease.shard),
         attempt: lease.attempt.parse().context("the lease's attempt")?,
         spec: DatasetSpec::from_json(&lease.spec_json).context("the lease's dataset spec")?,
         once: lease.once,
+        large,
     })
 }
 

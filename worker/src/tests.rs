@@ -6,9 +6,9 @@ use object_store::ObjectStoreExt;
 use object_store::memory::InMemory;
 use proto::pb::fetch_service_server::{FetchService, FetchServiceServer};
 use proto::pb::{
-    CompleteShardRequest, CompleteShardResponse, HostDemand, HostShare, LeaseShardRequest, LeaseShardResponse,
-    ReleaseLeaseRequest, ReleaseLeaseResponse, RenewLeaseRequest, RenewLeaseResponse, ShareHostsRequest,
-    ShareHostsResponse,
+    CompleteShardRequest, CompleteShardResponse, LeaseShardRequest, LeaseShardResponse, ReleaseLeaseRequest,
+    ReleaseLeaseResponse, RenewLeaseRequest, RenewLeaseResponse, ShareSitesRequest, ShareSitesResponse, SiteDemand,
+    SiteShare,
 };
 use proto::{Rejection, Stored, keys};
 use tokio::net::TcpListener;
@@ -29,6 +29,9 @@ pub(crate) struct Heard {
     leases: VecDeque<Lease>,
     /// What renewals are answered with.
     duration_millis: u64,
+    /// What demands of sites are answered with, and what was last demanded; without it, they get all they want.
+    share: Option<(u64, SiteShare)>,
+    demands: Vec<SiteDemand>,
     renewals: Vec<RenewLeaseRequest>,
     completed: Vec<u32>,
     released: Vec<ReleaseLeaseRequest>,
@@ -80,8 +83,9 @@ impl CoordinatorDouble {
 
 #[tonic::async_trait]
 impl FetchService for CoordinatorDouble {
-    async fn lease_shard(&self, _: Request<LeaseShardRequest>) -> Result<Response<LeaseShardResponse>, Status> {
-        let lease = self.heard(|heard| heard.leases.pop_front());
+    async fn lease_shard(&self, request: Request<LeaseShardRequest>) -> Result<Response<LeaseShardResponse>, Status> {
+        let large = request.into_inner().large;
+        let lease = self.heard(|heard| if large { None } else { heard.leases.pop_front() });
         Ok(Response::new(LeaseShardResponse { term: TERM, lease }))
     }
 
@@ -110,14 +114,16 @@ impl FetchService for CoordinatorDouble {
         Ok(Response::new(ReleaseLeaseResponse { term: TERM }))
     }
 
-    async fn share_hosts(&self, request: Request<ShareHostsRequest>) -> Result<Response<ShareHostsResponse>, Status> {
-        let share = |HostDemand { host, wanted, .. }| HostShare { host, slots: wanted, requests_per_second: 0.0 };
-        Ok(Response::new(ShareHostsResponse {
-            term: TERM,
-            hosts: request.into_inner().hosts.into_iter().map(share).collect(),
-            duration_millis: 60_000,
-            ask_again_millis: 50,
-        }))
+    async fn share_sites(&self, request: Request<ShareSitesRequest>) -> Result<Response<ShareSitesResponse>, Status> {
+        let demands = request.into_inner().sites;
+        let all = SiteShare { slots: 64, site_slots: 64, known: true, ..SiteShare::default() };
+        let (duration_millis, share) = self.heard(|heard| {
+            heard.demands.clone_from(&demands);
+            heard.share.unwrap_or((60_000, all))
+        });
+        let none = SiteShare { slots: 0, ..share };
+        let sites = demands.into_iter().map(|demand| if demand.wanted { share } else { none }).collect();
+        Ok(Response::new(ShareSitesResponse { term: TERM, duration_millis, sites }))
     }
 }
 
@@ -212,6 +218,53 @@ async fn a_slow_url_does_not_keep_the_next_shard_waiting() {
     cluster.coordinator.until(|heard| heard.leases.is_empty()).await;
     assert!(cluster.coordinator.heard(|heard| heard.completed.is_empty()), "all four wait for their last URL");
     cluster.coordinator.until(|heard| heard.completed.len() == 4).await;
+    cluster.ends().await;
+}
+
+#[tokio::test]
+async fn no_more_is_in_flight_than_its_part_of_a_site_has_slots_and_nothing_when_the_part_has_ended() {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
+    let at = listener.local_addr().expect("bound");
+    // It never answers; how many connections are open, and how many there were.
+    let (open, all) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
+    let (now_open, so_far) = (Arc::clone(&open), Arc::clone(&all));
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let open = Arc::clone(&now_open);
+            open.fetch_add(1, Ordering::SeqCst);
+            so_far.fetch_add(1, Ordering::SeqCst);
+            tokio::spawn(async move {
+                let _ = tokio::io::copy(&mut stream, &mut tokio::io::sink()).await;
+                open.fetch_sub(1, Ordering::SeqCst);
+            });
+        }
+    });
+    let store: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
+    put_slice(&*store, 1, &(0..6).map(|n| format!("http://{at}/{n}")).collect::<Vec<_>>()).await;
+    let two = SiteShare { slots: 2, site_slots: 4, known: true, ..SiteShare::default() };
+    let share = Some((900, two));
+    let heard = Heard { leases: vec![lease(1, 60_000)].into(), duration_millis: 60_000, share, ..Heard::default() };
+    let coordinator = CoordinatorDouble(Arc::new(Mutex::new(heard)));
+    let address = coordinator.serve().await;
+    let cluster = join(coordinator, &address, store);
+    let until = async |many: u32| {
+        let begun = std::time::Instant::now();
+        while open.load(Ordering::SeqCst) != many {
+            assert!(begun.elapsed() < Duration::from_secs(10), "never {many} open");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    until(2).await;
+    // It is to make way: nothing more is begun, and what is in flight may end until its time is over.
+    cluster.coordinator.heard(|heard| heard.share = Some((900, SiteShare { slots: 0, ..two })));
+    cluster.coordinator.until(|heard| heard.demands.iter().any(|demand| demand.held == 2)).await;
+    cluster.coordinator.heard(|heard| heard.share = Some((0, SiteShare { slots: 0, ..two })));
+    until(0).await;
+    cluster.coordinator.until(|heard| heard.demands.iter().any(|demand| demand.held == 0 && demand.wanted)).await;
+    assert_eq!((open.load(Ordering::SeqCst), all.load(Ordering::SeqCst)), (0, 2));
+    cluster.coordinator.heard(|heard| heard.share = Some((900, SiteShare { slots: 1, ..two })));
+    until(1).await;
     cluster.ends().await;
 }
 

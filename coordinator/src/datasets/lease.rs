@@ -1,12 +1,12 @@
 //! Leases: shards are granted, renewed, given back, committed, and given up.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use proto::pb::FailureKind;
-use proto::{Attempt, OutcomeCounts, Rejection, ShardId, ShardIndex, keys};
+use proto::{Attempt, DatasetId, OutcomeCounts, Rejection, ShardId, ShardIndex, keys};
 use tracing::{error, info, warn};
 
 use super::wanted::Wanted;
@@ -15,6 +15,8 @@ use crate::damage::{self, Read};
 use crate::error::Error;
 use crate::ledger::{Counts, Decision, Expired, MOST_STRIKES, Renewal};
 use crate::metrics;
+use crate::shares::{Demand, Share, Shares};
+use crate::sites::Deal;
 use crate::store::{Created, nonce};
 
 /// A worker that has not been heard of for so long is not shown any more.
@@ -61,15 +63,15 @@ pub(crate) struct Renewed {
 }
 
 impl Datasets {
-    /// Waits for a shard to make, at most so long.
-    pub(crate) async fn lease(&self, worker: &str, wait: Duration) -> Option<Grant> {
+    /// Waits for a shard to make, at most so long: of one `large` site alone, or of many.
+    pub(crate) async fn lease(&self, worker: &str, large: bool, wait: Duration) -> Option<Grant> {
         let deadline = tokio::time::Instant::now() + wait;
         loop {
             let freed = self.free.notified();
             tokio::pin!(freed);
             // Listens before it looks, so that nothing is missed in between.
             freed.as_mut().enable();
-            if let Some(grant) = self.grant(worker) {
+            if let Some(grant) = self.grant(worker, large) {
                 return Some(grant);
             }
             if tokio::time::timeout_at(deadline, freed).await.is_err() {
@@ -78,12 +80,30 @@ impl Datasets {
         }
     }
 
-    fn grant(&self, worker: &str) -> Option<Grant> {
+    pub(super) fn shares(&self) -> MutexGuard<'_, Shares> {
+        // Nothing under the lock can leave it half changed.
+        self.shares.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// See [`Shares::ask`]; and for how long the parts last.
+    pub(crate) fn share(&self, worker: &str, sequence: u64, demands: &[Demand]) -> Option<(Vec<Share>, Duration)> {
+        let mut shares = self.shares();
+        let answers = shares.ask(self.now(), worker, sequence, demands, &self.sites)?;
+        Some((answers, shares.lease()))
+    }
+
+    fn grant(&self, worker: &str, large: bool) -> Option<Grant> {
         let now = self.now();
         let mut state = self.state();
         let state = &mut *state;
         state.workers.insert(worker.to_owned(), Instant::now());
-        let (id, attempt) = state.ledger.grant(now, worker)?;
+        let sites = self.leasable_sites(state, large);
+        let deals: HashMap<&DatasetId, &Deal> = state.live.iter().map(|(id, dataset)| (id, &*dataset.deal)).collect();
+        let ledger = &mut state.ledger;
+        let (id, attempt) = sites.iter().find_map(|wanted| {
+            let of_it = |id: &DatasetId, shard| deals.get(id).is_some_and(|deal| deal.site(shard) == wanted.as_ref());
+            ledger.grant(now, worker, of_it)
+        })?;
         let dataset = state.live.get_mut(&id.dataset)?;
         dataset.revision += 1;
         metrics::lease_granted();

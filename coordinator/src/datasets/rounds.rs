@@ -21,6 +21,7 @@ use super::{Dataset, Datasets, Stage};
 use crate::catalog::{Catalog, Dealing, RoundStart};
 use crate::error::Error;
 use crate::history::{History, Seen};
+use crate::sites::Deal;
 use crate::store::{Created, Store};
 
 /// Slices that are uploaded at the same time.
@@ -223,9 +224,10 @@ impl Datasets {
         let (handle, store, folder) = (Handle::current(), self.store.clone(), self.folder.clone());
         let (id, spec) = (dataset.id.clone(), Arc::clone(&dataset.spec));
         let (rounds, tolerance) = (Arc::clone(&dataset.rounds), dataset.tolerance());
+        let sites = Arc::clone(&self.sites);
         let round = put_slices(&self.store, &dataset.id, move |slices| {
             let mut spec = (*spec).clone();
-            let mut catalog = Catalog::new(&spec, start, folder);
+            let mut catalog = Catalog::new(&spec, start, folder, sites);
             let of = spec.clone();
             let history = History::new(&handle, &store, (&id, &of), &rounds, &tolerance);
             gather(&history, &retry, spec.slice_urls, false, &mut catalog)?;
@@ -275,6 +277,7 @@ impl Datasets {
             };
             state.ledger.add(now, id, round.shards(), fresh);
             Arc::make_mut(&mut dataset.rounds).push(round);
+            dataset.deal = Deal::new(&dataset.rounds).into();
             dataset.stage = Stage::Fetching;
             dataset.revision += 1;
         }

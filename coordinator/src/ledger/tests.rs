@@ -23,7 +23,7 @@ fn ids(expired: &[Expired]) -> Vec<u32> {
 
 /// A worker is granted a shard and fails at it; what is then decided.
 fn fail(ledger: &mut Ledger, now: Now, worker: &str, kind: FailureKind, urls: u32) -> Option<Decision> {
-    let (id, attempt) = ledger.grant(now, worker).expect("one is free");
+    let (id, attempt) = ledger.grant(now, worker, |_, _| true).expect("one is free");
     assert!(ledger.release(now, &id, attempt, Some(kind)));
     assert_eq!(ids(&ledger.expire(now)), [id.shard]);
     ledger.decide(now, &id, urls)
@@ -32,16 +32,16 @@ fn fail(ledger: &mut Ledger, now: Now, worker: &str, kind: FailureKind, urls: u3
 #[test]
 fn a_lease_that_expires_is_checked_before_it_is_granted_again() {
     let (mut ledger, _) = ledger(true);
-    let (id, attempt) = ledger.grant(at(0), "w1").expect("two are free");
+    let (id, attempt) = ledger.grant(at(0), "w1", |_, _| true).expect("two are free");
     assert_eq!((id.shard, attempt), (0, Attempt { term: 9, n: 1 }));
     assert_eq!(ledger.renew(at(20), &id, attempt, "w1", 1), Renewal::Prolonged);
     assert!(ledger.expire(at(49)).is_empty());
     let lost = Some(("w1".into(), FailureKind::Slice));
     assert_eq!(ledger.expire(at(50)), [Expired { id: id.clone(), lost }]);
-    assert_eq!(ledger.grant(at(50), "w2").expect("the other one").0.shard, 1);
-    assert_eq!(ledger.grant(at(50), "w2"), None);
+    assert_eq!(ledger.grant(at(50), "w2", |_, _| true).expect("the other one").0.shard, 1);
+    assert_eq!(ledger.grant(at(50), "w2", |_, _| true), None);
     assert_eq!(ledger.decide(at(50), &id, URLS), Some(Decision::Retry));
-    let (again, second) = ledger.grant(at(50), "w2").expect("free again");
+    let (again, second) = ledger.grant(at(50), "w2", |_, _| true).expect("free again");
     assert_eq!((again, second.n), (id.clone(), 3));
     assert_eq!(ledger.renew(at(51), &id, attempt, "w1", 1), Renewal::Over, "the first attempt is over");
 }
@@ -50,15 +50,15 @@ fn a_lease_that_expires_is_checked_before_it_is_granted_again() {
 fn a_new_coordinator_waits_one_lease_time_and_adopts_what_is_renewed() {
     let (mut ledger, dataset) = ledger(false);
     let old = Attempt { term: 8, n: 5 };
-    assert_eq!(ledger.grant(at(29), "w"), None);
+    assert_eq!(ledger.grant(at(29), "w", |_, _| true), None);
     assert_eq!(ledger.renew(at(29), &dataset.shard(1), old, "w1", 0), Renewal::Prolonged);
     let another = Attempt { term: 8, n: 4 };
     assert_eq!(ledger.renew(at(29), &dataset.shard(1), another, "w0", 0), Renewal::Over);
     let unheard = ledger.expire(at(30));
     assert_eq!(ids(&unheard), [0]);
     assert_eq!(ledger.decide(at(30), &unheard[0].id, URLS), Some(Decision::Retry));
-    assert_eq!(ledger.grant(at(30), "w").expect("shard 0").0.shard, 0);
-    assert_eq!(ledger.grant(at(30), "w"), None);
+    assert_eq!(ledger.grant(at(30), "w", |_, _| true).expect("shard 0").0.shard, 0);
+    assert_eq!(ledger.grant(at(30), "w", |_, _| true), None);
 }
 
 /// One shard, and after it another dataset's hundred, which are made by others.
@@ -123,14 +123,14 @@ fn faults_of_stores_workers_and_networks_close_nothing_but_slow_down_who_fails()
         let now = at(1000) * n;
         assert_eq!(fail(&mut ledger, now, &format!("w{}", n % 7), kind, URLS), Some(Decision::Retry));
         ledger.commit(&others.shard(n), Some("other"));
-        assert_eq!(ledger.grant(now, &format!("w{}", n % 7)), None, "it failed just now");
-        let (granted, attempt) = ledger.grant(now, "another").expect("free at once");
+        assert_eq!(ledger.grant(now, &format!("w{}", n % 7), |_, _| true), None, "it failed just now");
+        let (granted, attempt) = ledger.grant(now, "another", |_, _| true).expect("free at once");
         assert_eq!(granted, id);
         ledger.release(now, &id, attempt, None);
     }
-    assert_eq!(ledger.grant(at(50_020), "w1"), None, "it has failed often");
+    assert_eq!(ledger.grant(at(50_020), "w1", |_, _| true), None, "it has failed often");
     ledger.commit(&others.shard(60), Some("w1"));
-    assert!(ledger.grant(at(50_020), "w1").is_some(), "it has shown that it works");
+    assert!(ledger.grant(at(50_020), "w1", |_, _| true).is_some(), "it has shown that it works");
 }
 
 #[test]
@@ -138,8 +138,8 @@ fn workers_that_are_lost_together_strike_no_slice() {
     let (mut ledger, id, others) = with_others();
     for n in 1..=20 {
         let now = at(1000) * n;
-        assert_eq!(ledger.grant(now, &format!("a{n}")).expect("free").0, id);
-        let (other, _) = ledger.grant(now + at(5), &format!("b{n}")).expect("free");
+        assert_eq!(ledger.grant(now, &format!("a{n}"), |_, _| true).expect("free").0, id);
+        let (other, _) = ledger.grant(now + at(5), &format!("b{n}"), |_, _| true).expect("free");
         let lost = ledger.expire(now + LEASE);
         assert_eq!(lost[0].lost.as_ref().expect("lost").1, FailureKind::Slice, "so it seems at first");
         assert_eq!(ledger.decide(now + LEASE, &id, URLS), Some(Decision::Retry));
@@ -165,7 +165,7 @@ fn one_url_alone_is_given_up_only_after_something_has_worked() {
 #[test]
 fn a_lease_without_progress_is_taken_back() {
     let (mut ledger, id, _) = with_others();
-    let (_, attempt) = ledger.grant(at(0), "w").expect("free");
+    let (_, attempt) = ledger.grant(at(0), "w", |_, _| true).expect("free");
     for n in 1..=60 {
         // It finishes a URL each five minutes at first.
         assert_eq!(ledger.renew(at(20) * n, &id, attempt, "w", u64::from(n / 15)), Renewal::Prolonged);
@@ -181,10 +181,10 @@ fn a_lease_without_progress_is_taken_back() {
 #[test]
 fn an_orderly_release_costs_nothing_and_a_late_attempt_keeps_what_nobody_took() {
     let (mut ledger, dataset) = ledger(true);
-    let (id, first) = ledger.grant(at(0), "w").expect("free");
+    let (id, first) = ledger.grant(at(0), "w", |_, _| true).expect("free");
     ledger.release(at(1), &id, first, None);
     assert_eq!(ledger.renew(at(1), &id, first, "w", 0), Renewal::Over, "it was given back");
-    let (_, second) = ledger.grant(at(1), "w").expect("free again at once");
+    let (_, second) = ledger.grant(at(1), "w", |_, _| true).expect("free again at once");
     ledger.expire(at(31));
     ledger.decide(at(31), &id, URLS);
     assert_eq!(ledger.renew(at(32), &id, second, "w", 0), Renewal::Prolonged);
@@ -239,7 +239,7 @@ proptest! {
         for event in events {
             match event {
                 Event::Wait(seconds) => now += at(seconds),
-                Event::Grant(worker) => if let Some((id, attempt)) = ledger.grant(now, &format!("w{worker}")) {
+                Event::Grant(worker) => if let Some((id, attempt)) = ledger.grant(now, &format!("w{worker}"), |_, _| true) {
                     prop_assert!(!known.contains(&(id.shard, attempt)), "an attempt is used twice");
                     known.push((id.shard, attempt));
                     leases.insert((id.shard, attempt), now + LEASE);
@@ -292,7 +292,7 @@ proptest! {
             }
         }
         now += LEASE * 20;
-        while let Some((id, _)) = ledger.grant(now, "new") {
+        while let Some((id, _)) = ledger.grant(now, "new", |_, _| true) {
             left.remove(&id.shard);
         }
         prop_assert!(left.is_empty(), "lost: {:?}", left);

@@ -52,7 +52,7 @@ impl DatasetService for DatasetApi {
 
     async fn get_dataset(&self, request: Request<pb::GetDatasetRequest>) -> Result<Response<pb::Dataset>, Status> {
         let (dataset, counts) = self.0.find(&request.into_inner().name)?;
-        Ok(Response::new(message(&dataset, counts, self.0.troubles(Some(&dataset.id)))))
+        Ok(Response::new(message(&self.0, &dataset, counts)))
     }
 
     async fn list_datasets(
@@ -60,8 +60,7 @@ impl DatasetService for DatasetApi {
         _: Request<pb::ListDatasetsRequest>,
     ) -> Result<Response<pb::ListDatasetsResponse>, Status> {
         let datasets = {
-            let message =
-                |(dataset, counts): &(Dataset, Counts)| message(dataset, *counts, self.0.troubles(Some(&dataset.id)));
+            let message = |(dataset, counts): &(Dataset, Counts)| message(&self.0, dataset, *counts);
             self.0.all().iter().map(message).collect()
         };
         Ok(Response::new(pb::ListDatasetsResponse { datasets }))
@@ -152,9 +151,7 @@ async fn watch(datasets: &Datasets, id: &DatasetId, sender: &mpsc::Sender<Result
                 return;
             };
             let revision = dataset.revision();
-            if sender.send(Ok(message(&dataset, counts, datasets.troubles(Some(id))))).await.is_err()
-                || revision.is_final
-            {
+            if sender.send(Ok(message(datasets, &dataset, counts))).await.is_err() || revision.is_final {
                 return;
             }
             sent = Some((revision, tokio::time::Instant::now()));
@@ -166,7 +163,7 @@ async fn watch(datasets: &Datasets, id: &DatasetId, sender: &mpsc::Sender<Result
     }
 }
 
-fn message(dataset: &Dataset, counts: Counts, troubles: Vec<pb::Trouble>) -> pb::Dataset {
+fn message(datasets: &Datasets, dataset: &Dataset, counts: Counts) -> pb::Dataset {
     let shards: u32 = dataset.rounds.iter().map(|round| round.slices.len() as u32).sum();
     let (state, error) = match &dataset.stage {
         Stage::Fetching => (DatasetState::Fetching, ""),
@@ -201,9 +198,10 @@ fn message(dataset: &Dataset, counts: Counts, troubles: Vec<pb::Trouble>) -> pb:
         std: mean_and_std(|manifest| manifest.std),
         rounds: dataset.rounds.len() as u32,
         near_duplicates: manifest.map_or(0, |manifest| manifest.near_duplicates),
-        troubles,
+        troubles: datasets.troubles(Some(&dataset.id)),
         automatic_rounds: dataset.automatic_rounds(),
         damaged: dataset.damaged().map(damaged_shard).collect(),
+        large_sites: datasets.large_sites(dataset),
     }
 }
 

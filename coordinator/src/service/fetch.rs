@@ -1,7 +1,7 @@
 //! `FetchService`: for workers.
 
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use proto::ids::IdError;
 use proto::pb::fetch_service_server::FetchService;
@@ -11,26 +11,17 @@ use tonic::{Request, Response, Status};
 
 use crate::datasets::{Datasets, Report};
 use crate::error::Error;
-use crate::hosts::{self, Broker, Demand, HostBudgets};
+use crate::shares::{Demand, Share};
 
 /// The longest poll.
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
 
 /// See `fetch.proto`.
-pub(crate) struct FetchApi {
-    datasets: Arc<Datasets>,
-    started: Instant,
-    hosts: Mutex<Broker>,
-}
+pub(crate) struct FetchApi(pub(crate) Arc<Datasets>);
 
 impl FetchApi {
-    pub(crate) fn new(datasets: Arc<Datasets>, hosts: HostBudgets) -> Self {
-        let first = datasets.term.number() == 1;
-        Self { datasets, started: Instant::now(), hosts: Mutex::new(Broker::new(Duration::ZERO, hosts, first)) }
-    }
-
     fn term(&self) -> u64 {
-        self.datasets.term.number()
+        self.0.term.number()
     }
 }
 
@@ -63,9 +54,9 @@ impl FetchService for FetchApi {
         &self,
         request: Request<pb::LeaseShardRequest>,
     ) -> Result<Response<pb::LeaseShardResponse>, Status> {
-        let pb::LeaseShardRequest { term_seen, worker, wait_millis } = request.into_inner();
-        self.datasets.term.observe(term_seen)?;
-        let grant = self.datasets.lease(&worker, Duration::from_millis(wait_millis).min(LONGEST_WAIT)).await;
+        let pb::LeaseShardRequest { term_seen, worker, wait_millis, large } = request.into_inner();
+        self.0.term.observe(term_seen)?;
+        let grant = self.0.lease(&worker, large, Duration::from_millis(wait_millis).min(LONGEST_WAIT)).await;
         let lease = grant.map(|grant| pb::Lease {
             dataset: grant.id.dataset.to_string(),
             shard: grant.id.shard,
@@ -73,6 +64,7 @@ impl FetchService for FetchApi {
             duration_millis: millis(grant.duration),
             spec_json: grant.spec_json,
             traceparent: grant.traceparent,
+            budgets: Some(pb::SiteBudgets::from(&*self.0.sites)),
             wanted: grant.wanted,
             once: grant.once,
             probes: grant.probes,
@@ -87,11 +79,11 @@ impl FetchService for FetchApi {
         let request = request.into_inner();
         let pb::RenewLeaseRequest { term_seen, worker, dataset, shard, attempt: text, .. } = request;
         let pb::RenewLeaseRequest { outcomes, kept, trouble, good, .. } = request;
-        self.datasets.term.observe(term_seen)?;
+        self.0.term.observe(term_seen)?;
         let outcomes =
             OutcomeCounts::from_names(outcomes).map_err(|error| Error::Invalid(format!("outcomes: {error}")))?;
         let report = Report { outcomes, kept, trouble: trouble.map(failure), good };
-        let renewed = self.datasets.renew(&worker, &shard_id(dataset, shard)?, attempt(&text)?, report);
+        let renewed = self.0.renew(&worker, &shard_id(dataset, shard)?, attempt(&text)?, report);
         let (duration_millis, wanted, probes) =
             renewed.map_or_else(Default::default, |renewed| (millis(renewed.duration), renewed.wanted, renewed.probes));
         Ok(Response::new(pb::RenewLeaseResponse { term: self.term(), duration_millis, wanted, probes }))
@@ -102,8 +94,8 @@ impl FetchService for FetchApi {
         request: Request<pb::CompleteShardRequest>,
     ) -> Result<Response<pb::CompleteShardResponse>, Status> {
         let pb::CompleteShardRequest { term_seen, worker, dataset, shard, attempt: _, good } = request.into_inner();
-        self.datasets.term.observe(term_seen)?;
-        let committed = self.datasets.complete(&worker, &shard_id(dataset, shard)?, good).await?.to_string();
+        self.0.term.observe(term_seen)?;
+        let committed = self.0.complete(&worker, &shard_id(dataset, shard)?, good).await?.to_string();
         Ok(Response::new(pb::CompleteShardResponse { term: self.term(), committed }))
     }
 
@@ -113,37 +105,40 @@ impl FetchService for FetchApi {
     ) -> Result<Response<pb::ReleaseLeaseResponse>, Status> {
         let pb::ReleaseLeaseRequest { term_seen, worker, dataset, shard, attempt: text, failure: why } =
             request.into_inner();
-        self.datasets.term.observe(term_seen)?;
-        self.datasets.release(&worker, &shard_id(dataset, shard)?, attempt(&text)?, why.map(failure));
+        self.0.term.observe(term_seen)?;
+        self.0.release(&worker, &shard_id(dataset, shard)?, attempt(&text)?, why.map(failure));
         Ok(Response::new(pb::ReleaseLeaseResponse { term: self.term() }))
     }
 
-    async fn share_hosts(
+    async fn share_sites(
         &self,
-        request: Request<pb::ShareHostsRequest>,
-    ) -> Result<Response<pb::ShareHostsResponse>, Status> {
-        let pb::ShareHostsRequest { term_seen, worker, sequence, hosts } = request.into_inner();
-        self.datasets.term.observe(term_seen)?;
-        let demand = |demand: pb::HostDemand| {
-            let pb::HostDemand { host, wanted, holds, in_flight } = demand;
-            Demand { host, wanted, holds, in_flight }
+        request: Request<pb::ShareSitesRequest>,
+    ) -> Result<Response<pb::ShareSitesResponse>, Status> {
+        let pb::ShareSitesRequest { term_seen, worker, sequence, sites } = request.into_inner();
+        self.0.term.observe(term_seen)?;
+        let demand = |demand: pb::SiteDemand| Demand {
+            site: demand.site,
+            held: demand.held,
+            wanted: demand.wanted,
+            rate: (demand.requests_per_second, demand.known),
+            quiet: Duration::from_millis(demand.quiet_millis),
         };
-        let demands = hosts.into_iter().map(demand).collect();
-        let shares = {
-            let mut broker = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
-            broker.ask(self.started.elapsed(), &worker, sequence, demands)
+        let demands: Vec<Demand> = sites.into_iter().map(demand).collect();
+        let shares = self.0.share(&worker, sequence, &demands);
+        let (shares, duration) = shares.ok_or_else(|| Status::aborted("a later request of this worker came before"))?;
+        let share = |Share { slots, budget, rate: (requests_per_second, known), delay }| pb::SiteShare {
+            slots,
+            site_slots: budget.slots,
+            site_requests_per_second: budget.rate,
+            requests_per_second,
+            known,
+            // Not earlier by parts of a millisecond.
+            delay_millis: millis(delay.saturating_add(Duration::from_micros(999))),
         };
-        let shares = shares.ok_or_else(|| Status::aborted("a later request of this worker came before"))?;
-        let share = |share: hosts::Share| pb::HostShare {
-            host: share.host,
-            slots: share.slots,
-            requests_per_second: share.rate,
-        };
-        Ok(Response::new(pb::ShareHostsResponse {
+        Ok(Response::new(pb::ShareSitesResponse {
             term: self.term(),
-            hosts: shares.shares.into_iter().map(share).collect(),
-            duration_millis: millis(shares.duration),
-            ask_again_millis: millis(shares.ask_again),
+            duration_millis: millis(duration),
+            sites: shares.into_iter().map(share).collect(),
         }))
     }
 }

@@ -54,13 +54,10 @@ fn per_replica(reference: &ScaledObjectRef) -> Result<f64, Error> {
     number.ok_or_else(|| Error::Invalid(format!("metadata.perReplica = {text:?}: must be a number above 0")))
 }
 
-/// Slices that nobody has committed yet, or devices that runs which have not ended would take.
+/// Slices that are made or could be, or devices that runs which have not ended would take.
 fn wanted(runs: &Runs, role: Role) -> u64 {
     match role {
-        Role::Worker => {
-            let counts = runs.datasets.totals();
-            u64::from(counts.waiting) + u64::from(counts.leased)
-        }
+        Role::Worker => runs.datasets.leasable(),
         Role::Trainer => runs.devices_wanted(),
     }
 }

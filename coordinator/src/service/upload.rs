@@ -58,9 +58,9 @@ pub(super) async fn create(
     let (pieces, received) = mpsc::channel(32);
     let round = RoundStart::first(&start.request_id);
     if start.dry_run {
-        let (folder, of) = (datasets.folder.clone(), start.clone());
+        let (folder, of, sites) = (datasets.folder.clone(), start.clone(), Arc::clone(&datasets.sites));
         let read = tokio::task::spawn_blocking(move || {
-            let mut catalog = Catalog::new(&spec, round, folder.clone()).limited(limit(&of));
+            let mut catalog = Catalog::new(&spec, round, folder.clone(), sites).limited(limit(&of));
             read_lists(&mut catalog, &spec, &of, Pieces::new(received), folder)?;
             let shown = catalog.shown();
             catalog.survey(&spec).map(|round| with_shown(response(&id, &round), shown))
@@ -70,10 +70,10 @@ pub(super) async fn create(
         return Ok(pb::CreateDatasetResponse { dataset: String::new(), ..response });
     }
     let made = put_slices(&datasets.store, &id, {
-        let (folder, start) = (datasets.folder.clone(), start.clone());
+        let (folder, start, sites) = (datasets.folder.clone(), start.clone(), Arc::clone(&datasets.sites));
         move |slices| {
             let mut spec = spec;
-            let mut catalog = Catalog::new(&spec, round, folder.clone()).limited(limit(&start));
+            let mut catalog = Catalog::new(&spec, round, folder.clone(), sites).limited(limit(&start));
             read_lists(&mut catalog, &spec, &start, Pieces::new(received), folder)?;
             let shown = catalog.shown();
             let round = catalog.cut(&mut spec, slices)?;
@@ -128,12 +128,12 @@ pub(super) async fn refresh(
     let round = datasets.next_round(&dataset, Cause::Request, &start.request_id).await?;
     let (pieces, received) = mpsc::channel(32);
     let made = put_slices(&datasets.store, &dataset.id, {
-        let (folder, start) = (datasets.folder.clone(), start.clone());
+        let (folder, start, sites) = (datasets.folder.clone(), start.clone(), Arc::clone(&datasets.sites));
         let (handle, store) = (tokio::runtime::Handle::current(), datasets.store.clone());
         let dataset = dataset.clone();
         move |slices| {
             let mut spec = (*dataset.spec).clone();
-            let mut catalog = Catalog::new(&spec, round, folder.clone()).limited(limit(&start));
+            let mut catalog = Catalog::new(&spec, round, folder.clone(), sites).limited(limit(&start));
             let lists = read_lists(&mut catalog, &spec, &start, Pieces::new(received), folder)?;
             let shown = catalog.shown();
             let mut tolerance = dataset.tolerance();

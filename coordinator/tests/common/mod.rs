@@ -51,7 +51,7 @@ impl Cluster {
         let address = listener.local_addr().expect("bound");
         let shutdown = CancellationToken::new();
         let config =
-            coordinator::Config { lease_seconds, spool_folder: None, hosts: coordinator::HostBudgets::default() };
+            coordinator::Config { lease_seconds, spool_folder: None, sites: coordinator::SiteBudgets::default() };
         let running = tokio::spawn(coordinator::run(config, Arc::clone(&store), listener, shutdown.clone()));
         let endpoint = Endpoint::from_shared(format!("http://{address}")).expect("a URL");
         let channel = endpoint.connect().await.expect("the port is bound");
@@ -154,15 +154,32 @@ impl Cluster {
         proto::Manifest::from_json(&json).expect("a manifest")
     }
 
-    /// Waits for a shard.
+    /// Waits for a shard of many sites.
     pub async fn lease(&self, wait: Duration) -> Option<pb::Lease> {
         self.lease_as("w1", wait).await
     }
 
-    /// Likewise, as another worker.
+    /// Waits for a shard of one large site alone.
+    pub async fn lease_large(&self, wait: Duration) -> Option<pb::Lease> {
+        self.ask_lease("w1", true, wait).await
+    }
+
+    /// The same for any, as another worker.
+    pub async fn lease_any_as(&self, worker: &str, wait: Duration) -> Option<pb::Lease> {
+        match self.ask_lease(worker, true, Duration::ZERO).await {
+            Some(lease) => Some(lease),
+            None => self.lease_as(worker, wait).await,
+        }
+    }
+
+    /// The same for one of many sites, as another worker.
     pub async fn lease_as(&self, worker: &str, wait: Duration) -> Option<pb::Lease> {
-        let worker = worker.to_owned();
-        let request = pb::LeaseShardRequest { term_seen: 0, worker, wait_millis: wait.as_millis() as u64 };
+        self.ask_lease(worker, false, wait).await
+    }
+
+    async fn ask_lease(&self, worker: &str, large: bool, wait: Duration) -> Option<pb::Lease> {
+        let (worker, wait_millis) = (worker.to_owned(), wait.as_millis() as u64);
+        let request = pb::LeaseShardRequest { term_seen: 0, worker, wait_millis, large };
         self.fetch().lease_shard(request).await.expect("answers").into_inner().lease
     }
 
@@ -170,7 +187,7 @@ impl Cluster {
     pub async fn work(&self) {
         let work = async {
             loop {
-                if let Some(lease) = self.lease(Duration::from_millis(100)).await {
+                if let Some(lease) = self.lease_any_as("w1", Duration::from_millis(100)).await {
                     put_shard(&*self.store, &lease).await;
                     self.complete(&lease).await;
                 } else if self.are_sealed().await {
@@ -256,12 +273,12 @@ pub async fn put(store: &dyn ObjectStore, key: &str, bytes: impl Into<Bytes>) {
     store.put(&Key::from(key), bytes.into().into()).await.expect(key);
 }
 
-/// What the worker makes of a URL: `http://h/<content>/...` is an image of that content; `http://late/<content>` is one
-/// from shard 2 on, and before that its server says nothing; any other is gone.
+/// What the worker makes of a URL: `http://h.../<content>/...` is an image of that content; `http://late/<content>` is
+/// one from shard 2 on, and before that its server says nothing; any other is gone.
 fn content(url: &str, shard: u32) -> Result<&str, Rejection> {
     match url.split_once("://").and_then(|(_, rest)| rest.split_once('/')) {
         Some(("late", _)) if shard < 2 => Err(Rejection::Timeout),
-        Some(("h" | "late", path)) => Ok(path.split('/').next().unwrap_or_default()),
+        Some((host, path)) if host == "late" || host.starts_with('h') => Ok(path.split('/').next().unwrap_or_default()),
         _ => Err(Rejection::NotFound),
     }
 }

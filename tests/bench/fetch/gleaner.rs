@@ -16,7 +16,7 @@ use crate::{DEADLINE, Job, Measured, TIMEOUT_SECONDS, seconds};
 pub(crate) fn fetch(job: &Job, folder: &Path) -> Result<Measured> {
     let mut cluster = Cluster::within(folder);
     let list = cluster.write("urls.txt", &list::to_text(&job.entries));
-    cluster.start_coordinator_with(&["--lease-seconds", "30", "--host-slots", "256", "--host-rate", "0"]);
+    cluster.start_coordinator_with(&["--lease-seconds", "30", "--site-slots", "256", "--site-rate", "0"]);
     let (slices, timeout) = (job.shard_urls.to_string(), format!("limits.timeout_seconds={TIMEOUT_SECONDS}"));
     let create = ["dataset", "create", "bench", "--urls", &list, "--slice-urls", &slices];
     // The photos come again and again: what validates or tests would be skipped, as it looks like what trains.

@@ -193,7 +193,7 @@ pub(crate) async fn tools(store: Arc<dyn ObjectStore>) -> Arc<Tools> {
     Arc::new(Tools { store, dispatcher, way_out, pool, worker: "worker-test".into() })
 }
 
-/// A double of the coordinator that grants every wish for hosts.
+/// A double of the coordinator that grants every wish for sites.
 async fn coordinator(way_out: &Arc<WayOut>) -> Arc<Coordinator> {
     let address = CoordinatorDouble::default().serve().await;
     let store = Arc::new(object_store::memory::InMemory::new());
@@ -206,7 +206,7 @@ pub(crate) fn birds(shard: u32) -> ShardId {
 }
 
 fn assignment(n: u64) -> Assignment {
-    Assignment { shard: birds(7), attempt: Attempt { term: 9, n }, spec: spec(), once: false }
+    Assignment { shard: birds(7), attempt: Attempt { term: 9, n }, spec: spec(), once: false, large: false }
 }
 
 async fn get(store: &dyn ObjectStore, key: &str) -> Bytes {

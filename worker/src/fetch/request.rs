@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use proto::outcomes::LONGEST_URL;
+use proto::site::host_of_url;
 use proto::{Limits, Rejection};
 use url::Url;
 
@@ -44,12 +45,12 @@ impl Request {
 
     /// The host that is asked next, as budgets name it.
     pub(crate) fn host(&self) -> String {
-        host_of(&self.url)
+        host_of_url(&self.url)
     }
 
     /// Follows a redirect. Returns whether it leads to another host.
     pub(super) fn redirect(&mut self, to: Url, limits: &Limits) -> Result<bool, FetchError> {
-        let other_host = host_of(&to) != self.host();
+        let other_host = host_of_url(&to) != self.host();
         self.redirected.push(std::mem::replace(&mut self.url, to));
         if self.redirected.len() > limits.redirects as usize || self.redirected.contains(&self.url) {
             return Err(FetchError::of_url(Rejection::RedirectLimit));
@@ -63,21 +64,17 @@ impl Request {
     pub(crate) fn retry(&mut self, error: &FetchError, limits: &Limits, random: f64) -> Option<Duration> {
         let backoff = error.backoff(self.retries, self.spent, limits, random)?;
         self.retries += 1;
+        self.begin_again();
+        Some(backoff)
+    }
+
+    /// Begins again with the list's URL.
+    pub(crate) fn begin_again(&mut self) {
         if !self.redirected.is_empty() {
             self.url = self.redirected.swap_remove(0);
             self.redirected.clear();
         }
         self.info = ResponseInfo::default();
-        Some(backoff)
-    }
-}
-
-fn host_of(url: &Url) -> String {
-    let host = url.host_str().unwrap_or_default();
-    let host = host.strip_suffix('.').unwrap_or(host);
-    match url.port() {
-        Some(port) if port != 80 && port != 443 => format!("{host}:{port}"),
-        _ => host.to_owned(),
     }
 }
 

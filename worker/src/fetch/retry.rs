@@ -11,8 +11,6 @@ use crate::hosts::HostSignal;
 
 /// Before the first retry; it doubles with each.
 const FIRST_BACKOFF: Duration = Duration::from_secs(1);
-/// The longest cooldown that one 429 gives its host.
-const MAX_COOLDOWN: Duration = Duration::from_secs(60);
 
 /// Why a URL has no body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,6 +26,8 @@ pub(super) enum Retry {
     Never,
     /// Not before the server wants it (`Retry-After`).
     After(Duration),
+    /// As soon as the host may be asked again: it said nothing of the URL.
+    WithHost,
 }
 
 impl From<Rejection> for FetchError {
@@ -59,12 +59,21 @@ impl FetchError {
         match status {
             StatusCode::NOT_FOUND | StatusCode::GONE => Self::of_url(Rejection::NotFound),
             StatusCode::TOO_MANY_REQUESTS => {
-                let cooldown = wanted.clamp(FIRST_BACKOFF, MAX_COOLDOWN);
-                Self { rejection, retry: Retry::After(wanted), signal: HostSignal::Throttled(cooldown) }
+                let cooldown = wanted.max(FIRST_BACKOFF);
+                Self { rejection, retry: Retry::WithHost, signal: HostSignal::Throttled(cooldown) }
+            }
+            // It asks for less, but it is the URL that has to wait.
+            StatusCode::SERVICE_UNAVAILABLE if !wanted.is_zero() => {
+                Self { rejection, retry: Retry::After(wanted), signal: HostSignal::Throttled(Duration::ZERO) }
             }
             _ if status.is_server_error() => Self { retry: Retry::After(wanted), ..Self::of_host(rejection) },
             _ => Self::of_url(rejection),
         }
+    }
+
+    /// Whether the host, and not the URL, was refused: the request does not count as a try.
+    pub(crate) fn waits_for_host(&self) -> bool {
+        self.retry == Retry::WithHost
     }
 
     /// The backoff before the next retry of a URL that has had `retries` and whose requests took `spent`; none if it
@@ -127,11 +136,13 @@ mod tests {
         let first = |error: FetchError| error.backoff(0, soon, &limits, 0.0);
         assert_eq!(first(status(503, Some("7"))), Some(Duration::from_secs(7)));
         assert_eq!(first(status(503, Some("3600"))), None, "longer than a URL's whole time");
-        assert_eq!(first(status(429, None)), Some(Duration::from_millis(500)));
+        assert!(status(429, None).waits_for_host() && !status(503, Some("7")).waits_for_host());
         for never in [status(404, Some("1")), status(410, None), status(403, None), Rejection::Tls.into()] {
             assert_eq!(first(never), None, "{never:?}");
         }
-        assert_eq!(status(429, Some("3600")).signal, HostSignal::Throttled(MAX_COOLDOWN));
+        assert_eq!(status(429, Some("3600")).signal, HostSignal::Throttled(Duration::from_secs(3600)));
+        assert_eq!(status(429, None).signal, HostSignal::Throttled(FIRST_BACKOFF));
+        assert_eq!(status(503, Some("7")).signal, HostSignal::Throttled(Duration::ZERO));
         assert_eq!((status(500, None).signal, status(403, None).signal), (HostSignal::Failed, HostSignal::Answered));
     }
 }

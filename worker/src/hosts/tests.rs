@@ -1,6 +1,19 @@
 use super::*;
 
-/// A worker's table with 10 connections, and the clock that it is told.
+const LEASE: Duration = Duration::from_secs(30);
+const DEFAULT: Budget = Budget { slots: 4, rate: 100.0, borne: true };
+
+/// All of a site without a limit of its rate.
+const ALL: SiteShare = SiteShare {
+    slots: 4,
+    site_slots: 4,
+    site_requests_per_second: 0.0,
+    requests_per_second: 0.0,
+    known: true,
+    delay_millis: 0,
+};
+
+/// A worker's table, and the clock that it is told.
 struct Table {
     hosts: Hosts<u32>,
     start: Instant,
@@ -10,7 +23,8 @@ struct Table {
 impl Table {
     fn new() -> Self {
         let start = Instant::now();
-        Self { hosts: Hosts::new(start, 10), start, millis: 0 }
+        let known = Arc::new(Sites::new(DEFAULT, []));
+        Self { hosts: Hosts::new(start, known, 2), start, millis: 0 }
     }
 
     fn now(&self) -> Instant {
@@ -19,12 +33,21 @@ impl Table {
 
     fn push(&mut self, host: &str, items: std::ops::Range<u32>) {
         for item in items {
-            let ticket = self.hosts.ticket();
+            let ticket = self.hosts.ticket(false);
             self.hosts.push(self.now(), host, ticket, item);
         }
     }
 
-    /// Begins all that can be begun.
+    /// Asks for parts, and answers each demand with this; what was demanded: site, held, wanted.
+    fn ask(&mut self, share: SiteShare) -> Vec<(String, u32, bool)> {
+        let demands = self.hosts.demands(self.now());
+        let none = SiteShare { slots: 0, ..share };
+        let shares: Vec<_> = demands.iter().map(|demand| if demand.wanted { share } else { none }).collect();
+        self.hosts.lend(self.now(), self.now(), LEASE, &shares);
+        demands.into_iter().map(|demand| (demand.site, demand.held, demand.wanted)).collect()
+    }
+
+    /// Begins everything that may begin now.
     fn begin(&mut self) -> Vec<(Pass, u32)> {
         let mut begun = Vec::new();
         while let Next::Begin(pass, item) = self.hosts.next(self.now()) {
@@ -39,13 +62,16 @@ impl Table {
         }
     }
 
-    fn share(&mut self, host: &str, slots: u32, rate: f64) -> bool {
-        let shares = Shares {
-            shares: vec![(host.to_owned(), slots, rate)],
-            duration: Duration::from_secs(10),
-            ask_again: Duration::from_secs(3),
-        };
-        self.hosts.shared(self.now(), self.now(), shares)
+    /// How many requests are answered at once within so many milliseconds.
+    fn answered_in(&mut self, millis: u64) -> usize {
+        let (mut answered, end) = (0, self.millis + millis);
+        while self.millis < end {
+            let begun = self.begin();
+            answered += begun.len();
+            self.end(begun, HostSignal::Answered);
+            self.millis += 5;
+        }
+        answered
     }
 }
 
@@ -53,124 +79,155 @@ fn items(begun: &[(Pass, u32)]) -> Vec<u32> {
     begun.iter().map(|(_, item)| *item).collect()
 }
 
-#[test]
-fn few_urls_of_a_host_need_no_share_but_go_two_at_a_time_in_their_order() {
-    let mut table = Table::new();
-    table.push("a", 0..4);
-    table.push("b", 4..6);
-    let begun = table.begin();
-    assert_eq!(items(&begun), [0, 1, 4, 5]);
-    assert!(table.hosts.demands(table.now()).is_empty());
-    table.end(begun, HostSignal::Answered);
-    assert_eq!(items(&table.begin()), [2, 3]);
+fn demand(site: &str, held: u32, wanted: bool) -> (String, u32, bool) {
+    (site.to_owned(), held, wanted)
 }
 
 #[test]
-fn a_host_with_many_urls_waits_for_its_share_and_the_others_do_not_wait_for_it() {
+fn nothing_is_asked_of_a_site_without_a_part_and_names_under_it_share_one() {
     let mut table = Table::new();
-    table.push("big", 0..20);
-    table.push("small", 20..21);
-    // Before it was known to be big it was allowed what any host is; nothing was asked for in between.
-    assert_eq!(items(&table.begin()), [20]);
-    assert!(table.hosts.ask_now() && !table.hosts.ask_now());
-    let demands = table.hosts.demands(table.now());
-    assert_eq!(demands, [Demand { host: "big".into(), wanted: 10, holds: 0, in_flight: 0 }]);
-    assert!(table.share("big", 3, 0.0));
+    table.push("a.big.com", 0..4);
+    table.push("b.big.com", 4..8);
+    assert!(table.begin().is_empty());
+    assert_eq!(table.ask(ALL), [demand("big.com", 0, true)]);
     let begun = table.begin();
-    assert_eq!(items(&begun), [0, 1, 2]);
+    assert_eq!(items(&begun), [0, 1, 2, 3], "the oldest ones");
+    assert!(table.hosts.demands(table.now()).is_empty(), "it has what it wants");
     table.end(begun, HostSignal::Answered);
-    assert_eq!(items(&table.begin()), [3, 4, 5]);
+    assert_eq!(items(&table.begin()), [4, 5, 6, 7]);
 }
 
 #[test]
-fn a_share_ends_by_the_workers_clock_and_what_was_in_flight_goes_on() {
+fn a_part_is_prolonged_in_time_and_ends_by_the_workers_clock() {
     let mut table = Table::new();
-    table.push("big", 0..20);
-    table.hosts.demands(table.now());
-    table.share("big", 3, 0.0);
-    let mut begun = table.begin();
-    table.millis = 9_999;
-    assert!(begun.iter().all(|(pass, _)| pass.is_valid(table.now())));
-    table.hosts.finish(table.now(), begun.pop().expect("three").0, HostSignal::Answered);
+    table.push("big.com", 0..20);
+    table.ask(ALL);
+    let begun = table.begin();
     table.millis = 10_000;
-    assert!(begun.iter().all(|(pass, _)| !pass.is_valid(table.now())));
-    assert_eq!(items(&table.begin()), [0; 0]);
-    let demands = table.hosts.demands(table.now());
-    assert_eq!(demands, [Demand { host: "big".into(), wanted: 10, holds: 0, in_flight: 2 }]);
+    assert_eq!(table.ask(ALL), [demand("big.com", 4, true)]);
+    assert_eq!(table.hosts.until("big.com"), Some(table.now() + LEASE));
+    table.end(begun, HostSignal::Answered);
+    table.millis = 20_000;
+    assert_eq!(table.hosts.demands(table.now()).len(), 1);
+    table.hosts.unanswered(table.now());
+    table.millis = 39_999;
+    let begun = table.begin();
+    assert_eq!(begun.len(), 4);
+    table.millis = 40_000;
+    table.end(begun, HostSignal::Unknown);
+    assert!(table.begin().is_empty());
+    assert_eq!(table.ask(ALL), [demand("big.com", 0, true)], "it may be another's by now");
+    assert_eq!(table.begin().len(), 4);
 }
 
 #[test]
-fn shares_are_lowered_to_what_is_wanted_before_they_are_told_and_late_answers_are_not_taken() {
+fn a_part_that_becomes_smaller_is_kept_until_what_is_in_flight_has_ended() {
     let mut table = Table::new();
-    table.push("big", 0..12);
-    table.hosts.demands(table.now());
-    table.share("big", 8, 80.0);
-    let mut done = 0;
-    while done < 10 {
-        let begun = table.begin();
-        done += begun.len();
-        table.end(begun, HostSignal::Answered);
-        table.millis += 100;
-    }
-    let demands = table.hosts.demands(table.now());
-    assert_eq!((demands[0].wanted, demands[0].holds), (1, 1));
+    table.push("big.com", 0..20);
+    table.ask(ALL);
+    let mut begun = table.begin();
+    table.millis = 10_000;
+    table.ask(SiteShare { slots: 2, ..ALL });
+    table.end(begun.split_off(3), HostSignal::Answered);
+    assert!(table.begin().is_empty());
+    assert_eq!(table.ask(SiteShare { slots: 2, ..ALL }), [demand("big.com", 3, true)]);
+    table.end(begun.split_off(1), HostSignal::Answered);
+    begun.extend(table.begin());
+    assert_eq!(begun.len(), 2);
+    assert_eq!(table.ask(SiteShare { slots: 0, ..ALL }), [demand("big.com", 2, true)]);
+    table.end(begun, HostSignal::Answered);
+    assert!(table.begin().is_empty());
+    assert_eq!(table.ask(SiteShare { slots: 0, ..ALL }), [demand("big.com", 0, true)], "it waits for its turn");
+    table.millis += 500;
+    assert!(table.hosts.demands(table.now()).is_empty());
+    table.hosts.unanswered(table.now());
+    table.millis += 500;
+    assert_eq!(table.ask(ALL), [demand("big.com", 0, true)]);
+    assert_eq!(table.begin().len(), 4);
+}
+
+#[test]
+fn a_part_that_nothing_uses_is_given_back_and_not_used_any_more() {
+    let mut table = Table::new();
+    table.push("big.com", 0..1);
+    table.ask(ALL);
+    let begun = table.begin();
+    table.end(begun, HostSignal::Answered);
+    assert_eq!(table.hosts.ask_at(table.now()), Some(table.now() + UNUSED));
+    table.millis = 500;
     let asked = table.now();
-    table.millis += 2_500;
-    let shares = Shares {
-        shares: vec![("big".into(), 8, 0.0)],
-        duration: Duration::from_secs(10),
-        ask_again: Duration::from_secs(3),
-    };
-    assert!(!table.hosts.shared(asked, table.now(), shares));
-    assert_eq!(table.hosts.demands(table.now())[0].holds, 1);
-    table.millis = 7_600;
-    assert_eq!(table.hosts.demands(table.now())[0].holds, 0, "it ends too soon to be counted on");
+    assert!(!table.hosts.demands(asked)[0].wanted);
+    table.push("big.com", 1..2);
+    assert!(table.begin().is_empty(), "the coordinator may have heard of it");
+    table.hosts.unanswered(table.now());
+    assert!(table.begin().is_empty());
+    assert_eq!(table.ask(ALL), [demand("big.com", 0, true)]);
+    assert_eq!(table.begin().len(), 1);
 }
 
 #[test]
-fn a_host_without_a_slot_for_its_urls_is_given_up_after_so_much_time_however_often_it_is_asked_for() {
+fn as_many_sites_are_asked_for_as_connections_can_use_those_of_the_oldest_urls_first() {
     let mut table = Table::new();
-    table.push("crowded", 0..20);
-    for _ in 0..2000 {
-        table.hosts.demands(table.now());
-        table.share("crowded", 0, 0.0);
-        assert!(matches!(table.hosts.next(table.now()), Next::Wait(_)));
-        table.millis += 20;
+    for n in 0..50 {
+        table.push(&format!("s{n}.com"), n..n + 1);
     }
-    table.millis += 600_000;
-    table.hosts.demands(table.now());
-    table.share("crowded", 0, 0.0);
-    assert!(matches!(table.hosts.next(table.now()), Next::GivenUp(_)));
+    assert_eq!(table.ask(ALL).len(), 32);
+    let begun = table.begin();
+    assert_eq!(items(&begun), (0..32).collect::<Vec<_>>());
+    assert!(table.ask(ALL).is_empty());
+    table.end(begun, HostSignal::Answered);
+    table.millis = 500;
+    assert_eq!(table.ask(ALL).len(), 32, "they are given back");
+    assert_eq!(table.ask(ALL).len(), 18);
 }
 
 #[test]
-fn a_rate_spreads_requests_evenly() {
+fn a_part_of_a_rate_is_asked_evenly_and_begins_with_what_others_learned() {
     let mut table = Table::new();
-    table.push("big", 0..40);
-    table.hosts.demands(table.now());
-    table.share("big", 5, 10.0);
-    let mut begun = 0;
-    while table.millis < 2_000 {
-        let now = table.begin();
-        begun += now.len();
-        table.end(now, HostSignal::Answered);
-        let Next::Wait(Some(until)) = table.hosts.next(table.now()) else { panic!("URLs wait for their time") };
-        table.millis = u64::try_from((until - table.start).as_millis()).expect("soon");
+    table.push("big.com", 0..1000);
+    let share = SiteShare { slots: 2, site_requests_per_second: 100.0, requests_per_second: 40.0, ..ALL };
+    table.ask(SiteShare { delay_millis: 100, ..share });
+    assert_eq!(table.answered_in(100), 0);
+    let answered = table.answered_in(2000);
+    assert!((40..=41).contains(&answered), "{answered}");
+    let begun = table.begin();
+    table.millis += 50;
+    let begun = if begun.is_empty() { table.begin() } else { begun };
+    table.end(begun, HostSignal::Throttled(Duration::from_secs(2)));
+    let demands = table.hosts.demands(table.now());
+    assert_eq!((demands[0].requests_per_second, demands[0].known, demands[0].quiet_millis), (20.0, true, 2000));
+}
+
+#[test]
+fn owners_under_a_private_suffix_have_budgets_within_the_sites() {
+    let mut table = Table::new();
+    let share = SiteShare { slots: 6, site_slots: 6, ..ALL };
+    let mut begun = Vec::new();
+    for (owner, items, demands) in [("a.blogspot.com", 0..10, 1), ("www.b.blogspot.com", 10..20, 0)] {
+        table.push(owner, items);
+        assert_eq!(table.ask(share).len(), demands);
+        for _ in 0..30 {
+            begun.extend(table.begin());
+            table.millis += 100;
+        }
     }
-    assert!((20..=21).contains(&begun), "{begun}");
+    let of_a = begun.iter().filter(|(_, item)| *item < 10).count();
+    assert_eq!((of_a, begun.len()), (4, 6));
+    // One owner throttles: the other is not slowed down.
+    let (throttled, answered): (Vec<_>, Vec<_>) = begun.into_iter().partition(|(_, item)| *item < 10);
+    table.end(throttled, HostSignal::Throttled(Duration::from_secs(60)));
+    table.end(answered, HostSignal::Answered);
+    let begun = table.begin();
+    assert!(!begun.is_empty() && items(&begun).iter().all(|item| *item >= 10));
 }
 
 #[test]
 fn a_host_that_only_fails_is_paused_then_tried_alone_then_given_up_and_tried_once_later() {
     let mut table = Table::new();
-    table.push("dead", 0..100);
-    table.hosts.demands(table.now());
+    table.push("dead.com", 0..100);
+    table.ask(ALL);
     let (mut given_up, mut tried) = (0, 0);
     while given_up == 0 {
-        table.share("dead", 4, 0.0);
-        let begun = table.begin();
-        tried += begun.len();
-        table.end(begun, HostSignal::Failed);
         match table.hosts.next(table.now()) {
             Next::Wait(Some(until)) => table.millis = u64::try_from((until - table.start).as_millis()).expect("soon"),
             Next::Wait(None) => panic!("nothing would ever happen"),
@@ -181,18 +238,18 @@ fn a_host_that_only_fails_is_paused_then_tried_alone_then_given_up_and_tried_onc
             Next::GivenUp(_) => given_up += 1,
         }
     }
-    assert_eq!((tried, table.millis), (12, 14_000));
+    assert_eq!((tried, table.millis), (11, 14_000));
     while let Next::GivenUp(_) = table.hosts.next(table.now()) {
         given_up += 1;
     }
-    assert_eq!(given_up, 88);
-    table.push("dead", 100..101);
+    assert_eq!(given_up, 89);
+    assert_eq!(table.ask(ALL), [demand("dead.com", 0, false)]);
+    table.push("dead.com", 100..101);
     assert!(matches!(table.hosts.next(table.now()), Next::GivenUp(100)));
 
     table.millis += 600_000;
-    table.push("dead", 101..103);
-    table.hosts.demands(table.now());
-    table.share("dead", 4, 0.0);
+    table.push("dead.com", 101..103);
+    table.ask(ALL);
     let begun = table.begin();
     assert_eq!(items(&begun), [101]);
     table.end(begun, HostSignal::Answered);
@@ -200,36 +257,21 @@ fn a_host_that_only_fails_is_paused_then_tried_alone_then_given_up_and_tried_onc
 }
 
 #[test]
-fn an_answer_in_between_keeps_a_host_in_service() {
+fn pauses_of_urls_are_waited_for_and_what_is_taken_out_is_gone() {
     let mut table = Table::new();
-    table.push("shaky", 0..100);
-    table.hosts.demands(table.now());
-    table.share("shaky", 4, 0.0);
-    for _ in 0..20 {
-        let mut begun = table.begin();
-        let (pass, _) = begun.pop().expect("four at a time");
-        table.end(begun, HostSignal::Failed);
-        table.hosts.finish(table.now(), pass, HostSignal::Answered);
-    }
-    assert_eq!(table.begin().len(), 4);
-}
-
-#[test]
-fn pauses_of_urls_and_of_hosts_are_waited_for_and_what_is_taken_out_is_gone() {
-    let mut table = Table::new();
-    let ticket = table.hosts.ticket();
-    table.hosts.push_later(table.now(), Duration::from_secs(5), "a", ticket, 0);
-    table.push("a", 1..3);
+    let ticket = table.hosts.ticket(false);
+    table.hosts.push_later(table.now(), Duration::from_secs(5), "a.com", ticket, 0);
+    table.push("a.com", 1..3);
+    table.ask(ALL);
     let begun = table.begin();
     assert_eq!(items(&begun), [1, 2]);
-    table.end(begun, HostSignal::Throttled(Duration::from_secs(8)));
-    table.millis = 5_000;
-    assert!(table.begin().is_empty());
-    table.millis = 8_000;
-    let begun = table.begin();
-    assert_eq!(items(&begun), [0]);
-    table.push("a", 3..9);
-    assert_eq!(table.hosts.take_out(table.now(), |item| item % 2 == 1), [3, 5, 7]);
     table.end(begun, HostSignal::Answered);
-    assert_eq!(items(&table.begin()), [4, 6]);
+    table.push("a.com", 3..9);
+    assert_eq!(table.hosts.take_out(table.now(), |item| item % 2 == 1), [3, 5, 7]);
+    let begun = table.begin();
+    assert_eq!(items(&begun), [4, 6, 8]);
+    table.end(begun, HostSignal::Answered);
+    table.millis = 5_000;
+    assert_eq!(table.hosts.take_out(table.now(), |item| *item == 0), [0]);
+    assert_eq!(table.ask(ALL), [demand("a.com", 0, false)]);
 }
