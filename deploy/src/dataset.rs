@@ -13,7 +13,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use proto::Rejection;
 use proto::pb::{
-    DamagedShard, Dataset, DatasetState, DeleteDatasetRequest, GetDatasetRequest, GetManifestRequest,
+    DamagedShard, Dataset, DatasetState, DeleteDatasetRequest, GetDatasetRequest, GetManifestRequest, LargeSite,
     ListDatasetsRequest,
 };
 use proto::rejection::KEPT;
@@ -158,6 +158,10 @@ fn description(dataset: &Dataset) -> Vec<String> {
     }
     lines.push(String::new());
     lines.extend(yield_table(dataset).lines());
+    if !dataset.large_sites.is_empty() {
+        lines.push(String::new());
+        lines.extend(sites_table(&dataset.large_sites).lines());
+    }
     if !dataset.skipped.is_empty() {
         lines.push(String::new());
         let mut table = Table::new(&["kept but skipped", "images"]);
@@ -199,6 +203,35 @@ fn description(dataset: &Dataset) -> Vec<String> {
         ));
     }
     lines
+}
+
+/// Sites that are asked for long: how far each is, and how fast.
+fn sites_table(sites: &[LargeSite]) -> Table {
+    let mut table = Table::new(&["site", "urls", "waiting", "per second", "at once", "left"]);
+    for site in sites {
+        let rate = site.requests_per_second;
+        let seconds = if rate > 0.0 { site.left as f64 / rate } else { 0.0 };
+        let left = match (site.slots_lent, rate) {
+            (0, _) | (_, 0.0) => "-".to_owned(),
+            _ => humantime::format_duration(Duration::from_secs(seconds.ceil() as u64)).to_string(),
+        };
+        let speed = match (rate, site.known, site.most_requests_per_second) {
+            (0.0, ..) => "no limit".to_owned(),
+            (_, true, most) if rate < most => format!("{rate:.1}, bears no more"),
+            (_, true, _) => format!("{rate:.1}, its budget"),
+            (_, false, 0.0) => format!("{rate:.1} so far"),
+            (_, false, most) => format!("{rate:.1} so far of {most:.1} at most"),
+        };
+        table.row(vec![
+            site.site.clone(),
+            site.urls.to_string(),
+            site.left.to_string(),
+            speed,
+            format!("{} of {}", site.slots_lent, site.slots),
+            left,
+        ]);
+    }
+    table
 }
 
 /// What became of the URLs; adds up to their number.
@@ -334,6 +367,37 @@ mod tests {
                 "from_the_future     5    5.0 %",
                 "(waiting)          15   15.0 %",
                 "total             100  100.0 %",
+            ]
+        );
+    }
+
+    #[test]
+    fn large_sites_are_shown_with_their_rate_and_how_long_they_take_at_it() {
+        let flickr = LargeSite {
+            site: "flickr.com".into(),
+            urls: 9000,
+            left: 3000,
+            requests_per_second: 0.5,
+            known: true,
+            slots_lent: 1,
+            slots: 1,
+            most_requests_per_second: 0.5,
+        };
+        let photos = LargeSite { site: "photos.com".into(), urls: 7000, left: 20, ..flickr.clone() };
+        let photos = LargeSite {
+            requests_per_second: 4.0,
+            known: false,
+            slots_lent: 0,
+            slots: 16,
+            most_requests_per_second: 100.0,
+            ..photos
+        };
+        assert_eq!(
+            sites_table(&[flickr, photos]).lines(),
+            [
+                "SITE        URLS  WAITING  PER SECOND                   AT ONCE  LEFT",
+                "flickr.com  9000     3000  0.5, its budget              1 of 1   1h 40m",
+                "photos.com  7000       20  4.0 so far of 100.0 at most  0 of 16  -",
             ]
         );
     }
