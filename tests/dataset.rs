@@ -28,6 +28,13 @@ fn create(cluster: &Cluster, list: &[Entry]) {
     );
 }
 
+/// Without workers yet. The origin has no more than a part of this machine: its answers must not come too late.
+fn start_cluster() -> Cluster {
+    let mut cluster = Cluster::new(None, Vec::new());
+    cluster.start_coordinator_with(&["--site-slots", "4"]);
+    cluster
+}
+
 fn wait(cluster: &Cluster) {
     cluster.gleaner(&["dataset", "wait", "rotted", "--timeout", "120s"]);
 }
@@ -72,7 +79,7 @@ fn assert_outcomes(rows: &[OutcomeRow], list: &[Entry], expected: impl Fn(Rot) -
 fn every_url_of_a_rotted_list_has_its_outcome_and_no_poison_is_counted() {
     let origin = web(Options { seed: 7, ..Options::default() });
     let list = list::rotted(7, 20, &origin);
-    let mut cluster = Cluster::start();
+    let mut cluster = start_cluster();
     // A cluster's own list of placeholders; the demo's manifest finds this one by its many URLs.
     let known = proto::shard::sha256_hex(&Origin::large_placeholder());
     let file = Path::new(cluster.store()).join(worker::PLACEHOLDERS_KEY);
@@ -111,7 +118,7 @@ fn a_picture_behind_many_urls_is_a_placeholder_that_the_manifest_skips() {
             Entry { synset: "n02084071", url, rot, picture: (0, n), counts: rot == Rot::Good }
         })
         .collect();
-    let mut cluster = Cluster::start();
+    let mut cluster = start_cluster();
     cluster.start_worker("worker");
     create(&cluster, &list);
     wait(&cluster);
@@ -125,7 +132,7 @@ fn killed_workers_and_coordinators_lose_nothing() {
     // Slow enough that the kills find shards half made.
     let origin = web(Options { seed: 5, delay: Duration::from_millis(300), ..Options::default() });
     let list = list::rotted(5, 20, &origin);
-    let mut cluster = Cluster::start();
+    let mut cluster = start_cluster();
     cluster.start_worker("worker-1");
     create(&cluster, &list);
     let committed = |cluster: &Cluster| cluster.json(&["dataset", "describe", "rotted"])["shards_committed"].as_u64();
@@ -137,7 +144,7 @@ fn killed_workers_and_coordinators_lose_nothing() {
     cluster.start_worker("worker-2");
     cluster.eventually("some shards are committed", |cluster| committed(cluster) > Some(1));
     cluster.kill("coordinator");
-    cluster.start_coordinator();
+    cluster.start_coordinator_with(&["--site-slots", "4"]);
     assert!(committed(&cluster) > Some(1), "what was committed still is");
     wait(&cluster);
 
