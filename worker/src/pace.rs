@@ -24,8 +24,6 @@ const BEARS_LESS: f64 = 0.75;
 const USED: f64 = 0.5;
 /// Requests per second at the least.
 const LEAST: f64 = 1.0 / 64.0;
-/// Where a site is throttled whose rate had no limit, this rate is halved.
-const UNLIMITED: f64 = 64.0;
 
 /// The rate of one site, and this worker's part of it.
 #[derive(Debug, Clone, Copy)]
@@ -149,12 +147,16 @@ impl Pace {
         if self.halved.is_some_and(|halved| begun <= halved) {
             return false;
         }
-        let rate = if self.rate == 0.0 { UNLIMITED } else { self.rate };
-        if rate <= self.borne {
-            self.borne = rate * BEARS_LESS;
+        self.halved = Some(now);
+        if self.most == 0.0 {
+            // Whoever sets no limit has no rate learned: the site is left alone for as long as it wants, and no longer.
+            return true;
         }
-        (self.rate, self.known) = ((rate / 2.0).max(LEAST), true);
-        (self.since, self.begun, self.halved) = (now, 0, Some(now));
+        if self.rate <= self.borne {
+            self.borne = self.rate * BEARS_LESS;
+        }
+        (self.rate, self.known) = ((self.rate / 2.0).max(LEAST), true);
+        (self.since, self.begun) = (now, 0);
         true
     }
 
