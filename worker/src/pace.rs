@@ -4,7 +4,8 @@
 //! A site of which nothing is known gets two requests a second, and twice as many every five seconds, until it
 //! throttles (429, or 503 with `Retry-After`). That halves the rate, which soon comes back to the one that the site has
 //! borne, and rises slowly from then on. It is never above the budget, and never zero. Several workers learn one rate,
-//! each by its own part of it.
+//! each by its own part of it. Where the budget has no limit of requests per second nothing is learned: a site that
+//! throttles is left alone for as long as it wants, and then asked as before.
 
 use std::time::Duration;
 
