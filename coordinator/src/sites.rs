@@ -15,8 +15,7 @@ pub struct SiteBudgets {
     #[arg(long, alias = "host-slots", env = "GLEANER_SITE_SLOTS", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=65536), value_name = "N")]
     pub site_slots: u32,
     /// Requests per second that all workers together may send to one site at the most. How many it bears is learned: it
-    /// begins with 2, which double every five seconds until it answers 429. 0: as many as its slots carry, with
-    /// nothing learned
+    /// begins with 2, which double every five seconds until it answers 429. 0: as many as it bears and its slots carry
     #[arg(long, alias = "host-rate", env = "GLEANER_SITE_RATE", default_value_t = 100.0, value_parser = rate, value_name = "PER_SECOND")]
     pub site_rate: f64,
     /// Another budget for a site, or for a name with all names under it: flickr.com=4 or flickr.com=4/20 (slots,

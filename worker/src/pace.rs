@@ -4,8 +4,8 @@
 //! A site of which nothing is known gets two requests a second, and twice as many every five seconds, until it
 //! throttles (429, or 503 with `Retry-After`). That halves the rate, which soon comes back to the one that the site has
 //! borne, and rises slowly from then on. It is never above the budget, and never zero. Several workers learn one rate,
-//! each by its own part of it. Where the budget has no limit of requests per second nothing is learned: a site that
-//! throttles is left alone for as long as it wants, and then asked as before.
+//! each by its own part of it. Of a site that is said to bear any rate nothing is learned: it is left alone for as long
+//! as it wants, and then asked as before.
 
 use std::time::Duration;
 
@@ -149,8 +149,8 @@ impl Pace {
             return false;
         }
         self.halved = Some(now);
-        if self.most == 0.0 {
-            // Whoever sets no limit has no rate learned: the site is left alone for as long as it wants, and no longer.
+        if self.rate == 0.0 {
+            // It is said to bear any rate: it is left alone for as long as it wants, and no longer.
             return true;
         }
         if self.rate <= self.borne {
@@ -239,6 +239,17 @@ mod tests {
             pace.throttled(now, now, Duration::ZERO);
         }
         assert_eq!(pace.rate(), (LEAST, true));
+    }
+
+    #[test]
+    fn a_site_that_is_said_to_bear_any_rate_is_left_alone_for_a_while_and_then_asked_as_before() {
+        let start = Instant::now();
+        let mut pace = Pace::new(start, 0.0, true);
+        assert!(pace.throttled(start, start, Duration::from_secs(9)));
+        assert_eq!((pace.rate(), pace.from()), ((0.0, true), start + Duration::from_secs(9)));
+        let mut pace = Pace::new(start, 0.0, false);
+        assert!(pace.throttled(start, start, Duration::from_secs(9)));
+        assert_eq!(pace.rate(), (FIRST_RATE / 2.0, true));
     }
 
     #[test]
