@@ -4,14 +4,15 @@ use std::cell::Cell;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use backon::{BackoffBuilder, ConstantBuilder, ExponentialBuilder, Retryable};
+use proto::dial::{Dial, Dialled};
 use proto::pb::dataset_service_client::DatasetServiceClient;
 use proto::pb::run_service_client::RunServiceClient;
 use proto::trace::{Carried, Carry};
-use tonic::transport::{Channel, Endpoint};
 use tonic::{Response, Status, Streaming};
 
+use crate::dial::DialArgs;
 use crate::exit::{Ended, Exit, is_outage};
 use crate::output::{Format, note};
 
@@ -27,9 +28,8 @@ const MESSAGE_BYTES: usize = 256 << 20;
 /// What every command that asks the cluster takes.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct ClusterArgs {
-    /// Where the coordinator listens: http://HOST:PORT or HOST:PORT
-    #[arg(long, env = "GLEANER_COORDINATOR", default_value = "http://127.0.0.1:7070", value_parser = address)]
-    pub(crate) coordinator: String,
+    #[command(flatten)]
+    pub(crate) dial: DialArgs,
     /// How to answer
     #[arg(short, long, value_enum, default_value_t = Format::Table)]
     pub(crate) output: Format,
@@ -43,40 +43,28 @@ pub(crate) struct TimeoutArgs {
     pub(crate) timeout: Option<Duration>,
 }
 
-/// A coordinator's address with its scheme.
-pub(crate) fn address(text: &str) -> Result<String, String> {
-    let with_scheme = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
-    let url = url::Url::parse(&with_scheme).map_err(|e| format!("{e}; write http://HOST:PORT or HOST:PORT"))?;
-    match (url.scheme(), url.host_str()) {
-        ("http", Some(_)) => Ok(with_scheme.trim_end_matches('/').to_owned()),
-        _ => Err("must be http://HOST:PORT or HOST:PORT".to_owned()),
-    }
-}
-
 /// Clients of one coordinator. They connect by themselves, again after each loss.
 #[derive(Debug, Clone)]
 pub(crate) struct Cluster {
     /// For datasets.
-    pub(crate) datasets: DatasetServiceClient<Carried<Channel>>,
+    pub(crate) datasets: DatasetServiceClient<Carried<Dialled>>,
     /// For runs and the cluster's status.
-    pub(crate) runs: RunServiceClient<Carried<Channel>>,
+    pub(crate) runs: RunServiceClient<Carried<Dialled>>,
 }
 
 impl Cluster {
     /// Does not connect yet, so that a wait can begin while the coordinator is down.
     pub(crate) fn new(args: &ClusterArgs) -> Result<Self> {
-        let endpoint = Endpoint::from_shared(args.coordinator.clone())
-            .with_context(|| format!("--coordinator {}", args.coordinator))?
-            .connect_timeout(Duration::from_secs(5))
-            .http2_keep_alive_interval(Duration::from_secs(10))
-            .keep_alive_timeout(Duration::from_secs(5))
-            .keep_alive_while_idle(true);
-        let channel = endpoint.connect_lazy();
-        Ok(Self {
-            datasets: DatasetServiceClient::with_interceptor(channel.clone(), Carry)
-                .max_decoding_message_size(MESSAGE_BYTES),
-            runs: RunServiceClient::with_interceptor(channel, Carry).max_decoding_message_size(MESSAGE_BYTES),
-        })
+        Ok(Self::over(&args.dial.dial()?))
+    }
+
+    /// The same, over a way that is known.
+    pub(crate) fn over(dial: &Dial) -> Self {
+        let channel = Carried::new(dial.channel(), Carry);
+        Self {
+            datasets: DatasetServiceClient::new(channel.clone()).max_decoding_message_size(MESSAGE_BYTES),
+            runs: RunServiceClient::new(channel).max_decoding_message_size(MESSAGE_BYTES),
+        }
     }
 }
 
@@ -190,13 +178,6 @@ fn duration(text: &str) -> Result<Duration, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn addresses_need_no_scheme_and_nothing_but_http_is_taken() {
-        assert_eq!(address("127.0.0.1:7070").as_deref(), Ok("http://127.0.0.1:7070"));
-        assert_eq!(address("http://gleaner:7070/").as_deref(), Ok("http://gleaner:7070"));
-        assert!(address("ftp://x").is_err() && address("").is_err());
-    }
 
     #[test]
     fn durations_have_units_and_nonsense_is_refused() {

@@ -108,16 +108,16 @@ async fn check_store(location: &str) -> Result<String> {
 }
 
 async fn check_coordinator(args: &ClusterArgs) -> Result<String> {
-    let status = answer(Cluster::new(args)?.runs.get_status(GetStatusRequest {})).await?;
+    let dial = args.dial.dial()?;
+    let status = answer(Cluster::over(&dial).runs.get_status(GetStatusRequest {})).await?;
     ensure!(
         status.version == env!("CARGO_PKG_VERSION"),
-        "{} is version {}, this is {}: use the same on both sides",
-        args.coordinator,
+        "{dial} is version {}, this is {}: use the same on both sides",
         status.version,
         env!("CARGO_PKG_VERSION")
     );
     let (workers, agents) = (status.workers.len(), status.agents.len());
-    Ok(format!("{} answers: term {}, {workers} workers, {agents} trainer agents", args.coordinator, status.term))
+    Ok(format!("{dial} answers: term {}, {workers} workers, {agents} trainer agents", status.term))
 }
 
 #[cfg(test)]

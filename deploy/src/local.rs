@@ -8,6 +8,7 @@ use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use proto::dial::Dial;
 use proto::pb::GetStatusRequest;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::net::TcpListener;
@@ -17,9 +18,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use worker::IpNet;
 
-use crate::client::{Cluster, ClusterArgs, answer};
+use crate::client::{Cluster, answer};
 use crate::exit::{Ended, Exit};
-use crate::output::{Format, note};
+use crate::output::note;
 use crate::process::{self, ShutdownArgs};
 use crate::roles::DEFAULT_LISTEN;
 use crate::telemetry::{LogFormat, TelemetryArgs};
@@ -73,6 +74,7 @@ pub(crate) async fn run(args: Args, telemetry: TelemetryArgs) -> Result<()> {
     let pages = pages(args.web_listen).await?;
     let pages_at = reachable(pages.local_addr()?);
     let address = format!("http://{}", reachable(listen));
+    let cluster = Cluster::over(&Dial::new(&address)?);
 
     let stop_clients = CancellationToken::new();
     let stop_coordinator = CancellationToken::new();
@@ -91,7 +93,7 @@ pub(crate) async fn run(args: Args, telemetry: TelemetryArgs) -> Result<()> {
             .run(stop_coordinator.clone()),
     );
     let started = tokio::select! {
-        started = ready(&address) => started,
+        started = ready(&cluster) => started,
         () = shutdown.cancelled() => Ok(()),
     };
     if started.is_ok() && !shutdown.is_cancelled() {
@@ -107,9 +109,9 @@ pub(crate) async fn run(args: Args, telemetry: TelemetryArgs) -> Result<()> {
             let arguments = [&["trainer"], &store[..], &to, &["--advertise-address", "127.0.0.1"], &devices].concat();
             clients.spawn(child("trainer", &arguments).run(stop_clients.clone()));
         }
-        let (pages_of, until) = (address.clone(), stop_clients.clone());
+        let until = stop_clients.clone();
         clients.spawn(async move {
-            if let Err(error) = web::serve(pages, &pages_of, until).await {
+            if let Err(error) = web::serve(pages, cluster, until).await {
                 warn!(%error, "the pages are served no more");
             }
         });
@@ -166,8 +168,7 @@ fn reachable(mut listen: SocketAddr) -> SocketAddr {
 }
 
 /// Waits until the coordinator answers.
-async fn ready(address: &str) -> Result<()> {
-    let cluster = Cluster::new(&ClusterArgs { coordinator: address.to_owned(), output: Format::Table })?;
+async fn ready(cluster: &Cluster) -> Result<()> {
     let begun = Instant::now();
     loop {
         match answer(cluster.runs.clone().get_status(GetStatusRequest {})).await {

@@ -4,7 +4,7 @@
 //! - [`cli`]: the command tree; [`exit`]: how a command ends; [`output`]: what it prints;
 //! - [`roles`]: `coordinator`, `worker`, `trainer`, `rank`; [`local`]: all of them as one process tree; [`store`]: opens the store,
 //!   [`metered`] counts its requests, [`metrics`] serves the counts over HTTP; [`process`]: sockets and the signal to end;
-//! - [`client`]: the way to the coordinator; [`dataset`], [`lists`], [`run`], [`settings`], [`status`], [`doctor`]: for people; [`web`]: the same for a browser;
+//! - [`dial`], [`client`]: the way to the coordinator; [`dataset`], [`lists`], [`run`], [`settings`], [`status`], [`doctor`]: for people; [`web`]: the same for a browser;
 //!   [`classify`]: what a trained model sees in pictures;
 //!   [`fsck`], [`gc`]: what in a store does not add up, and what nobody needs any more, without a coordinator;
 //!   [`confirm`] asks before something is deleted, [`time`] writes moments and spans;
@@ -18,6 +18,7 @@ mod confirm;
 mod dataset;
 #[cfg(feature = "demo")]
 mod demo;
+mod dial;
 mod doctor;
 mod exit;
 mod fsck;

@@ -7,8 +7,7 @@ use anyhow::{Result, bail};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
-use crate::client;
-use crate::exit::Ended;
+use crate::dial::DialArgs;
 #[cfg(feature = "trainer")]
 use crate::metered;
 use crate::metrics::{self, MetricsArgs, Role};
@@ -46,6 +45,8 @@ pub(crate) struct CoordinatorArgs {
 #[derive(Debug, clap::Args)]
 pub(crate) struct WorkerArgs {
     #[command(flatten)]
+    dial: DialArgs,
+    #[command(flatten)]
     store: StoreArgs,
     #[command(flatten)]
     end: ShutdownArgs,
@@ -59,6 +60,8 @@ pub(crate) struct WorkerArgs {
 #[cfg(feature = "trainer")]
 #[derive(Debug, clap::Args)]
 pub(crate) struct TrainerArgs {
+    #[command(flatten)]
+    dial: DialArgs,
     #[command(flatten)]
     store: StoreArgs,
     #[command(flatten)]
@@ -89,18 +92,18 @@ pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
 }
 
 /// Runs a fetch worker until shutdown.
-pub(crate) async fn worker(mut args: WorkerArgs) -> Result<()> {
-    args.config.coordinator = client::address(&args.config.coordinator).map_err(Ended::usage)?;
+pub(crate) async fn worker(args: WorkerArgs) -> Result<()> {
+    let dial = args.dial.dial_as_told()?;
     let store = store::open_metered(&args.store.store)?;
     let role = Role { name: "worker", register: worker::metrics::register, ready: worker::metrics::ready };
     metrics::serve(&args.metrics, role).await?;
-    until_shutdown(args.end, WORKER_GRACE, |shutdown| worker::run(own_name(), args.config, store, shutdown)).await
+    until_shutdown(args.end, WORKER_GRACE, |shutdown| worker::run(own_name(), args.config, dial, store, shutdown)).await
 }
 
 /// Runs a trainer agent until shutdown.
 #[cfg(feature = "trainer")]
-pub(crate) async fn trainer(mut args: TrainerArgs, telemetry: &TelemetryArgs) -> Result<()> {
-    args.config.coordinator = client::address(&args.config.coordinator).map_err(Ended::usage)?;
+pub(crate) async fn trainer(args: TrainerArgs, telemetry: &TelemetryArgs) -> Result<()> {
+    let dial = args.dial.dial_as_told()?;
     let store = store::open_metered(&args.store.store)?;
     let role = Role { name: "trainer", register: trainer::metrics::register, ready: trainer::metrics::ready };
     metrics::serve(&args.metrics, role).await?;
@@ -108,7 +111,7 @@ pub(crate) async fn trainer(mut args: TrainerArgs, telemetry: &TelemetryArgs) ->
     rank_command.extend(["rank", "--store", &args.store.store].map(Into::into));
     rank_command.extend(telemetry.for_child().into_iter().map(Into::into));
     let grace = GRACE + Duration::from_secs(args.config.leave_seconds.into());
-    let agent = |shutdown| trainer::run(own_name(), args.config, store, rank_command, metered::add, shutdown);
+    let agent = |shutdown| trainer::run(own_name(), args.config, dial, store, rank_command, metered::add, shutdown);
     until_shutdown(args.end, grace, agent).await
 }
 

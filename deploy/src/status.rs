@@ -1,6 +1,7 @@
 //! `gleaner status`: what the cluster consists of now.
 
 use anyhow::Result;
+use proto::dial::Dial;
 use proto::pb::{GetStatusRequest, Status, Trouble};
 
 use crate::client::{Cluster, ClusterArgs, answer};
@@ -8,20 +9,21 @@ use crate::output::{Format, Table, say, say_json, state_name};
 
 /// Asks the coordinator and prints its answer.
 pub(crate) async fn run(args: &ClusterArgs) -> Result<()> {
-    let status = answer(Cluster::new(args)?.runs.get_status(GetStatusRequest {})).await?;
+    let dial = args.dial.dial()?;
+    let status = answer(Cluster::over(&dial).runs.get_status(GetStatusRequest {})).await?;
     match args.output {
         Format::Json => say_json(&status),
         Format::Table => {
-            description(args, &status).iter().for_each(say);
+            description(&dial, &status).iter().for_each(say);
             Ok(())
         }
     }
 }
 
-fn description(args: &ClusterArgs, status: &Status) -> Vec<String> {
+fn description(dial: &Dial, status: &Status) -> Vec<String> {
     let Status { term, version, store, shards_waiting, shards_leased, runs_waiting, runs_running, .. } = status;
     let mut lines = vec![
-        format!("coordinator {} version {version}, term {term}, store {store}", args.coordinator),
+        format!("coordinator {dial} version {version}, term {term}, store {store}"),
         format!("shards: {shards_waiting} waiting, {shards_leased} leased"),
         format!("runs: {runs_waiting} waiting, {runs_running} running"),
         String::new(),

@@ -38,8 +38,9 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use self::source::Source;
-use crate::client::{Cluster, ClusterArgs};
-use crate::output::{Format, note};
+use crate::client::Cluster;
+use crate::dial::DialArgs;
+use crate::output::note;
 use crate::process::{self, ShutdownArgs};
 
 /// Where the pages are served unless somebody says otherwise.
@@ -55,9 +56,8 @@ pub(crate) struct Args {
     /// Address and port at which the pages are served; whoever reaches it sees all of the cluster, but can change nothing
     #[arg(long, env = "GLEANER_WEB_LISTEN", value_name = "ADDRESS:PORT", default_value = DEFAULT_LISTEN)]
     web_listen: SocketAddr,
-    /// Where the coordinator listens: http://HOST:PORT or HOST:PORT
-    #[arg(long, env = "GLEANER_COORDINATOR", default_value = "http://127.0.0.1:7070", value_parser = crate::client::address)]
-    coordinator: String,
+    #[command(flatten)]
+    dial: DialArgs,
     #[command(flatten)]
     end: ShutdownArgs,
 }
@@ -66,16 +66,16 @@ pub(crate) struct Args {
 pub(crate) async fn run(args: Args) -> Result<()> {
     let shutdown = process::shutdown_signal(args.end.exit_with_stdin)?;
     let listener = process::bind(args.web_listen, "--web-listen").await?;
-    note(format!("pages of {} at http://{}; Ctrl-C ends them", args.coordinator, listener.local_addr()?));
-    serve(listener, &args.coordinator, shutdown).await
+    let dial = args.dial.dial()?;
+    note(format!("pages of {dial} at http://{}; Ctrl-C ends them", listener.local_addr()?));
+    serve(listener, Cluster::over(&dial), shutdown).await
 }
 
-/// Serves the pages of the cluster of a coordinator at `listener` until `shutdown`.
+/// Serves the pages of a cluster at `listener` until `shutdown`.
 ///
 /// # Errors
-/// If the address is none, or the listener fails.
-pub(crate) async fn serve(listener: TcpListener, coordinator: &str, shutdown: CancellationToken) -> Result<()> {
-    let cluster = Cluster::new(&ClusterArgs { coordinator: coordinator.to_owned(), output: Format::Table })?;
+/// If the listener fails.
+pub(crate) async fn serve(listener: TcpListener, cluster: Cluster, shutdown: CancellationToken) -> Result<()> {
     let router = router(Source::new(cluster));
     Ok(axum::serve(listener, router).with_graceful_shutdown(shutdown.cancelled_owned()).await?)
 }

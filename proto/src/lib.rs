@@ -1,4 +1,4 @@
-//! The contracts of Gleaner: all that two roles must agree on. No I/O and no runtime.
+//! The contracts of Gleaner: all that two roles must agree on. No I/O but the way to the coordinator, and no runtime.
 //!
 //! - [`pb`]: the gRPC services, generated from `proto/gleaner/v1/*.proto`, which are their specification; [`keda`]: the
 //!   one that KEDA asks;
@@ -15,11 +15,12 @@
 //! - [`manifest`], [`findings`]: an immutable version of a dataset, and what was found out when it was made;
 //! - [`stored_run`], [`run_event`], [`run_ledger`], [`metric`]: what a run is, its history, what it was trained on, and
 //!   its learning curve;
-//! - [`trace`]: which span of another process a piece of work belongs to.
+//! - [`dial`]: how the coordinator is reached; [`trace`]: which span of another process a piece of work belongs to.
 
 pub mod cluster;
 pub mod columns;
 pub mod dataset_spec;
+pub mod dial;
 pub mod findings;
 pub mod format;
 pub mod ids;

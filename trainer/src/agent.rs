@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use object_store::ObjectStore;
+use proto::dial::Dial;
 use proto::pb::{self, agent_message, coordinator_message, left::Cause, rank_message};
 use proto::trace;
 use tokio::sync::mpsc;
@@ -101,18 +102,18 @@ impl LocalRank {
 pub async fn run(
     name: String,
     config: Config,
+    dial: Dial,
     store: Arc<dyn ObjectStore>,
     rank_command: Vec<OsString>,
     used: fn(&pb::StoreUse),
     shutdown: CancellationToken,
 ) -> Result<()> {
-    let endpoint = link::endpoint(&config.coordinator)?;
     let devices = match &config.devices {
         Some(text) => devices::chosen(text)?,
         None => devices::devices(),
     };
     let grace = Duration::from_secs(config.leave_seconds.into());
-    let (address, interface) = link::advertised_address(&endpoint, config.advertise_address, config.interface)?;
+    let (address, interface) = link::advertised_address(&dial, config.advertise_address, config.interface)?;
     let (rank_events, mut from_ranks) = mpsc::channel(1024);
     let (serving, mut served) = mpsc::channel(16);
     let (links, mut from_link) = mpsc::channel(64);
@@ -135,8 +136,7 @@ pub async fn run(
         outbox: Outbox::default(),
     };
     info!(agent = agent.name, address = agent.address, devices = agent.slots.len(), "agent started");
-    let link =
-        tokio_util::task::AbortOnDropHandle::new(tokio::spawn(link::keep_open(endpoint, Arc::clone(&store), links)));
+    let link = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(link::keep_open(dial, Arc::clone(&store), links)));
     let (mut heartbeat, mut flush) = (interval(HEARTBEAT), interval(FLUSH));
     heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
     flush.set_missed_tick_behavior(MissedTickBehavior::Delay);

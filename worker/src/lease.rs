@@ -5,11 +5,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::Context;
 use backon::BackoffBuilder;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
 use proto::cluster::{ClusterRecord, OfCluster, OwnCluster, is_stranger};
+use proto::dial::{Dial, Dialled};
 use proto::pb::fetch_service_client::FetchServiceClient;
 use proto::pb::{
     CompleteShardRequest, Failure, FailureKind, Lease, LeaseShardRequest, ReleaseLeaseRequest, RenewLeaseRequest,
@@ -19,7 +19,6 @@ use proto::trace::{Carried, Carry};
 use proto::{Stored, keys};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status};
 
 use crate::backoff::backoff;
@@ -36,12 +35,12 @@ const MAX_MESSAGE: usize = 256 << 20;
 /// For releasing a lease, which is a courtesy: it ends by itself.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(3);
 
-type Client = FetchServiceClient<OfCluster<Carried<Channel>>>;
+type Client = FetchServiceClient<OfCluster<Carried<Dialled>>>;
 
 /// A client of the coordinator. It may be away for minutes: whoever calls tries again.
 #[derive(Debug)]
 pub(crate) struct Coordinator {
-    endpoint: Endpoint,
+    dial: Dial,
     client: Mutex<Client>,
     worker: String,
     /// What gave pictures to this worker goes up, and what gave some to others comes down.
@@ -70,25 +69,11 @@ impl From<&Lease> for LeaseId {
 
 impl Coordinator {
     /// Connects with the first call, and again whenever the connection is lost.
-    pub(crate) fn new(
-        address: &str,
-        worker: String,
-        store: Arc<dyn ObjectStore>,
-        way_out: Arc<WayOut>,
-    ) -> anyhow::Result<Self> {
-        let bad = || format!("--coordinator {address:?} is no address: http://HOST:PORT is wanted");
-        let endpoint = Endpoint::from_shared(address.to_owned()).with_context(bad)?;
-        endpoint.uri().scheme().with_context(bad)?;
-        let endpoint = endpoint
-            .connect_timeout(Duration::from_secs(5))
-            .http2_keep_alive_interval(Duration::from_secs(10))
-            .keep_alive_timeout(Duration::from_secs(5))
-            .keep_alive_while_idle(true)
-            .tcp_nodelay(true);
+    pub(crate) fn new(dial: Dial, worker: String, store: Arc<dyn ObjectStore>, way_out: Arc<WayOut>) -> Self {
         let cluster = OwnCluster::default();
-        let client = Mutex::new(connect(&endpoint, &cluster));
+        let client = Mutex::new(connect(&dial, &cluster));
         let (highest_term, reached) = (AtomicU64::new(0), AtomicBool::new(false));
-        Ok(Self { endpoint, client, worker, way_out, store, cluster, highest_term, reached })
+        Self { dial, client, worker, way_out, store, cluster, highest_term, reached }
     }
 
     fn client(&self) -> Client {
@@ -116,7 +101,7 @@ impl Coordinator {
             if is_final(status) {
                 // The coordinator never refuses a lease. It is one whose term is over, or another server that got the
                 // connection while the coordinator was away, and a connection that works would stay for ever.
-                *self.client.lock().unwrap_or_else(PoisonError::into_inner) = connect(&self.endpoint, &self.cluster);
+                *self.client.lock().unwrap_or_else(PoisonError::into_inner) = connect(&self.dial, &self.cluster);
             }
             self.check_stranger(status).await;
         }
@@ -294,8 +279,8 @@ impl Coordinator {
 }
 
 /// Connects with the first call.
-fn connect(endpoint: &Endpoint, cluster: &OwnCluster) -> Client {
-    let channel = OfCluster::new(Carried::new(endpoint.connect_lazy(), Carry), cluster.clone());
+fn connect(dial: &Dial, cluster: &OwnCluster) -> Client {
+    let channel = OfCluster::new(Carried::new(dial.channel(), Carry), cluster.clone());
     FetchServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE)
 }
 

@@ -52,6 +52,7 @@ use anyhow::{Context, anyhow, ensure};
 use backon::BackoffBuilder;
 pub use ipnet::IpNet;
 use object_store::ObjectStore;
+use proto::dial::Dial;
 use proto::pb::{self, FailureKind, Lease};
 use proto::site::Sites;
 use proto::{DatasetId, DatasetSpec, trace};
@@ -89,10 +90,6 @@ const MAX_COUNTED_FAILURES: u32 = 5;
 /// What a worker is told when it starts.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Config {
-    /// The coordinator's address.
-    #[arg(long, env = "GLEANER_COORDINATOR", value_name = "URL")]
-    pub coordinator: String,
-
     /// URLs in flight at once.
     #[arg(long, env = "GLEANER_CONNECTIONS", default_value = "64", value_name = "N")]
     pub connections: NonZero<u16>,
@@ -158,12 +155,13 @@ fn parse_contact(text: &str) -> Result<String, String> {
 pub async fn run(
     name: String,
     config: Config,
+    dial: Dial,
     store: Arc<dyn ObjectStore>,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
     let way_out = Arc::new(WayOut::new(config.probe.clone()));
-    let coordinator = Coordinator::new(&config.coordinator, name.clone(), Arc::clone(&store), Arc::clone(&way_out));
-    let coordinator = Arc::new(coordinator?);
+    let coordinator = Coordinator::new(dial, name.clone(), Arc::clone(&store), Arc::clone(&way_out));
+    let coordinator = Arc::new(coordinator);
     let tools = Arc::new(tools(&config, store, name.clone(), way_out)?);
     let cores = decode_threads(&config);
     tracing::info!(worker = name, connections = config.connections, decode_threads = cores, "worker started");

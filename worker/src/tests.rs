@@ -170,10 +170,11 @@ async fn start(leases: Vec<Lease>, hanging: bool, renewed_for: u64) -> Cluster {
 
 /// The worker of such a cluster.
 fn join(coordinator: CoordinatorDouble, address: &str, store: Arc<dyn ObjectStore>) -> Cluster {
-    let arguments = ["worker", "--coordinator", address, "--connections", "8", "--allow-net", "127.0.0.0/8"];
+    let arguments = ["worker", "--connections", "8", "--allow-net", "127.0.0.0/8"];
     let config = Arguments::try_parse_from(arguments).expect("good flags").worker;
+    let dial = Dial::new(address).expect("an address");
     let shutdown = CancellationToken::new();
-    let worker = tokio::spawn(run("worker-1".to_owned(), config, Arc::clone(&store), shutdown.clone()));
+    let worker = tokio::spawn(run("worker-1".to_owned(), config, dial, Arc::clone(&store), shutdown.clone()));
     Cluster { coordinator, store, shutdown, worker }
 }
 

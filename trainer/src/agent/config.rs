@@ -3,9 +3,6 @@
 /// Settings of a trainer agent.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Config {
-    /// Where the coordinator is
-    #[arg(long, env = "GLEANER_COORDINATOR", value_name = "URL")]
-    pub coordinator: String,
     /// Host name or address at which the ranks of other machines reach this one [default: that from which the coordinator is reached]
     #[arg(long, env = "GLEANER_ADVERTISE_ADDRESS", value_name = "HOST")]
     pub advertise_address: Option<String>,

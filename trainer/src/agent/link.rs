@@ -10,15 +10,15 @@ use anyhow::{Context, Result};
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
 use proto::cluster::{ClusterRecord, OfCluster, OwnCluster, is_stranger};
+use proto::dial::Dial;
 use proto::pb::{self, trainer_service_client::TrainerServiceClient};
 use proto::{Stored, keys};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::Endpoint;
 use tracing::{debug, warn};
 
-/// Time limit of the connection, and of the response to `Connect`.
+/// Time limit of the response to `Connect`, and of reading which cluster this is.
 const DEADLINE: Duration = Duration::from_secs(10);
 /// The longest pause between two attempts to connect.
 const MAX_PAUSE: Duration = Duration::from_secs(2);
@@ -38,21 +38,10 @@ pub(crate) enum LinkEvent {
     Message(Box<pb::coordinator_message::Message>),
 }
 
-/// Where the coordinator is.
-pub(crate) fn endpoint(coordinator: &str) -> Result<Endpoint> {
-    let endpoint = Endpoint::from_shared(coordinator.to_owned())
-        .with_context(|| format!("--coordinator {coordinator}: must be like http://HOST:PORT"))?;
-    Ok(endpoint
-        .connect_timeout(DEADLINE)
-        .http2_keep_alive_interval(Duration::from_secs(10))
-        .keep_alive_timeout(Duration::from_secs(5))
-        .keep_alive_while_idle(true))
-}
-
 /// The address at which other machines reach this one, and its network interface if that is known: the given `address`, the first address
 /// of the given `interface`, or else the local address of the route to the coordinator. A given address may be a host name.
 pub(crate) fn advertised_address(
-    coordinator: &Endpoint,
+    coordinator: &Dial,
     address: Option<String>,
     interface: Option<String>,
 ) -> Result<(String, Option<String>)> {
@@ -89,10 +78,9 @@ fn interfaces() -> Result<Vec<(String, IpAddr)>> {
 }
 
 /// The address of this machine from which the coordinator is reached.
-fn own_address(endpoint: &Endpoint) -> Result<String> {
-    let uri = endpoint.uri();
-    let host = uri.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
-    let to: SocketAddr = (host, uri.port_u16().unwrap_or(80))
+fn own_address(coordinator: &Dial) -> Result<String> {
+    let host = coordinator.host();
+    let to: SocketAddr = (host, coordinator.port())
         .to_socket_addrs()
         .with_context(|| format!("failed to look up {host}"))?
         .next()
@@ -105,7 +93,7 @@ fn own_address(endpoint: &Endpoint) -> Result<String> {
 }
 
 /// Keeps a stream open until the receiver of its events is dropped.
-pub(crate) async fn keep_open(endpoint: Endpoint, store: Arc<dyn ObjectStore>, links: mpsc::Sender<LinkEvent>) {
+pub(crate) async fn keep_open(dial: Dial, store: Arc<dyn ObjectStore>, links: mpsc::Sender<LinkEvent>) {
     let mut pause = Duration::from_millis(100);
     let cluster = OwnCluster::default();
     let mut is_known = false;
@@ -126,7 +114,7 @@ pub(crate) async fn keep_open(endpoint: Endpoint, store: Arc<dyn ObjectStore>, l
                 Err(_) => debug!("the store does not say which cluster this is"),
             }
         }
-        match stream(&endpoint, &cluster, &links).await {
+        match stream(&dial, &cluster, &links).await {
             Ok(()) => pause = Duration::from_millis(100),
             Err(error) => {
                 warn!(error = format!("{error:#}"), "no stream to the coordinator; trying again");
@@ -154,8 +142,8 @@ async fn own_cluster(store: &dyn ObjectStore) -> Result<String> {
 ///
 /// # Errors
 /// If it could not be opened.
-async fn stream(endpoint: &Endpoint, cluster: &OwnCluster, links: &mpsc::Sender<LinkEvent>) -> Result<()> {
-    let mut client = TrainerServiceClient::new(OfCluster::new(endpoint.connect().await?, cluster.clone()));
+async fn stream(dial: &Dial, cluster: &OwnCluster, links: &mpsc::Sender<LinkEvent>) -> Result<()> {
+    let mut client = TrainerServiceClient::new(OfCluster::new(dial.connect().await?, cluster.clone()));
     let (send, to_send) = mpsc::channel(SEND_BUFFER);
     if links.send(LinkEvent::Opened(send)).await.is_err() {
         return Ok(());
@@ -185,7 +173,7 @@ mod tests {
 
     #[test]
     fn the_advertised_address_is_told_or_that_of_an_interface_or_of_the_way_to_the_coordinator() {
-        let coordinator = endpoint("http://127.0.0.1:7070").expect("an address");
+        let coordinator = Dial::new("http://127.0.0.1:7070").expect("an address");
         let loopback = ("127.0.0.1".to_owned(), Some("lo".to_owned()));
         let place = |address: Option<&str>, interface: Option<&str>| {
             advertised_address(&coordinator, address.map(str::to_owned), interface.map(str::to_owned))

@@ -59,16 +59,17 @@ impl Stage {
         tokio::spawn(tonic::transport::Server::builder().serve(address, service));
         let store: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
         let config = Config {
-            coordinator,
             advertise_address: None,
             interface: None,
             devices: Some("cpu:2".to_owned()),
             cache: Default::default(),
             leave_seconds: 10,
         };
+        let dial = Dial::new(&coordinator).expect("an address");
         let shutdown = CancellationToken::new();
         let command = ["sh", "-c", script].map(OsString::from).to_vec();
-        let agent = tokio::spawn(run("agent".to_owned(), config, store.clone(), command, |_| {}, shutdown.clone()));
+        let agent =
+            tokio::spawn(run("agent".to_owned(), config, dial, store.clone(), command, |_| {}, shutdown.clone()));
         Self { streams, store, cluster, shutdown, agent }
     }
 

@@ -197,8 +197,9 @@ pub(crate) async fn tools(store: Arc<dyn ObjectStore>) -> Arc<Tools> {
 async fn coordinator(way_out: &Arc<WayOut>) -> Arc<Coordinator> {
     let address = CoordinatorDouble::default().serve().await;
     let store = Arc::new(object_store::memory::InMemory::new());
-    let coordinator = Coordinator::new(&address, "worker-test".into(), store, Arc::clone(way_out));
-    Arc::new(coordinator.expect("a good address"))
+    let dial = proto::dial::Dial::new(&address).expect("an address");
+    let coordinator = Coordinator::new(dial, "worker-test".into(), store, Arc::clone(way_out));
+    Arc::new(coordinator)
 }
 
 pub(crate) fn birds(shard: u32) -> ShardId {
