@@ -19,6 +19,9 @@ pub(crate) enum Error {
     /// Not in this state.
     #[error("{0}")]
     Precondition(String),
+    /// It is another's.
+    #[error("{0}")]
+    Denied(String),
     /// More of a dataset is damaged than anybody has agreed to.
     #[error("{0}")]
     Damaged(String),
@@ -59,6 +62,7 @@ impl From<Error> for Status {
             Error::NotFound(_) => Status::not_found(message),
             Error::Exists(_) => Status::already_exists(message),
             Error::Precondition(_) | Error::Damaged(_) | Error::Fenced { .. } => Status::failed_precondition(message),
+            Error::Denied(_) => Status::permission_denied(message),
             Error::Aborted(_) => Status::aborted(message),
             Error::Store(_) | Error::HeardHigher { .. } => Status::unavailable(message),
             Error::Local(_) => Status::internal(message),

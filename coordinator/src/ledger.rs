@@ -59,6 +59,8 @@ struct Open {
     commits: u64,
     /// The latest attempt that held it, in this term or, once it was heard of, in an older one.
     attempt: Option<Attempt>,
+    /// Who made that attempt.
+    holder: Option<Arc<str>>,
     state: State,
 }
 
@@ -163,7 +165,7 @@ impl Ledger {
     /// this term, so nobody of an older one can hold a lease.
     pub(crate) fn add(&mut self, now: Now, dataset: &DatasetId, shards: impl IntoIterator<Item = u32>, fresh: bool) {
         let state = if fresh { State::Pending { from: now } } else { State::Unknown { until: now + self.lease } };
-        let open = Open { failures: 0, strikes: Vec::new(), commits: self.commits, attempt: None, state };
+        let open = Open { failures: 0, strikes: Vec::new(), commits: self.commits, attempt: None, holder: None, state };
         let shards = shards.into_iter().map(|shard| (shard, open.clone()));
         self.version += 1;
         match self.datasets.iter_mut().find(|(id, _)| id == dataset) {
@@ -211,7 +213,9 @@ impl Ledger {
             (self.granted, self.version) = (self.granted + 1, self.version + 1);
             let attempt = Attempt { term: self.term, n: self.granted };
             open.attempt = Some(attempt);
-            open.state = State::Leased { worker: worker.into(), until: now + self.lease, finished: 0, since: now };
+            let worker: Arc<str> = worker.into();
+            open.holder = Some(Arc::clone(&worker));
+            open.state = State::Leased { worker, until: now + self.lease, finished: 0, since: now };
             return Some((dataset.shard(shard), attempt));
         }
         None
@@ -225,7 +229,8 @@ impl Ledger {
         let Some(open) = self.open(id) else { return Renewal::Over };
         let known = match open.attempt {
             Some(known) => known == attempt,
-            None => attempt.term < term,
+            // Terms count from 1.
+            None => (1..term).contains(&attempt.term),
         };
         if !known {
             return Renewal::Over;
@@ -243,11 +248,18 @@ impl Ledger {
             self.fail(now, id, worker, FailureKind::Slice);
             return Renewal::Stalled;
         }
-        open.state = State::Leased { worker: worker.into(), until: now + lease, finished, since };
+        let holder: Arc<str> = worker.into();
+        open.holder = Some(Arc::clone(&holder));
+        open.state = State::Leased { worker: holder, until: now + lease, finished, since };
         if was_late {
             self.forgive(|loss| &*loss.worker == worker && loss.id == *id);
         }
         Renewal::Prolonged
+    }
+
+    /// Who makes an attempt, or made it last, if it is the shard's latest that has not come to an end.
+    pub(crate) fn holder(&mut self, id: &ShardId, attempt: Attempt) -> Option<&str> {
+        self.open(id).filter(|open| open.attempt == Some(attempt))?.holder.as_deref()
     }
 
     /// Takes a lease back before its end. After a failure the shard is over at the next [`Ledger::expire`] and is

@@ -11,10 +11,11 @@
 //!   what cannot be read any more;
 //! - `duplicates`, `near` (pure): which samples do not count;
 //! - `roster` (pure), `runs`: which rank runs where, and each run's history;
-//! - `service`: the gRPC face of all that;
+//! - `service`: the gRPC face of all that; `access` stands in front of it: who may do what;
 //! - [`audit`]: what in a store does not add up, and what is garbage, for commands that look at it without a coordinator;
 //! - [`metrics`], `store`, `cluster`, `term`, `error`: what they stand on.
 
+mod access;
 pub mod audit;
 mod catalog;
 mod cluster;
@@ -61,6 +62,8 @@ use tonic::transport::Server;
 use tower::util::MapResponseLayer;
 use tracing::{info, warn};
 
+use crate::access::{Access, AccessLayer};
+pub use crate::access::{NewToken, Protection, Role, may_listen};
 use crate::cluster::Guard;
 use crate::datasets::Datasets;
 use crate::error::Error;
@@ -83,6 +86,13 @@ pub struct Config {
     /// Folder for the temporary files of large lists and datasets [default: the system's]
     #[arg(long, env = "GLEANER_SPOOL_FOLDER")]
     pub spool_folder: Option<PathBuf>,
+    /// File that says who may do what, a line each, as `gleaner token new` prints them; read again when it changes
+    /// [default: whoever reaches the port may do everything]
+    #[arg(long, env = "GLEANER_TOKENS", value_name = "FILE")]
+    pub tokens: Option<PathBuf>,
+    /// Listen where other machines reach it without tokens or without TLS, because the network keeps others out
+    #[arg(long, env = "GLEANER_INSECURE", value_parser = clap::builder::FalseyValueParser::new())]
+    pub insecure: bool,
     /// What may be asked of one site
     #[command(flatten)]
     pub sites: SiteBudgets,
@@ -116,6 +126,9 @@ pub async fn run(
     listener: TcpListener,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
+    let protection = Protection { tokens: config.tokens.is_some(), tls: false };
+    may_listen(listener.local_addr()?.ip(), protection, config.insecure).map_err(anyhow::Error::msg)?;
+    let access = Access::open(config.tokens.as_deref())?;
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_not_serving::<DatasetServiceServer<DatasetApi>>().await;
     let store = Store::new(store);
@@ -135,6 +148,9 @@ pub async fn run(
     tokio::spawn(tasks.clone().run_until_cancelled_owned(Arc::clone(&datasets).watch_leases()));
     tokio::spawn(tasks.clone().run_until_cancelled_owned(drive));
     tokio::spawn(tasks.clone().run_until_cancelled_owned(Arc::clone(&runs).watch_figures()));
+    if let Some(file) = config.tokens {
+        tokio::spawn(tasks.clone().run_until_cancelled_owned(Arc::clone(&access).follow(file)));
+    }
 
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(pb::DESCRIPTORS)
@@ -146,6 +162,7 @@ pub async fn run(
         .tcp_nodelay(true)
         .trace_fn(trace::served)
         .layer(MapResponseLayer::new(trace::answered))
+        .layer(AccessLayer(access))
         .add_service(health_service)
         .add_service(reflection)
         .add_service(

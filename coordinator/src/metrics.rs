@@ -33,6 +33,7 @@ static STEP_SECONDS: Fractions = LazyLock::new(Family::default);
 static GRANTED: LazyLock<Counter> = LazyLock::new(Counter::default);
 static OVER: LazyLock<Counter> = LazyLock::new(Counter::default);
 static COMMITTED: LazyLock<Counter> = LazyLock::new(Counter::default);
+static REFUSED: LazyLock<Family<Labels, Counter>> = LazyLock::new(Family::default);
 
 /// Adds the coordinator's metrics to those of the process.
 pub fn register(registry: &mut Registry) {
@@ -49,6 +50,7 @@ pub fn register(registry: &mut Registry) {
     registry.register("leases_granted", "Leases that were granted in this term", GRANTED.clone());
     registry.register("leases_over", "Leases that ended without a commit: late, failed or given back", OVER.clone());
     registry.register("shards_committed", "Shards that were committed in this term", COMMITTED.clone());
+    registry.register("calls_refused", "Calls that were not allowed, by their gRPC code", REFUSED.clone());
     registry.register("devices", "Devices of connected agents: free, or with a rank on them", DEVICES.clone());
     registry.register("devices_wanted", "Devices that runs which have not ended would take", WANTED.clone());
     registry.register("runs", "Runs by state", RUNS.clone());
@@ -85,6 +87,10 @@ pub(crate) fn lease_over() {
 
 pub(crate) fn shard_committed() {
     COMMITTED.inc();
+}
+
+pub(crate) fn refused(code: tonic::Code) {
+    REFUSED.get_or_create(&vec![("code", format!("{code:?}"))]).inc();
 }
 
 /// What the cluster is like now.

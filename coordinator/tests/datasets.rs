@@ -181,7 +181,7 @@ async fn a_url_that_kills_its_workers_is_found_in_smaller_and_smaller_slices() {
             let slice = get(&*cluster.store, &proto::keys::slice(&shard_id(&lease.dataset, lease.shard))).await;
             if proto::slice::unpack(&slice).expect("a slice").contains("/picture77\n") {
                 failures += 1;
-                cluster.release(&lease, FailureKind::Slice, "a decoder died").await;
+                cluster.release_as(&worker, &lease, FailureKind::Slice, "a decoder died").await;
             } else {
                 put_shard(&*cluster.store, &lease).await;
                 cluster.complete(&lease).await;
@@ -205,15 +205,16 @@ async fn faults_that_are_not_the_slices_are_said_and_close_nothing() {
     let cluster = Cluster::start(folder.path(), 0.2).await;
     cluster.create("birds", "request-1", 1000, &list()).await.expect("a good list");
     for n in 0..12 {
-        let lease = cluster.lease_as(&format!("w{}", n % 4), PATIENCE).await.expect("given again");
+        let worker = format!("w{}", n % 4);
+        let lease = cluster.lease_as(&worker, PATIENCE).await.expect("given again");
         let kind = [FailureKind::Store, FailureKind::Worker, FailureKind::WayOut][n % 3];
-        cluster.release(&lease, kind, "the disk is full").await;
+        cluster.release_as(&worker, &lease, kind, "the disk is full").await;
     }
     let dataset = cluster.dataset("birds").await.expect("exists");
     assert_eq!((dataset.state(), dataset.shards_committed), (DatasetState::Fetching, 0));
     assert!(dataset.outcomes.is_empty(), "{:?}", dataset.outcomes);
     let troubles = &dataset.troubles;
-    assert_eq!((troubles.len(), troubles.iter().map(|trouble| trouble.count).sum::<u64>()), (3, 12), "{troubles:?}");
+    assert_eq!((troubles.len(), troubles.iter().map(|trouble| trouble.count).sum::<u64>()), (12, 12), "{troubles:?}");
     assert!(troubles.iter().all(|trouble| trouble.text == "slice 0: the disk is full"), "{troubles:?}");
     cluster.work().await;
     let dataset = cluster.sealed("birds").await;

@@ -2,6 +2,7 @@
 //! carries.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -67,6 +68,18 @@ impl Dial {
     /// The coordinator's port.
     pub fn port(&self) -> u16 {
         self.endpoint.uri().port_u16().unwrap_or(80)
+    }
+
+    /// Whether it leads to this machine itself.
+    pub fn is_loopback(&self) -> bool {
+        let host = self.host();
+        host.eq_ignore_ascii_case("localhost")
+            || host.parse().is_ok_and(|host: IpAddr| host.to_canonical().is_loopback())
+    }
+
+    /// Whether nobody on the way reads what is said.
+    pub fn is_private(&self) -> bool {
+        self.is_loopback()
     }
 
     /// A channel that connects with its first call, and again whenever its connection is lost.

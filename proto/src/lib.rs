@@ -15,7 +15,8 @@
 //! - [`manifest`], [`findings`]: an immutable version of a dataset, and what was found out when it was made;
 //! - [`stored_run`], [`run_event`], [`run_ledger`], [`metric`]: what a run is, its history, what it was trained on, and
 //!   its learning curve;
-//! - [`dial`]: how the coordinator is reached; [`trace`]: which span of another process a piece of work belongs to.
+//! - [`dial`], [`session`]: how the coordinator is reached, and who may speak under a process's name;
+//! - [`trace`]: which span of another process a piece of work belongs to.
 
 pub mod cluster;
 pub mod columns;
@@ -35,6 +36,7 @@ pub mod round;
 pub mod run_event;
 pub mod run_ledger;
 pub mod run_spec;
+pub mod session;
 pub mod shard;
 pub mod site;
 pub mod slice;

@@ -10,7 +10,7 @@ use proto::{Attempt, DatasetId, OutcomeCounts, Rejection, ShardId, ShardIndex, k
 use tracing::{error, info, warn};
 
 use super::wanted::Wanted;
-use super::{Datasets, PARALLEL, Stage};
+use super::{Datasets, PARALLEL, Stage, State};
 use crate::damage::{self, Read};
 use crate::error::Error;
 use crate::ledger::{Counts, Decision, Expired, MOST_STRIKES, Renewal};
@@ -50,6 +50,21 @@ pub(crate) struct Report {
     pub(crate) trouble: Option<(FailureKind, String)>,
     /// URLs that lately gave it pictures.
     pub(crate) good: Vec<String>,
+}
+
+impl State {
+    /// Refuses who speaks of another worker's attempt.
+    fn check_holder(&mut self, worker: &str, id: &ShardId, attempt: Attempt) -> Result<(), Error> {
+        match self.ledger.holder(id, attempt) {
+            Some(holder) if holder != worker => {
+                let (dataset, shard) = (&id.dataset, id.shard);
+                Err(Error::Denied(format!(
+                    "attempt {attempt} at shard {shard} of {dataset} is another worker's than {worker:?}"
+                )))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// A lease that goes on.
@@ -118,32 +133,52 @@ impl Datasets {
     }
 
     /// Prolongs a lease; None: it is over.
-    pub(crate) fn renew(&self, worker: &str, id: &ShardId, attempt: Attempt, report: Report) -> Option<Renewed> {
+    ///
+    /// # Errors
+    /// If it is another worker's.
+    pub(crate) fn renew(
+        &self,
+        worker: &str,
+        id: &ShardId,
+        attempt: Attempt,
+        report: Report,
+    ) -> Result<Option<Renewed>, Error> {
         let Report { outcomes, kept, trouble, good } = report;
         let now = self.now();
         let mut state = self.state();
         let state = &mut *state;
+        state.check_holder(worker, id, attempt)?;
         state.workers.insert(worker.to_owned(), Instant::now());
         state.probes.heard(worker, good);
         match state.ledger.renew(now, id, attempt, worker, outcomes.total()) {
             Renewal::Prolonged => {}
-            Renewal::Over => return None,
+            Renewal::Over => return Ok(None),
             Renewal::Stalled => {
                 let text = format!("slice {}: no URL was finished for ten minutes", id.shard);
                 warn!(dataset = &*id.dataset, shard = id.shard, %attempt, worker, "attempt stands still; its lease ends");
                 state.failed(now, FailureKind::Slice, Some(worker), &id.dataset, text);
-                return None;
+                return Ok(None);
             }
         }
-        let dataset = state.live.get_mut(&id.dataset)?;
+        let Some(dataset) = state.live.get_mut(&id.dataset) else { return Ok(None) };
         state.troubles.held_up(now, worker, &id.dataset, trouble);
         dataset.progressed(id.shard, outcomes, &kept);
         let wanted = dataset.wanted.as_ref().map(Wanted::by_label).unwrap_or_default();
-        Some(Renewed { duration: state.ledger.lease(), wanted, probes: state.probes.of_others(worker) })
+        Ok(Some(Renewed { duration: state.ledger.lease(), wanted, probes: state.probes.of_others(worker) }))
     }
 
     /// Takes a lease back: after a failure, or on an orderly exit.
-    pub(crate) fn release(&self, worker: &str, id: &ShardId, attempt: Attempt, failure: Option<(FailureKind, String)>) {
+    ///
+    /// # Errors
+    /// If it is another worker's.
+    pub(crate) fn release(
+        &self,
+        worker: &str,
+        id: &ShardId,
+        attempt: Attempt,
+        failure: Option<(FailureKind, String)>,
+    ) -> Result<(), Error> {
+        self.state().check_holder(worker, id, attempt)?;
         match &failure {
             None => metrics::lease_over(),
             Some((kind, failure)) => {
@@ -164,6 +199,7 @@ impl Datasets {
             }
         }
         self.free.notify_waiters();
+        Ok(())
     }
 
     /// Reads the index of a shard that a worker says is committed, and returns the attempt that stands in it.

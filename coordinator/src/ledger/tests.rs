@@ -61,6 +61,24 @@ fn a_new_coordinator_waits_one_lease_time_and_adopts_what_is_renewed() {
     assert_eq!(ledger.grant(at(30), "w", |_, _| true), None);
 }
 
+#[test]
+fn an_attempt_is_its_workers_until_it_has_come_to_an_end() {
+    let (mut ledger, dataset) = ledger(false);
+    let (adopted, old) = (dataset.shard(1), Attempt { term: 8, n: 5 });
+    assert_eq!(ledger.renew(at(1), &adopted, Attempt { term: 0, n: 1 }, "w0", 0), Renewal::Over, "no term was 0");
+    assert_eq!(ledger.holder(&adopted, old), None);
+    assert_eq!(ledger.renew(at(1), &adopted, old, "w1", 0), Renewal::Prolonged);
+    assert_eq!(ledger.holder(&adopted, old), Some("w1"));
+    assert_eq!(ids(&ledger.expire(at(31))), [0, 1]);
+    assert_eq!(ledger.holder(&adopted, old), Some("w1"), "it may be late");
+    assert_eq!(ledger.renew(at(31), &adopted, old, "w1", 1), Renewal::Prolonged);
+    assert!(ledger.release(at(32), &adopted, old, None));
+    assert_eq!(ledger.holder(&adopted, old), None, "it does not come back");
+    let (again, new) = ledger.grant(at(32), "w2", |_, _| true).expect("given back");
+    assert_eq!((again.shard, ledger.holder(&again, new)), (1, Some("w2")));
+    assert_eq!(ledger.holder(&again, old), None);
+}
+
 /// One shard, and after it another dataset's hundred, which are made by others.
 fn with_others() -> (Ledger, ShardId, DatasetId) {
     let mut ledger = Ledger::new(9, LEASE);

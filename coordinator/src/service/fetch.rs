@@ -9,6 +9,7 @@ use proto::pb::{self, FailureKind};
 use proto::{Attempt, DatasetId, OutcomeCounts, ShardId};
 use tonic::{Request, Response, Status};
 
+use crate::access::Speaker;
 use crate::datasets::{Datasets, Report};
 use crate::error::Error;
 use crate::shares::{Demand, Share};
@@ -54,6 +55,7 @@ impl FetchService for FetchApi {
         &self,
         request: Request<pb::LeaseShardRequest>,
     ) -> Result<Response<pb::LeaseShardResponse>, Status> {
+        Speaker::of(&request).is("worker", &request.get_ref().worker)?;
         let pb::LeaseShardRequest { term_seen, worker, wait_millis, large } = request.into_inner();
         self.0.term.observe(term_seen)?;
         let grant = self.0.lease(&worker, large, Duration::from_millis(wait_millis).min(LONGEST_WAIT)).await;
@@ -76,6 +78,7 @@ impl FetchService for FetchApi {
         &self,
         request: Request<pb::RenewLeaseRequest>,
     ) -> Result<Response<pb::RenewLeaseResponse>, Status> {
+        Speaker::of(&request).is("worker", &request.get_ref().worker)?;
         let request = request.into_inner();
         let pb::RenewLeaseRequest { term_seen, worker, dataset, shard, attempt: text, .. } = request;
         let pb::RenewLeaseRequest { outcomes, kept, trouble, good, .. } = request;
@@ -83,7 +86,7 @@ impl FetchService for FetchApi {
         let outcomes =
             OutcomeCounts::from_names(outcomes).map_err(|error| Error::Invalid(format!("outcomes: {error}")))?;
         let report = Report { outcomes, kept, trouble: trouble.map(failure), good };
-        let renewed = self.0.renew(&worker, &shard_id(dataset, shard)?, attempt(&text)?, report);
+        let renewed = self.0.renew(&worker, &shard_id(dataset, shard)?, attempt(&text)?, report)?;
         let (duration_millis, wanted, probes) =
             renewed.map_or_else(Default::default, |renewed| (millis(renewed.duration), renewed.wanted, renewed.probes));
         Ok(Response::new(pb::RenewLeaseResponse { term: self.term(), duration_millis, wanted, probes }))
@@ -93,6 +96,7 @@ impl FetchService for FetchApi {
         &self,
         request: Request<pb::CompleteShardRequest>,
     ) -> Result<Response<pb::CompleteShardResponse>, Status> {
+        Speaker::of(&request).is("worker", &request.get_ref().worker)?;
         let pb::CompleteShardRequest { term_seen, worker, dataset, shard, attempt: _, good } = request.into_inner();
         self.0.term.observe(term_seen)?;
         let committed = self.0.complete(&worker, &shard_id(dataset, shard)?, good).await?.to_string();
@@ -103,10 +107,11 @@ impl FetchService for FetchApi {
         &self,
         request: Request<pb::ReleaseLeaseRequest>,
     ) -> Result<Response<pb::ReleaseLeaseResponse>, Status> {
+        Speaker::of(&request).is("worker", &request.get_ref().worker)?;
         let pb::ReleaseLeaseRequest { term_seen, worker, dataset, shard, attempt: text, failure: why } =
             request.into_inner();
         self.0.term.observe(term_seen)?;
-        self.0.release(&worker, &shard_id(dataset, shard)?, attempt(&text)?, why.map(failure));
+        self.0.release(&worker, &shard_id(dataset, shard)?, attempt(&text)?, why.map(failure))?;
         Ok(Response::new(pb::ReleaseLeaseResponse { term: self.term() }))
     }
 
@@ -114,6 +119,7 @@ impl FetchService for FetchApi {
         &self,
         request: Request<pb::ShareSitesRequest>,
     ) -> Result<Response<pb::ShareSitesResponse>, Status> {
+        Speaker::of(&request).is("worker", &request.get_ref().worker)?;
         let pb::ShareSitesRequest { term_seen, worker, sequence, sites } = request.into_inner();
         self.0.term.observe(term_seen)?;
         let demand = |demand: pb::SiteDemand| Demand {

@@ -47,11 +47,20 @@ impl Cluster {
 
     /// Starts on a store.
     pub async fn start_on(store: Arc<dyn ObjectStore>, lease_seconds: f64) -> Self {
+        Self::start_as(Self::config(lease_seconds), store).await
+    }
+
+    /// Settings of a coordinator that is open to everybody.
+    pub fn config(lease_seconds: f64) -> coordinator::Config {
+        let sites = coordinator::SiteBudgets::default();
+        coordinator::Config { lease_seconds, spool_folder: None, tokens: None, insecure: false, sites }
+    }
+
+    /// Starts on a store with settings.
+    pub async fn start_as(config: coordinator::Config, store: Arc<dyn ObjectStore>) -> Self {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("bound");
         let shutdown = CancellationToken::new();
-        let config =
-            coordinator::Config { lease_seconds, spool_folder: None, sites: coordinator::SiteBudgets::default() };
         let running = tokio::spawn(coordinator::run(config, Arc::clone(&store), listener, shutdown.clone()));
         let endpoint = Endpoint::from_shared(format!("http://{address}")).expect("a URL");
         let channel = endpoint.connect().await.expect("the port is bound");
@@ -232,9 +241,13 @@ impl Cluster {
     }
 
     pub async fn release(&self, lease: &pb::Lease, kind: FailureKind, text: &str) {
+        self.release_as("w1", lease, kind, text).await;
+    }
+
+    pub async fn release_as(&self, worker: &str, lease: &pb::Lease, kind: FailureKind, text: &str) {
         let request = pb::ReleaseLeaseRequest {
             term_seen: 0,
-            worker: "w1".to_owned(),
+            worker: worker.to_owned(),
             dataset: lease.dataset.clone(),
             shard: lease.shard,
             attempt: lease.attempt.clone(),
@@ -245,7 +258,7 @@ impl Cluster {
 }
 
 /// The start, and the list in pieces.
-fn requests(
+pub fn requests(
     name: &str,
     request_id: &str,
     spec_json: String,

@@ -1,0 +1,150 @@
+//! Who may do what. Every call passes the layer in front of all services, which finds out who calls and asks the table;
+//! what is not in the table is refused.
+//!
+//! - `rules` (pure): roles, and the table of methods;
+//! - `tokens` (pure): how somebody is known;
+//! - `layer`, `revocable`: the check, and the end of what a revoked token has open;
+//! - `listening` (pure): where a coordinator may listen unless somebody says that it is open on purpose.
+
+mod layer;
+mod listening;
+mod revocable;
+mod rules;
+mod tokens;
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use anyhow::Context;
+use http::HeaderMap;
+use http::header::AUTHORIZATION;
+use proto::session::{self, Session};
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Status};
+use tracing::{info, warn};
+
+pub(crate) use self::layer::AccessLayer;
+pub use self::listening::{Protection, may_listen};
+use self::rules::Identity;
+pub use self::rules::Role;
+pub use self::tokens::NewToken;
+use self::tokens::Tokens;
+
+/// How often a file of tokens is read again.
+const PERIOD: Duration = Duration::from_secs(1);
+
+/// Who may call: the tokens that are good now.
+pub(crate) struct Access {
+    /// None: everybody may do everything.
+    tokens: Option<RwLock<Tokens>>,
+}
+
+/// Who makes a call.
+#[derive(Debug, Clone)]
+pub(crate) struct Caller {
+    /// None: it is not asked here.
+    pub(crate) identity: Option<Identity>,
+    /// Cancelled when the caller is known no more.
+    revoked: Option<CancellationToken>,
+}
+
+/// Under which name a caller may speak.
+#[derive(Debug)]
+pub(crate) struct Speaker {
+    /// Without tokens nobody is asked who he is.
+    is_checked: bool,
+    session: Option<Session>,
+}
+
+impl Speaker {
+    /// Whoever makes this call.
+    pub(crate) fn of<T>(request: &Request<T>) -> Self {
+        let is_checked = request.extensions().get::<Caller>().is_none_or(|caller| caller.identity.is_some());
+        Self { is_checked, session: Session::of(request.metadata()) }
+    }
+
+    /// Refuses who speaks under a name that is not his.
+    #[allow(clippy::result_large_err, reason = "as services return it")]
+    pub(crate) fn is(&self, what: &str, name: &str) -> Result<(), Status> {
+        session::check_name(what, name)?;
+        match &self.session {
+            _ if !self.is_checked => Ok(()),
+            Some(session) if session.is_of(name) => Ok(()),
+            Some(_) => Err(Status::permission_denied(format!(
+                "{what} {name:?} is another process: its name is of a session that its caller has not"
+            ))),
+            None => Err(Status::permission_denied(format!(
+                "{what} {name:?} shows no session: it is of a version that has none, or somebody else speaks under its name"
+            ))),
+        }
+    }
+}
+
+impl Access {
+    /// Everybody may do everything, or those of a file of tokens what their roles may.
+    ///
+    /// # Errors
+    /// If the file cannot be read, or is none.
+    pub(crate) fn open(file: Option<&Path>) -> anyhow::Result<Arc<Self>> {
+        let tokens = file.map(|file| {
+            let text = std::fs::read_to_string(file)?;
+            anyhow::Ok(RwLock::new(Tokens::parse(&text)?))
+        });
+        let tokens =
+            tokens.transpose().with_context(|| format!("--tokens {}", file.unwrap_or(Path::new("")).display()))?;
+        Ok(Arc::new(Self { tokens }))
+    }
+
+    /// Who makes a call, if it is allowed.
+    #[allow(clippy::result_large_err, reason = "as services return it")]
+    fn admit(&self, method: &str, headers: &HeaderMap) -> Result<Caller, Status> {
+        let Some(tokens) = &self.tokens else { return Ok(Caller { identity: None, revoked: None }) };
+        let Some(given) = headers.get(AUTHORIZATION) else {
+            rules::allowed(method, None)?;
+            return Ok(Caller { identity: None, revoked: None });
+        };
+        let bearer = given.to_str().ok().and_then(|text| text.split_once(' '));
+        let token = bearer.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map(|(_, token)| token.trim());
+        let token =
+            token.ok_or_else(|| Status::unauthenticated("the header `authorization` must be `Bearer TOKEN`"))?;
+        let tokens = tokens.read().unwrap_or_else(PoisonError::into_inner);
+        let holder = tokens.holder(token).ok_or_else(|| {
+            Status::unauthenticated(
+                "the token is not known here: it was revoked, it is another cluster's, or it was not copied whole",
+            )
+        })?;
+        rules::allowed(method, Some(&holder.identity))?;
+        Ok(Caller { identity: Some(holder.identity.clone()), revoked: Some(holder.revoked.clone()) })
+    }
+
+    /// Reads the file of tokens again and again. One that is no good changes nothing.
+    pub(crate) async fn follow(self: Arc<Self>, file: PathBuf) {
+        // What is written piece by piece has another text a moment later.
+        let mut last = None;
+        let mut taken = None;
+        loop {
+            let text = tokio::fs::read_to_string(&file).await.map_err(|error| error.to_string());
+            if last.as_ref() == Some(&text) && taken.as_ref() != Some(&text) {
+                self.take(&file, &text);
+                taken = Some(text.clone());
+            }
+            last = Some(text);
+            tokio::time::sleep(PERIOD).await;
+        }
+    }
+
+    fn take(&self, file: &Path, text: &Result<String, String>) {
+        let Some(tokens) = &self.tokens else { return };
+        let file = file.display();
+        match text.as_deref().map_err(Clone::clone).and_then(|text| Tokens::parse(text).map_err(|e| e.to_string())) {
+            Ok(next) => match tokens.write().unwrap_or_else(PoisonError::into_inner).replace(next) {
+                (0, 0) => {}
+                (new, revoked) => info!(%file, new, revoked, "tokens have changed"),
+            },
+            Err(error) => {
+                warn!(%file, error, "the tokens have changed and cannot be taken: those from before stay good")
+            }
+        }
+    }
+}
