@@ -27,9 +27,14 @@ impl Answer {
 
 /// Asks for a page as somebody who calls the server `host`.
 fn get_as(host: &str, address: &str, path: &str) -> Answer {
+    ask(address, &format!("GET {path} HTTP/1.1\r\nHost: {host}\r\n"))
+}
+
+/// Sends the head of a request, without its end.
+fn ask(address: &str, head: &str) -> Answer {
     let mut socket = TcpStream::connect(address).expect("it listens");
     socket.set_read_timeout(Some(Duration::from_secs(60))).expect("a socket");
-    write!(socket, "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n").expect("it reads");
+    write!(socket, "{head}Connection: close\r\n\r\n").expect("it reads");
     let mut bytes = Vec::new();
     socket.read_to_end(&mut bytes).expect("it answers");
     let end = bytes.windows(4).position(|window| window == b"\r\n\r\n").expect("a head") + 4;
@@ -146,9 +151,40 @@ fn another_sites_name_is_refused_and_a_coordinator_that_is_away_is_said() {
     let rebound = get_as("evil.example", &pages, "/");
     assert_eq!(rebound.status(), "421", "{}", rebound.text());
     assert!(!rebound.text().contains("cluster"), "{}", rebound.text());
+    let foreign = ask(&pages, &format!("GET / HTTP/1.1\r\nHost: {pages}\r\nOrigin: http://evil.example\r\n"));
+    assert_eq!(foreign.status(), "403", "{}", foreign.text());
+    let change = ask(&pages, &format!("POST / HTTP/1.1\r\nHost: {pages}\r\nContent-Length: 0\r\n"));
+    assert_eq!(change.status(), "405", "{}", change.text());
     cluster.kill("coordinator");
     let away = get_as(&pages, &pages, "/");
     assert!(away.status() == "503" && away.text().contains("does not answer"), "{}", away.text());
     cluster.start_coordinator();
     cluster.eventually("the pages are back", |_| get_as(&pages, &pages, "/").status() == "200");
+}
+
+#[test]
+fn where_other_machines_reach_them_pages_want_a_code_once() {
+    let mut cluster = Cluster::start();
+    let address = FreeAddress::at("0.0.0.0");
+    let coordinator = format!("http://{}", cluster.address());
+    cluster.spawn("web", &["web", "--web-listen", &address.to_string(), "--coordinator", &coordinator]);
+    let pages = format!("127.0.0.1:{}", address.port());
+    cluster.eventually("the pages are served", |_| TcpStream::connect(&pages).is_ok());
+    let code = |cluster: &Cluster| {
+        let log = cluster.log("web");
+        log.rsplit_once("/?code=").expect("a code is told").1.trim().to_owned()
+    };
+    for refused in ["/", "/?code=1", "/style.css", "/datasets/x"] {
+        let answer = get_as(&pages, &pages, refused);
+        assert!(answer.status() == "401" && !answer.text().contains("Nothing here"), "{refused}: {}", answer.text());
+    }
+    let first = code(&cluster);
+    let entered = get_as(&pages, &pages, &format!("/?code={first}"));
+    assert!(entered.status() == "303" && entered.head.contains("location: /\r\n"), "{}", entered.head);
+    let cookie = entered.head.split("set-cookie: ").nth(1).and_then(|rest| rest.split(';').next()).expect("a cookie");
+    assert!(entered.head.contains("httponly; samesite=strict"), "{}", entered.head);
+    let shown = ask(&pages, &format!("GET / HTTP/1.1\r\nHost: {pages}\r\nCookie: {cookie}\r\n"));
+    assert!(shown.status() == "200" && shown.text().contains("Nothing here yet"), "{}", shown.text());
+    assert_eq!(get_as(&pages, &pages, &format!("/?code={first}")).status(), "401", "it was used");
+    assert_ne!(code(&cluster), first, "the next one is told");
 }

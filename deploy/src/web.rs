@@ -5,6 +5,7 @@
 //! `gleaner local` serves the pages too.
 //!
 //! - [`home`], [`dataset`], [`run`], [`compare`]: one page each;
+//! - [`entry`]: who is shown them, where other machines reach them;
 //! - [`page`]: the frame around each of them, and what is told when there is none;
 //! - [`chart`]: lines and bars as SVG; [`progress`]: how far a dataset is; [`pictures`]: the stored pictures of a dataset; [`source`]: what is
 //!   kept of the coordinator's answers.
@@ -12,6 +13,7 @@
 mod chart;
 mod compare;
 mod dataset;
+mod entry;
 mod home;
 mod page;
 mod pictures;
@@ -21,22 +23,24 @@ mod source;
 
 use std::future::ready;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 use anyhow::Result;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::Request;
 use axum::http::header::{
-    CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HOST, HeaderName, HeaderValue, REFERRER_POLICY,
-    X_CONTENT_TYPE_OPTIONS,
+    ALLOW, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HOST, HeaderName, HeaderValue, LOCATION, ORIGIN,
+    REFERRER_POLICY, SET_COOKIE, X_CONTENT_TYPE_OPTIONS,
 };
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::{HeaderMap, Method, StatusCode};
 use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
+use self::entry::{Admission, Entry};
 use self::source::Source;
 use crate::client::Cluster;
 use crate::dial::DialArgs;
@@ -53,7 +57,8 @@ const POLICY: &str = "default-src 'none'; style-src 'self'; script-src 'self'; i
 /// Arguments of `gleaner web`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Address and port at which the pages are served; whoever reaches it sees all of the cluster, but can change nothing
+    /// Address and port at which the pages are served; where other machines reach it, a browser needs a code that is told
+    /// here. Whoever is let in sees all of the cluster, but can change nothing
     #[arg(long, env = "GLEANER_WEB_LISTEN", value_name = "ADDRESS:PORT", default_value = DEFAULT_LISTEN)]
     web_listen: SocketAddr,
     #[command(flatten)]
@@ -76,11 +81,22 @@ pub(crate) async fn run(args: Args) -> Result<()> {
 /// # Errors
 /// If the listener fails.
 pub(crate) async fn serve(listener: TcpListener, cluster: Cluster, shutdown: CancellationToken) -> Result<()> {
-    let router = router(Source::new(cluster));
+    let at = listener.local_addr()?;
+    let entry = (!at.ip().to_canonical().is_loopback()).then(|| Arc::new(Entry::new()));
+    if let Some(entry) = &entry {
+        tell_code(at, entry);
+    }
+    let router = router(Source::new(cluster), at, entry);
     Ok(axum::serve(listener, router).with_graceful_shutdown(shutdown.cancelled_owned()).await?)
 }
 
-fn router(source: Source) -> Router {
+/// Tells whoever has started the pages how a browser on another machine gets in.
+fn tell_code(at: SocketAddr, entry: &Entry) {
+    let place = if at.ip().is_unspecified() { format!("THIS-MACHINE'S-ADDRESS:{}", at.port()) } else { at.to_string() };
+    note(format!("one browser is let in by http://{place}/?code={}", entry.code()));
+}
+
+fn router(source: Source, at: SocketAddr, entry: Option<Arc<Entry>>) -> Router {
     let asset = |kind: &'static str, text: &'static str| {
         let headers = [(CONTENT_TYPE, kind), (CACHE_CONTROL, "no-cache")];
         get(move || ready((headers, text)))
@@ -98,17 +114,37 @@ fn router(source: Source) -> Router {
         .route("/icon.svg", asset("image/svg+xml", include_str!("web/icon.svg")))
         .fallback(|| ready(page::missing("there is no such page")))
         .with_state(source)
-        .layer(from_fn(guard))
+        .layer(from_fn(move |request: Request<Body>, next: Next| {
+            let entry = entry.clone();
+            async move { guard(request, next, at, entry.as_deref()).await }
+        }))
 }
 
-/// Answers only those who asked for this machine by its address, and tells the browser to trust nothing else.
-async fn guard(request: Request<Body>, next: Next) -> Response {
-    let mut response = match is_own(request.headers()) {
-        true => next.run(request).await,
-        false => {
-            let text =
-                "ask for these pages by address, or as localhost: another site's name might lead here to read them\n";
-            (StatusCode::MISDIRECTED_REQUEST, text).into_response()
+/// Answers only those who asked for this machine by its address, with a code or cookie where that is wanted, and tells the
+/// browser to trust nothing else.
+async fn guard(request: Request<Body>, next: Next, at: SocketAddr, entry: Option<&Entry>) -> Response {
+    let admission =
+        |request: &Request<Body>| entry.map_or(Admission::Page, |entry| entry.admit(request.uri(), request.headers()));
+    let mut response = if !is_own(request.headers()) {
+        let text =
+            "ask for these pages by address, or as localhost: another site's name might lead here to read them\n";
+        (StatusCode::MISDIRECTED_REQUEST, text).into_response()
+    } else if !is_same_origin(request.headers()) {
+        (StatusCode::FORBIDDEN, "another site's page may not read these\n").into_response()
+    } else if !matches!(*request.method(), Method::GET | Method::HEAD) {
+        (StatusCode::METHOD_NOT_ALLOWED, [(ALLOW, "GET, HEAD")], "nothing can be changed here\n").into_response()
+    } else {
+        match (admission(&request), entry) {
+            (Admission::Page, _) => next.run(request).await,
+            (Admission::Cookie(cookie), entry) => {
+                entry.into_iter().for_each(|entry| tell_code(at, entry));
+                (StatusCode::SEE_OTHER, [(SET_COOKIE, cookie), (LOCATION, request.uri().path().to_owned())])
+                    .into_response()
+            }
+            (Admission::Refused, _) => {
+                let text = "these pages want a code, once: whoever serves them was told the address that has it\n";
+                (StatusCode::UNAUTHORIZED, text).into_response()
+            }
         }
     };
     let headers = response.headers_mut();
@@ -128,9 +164,28 @@ fn is_own(headers: &HeaderMap) -> bool {
     name.eq_ignore_ascii_case("localhost") || address.parse::<IpAddr>().is_ok()
 }
 
+/// Whether no page of another site makes the request.
+fn is_same_origin(headers: &HeaderMap) -> bool {
+    let Some(origin) = headers.get(ORIGIN) else { return true };
+    let host = headers.get(HOST).map(HeaderValue::as_bytes);
+    origin.as_bytes().strip_prefix(b"http://") == host
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn another_sites_page_is_refused_and_ones_own_is_not() {
+        let from = |origin: &'static str| {
+            let headers = [(HOST, "127.0.0.1:7071"), (ORIGIN, origin)];
+            is_same_origin(&headers.map(|(name, value)| (name, HeaderValue::from_static(value))).into_iter().collect())
+        };
+        assert!(from("http://127.0.0.1:7071") && is_same_origin(&HeaderMap::new()));
+        for other in ["null", "http://evil.example", "http://127.0.0.1:8080", "https://127.0.0.1:7071", ""] {
+            assert!(!from(other), "{other}");
+        }
+    }
 
     #[test]
     fn only_addresses_and_localhost_are_answered() {
