@@ -194,7 +194,7 @@ fn ranks_and_agents_that_die_or_hang_are_noticed_in_time_and_named() {
 fn a_machine_whose_network_is_cut_is_left_behind_and_comes_back() {
     let Some(net) = Net::start(3) else { return };
     let mut cluster = Cluster::listening_at(&net.gateway());
-    cluster.start_coordinator();
+    cluster.start_coordinator_with(&["--insecure"]);
     dataset(&mut cluster);
     let machines: Vec<Machine> = (0..3)
         .map(|n| Machine { name: format!("trainer-{n}"), address: net.address(n), namespace: Some(net.name(n)) })

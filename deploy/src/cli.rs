@@ -4,8 +4,9 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 use crate::client::ClusterArgs;
+use crate::dial::contexts;
 use crate::telemetry::{Spans, TelemetryArgs};
-use crate::{classify, dataset, doctor, fsck, gc, local, roles, run, status, web};
+use crate::{classify, dataset, doctor, fsck, gc, local, roles, run, status, token, web};
 
 /// A distributed data-and-training cluster for image classification
 ///
@@ -45,6 +46,12 @@ pub(crate) enum Command {
     Fsck(fsck::Args),
     /// Remove what nobody needs any more from a store: what lost attempts left, old checkpoints, what was deleted
     Gc(gc::Args),
+    /// Name clusters, and choose the one that commands go to
+    #[command(subcommand)]
+    Config(contexts::Command),
+    /// Make tokens, which say who may do what
+    #[command(subcommand)]
+    Token(token::Command),
     /// Run the coordinator, which decides who does what
     Coordinator(roles::CoordinatorArgs),
     /// Run a fetch worker
@@ -89,6 +96,8 @@ impl Command {
             Command::Doctor(args) => doctor::run(args).await,
             Command::Fsck(args) => fsck::run(args).await,
             Command::Gc(args) => gc::run(args).await,
+            Command::Config(command) => contexts::run(command),
+            Command::Token(command) => token::run(command),
             Command::Coordinator(args) => roles::coordinator(args).await,
             Command::Worker(args) => roles::worker(args).await,
             #[cfg(feature = "trainer")]
@@ -109,7 +118,7 @@ mod tests {
         let mut command = Cli::command();
         command.build();
         let found = path.iter().fold(&command, |command, name| command.find_subcommand(name).expect("a command"));
-        let every = ["help", "log-format", "otlp-endpoint", "coordinator", "output"];
+        let every = ["help", "log-format", "otlp-endpoint", "coordinator", "token-file", "context", "output"];
         let longs = found.get_arguments().filter_map(|arg| arg.get_long());
         longs.filter(|long| !every.contains(long)).map(str::to_owned).collect()
     }
@@ -118,8 +127,8 @@ mod tests {
     fn the_flags_are_these_and_no_more() {
         Cli::command().debug_assert();
         #[rustfmt::skip]
-        let expected: [(&[&str], &str); 31] = [
-            (&["local"], "store listen web-listen workers ranks allow-net exit-with-stdin"),
+        let expected: [(&[&str], &str); 33] = [
+            (&["local"], "store listen insecure web-listen workers ranks allow-net exit-with-stdin"),
             (&["dataset", "create"], "urls store-key format synset-column url-column columns limit dry-run unlabelled multi-label keep-columns verify synsets url-template class-names \
                 size resize no-upscale encode-format reencode quality validation test seed slice-urls per-class min-bytes spec set wait timeout"),
             (&["dataset", "refresh"], "urls store-key format synset-column url-column columns limit accept-damage wait timeout"),
@@ -151,6 +160,8 @@ mod tests {
             (&["doctor"], "store"),
             (&["fsck"], "store deep"),
             (&["gc"], "store dry-run grace"),
+            (&["token", "new"], "role name to"),
+            (&["config", "set-context"], ""),
         ];
         for (path, expected) in expected {
             let expected: Vec<&str> = expected.split_whitespace().collect();

@@ -207,7 +207,9 @@ impl Gleaner {
 
     fn command(&self) -> Result<Command> {
         let mut command = Command::new(std::env::current_exe()?);
-        command.args(&self.args).env("GLEANER_COORDINATOR", &self.coordinator).stdin(Stdio::null()).kill_on_drop(true);
+        command.args(&self.args).env("GLEANER_COORDINATOR", &self.coordinator);
+        command.env_remove("GLEANER_TOKEN_FILE").env_remove("GLEANER_CONTEXT");
+        command.stdin(Stdio::null()).kill_on_drop(true);
         Ok(command)
     }
 

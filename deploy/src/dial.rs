@@ -1,8 +1,16 @@
-//! How a process reaches the coordinator: the flags that every role and command has for it.
+//! How a process reaches the coordinator: the flags that every role and command has for it, and the [`contexts`] that
+//! stand for them.
+
+pub(crate) mod contexts;
+
+use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use proto::dial::Dial;
+use proto::session::Session;
 
+use self::contexts::Contexts;
+use crate::credentials;
 use crate::exit::Ended;
 
 /// Where commands look for the coordinator unless told otherwise.
@@ -14,26 +22,52 @@ pub(crate) struct DialArgs {
     /// Where the coordinator listens: http://HOST:PORT or HOST:PORT [default of commands: http://127.0.0.1:7070]
     #[arg(long, env = "GLEANER_COORDINATOR", value_name = "URL", value_parser = address)]
     coordinator: Option<String>,
+    /// File that holds the token to show; read again for each call [default: that of a `gleaner local` on this machine]
+    #[arg(long, env = "GLEANER_TOKEN_FILE", value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// Context that says both, unless they are told [default: the current one of `gleaner config`]
+    #[arg(long, env = "GLEANER_CONTEXT", value_name = "NAME")]
+    context: Option<String>,
 }
 
 impl DialArgs {
     /// The way of a command, which looks at this machine unless told otherwise.
     pub(crate) fn dial(&self) -> Result<Dial> {
-        let address = self.coordinator.as_deref().unwrap_or(DEFAULT);
-        Dial::new(address).with_context(|| format!("--coordinator {address}"))
+        self.dial_as(None, &Contexts::load)
     }
 
-    /// The way of a role, which must be told.
-    pub(crate) fn dial_as_told(&self) -> Result<Dial> {
-        match self.coordinator {
-            Some(_) => self.dial(),
-            None => Err(Ended::usage("where is the coordinator? --coordinator or GLEANER_COORDINATOR says it")),
+    /// The way of a role, which must be told, for a process of this session.
+    pub(crate) fn dial_as_told(&self, session: &Session) -> Result<Dial> {
+        if self.coordinator.is_none() && self.context.is_none() {
+            return Err(Ended::usage("where is the coordinator? --coordinator or GLEANER_COORDINATOR says it"));
         }
+        self.dial_as(Some(session.clone()), &Contexts::load)
+    }
+
+    fn dial_as(&self, session: Option<Session>, contexts: &dyn Fn() -> Result<Contexts>) -> Result<Dial> {
+        let (address, token_file) = self.place(contexts)?;
+        let dial = Dial::new(&address).with_context(|| format!("--coordinator {address}"))?;
+        credentials::add(dial, token_file.as_deref(), session)
+    }
+
+    /// The coordinator's address, and the file of the token to show there. What is told wins over the context, whose
+    /// token is shown to its own coordinator alone.
+    fn place(&self, contexts: &dyn Fn() -> Result<Contexts>) -> Result<(String, Option<PathBuf>)> {
+        let context = match (&self.context, &self.coordinator) {
+            (Some(name), _) => Some(contexts()?.named(name)?.clone()),
+            (None, Some(_)) => None,
+            (None, None) => contexts()?.current()?.cloned(),
+        };
+        let of_context = context.as_ref().map(|context| &context.coordinator);
+        let address = self.coordinator.as_ref().or(of_context).map_or_else(|| DEFAULT.to_owned(), String::clone);
+        let token_file =
+            context.filter(|context| context.coordinator == address).and_then(|context| context.token_file);
+        Ok((address, self.token_file.clone().or(token_file)))
     }
 }
 
 /// A coordinator's address with its scheme.
-fn address(text: &str) -> Result<String, String> {
+pub(crate) fn address(text: &str) -> Result<String, String> {
     let with_scheme = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
     let url = url::Url::parse(&with_scheme).map_err(|e| format!("{e}; write http://HOST:PORT or HOST:PORT"))?;
     match (url.scheme(), url.host_str()) {
@@ -53,11 +87,39 @@ mod tests {
         assert!(address("ftp://x").is_err() && address("").is_err());
     }
 
+    fn contexts() -> Result<Contexts> {
+        Ok(toml::from_str(
+            "current-context = 'lab'\n[contexts.lab]\ncoordinator = 'https://lab:7070'\ntoken-file = '/lab'\n\
+             [contexts.home]\ncoordinator = 'http://127.0.0.1:1'",
+        )?)
+    }
+
     #[test]
-    fn commands_look_at_this_machine_and_roles_must_be_told() {
-        assert_eq!(DialArgs::default().dial().expect("a way").to_string(), DEFAULT);
-        assert!(DialArgs::default().dial_as_told().is_err());
-        let told = DialArgs { coordinator: Some("http://gleaner:7070".to_owned()) };
-        assert_eq!(told.dial_as_told().expect("a way").to_string(), "http://gleaner:7070");
+    fn what_is_told_wins_over_the_context_whose_token_no_other_coordinator_sees() {
+        let place = |coordinator: Option<&str>, token: Option<&str>, context: Option<&str>| {
+            let [coordinator, context] = [coordinator, context].map(|text| text.map(str::to_owned));
+            let args = DialArgs { coordinator, token_file: token.map(PathBuf::from), context };
+            let (address, token) = args.place(&contexts)?;
+            anyhow::Ok((address, token.map(|file| file.display().to_string())))
+        };
+        let is = |address: &str, token: Option<&str>| (address.to_owned(), token.map(str::to_owned));
+        let lab = "https://lab:7070";
+        assert_eq!(place(None, None, None).expect("current"), is(lab, Some("/lab")));
+        assert_eq!(place(None, Some("/own"), None).expect("current"), is(lab, Some("/own")));
+        assert_eq!(place(None, None, Some("home")).expect("named"), is("http://127.0.0.1:1", None));
+        assert_eq!(place(Some("http://x:1"), None, None).expect("told"), is("http://x:1", None));
+        assert_eq!(place(Some("http://x:1"), None, Some("lab")).expect("told"), is("http://x:1", None));
+        assert_eq!(place(Some(lab), None, Some("lab")).expect("both"), is(lab, Some("/lab")));
+        assert!(place(None, None, Some("none")).is_err());
+        let none = DialArgs::default().place(&|| Ok(Contexts::default())).expect("this machine");
+        assert_eq!(none, (DEFAULT.to_owned(), None));
+    }
+
+    #[test]
+    fn roles_must_be_told_where_the_coordinator_is() {
+        let session = Session::new("word".to_owned());
+        assert!(DialArgs::default().dial_as_told(&session).is_err());
+        let told = DialArgs { coordinator: Some("http://gleaner:7070".to_owned()), ..DialArgs::default() };
+        assert_eq!(told.dial_as_told(&session).expect("a way").to_string(), "http://gleaner:7070");
     }
 }

@@ -8,6 +8,7 @@ use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use coordinator::{Protection, may_listen};
 use proto::dial::Dial;
 use proto::pb::GetStatusRequest;
 use tokio::io::{AsyncBufReadExt, BufReader};
@@ -19,6 +20,8 @@ use tracing::{info, warn};
 use worker::IpNet;
 
 use crate::client::{Cluster, answer};
+use crate::credentials::{self, LocalToken};
+use crate::dial::contexts::Contexts;
 use crate::exit::{Ended, Exit};
 use crate::output::note;
 use crate::process::{self, ShutdownArgs};
@@ -46,6 +49,9 @@ pub(crate) struct Args {
     /// Address and port of the coordinator
     #[arg(long, env = "GLEANER_LISTEN", default_value = DEFAULT_LISTEN)]
     listen: SocketAddr,
+    /// Let other machines reach the coordinator: whoever does commands the cluster
+    #[arg(long, env = "GLEANER_INSECURE", value_parser = clap::builder::FalseyValueParser::new())]
+    insecure: bool,
     /// Address and port of the pages for a browser [default: 127.0.0.1:7071, or a free port if that is taken]
     #[arg(long, env = "GLEANER_WEB_LISTEN", value_name = "ADDRESS:PORT")]
     web_listen: Option<SocketAddr>,
@@ -69,12 +75,17 @@ pub(crate) async fn run(args: Args, telemetry: TelemetryArgs) -> Result<()> {
     // A store that cannot be opened is one clear error here, and not a child that dies again and again; so is a port in
     // use.
     drop(store::open(&args.store)?);
+    let nothing = Protection { tokens: false, tls: false };
+    may_listen(args.listen.ip(), nothing, args.insecure).map_err(Ended::usage)?;
     let _lock = lock(&args.store)?;
     let listen = process::bind(args.listen, "--listen").await?.local_addr()?;
     let pages = pages(args.web_listen).await?;
     let pages_at = reachable(pages.local_addr()?);
     let address = format!("http://{}", reachable(listen));
-    let cluster = Cluster::over(&Dial::new(&address)?);
+    let token = LocalToken::make(listen)?;
+    let token_file = token.as_ref().map(|token| token.file.display().to_string());
+    let dial = Dial::new(&address)?;
+    let cluster = Cluster::over(&credentials::add(dial, token.as_ref().map(|token| &*token.file), None)?);
 
     let stop_clients = CancellationToken::new();
     let stop_coordinator = CancellationToken::new();
@@ -87,9 +98,15 @@ pub(crate) async fn run(args: Args, telemetry: TelemetryArgs) -> Result<()> {
         telemetry: telemetry.clone(),
     };
     let store = ["--store", &args.store, "--exit-with-stdin"];
-    let to = ["--coordinator", &address];
+    let shown: Vec<&str> = token_file.iter().flat_map(|file| ["--token-file", file]).collect();
+    let to = [&["--coordinator", &address], &shown[..]].concat();
+    let holders = token.as_ref().map(|token| token.holders.display().to_string());
+    let guard = match &holders {
+        Some(holders) => vec!["--tokens", holders],
+        None => vec!["--insecure"],
+    };
     coordinator.spawn(
-        child("coordinator", &[&["coordinator", "--listen", &listen], &store[..]].concat())
+        child("coordinator", &[&["coordinator", "--listen", &listen], &store[..], &guard].concat())
             .run(stop_coordinator.clone()),
     );
     let started = tokio::select! {
@@ -100,13 +117,14 @@ pub(crate) async fn run(args: Args, telemetry: TelemetryArgs) -> Result<()> {
         let nets: Vec<String> = args.allow_net.iter().map(IpNet::to_string).collect();
         let nets = [&["127.0.0.0/8".to_owned(), "::1/128".to_owned()], &nets[..]].concat().join(",");
         for n in 1..=args.workers {
-            let arguments = [&["worker"], &store[..], &to, &["--allow-net", &nets]].concat();
+            let arguments = [&["worker"], &store[..], &to[..], &["--allow-net", &nets]].concat();
             clients.spawn(child(&format!("worker-{n}"), &arguments).run(stop_clients.clone()));
         }
         if cfg!(feature = "trainer") && args.ranks != Some(0) {
             let devices = args.ranks.map(|ranks| format!("cpu:{ranks}"));
             let devices: Vec<&str> = devices.iter().flat_map(|devices| ["--devices", devices]).collect();
-            let arguments = [&["trainer"], &store[..], &to, &["--advertise-address", "127.0.0.1"], &devices].concat();
+            let arguments =
+                [&["trainer"], &store[..], &to[..], &["--advertise-address", "127.0.0.1"], &devices].concat();
             clients.spawn(child("trainer", &arguments).run(stop_clients.clone()));
         }
         let until = stop_clients.clone();
@@ -118,8 +136,9 @@ pub(crate) async fn run(args: Args, telemetry: TelemetryArgs) -> Result<()> {
         note(format!("cluster is up at {address}, store {}; Ctrl-C ends it", args.store));
         note(format!("look at it: http://{pages_at}"));
         note("in another terminal:");
-        let flag =
-            if args.listen.to_string() == DEFAULT_LISTEN { String::new() } else { format!(" --coordinator {address}") };
+        let is_found =
+            args.listen.to_string() == DEFAULT_LISTEN && !Contexts::load().is_ok_and(|all| all.has_current());
+        let flag = if is_found { String::new() } else { format!(" --coordinator {address}") };
         note(format!("  gleaner dataset create birds --urls birds.txt --wait{flag}"));
         note(format!("  gleaner status{flag}"));
         shutdown.cancelled().await;
@@ -233,6 +252,10 @@ impl Supervised {
         command.args(self.telemetry.for_child());
         if self.telemetry.log_format == LogFormat::Json {
             command.args(["--log-format", "json"]);
+        }
+        // What a user's commands show elsewhere is nothing to this cluster.
+        for name in ["GLEANER_TOKENS", "GLEANER_TOKEN_FILE", "GLEANER_CONTEXT"] {
+            command.env_remove(name);
         }
         // Its own group: Ctrl-C in the terminal is for the supervisor, which ends its children in order.
         command.process_group(0).kill_on_drop(true);

@@ -4,7 +4,8 @@
 //! - [`cli`]: the command tree; [`exit`]: how a command ends; [`output`]: what it prints;
 //! - [`roles`]: `coordinator`, `worker`, `trainer`, `rank`; [`local`]: all of them as one process tree; [`store`]: opens the store,
 //!   [`metered`] counts its requests, [`metrics`] serves the counts over HTTP; [`process`]: sockets and the signal to end;
-//! - [`dial`], [`client`]: the way to the coordinator; [`dataset`], [`lists`], [`run`], [`settings`], [`status`], [`doctor`]: for people; [`web`]: the same for a browser;
+//! - [`dial`], [`credentials`], [`client`]: the way to the coordinator, and what is shown to it; [`token`] makes tokens,
+//!   [`private`] files are for oneself alone; [`dataset`], [`lists`], [`run`], [`settings`], [`status`], [`doctor`]: for people; [`web`]: the same for a browser;
 //!   [`classify`]: what a trained model sees in pictures;
 //!   [`fsck`], [`gc`]: what in a store does not add up, and what nobody needs any more, without a coordinator;
 //!   [`confirm`] asks before something is deleted, [`time`] writes moments and spans;
@@ -15,6 +16,7 @@ mod classify;
 mod cli;
 mod client;
 mod confirm;
+mod credentials;
 mod dataset;
 #[cfg(feature = "demo")]
 mod demo;
@@ -28,6 +30,7 @@ mod local;
 mod metered;
 mod metrics;
 mod output;
+mod private;
 mod process;
 mod roles;
 mod run;
@@ -36,6 +39,7 @@ mod status;
 mod store;
 mod telemetry;
 mod time;
+mod token;
 mod web;
 
 use std::process::ExitCode;

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
+use proto::session::Session;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
@@ -93,17 +94,19 @@ pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
 
 /// Runs a fetch worker until shutdown.
 pub(crate) async fn worker(args: WorkerArgs) -> Result<()> {
-    let dial = args.dial.dial_as_told()?;
+    let (session, name) = own_session();
+    let dial = args.dial.dial_as_told(&session)?;
     let store = store::open_metered(&args.store.store)?;
     let role = Role { name: "worker", register: worker::metrics::register, ready: worker::metrics::ready };
     metrics::serve(&args.metrics, role).await?;
-    until_shutdown(args.end, WORKER_GRACE, |shutdown| worker::run(own_name(), args.config, dial, store, shutdown)).await
+    until_shutdown(args.end, WORKER_GRACE, |shutdown| worker::run(name, args.config, dial, store, shutdown)).await
 }
 
 /// Runs a trainer agent until shutdown.
 #[cfg(feature = "trainer")]
 pub(crate) async fn trainer(args: TrainerArgs, telemetry: &TelemetryArgs) -> Result<()> {
-    let dial = args.dial.dial_as_told()?;
+    let (session, name) = own_session();
+    let dial = args.dial.dial_as_told(&session)?;
     let store = store::open_metered(&args.store.store)?;
     let role = Role { name: "trainer", register: trainer::metrics::register, ready: trainer::metrics::ready };
     metrics::serve(&args.metrics, role).await?;
@@ -111,7 +114,7 @@ pub(crate) async fn trainer(args: TrainerArgs, telemetry: &TelemetryArgs) -> Res
     rank_command.extend(["rank", "--store", &args.store.store].map(Into::into));
     rank_command.extend(telemetry.for_child().into_iter().map(Into::into));
     let grace = GRACE + Duration::from_secs(args.config.leave_seconds.into());
-    let agent = |shutdown| trainer::run(own_name(), args.config, dial, store, rank_command, metered::add, shutdown);
+    let agent = |shutdown| trainer::run(name, args.config, dial, store, rank_command, metered::add, shutdown);
     until_shutdown(args.end, grace, agent).await
 }
 
@@ -122,11 +125,12 @@ pub(crate) async fn rank(args: RankArgs, spans: Spans) -> Result<()> {
     trainer::run_rank(store, metered::take, move || spans.flush()).await
 }
 
-/// What the cluster calls this process: by its host, which is a pod's own name, and a word that no other process has.
-fn own_name() -> String {
+/// The session of this process, and what the cluster calls it: by its host, which is a pod's own name, and by the session.
+fn own_session() -> (Session, String) {
+    let session = Session::new(uuid::Uuid::new_v4().simple().to_string());
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    let word = uuid::Uuid::new_v4().simple().to_string();
-    format!("{}-{}", host.trim(), &word[..8])
+    let name = session.name(host.trim());
+    (session, name)
 }
 
 /// Runs a role and tells it to end on SIGTERM, Ctrl-C, or the end of standard input.

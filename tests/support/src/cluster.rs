@@ -71,6 +71,11 @@ impl Cluster {
         cluster
     }
 
+    /// Sets a variable of the environment for whatever is started from now on.
+    pub fn set_env(&mut self, name: &str, value: &str) {
+        self.env.push((name.to_owned(), value.to_owned()));
+    }
+
     /// The store as `--store` names it: a folder, unless another one was given.
     pub fn store(&self) -> &str {
         &self.store

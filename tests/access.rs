@@ -1,0 +1,159 @@
+//! Tokens, as processes have them: what is refused, what is revoked, and what works without a word.
+
+use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use support::{Cluster, FreeAddress, PATIENCE};
+
+/// Makes a token: its file and its line.
+fn token(cluster: &Cluster, name: &str, role: &str) -> (String, String) {
+    let file = cluster.path(&format!("{name}.token")).display().to_string();
+    let line = cluster.gleaner(&["token", "new", "--role", role, "--name", name, "--to", &file]);
+    (file, line)
+}
+
+/// A coordinator with tokens; the test itself is an admin.
+fn start(more: &[(&str, &str)]) -> (Cluster, Vec<String>) {
+    let mut cluster = Cluster::new(None, Vec::new());
+    let (admin, line) = token(&cluster, "test", "admin");
+    cluster.set_env("GLEANER_TOKEN_FILE", &admin);
+    let more: Vec<(String, String)> = more.iter().map(|(name, role)| token(&cluster, name, role)).collect();
+    let lines: String = more.iter().map(|(_, line)| line.as_str()).collect();
+    let tokens = cluster.write("tokens", &(line + &lines));
+    cluster.start_coordinator_with(&["--tokens", &tokens]);
+    (cluster, more.into_iter().map(|(file, _)| file).collect())
+}
+
+fn stderr(cluster: &Cluster, args: &[&str]) -> (Option<i32>, String) {
+    let output = cluster.try_gleaner(args);
+    (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+#[test]
+fn who_has_no_token_or_the_wrong_one_is_told_what_is_missing() {
+    let (mut cluster, files) = start(&[("anna", "submitter"), ("vera", "viewer"), ("workers", "worker")]);
+    let [anna, vera, workers] = &files[..] else { panic!("three") };
+    let none = cluster.write("none", "gleaner_0000");
+    let (code, said) = stderr(&cluster, &["status", "--token-file", &none]);
+    assert!(code == Some(1) && said.contains("not known here") && !said.contains("0000"), "{code:?} {said}");
+    let (_, said) = stderr(&cluster, &["dataset", "delete", "birds", "-y", "--token-file", vera]);
+    assert!(said.contains("vera is a viewer") && said.contains("submitter or admin"), "{said}");
+    cluster.gleaner(&["status", "--token-file", vera]);
+    let list = cluster.write("list", "a http://127.0.0.1:9/1\na http://127.0.0.1:9/2\n");
+    cluster.gleaner(&["dataset", "create", "birds", "--urls", &list, "--token-file", anna]);
+
+    // A worker with a viewer's token gets nothing, and one with a worker's gets the slice.
+    cluster.start_worker_with("wrong", &["--token-file", vera]);
+    cluster.eventually("the wrong worker says why", |cluster| cluster.log("wrong").contains("vera is a viewer"));
+    let status = |cluster: &Cluster| cluster.json(&["status", "--token-file", vera]);
+    assert_eq!(status(&cluster)["workers"].as_array().map(Vec::len), Some(0));
+    cluster.start_worker_with("right", &["--token-file", workers]);
+    cluster.eventually("the slice is leased", |cluster| status(cluster)["workers"][0]["leases"] == 1);
+    cluster.gleaner(&["dataset", "delete", "birds", "-y", "--token-file", anna]);
+    for role in ["coordinator", "wrong", "right"] {
+        let log = cluster.log(role);
+        for file in &files {
+            let secret = std::fs::read_to_string(file).expect("a token");
+            assert!(!log.contains(secret.trim()), "{role} has logged a token");
+        }
+    }
+}
+
+#[test]
+fn a_token_is_never_sent_where_others_could_read_it() {
+    let cluster = Cluster::new(None, Vec::new());
+    let (file, _) = token(&cluster, "anna", "submitter");
+    let (code, said) =
+        stderr(&cluster, &["status", "--coordinator", "http://gleaner.example:7070", "--token-file", &file]);
+    assert!(code == Some(2) && said.contains("https://"), "{code:?} {said}");
+    let mode = std::fs::metadata(&file).expect("there").permissions().mode() & 0o777;
+    assert_eq!(mode, 0o600);
+    let (code, said) = stderr(&cluster, &["token", "new", "--role", "admin", "--name", "b", "--to", &file]);
+    assert!(code == Some(1) && said.contains("exists"), "{code:?} {said}");
+}
+
+#[test]
+fn a_coordinator_is_open_to_other_machines_only_if_somebody_says_so() {
+    let mut cluster = Cluster::listening_at("0.0.0.0");
+    let address = cluster.address().to_owned();
+    let (code, said) = stderr(&cluster, &["coordinator", "--listen", &address]);
+    assert!(code == Some(1) && said.contains("--insecure") && said.contains("--tokens"), "{code:?} {said}");
+    let (code, said) = stderr(&cluster, &["local", "--listen", &address, "--workers", "0", "--ranks", "0"]);
+    assert!(code == Some(2) && said.contains("--insecure"), "{code:?} {said}");
+    let wrong = cluster.write("tokens", "anna boss 00\n");
+    let (code, said) = stderr(&cluster, &["coordinator", "--insecure", "--listen", &address, "--tokens", &wrong]);
+    assert!(code == Some(1) && said.contains("line 1") && said.contains("boss"), "{code:?} {said}");
+    cluster.start_coordinator_with(&["--insecure"]);
+}
+
+/// `gleaner local`, killed when it is dropped.
+struct Local(Child);
+
+impl Drop for Local {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_local_cluster_is_its_users_alone_and_works_without_a_word() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let runtime = folder.path().join("run");
+    std::fs::create_dir(&runtime).expect("made");
+    let (address, pages) = (FreeAddress::loopback(), FreeAddress::loopback());
+    let gleaner = |runtime: &Path, args: &[&str]| {
+        let mut command = Command::new(support::binary());
+        command.args(args).env("XDG_RUNTIME_DIR", runtime).env("HOME", runtime).env_remove("XDG_CONFIG_HOME");
+        command
+            .env("GLEANER_COORDINATOR", format!("http://{address}"))
+            .env("GLEANER_STORE", folder.path().join("store"));
+        command.stdin(Stdio::null());
+        command
+    };
+    let flags = ["--exit-with-stdin", "--listen", &address, "--web-listen", &pages, "--workers", "1", "--ranks", "0"];
+    let log = std::fs::File::create(folder.path().join("log")).expect("a log");
+    let mut local = gleaner(&runtime, &[&["local"], &flags[..]].concat());
+    let mut local = Local(local.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(log).spawn().expect("the binary"));
+    let log = || std::fs::read_to_string(folder.path().join("log")).unwrap_or_default();
+    let begun = Instant::now();
+    let workers = loop {
+        let output = gleaner(&runtime, &["status", "-o", "json"]).output().expect("the binary");
+        let status: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        match status["workers"].as_array() {
+            Some(workers) if !workers.is_empty() => break workers.clone(),
+            _ => assert!(begun.elapsed() < PATIENCE, "{}", log()),
+        }
+        std::thread::sleep(Duration::from_millis(200));
+    };
+    assert_eq!(workers.len(), 1);
+
+    let file = runtime.join("gleaner").join(address.port().to_string());
+    let mode = |path: &Path| std::fs::metadata(path).expect("there").permissions().mode() & 0o777;
+    assert_eq!((mode(&file), mode(&runtime.join("gleaner"))), (0o600, 0o700));
+    let token = std::fs::read_to_string(&file).expect("a token");
+    assert!(token.starts_with("gleaner_") && !log().contains(token.trim()));
+    let nowhere = folder.path().join("nowhere");
+    let output = gleaner(&nowhere, &["status"]).output().expect("the binary");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && said.contains("GLEANER_TOKEN_FILE"), "another user: {said}");
+    let mut page = std::net::TcpStream::connect(&*pages).expect("the pages");
+    std::io::Write::write_all(
+        &mut page,
+        format!("GET / HTTP/1.1\r\nHost: {pages}\r\nConnection: close\r\n\r\n").as_bytes(),
+    )
+    .expect("asked");
+    let mut answer = String::new();
+    page.read_to_string(&mut answer).expect("answered");
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+
+    drop(local.0.stdin.take());
+    let ended = local.0.wait().expect("our child");
+    assert!(ended.success(), "{}", log());
+    let left: Vec<_> = std::fs::read_dir(runtime.join("gleaner")).expect("a folder").collect();
+    assert!(left.is_empty(), "{left:?}");
+}
