@@ -9,36 +9,26 @@
 //! A host that fails many times in a row gets a pause, then one request at a time, and after some more failures it is
 //! given up for a while: what waits for it is handed back. A site that throttles is asked more slowly (see `pace`).
 
+mod host;
+mod site;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
 use proto::pb::{SiteDemand, SiteShare};
-use proto::site::{Budget, Sites};
+use proto::site::Sites;
 use tokio::time::Instant;
 
-use crate::pace::Pace;
+use self::host::{GIVEN_UP, Host};
+use self::site::{Ask, FORGET, Site, UNUSED};
 
-/// Failures in a row, after which a host is paused.
-const FAILURES: u32 = 8;
-/// The first pause; each one after it is twice as long.
-const PAUSE: Duration = Duration::from_secs(2);
-/// After so many pauses without an answer in between, a host is given up.
-const PAUSES: u32 = 3;
 /// So many times in a row a host's rate is halved before it is given up.
 const HALVINGS: u32 = 6;
 /// A host that wants to be left alone for longer is given up.
 const LONGEST_COOLDOWN: Duration = Duration::from_secs(300);
-/// For so long; then it gets one request to show that it is back.
-const GIVEN_UP: Duration = Duration::from_secs(600);
-/// A host or site that has been idle for so long is forgotten.
-const FORGET: Duration = Duration::from_secs(600);
 /// How often idle ones are looked for.
 const SWEEP: Duration = Duration::from_secs(60);
-/// A part that nothing uses is given back after so long.
-const UNUSED: Duration = Duration::from_millis(500);
-/// After so long a part is asked for again that others had.
-const RETRY: Duration = Duration::from_secs(1);
 /// Sites of which it has parts, for each connection: most of them have to wait for their pace.
 const SITES_PER_CONNECTION: usize = 16;
 /// Sites of one request to the coordinator.
@@ -116,212 +106,6 @@ enum Place {
     Ready(u64),
     /// Among those that may be asked later.
     Timed(Instant),
-}
-
-/// When the coordinator is to be asked about a site.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Ask {
-    Never,
-    /// As soon as this worker may have another part; with its oldest ticket.
-    Wanting(u64),
-    At(Instant),
-}
-
-#[derive(Debug)]
-struct Site {
-    pace: Pace,
-    /// Requests at once that it may begin, until then; afterwards nothing may be in flight, either.
-    slots: u32,
-    until: Instant,
-    /// Slots that the coordinator takes for used: more than `slots` until what is in flight has ended.
-    recorded: u32,
-    /// The latest answer; None: it was never asked for.
-    answered: Option<Instant>,
-    /// When the part is to be prolonged.
-    renew: Instant,
-    /// The coordinator should hear soon what the site has said.
-    news: bool,
-    asking: bool,
-    ask: Ask,
-    in_flight: u32,
-    /// URLs that wait for its hosts, and the first one's ticket.
-    queued: usize,
-    oldest: u64,
-    /// Hosts that may be asked, by the age of their oldest URL.
-    waiting: BTreeSet<(u64, Arc<str>)>,
-    touched: Instant,
-    place: Place,
-}
-
-#[derive(Debug)]
-struct Host<T> {
-    site: Arc<str>,
-    queue: BTreeMap<u64, T>,
-    /// How many of its URLs are in `Hosts::paused`.
-    paused: usize,
-    in_flight: u32,
-    /// Of an owner under a private suffix, who has a budget within the site's: requests at once, and their rate.
-    own: Option<(u32, Pace)>,
-    /// Nothing is asked of it before.
-    quiet_until: Instant,
-    failures: u32,
-    pauses: u32,
-    halvings: u32,
-    given_up: Option<Instant>,
-    touched: Instant,
-    place: Place,
-}
-
-impl Site {
-    fn new(now: Instant, budget: Budget) -> Self {
-        Self {
-            pace: Pace::new(now, budget.rate, budget.borne),
-            slots: 0,
-            until: now,
-            recorded: 0,
-            answered: None,
-            renew: now,
-            news: false,
-            asking: false,
-            ask: Ask::Never,
-            in_flight: 0,
-            queued: 0,
-            oldest: 0,
-            waiting: BTreeSet::new(),
-            touched: now,
-            place: Place::Nowhere,
-        }
-    }
-
-    /// Whether it has a part, by its own clock.
-    fn is_lent(&self, now: Instant) -> bool {
-        self.recorded > 0 && now < self.until
-    }
-
-    /// Slots that it goes on using at the most.
-    fn held(&self, now: Instant) -> u32 {
-        if self.is_lent(now) { self.slots.max(self.in_flight) } else { 0 }
-    }
-
-    fn place(&self, now: Instant) -> Place {
-        let Some(&(ticket, _)) = self.waiting.first() else { return Place::Nowhere };
-        if !self.is_lent(now) || self.in_flight >= self.slots {
-            return Place::Nowhere;
-        }
-        match self.pace.from() {
-            from if from > now => Place::Timed(from),
-            _ => Place::Ready(ticket),
-        }
-    }
-
-    fn ask(&self, now: Instant) -> Ask {
-        if self.asking {
-            return Ask::Never;
-        }
-        match (self.is_lent(now), self.queued > 0) {
-            (true, false) if self.in_flight == 0 => Ask::At(self.renew.min(self.touched + UNUSED)),
-            (true, _) if self.news || self.recorded > self.held(now) => Ask::At(self.touched),
-            (true, _) => Ask::At(self.renew),
-            (false, true) => match self.answered {
-                None => Ask::Wanting(self.oldest),
-                Some(answered) => Ask::At(if self.recorded > 0 { self.until } else { answered + RETRY }),
-            },
-            (false, false) => Ask::Never,
-        }
-    }
-
-    fn demand(&self, now: Instant, site: &str) -> SiteDemand {
-        let (requests_per_second, known) = self.pace.rate();
-        SiteDemand {
-            site: site.to_owned(),
-            held: self.held(now),
-            wanted: self.queued > 0 || self.in_flight > 0,
-            requests_per_second,
-            known,
-            quiet_millis: self.pace.quiet(now).as_millis() as u64,
-        }
-    }
-
-    /// Takes up the answer to a demand that was made at `asked` and in which it said that it holds so many slots.
-    fn lend(&mut self, asked: Instant, now: Instant, held: u32, share: &SiteShare, duration: Duration) {
-        let was_lent = self.is_lent(now) && held > 0;
-        self.slots = share.slots;
-        (self.recorded, self.until) = (share.slots.max(held), asked + duration);
-        self.renew = asked + duration / 3;
-        self.answered = if self.queued > 0 || self.recorded > 0 { Some(now) } else { None };
-        let learned = (share.requests_per_second, share.known);
-        let part = if share.slots > 0 { f64::from(share.slots) / f64::from(share.site_slots.max(1)) } else { 1.0 };
-        if share.slots > 0 {
-            self.pace.set(now, part, share.site_requests_per_second);
-        }
-        if !was_lent {
-            self.pace.begin_at(now, learned);
-        } else {
-            self.pace.hear(now, learned);
-        }
-        self.pace.delay(now + Duration::from_millis(share.delay_millis));
-    }
-
-    /// Whether nothing is lost if it is forgotten.
-    fn is_over(&self, now: Instant) -> bool {
-        let idle = self.in_flight == 0 && self.queued == 0 && self.waiting.is_empty() && !self.asking;
-        idle && !self.is_lent(now) && now >= self.touched + FORGET
-    }
-}
-
-impl<T> Host<T> {
-    fn new(now: Instant, site: Arc<str>, own: Option<Budget>) -> Self {
-        Self {
-            site,
-            queue: BTreeMap::new(),
-            paused: 0,
-            in_flight: 0,
-            own: own.map(|budget| (budget.slots, Pace::new(now, budget.rate, budget.borne))),
-            quiet_until: now,
-            failures: 0,
-            pauses: 0,
-            halvings: 0,
-            given_up: None,
-            touched: now,
-            place: Place::Nowhere,
-        }
-    }
-
-    fn place(&self, now: Instant) -> Place {
-        let Some((&ticket, _)) = self.queue.first_key_value() else { return Place::Nowhere };
-        let slots = if self.pauses > 0 { 1 } else { self.own.map_or(u32::MAX, |(slots, _)| slots) };
-        if self.in_flight >= slots {
-            return Place::Nowhere;
-        }
-        match self.own.map_or(self.quiet_until, |(_, pace)| pace.from().max(self.quiet_until)) {
-            from if from > now => Place::Timed(from),
-            _ => Place::Ready(ticket),
-        }
-    }
-
-    fn is_idle(&self) -> bool {
-        self.queue.is_empty() && self.paused == 0 && self.in_flight == 0
-    }
-
-    /// Whether nothing would be lost if it were forgotten.
-    fn is_blank(&self) -> bool {
-        let well = self.failures == 0 && self.pauses == 0 && self.halvings == 0 && self.given_up.is_none();
-        self.is_idle() && well && self.own.is_none()
-    }
-
-    fn fail(&mut self, now: Instant) {
-        self.failures += 1;
-        // What was in flight when the pause began says nothing new.
-        if self.failures < FAILURES || now < self.quiet_until {
-            return;
-        }
-        if self.pauses >= PAUSES {
-            self.given_up = Some(now + GIVEN_UP);
-            return;
-        }
-        self.quiet_until = now + PAUSE * 2u32.pow(self.pauses);
-        self.pauses += 1;
-    }
 }
 
 impl<T> Hosts<T> {

@@ -1,3 +1,5 @@
+use proto::site::Budget;
+
 use super::*;
 
 const LEASE: Duration = Duration::from_secs(30);

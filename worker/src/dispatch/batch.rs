@@ -1,0 +1,193 @@
+//! The URLs of one attempt, from their slice to a result for each.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use proto::outcomes::OutcomeRow;
+use proto::{Limits, Rejection};
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::Dispatcher;
+use crate::fetch::{Body, Request, ResponseInfo};
+use crate::format::format_of;
+use crate::metrics::InFlight;
+use crate::way_out::WayOut;
+
+/// One line of a slice.
+#[derive(Debug, Default)]
+pub(crate) struct SliceEntry {
+    pub(crate) key: i64,
+    pub(crate) synset: String,
+    pub(crate) url: String,
+    /// What travels with its picture.
+    pub(crate) columns: Option<String>,
+}
+
+impl SliceEntry {
+    /// The row of a URL of which nothing else is known.
+    pub(crate) fn into_row(self) -> OutcomeRow {
+        let Self { key, synset, url, columns } = self;
+        OutcomeRow { key, synset, url, columns, ..OutcomeRow::default() }
+    }
+}
+
+/// The right to have one URL in flight, until its body is validated.
+#[derive(Debug)]
+pub(crate) struct ConnectionPermit {
+    pub(super) _permit: OwnedSemaphorePermit,
+    pub(super) _in_flight: InFlight,
+}
+
+/// What became of a URL's request.
+#[derive(Debug)]
+pub(crate) struct FetchResult {
+    pub(crate) entry: SliceEntry,
+    /// By which [`WayOut`] says whether it is believed; 0: there is no doubt about it.
+    pub(crate) number: u64,
+    pub(crate) info: ResponseInfo,
+    /// How long its HTTP requests took.
+    pub(crate) spent: Duration,
+    pub(crate) body: Result<(Body, ConnectionPermit), Rejection>,
+}
+
+/// A URL of a batch that has no result yet. It gets one whatever happens: one that is dropped, as by a panic, is
+/// rejected.
+#[derive(Debug)]
+pub(super) struct Job {
+    pub(super) ticket: u64,
+    pub(super) started: bool,
+    pub(super) finished: bool,
+    pub(super) entry: SliceEntry,
+    pub(super) request: Request,
+    /// Why it was tried again last.
+    pub(super) retried: Option<(Rejection, ResponseInfo)>,
+    pub(super) throttled: u32,
+    pub(super) batch: Arc<Shared>,
+}
+
+/// What all jobs of a batch share.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) id: usize,
+    pub(super) limits: Limits,
+    pub(super) way_out: Arc<WayOut>,
+    pub(super) results: mpsc::UnboundedSender<FetchResult>,
+    pub(super) unstarted: AtomicUsize,
+    /// Cancelled when every URL has been started.
+    pub(super) all_started: CancellationToken,
+    /// Nothing more is started or tried again.
+    pub(super) ending: AtomicBool,
+    /// What is in flight is cut.
+    pub(super) cut: CancellationToken,
+}
+
+impl Shared {
+    pub(super) fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::Acquire)
+    }
+
+    pub(super) fn start(&self, urls: usize) {
+        if self.unstarted.fetch_sub(urls, Ordering::AcqRel) == urls {
+            self.all_started.cancel();
+        }
+    }
+}
+
+impl Job {
+    pub(super) fn start(&mut self) {
+        if !std::mem::replace(&mut self.started, true) {
+            self.batch.start(1);
+        }
+    }
+
+    pub(super) fn finish(&mut self, body: Result<(Body, ConnectionPermit), Rejection>) {
+        self.start();
+        self.finished = true;
+        let (entry, info) = (std::mem::take(&mut self.entry), std::mem::take(&mut self.request.info));
+        let (body, info) = match (body, self.retried.take()) {
+            // What this URL met at its host says more than that the host was given up.
+            (Err(Rejection::HostGivenUp), Some((rejection, info))) => (Err(rejection), info),
+            (body, _) => (body, info),
+        };
+        let number = match &body {
+            Err(Rejection::Unfetched) => 0,
+            body => {
+                let picture = body.as_ref().is_ok_and(|(body, _)| format_of(&body.bytes).is_some());
+                self.batch.way_out.result(&self.request.host(), &entry.url, picture)
+            }
+        };
+        // An attempt that is gone needs no result.
+        let _ = self.batch.results.send(FetchResult { entry, number, info, spent: self.request.spent, body });
+    }
+
+    /// Takes it out of its batch: it gets no result.
+    pub(super) fn withdraw(mut self) -> SliceEntry {
+        self.start();
+        self.finished = true;
+        std::mem::take(&mut self.entry)
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        if !self.finished {
+            self.finish(Err(Rejection::Protocol));
+        }
+    }
+}
+
+/// The URLs of one attempt. Dropping it drops those that have no result yet.
+#[derive(Debug)]
+pub(crate) struct Batch {
+    pub(super) dispatcher: Arc<Dispatcher>,
+    pub(super) id: usize,
+    pub(super) results: mpsc::UnboundedReceiver<FetchResult>,
+    pub(super) shared: Arc<Shared>,
+}
+
+impl Batch {
+    /// The next result; None after the last one.
+    pub(crate) async fn next(&mut self) -> Option<FetchResult> {
+        self.results.recv().await
+    }
+
+    /// Takes out the URLs that wait and match; they get no result.
+    pub(crate) fn take_out(&self, matches: impl Fn(&SliceEntry) -> bool) -> Vec<SliceEntry> {
+        let matches = |job: &Job| job.batch.id == self.id && matches(&job.entry);
+        let jobs = self.dispatcher.hosts().take_out(Instant::now(), matches);
+        jobs.into_iter().map(Job::withdraw).collect()
+    }
+
+    /// Starts nothing more and tries nothing again; those that wait get no result, and are returned.
+    pub(crate) fn end(&self) -> Vec<SliceEntry> {
+        self.shared.ending.store(true, Ordering::Release);
+        self.take_out(|_| true)
+    }
+
+    /// Cuts what is in flight: its result is `unfetched`.
+    pub(crate) fn cut(&self) {
+        self.shared.cut.cancel();
+    }
+
+    /// Returns when every URL has been started, or connections have nothing to do because all URLs that wait have to.
+    pub(crate) fn all_started(&self) -> impl Future<Output = ()> + Send + use<> {
+        let (dispatcher, all_started) = (Arc::clone(&self.dispatcher), self.shared.all_started.clone());
+        async move {
+            tokio::select! {
+                () = all_started.cancelled() => {}
+                () = dispatcher.idle.notified() => {}
+            }
+        }
+    }
+}
+
+impl Drop for Batch {
+    fn drop(&mut self) {
+        self.shared.ending.store(true, Ordering::Release);
+        self.shared.cut.cancel();
+        drop(self.dispatcher.hosts().take_out(Instant::now(), |job| job.batch.id == self.id));
+    }
+}
