@@ -49,8 +49,10 @@ pub(crate) enum HostSignal {
     Answered,
     /// It does not answer, or says that it is in trouble.
     Failed,
-    /// It asks to be left alone for so long (429, 503).
+    /// It asks to be left alone for so long (429).
     Throttled(Duration),
+    /// It has no time for this URL now (503 with `Retry-After`).
+    Busy,
     /// Nothing: the request was dropped, or never begun.
     Unknown,
 }
@@ -220,6 +222,11 @@ impl<T> Hosts<T> {
         }
     }
 
+    /// Whether it has a part of any site's budget.
+    pub(crate) fn has_parts(&self, now: Instant) -> bool {
+        self.sites.values().any(|site| site.is_lent(now))
+    }
+
     /// Until when requests to a site may be in flight; None: there may be none.
     pub(crate) fn until(&self, site: &str) -> Option<Instant> {
         self.sites.get(site).filter(|site| site.recorded > 0).map(|site| site.until)
@@ -289,6 +296,14 @@ impl<T> Hosts<T> {
                 (at.halvings, site.news) = (at.halvings + u32::from(is_news), is_news || site.news);
                 if at.halvings >= HALVINGS || cooldown > LONGEST_COOLDOWN {
                     at.given_up = Some(now + cooldown.max(GIVEN_UP));
+                }
+            }
+            HostSignal::Busy => {
+                let pace = at.own.as_mut().map_or(&mut site.pace, |(_, pace)| pace);
+                let is_news = pace.busy(now, begun);
+                (at.halvings, site.news) = (at.halvings + u32::from(is_news), is_news || site.news);
+                if at.halvings >= HALVINGS {
+                    at.given_up = Some(now + GIVEN_UP);
                 }
             }
             HostSignal::Unknown => {}

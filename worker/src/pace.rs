@@ -2,10 +2,13 @@
 //! argument.
 //!
 //! A site of which nothing is known gets two requests a second, and twice as many every five seconds, until it
-//! throttles (429, or 503 with `Retry-After`). That halves the rate, which soon comes back to the one that the site has
-//! borne, and rises slowly from then on. It is never above the budget, and never zero. Several workers learn one rate,
-//! each by its own part of it. Of a site that is said to bear any rate nothing is learned: it is left alone for as long
-//! as it wants, and then asked as before.
+//! throttles (429). That halves the rate, which soon comes back to the one that the site has borne, and rises slowly
+//! from then on. It is never above the budget, and never zero. Several workers learn one rate, each by its own part of
+//! it. Of a site that is said to bear any rate nothing is learned: it is left alone for as long as it wants, and then
+//! asked as before.
+//!
+//! "Busy" (503 with `Retry-After`) may be said of the site or of one URL. It counts as throttling if it is said often;
+//! and if half as many requests, and half as many again, hear it as often, it was said of URLs: then the rate returns.
 
 use std::time::Duration;
 
@@ -25,6 +28,21 @@ const BEARS_LESS: f64 = 0.75;
 const USED: f64 = 0.5;
 /// Requests per second at the least.
 const LEAST: f64 = 1.0 / 64.0;
+/// The same, of a site that is busy for some requests, and has lately answered others.
+const LEAST_BUSY: f64 = 0.5;
+const LATELY: Duration = Duration::from_secs(60);
+/// "Busy" says something of the site if so many answers, and this part of them, were that.
+const BUSY: u32 = 3;
+const BUSY_PART: f64 = 0.1;
+/// A site that is busy for more than this part is overloaded, whatever the rate.
+const OVERLOADED: f64 = 0.5;
+/// A part that is less than this part of what it was before a halving was made less by it.
+const HELPED: f64 = 2.0 / 3.0;
+/// After so many halvings that did not help, the rate returns, and "busy" says nothing for so long.
+const USELESS: u32 = 2;
+const UNHEARD: Duration = Duration::from_secs(600);
+/// Answers that are counted: earlier ones count half.
+const COUNTED: u32 = 64;
 
 /// The rate of one site, and this worker's part of it.
 #[derive(Debug, Clone, Copy)]
@@ -44,11 +62,28 @@ pub(crate) struct Pace {
     begun: u32,
     /// When it was last halved.
     halved: Option<Instant>,
+    /// Answers since the rate was halved, and those of them that were "busy".
+    answers: u32,
+    busy: u32,
+    /// When it last answered otherwise.
+    answered: Option<Instant>,
+    /// What was before the latest halvings for which the site was as often busy as before.
+    before: Option<Before>,
+    /// "Busy" says nothing of the site until then.
+    unheard_until: Instant,
     /// When the next request can begin.
     next: Instant,
     /// None begins before: the site wants to be left alone, or others have just asked.
     quiet_until: Instant,
     delayed_until: Instant,
+}
+
+/// Before some halvings: the rate, whether it was known, and which part of the answers were "busy".
+#[derive(Debug, Clone, Copy)]
+struct Before {
+    rate: (f64, bool),
+    part: f64,
+    halvings: u32,
 }
 
 impl Pace {
@@ -64,6 +99,11 @@ impl Pace {
             since: now,
             begun: 0,
             halved: None,
+            answers: 0,
+            busy: 0,
+            answered: None,
+            before: None,
+            unheard_until: now,
             next: now,
             quiet_until: now,
             delayed_until: now,
@@ -74,7 +114,7 @@ impl Pace {
     /// Begins, or goes on after a pause, at a rate that others have learned.
     pub(crate) fn begin_at(&mut self, now: Instant, (rate, known): (f64, bool)) {
         (self.rate, self.known) = (capped(rate, self.most), known);
-        (self.since, self.begun) = (now, 0);
+        self.changed(now);
         self.borne = if known { self.rate } else { 0.0 };
     }
 
@@ -127,6 +167,12 @@ impl Pace {
 
     /// The site has answered a request.
     pub(crate) fn answered(&mut self, now: Instant) {
+        self.count(false);
+        self.answered = Some(now);
+        let counted = |before: &Before| f64::from(self.answers) * before.part >= f64::from(BUSY);
+        if self.before.is_some_and(|before| counted(&before) && self.part() < before.part * HELPED) {
+            self.before = None;
+        }
         let returns = self.known && self.rate < self.borne;
         let (pause, factor, most) = match self.known {
             false => (DOUBLES_IN, 2.0, self.most),
@@ -134,7 +180,7 @@ impl Pace {
             true => (RISES_IN, RISES, self.most),
         };
         let used = f64::from(self.begun) >= USED * self.rate * self.part * pause.as_secs_f64();
-        if self.rate > 0.0 && self.rate != self.most && now >= self.since + pause && used {
+        if self.rate > 0.0 && self.rate != self.most && now >= self.since + pause && used && self.part() <= OVERLOADED {
             self.borne = self.borne.max(self.rate);
             self.rate = capped(self.rate * factor, most);
             (self.since, self.begun) = (now, 0);
@@ -157,8 +203,54 @@ impl Pace {
             self.borne = self.rate * BEARS_LESS;
         }
         (self.rate, self.known) = ((self.rate / 2.0).max(LEAST), true);
-        (self.since, self.begun) = (now, 0);
+        self.changed(now);
         true
+    }
+
+    /// The site was busy for a request that was begun at `begun`. Returns whether that changed the rate.
+    pub(crate) fn busy(&mut self, now: Instant, begun: Instant) -> bool {
+        if self.halved.is_some_and(|halved| begun <= halved) {
+            return false;
+        }
+        self.count(true);
+        let part = self.part();
+        let lately = self.answered.is_some_and(|answered| now < answered + LATELY);
+        let least = if lately { LEAST_BUSY } else { LEAST };
+        let unheard = now < self.unheard_until && part <= OVERLOADED;
+        if self.rate == 0.0 || unheard || self.busy < BUSY || part < BUSY_PART {
+            return false;
+        }
+        let useless = self.before.filter(|before| part >= before.part * HELPED && part <= OVERLOADED);
+        let before = useless.unwrap_or(Before { rate: self.rate(), part, halvings: 0 });
+        if before.halvings >= USELESS {
+            (self.before, self.unheard_until) = (None, now + UNHEARD);
+            self.begin_at(now, before.rate);
+            return true;
+        }
+        if self.rate <= least {
+            return false;
+        }
+        self.before = Some(Before { halvings: before.halvings + 1, ..before });
+        self.throttled(now, begun, Duration::ZERO);
+        self.rate = self.rate.max(least);
+        true
+    }
+
+    /// Which part of the answers was "busy".
+    fn part(&self) -> f64 {
+        f64::from(self.busy) / f64::from(self.answers.max(1))
+    }
+
+    fn count(&mut self, busy: bool) {
+        if self.answers >= COUNTED {
+            (self.answers, self.busy) = (self.answers / 2, self.busy / 2);
+        }
+        (self.answers, self.busy) = (self.answers + 1, self.busy + u32::from(busy));
+    }
+
+    /// The rate has, by more than a little.
+    fn changed(&mut self, now: Instant) {
+        (self.since, self.begun, self.answers, self.busy) = (now, 0, 0, 0);
     }
 
     fn interval(&self) -> Option<Duration> {
@@ -199,6 +291,66 @@ mod tests {
             }
         }
         (asked, throttled)
+    }
+
+    /// The same of a site that answers "busy" to what is above `limit`, and to each URL of a kind, whatever the rate.
+    fn ask_busy(
+        pace: &mut Pace,
+        start: Instant,
+        seconds: u64,
+        limit: f64,
+        is_of_kind: impl Fn(u32) -> bool,
+    ) -> (u32, u32) {
+        let (mut asked, mut busy) = (0, 0);
+        let (mut bucket, mut last) = (limit.max(1.0), start);
+        for millis in 0..seconds * 1000 {
+            let now = start + Duration::from_millis(millis);
+            if pace.from() > now {
+                continue;
+            }
+            bucket = (bucket + (now - last).as_secs_f64() * limit).min(limit.max(1.0));
+            (asked, last) = (asked + 1, now);
+            pace.begin(now);
+            if bucket < 1.0 || is_of_kind(asked) {
+                busy += 1;
+                pace.busy(now, now);
+            } else {
+                bucket -= 1.0;
+                pace.answered(now);
+            }
+        }
+        (asked, busy)
+    }
+
+    #[test]
+    fn a_site_that_says_busy_to_what_is_too_much_is_asked_for_less() {
+        let start = Instant::now();
+        for limit in [1.0, 2.0, 5.0, 17.0, 60.0] {
+            let mut pace = Pace::new(start, 100.0, false);
+            let (asked, busy) = ask_busy(&mut pace, start, 300, limit, |_| false);
+            let used = f64::from(asked - busy) / (limit * 300.0);
+            assert!(
+                f64::from(busy) <= 20.0 + 0.15 * f64::from(asked) && used > 0.6,
+                "{limit}: {busy} of {asked}, {used}"
+            );
+        }
+        let mut pace = Pace::new(start, 100.0, false);
+        let (asked, _) = ask_busy(&mut pace, start, 600, 0.0, |_| true);
+        assert!((6..40).contains(&asked), "{asked}");
+    }
+
+    #[test]
+    fn urls_that_are_always_busy_do_not_slow_their_site_down_for_long() {
+        let start = Instant::now();
+        for every in [3, 5, 8, 15, 50] {
+            let mut pace = Pace::new(start, 100.0, false);
+            let (asked, _) = ask_busy(&mut pace, start, 300, 1000.0, |n| n % every == 0);
+            assert!(asked > 6000, "each {every}th: {asked} in 300 s");
+        }
+        // Of a site that is hardly ever not busy it asks no more than that.
+        let mut pace = Pace::new(start, 100.0, false);
+        let (asked, _) = ask_busy(&mut pace, start, 300, 1000.0, |n| n % 10 != 0);
+        assert!((50..400).contains(&asked), "{asked}");
     }
 
     #[test]

@@ -62,9 +62,9 @@ impl FetchError {
                 let cooldown = wanted.max(FIRST_BACKOFF);
                 Self { rejection, retry: Retry::WithHost, signal: HostSignal::Throttled(cooldown) }
             }
-            // It asks for less, but it is the URL that has to wait.
+            // It is the URL that has to wait.
             StatusCode::SERVICE_UNAVAILABLE if !wanted.is_zero() => {
-                Self { rejection, retry: Retry::After(wanted), signal: HostSignal::Throttled(Duration::ZERO) }
+                Self { rejection, retry: Retry::After(wanted), signal: HostSignal::Busy }
             }
             _ if status.is_server_error() => Self { retry: Retry::After(wanted), ..Self::of_host(rejection) },
             _ => Self::of_url(rejection),
@@ -142,7 +142,7 @@ mod tests {
         }
         assert_eq!(status(429, Some("3600")).signal, HostSignal::Throttled(Duration::from_secs(3600)));
         assert_eq!(status(429, None).signal, HostSignal::Throttled(FIRST_BACKOFF));
-        assert_eq!(status(503, Some("7")).signal, HostSignal::Throttled(Duration::ZERO));
+        assert_eq!(status(503, Some("7")).signal, HostSignal::Busy);
         assert_eq!((status(500, None).signal, status(403, None).signal), (HostSignal::Failed, HostSignal::Answered));
     }
 }
