@@ -1,9 +1,10 @@
-//! The datasets: what is known of each, and the work on them, by subject: `recover`, `lease`, `large`,
+//! The datasets: what is known of each, and the work on them, by subject: `recover`, `lease`, `large`, `control`,
 //! `rounds`, `seal`, `remove`, `wanted`.
 //!
 //! The state is behind one lock that is never held over an await. All of it comes from the store: [`Datasets::recover`]
 //! rebuilds it by listing.
 
+pub(crate) mod control;
 mod large;
 mod lease;
 mod recover;
@@ -17,6 +18,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use proto::handover::Handover;
 use proto::manifest::{DamagedShard, Manifest};
 use proto::pb::{self, FailureKind};
 use proto::round::{Cause, Round, Slice};
@@ -25,15 +27,17 @@ use proto::{DatasetId, DatasetSpec, OutcomeCounts, Rejection, ShardIndex, Split,
 use tokio::sync::{Notify, OwnedMutexGuard, Semaphore};
 use tracing::info;
 
+pub(crate) use crate::datasets::control::Controls;
 use crate::datasets::large::Slices;
-pub(crate) use crate::datasets::lease::Report;
+pub(crate) use crate::datasets::lease::{Renewed, Report};
 pub(crate) use crate::datasets::remove::was_committed;
 use crate::datasets::wanted::Wanted;
 use crate::error::Error;
+use crate::handover;
 use crate::history::Tolerance;
 use crate::ledger::{Counts, Ledger, Now};
 use crate::probes::Probes;
-use crate::shares::Shares;
+use crate::shares::{Learned, Shares};
 use crate::sites::Deal;
 use crate::store::{Created, Store};
 use crate::term::Term;
@@ -98,6 +102,8 @@ pub(crate) struct Dataset {
     progress: BTreeMap<u32, OutcomeCounts>,
     /// With `per_class` in the spec.
     wanted: Option<Wanted>,
+    /// What people have decided about it since.
+    pub(crate) controls: Controls,
     /// The latest one.
     pub(crate) manifest: Option<Arc<Manifest>>,
     /// Shards of later rounds whose index cannot be read.
@@ -215,9 +221,14 @@ impl Datasets {
         lease: Duration,
         folder: Option<PathBuf>,
         sites: Sites,
+        before: &Handover,
     ) -> Arc<Self> {
         let ledger = Ledger::new(term.number(), lease);
-        let shares = Shares::new(Duration::ZERO, lease, term.number() == 1);
+        let learned = before.sites.iter().map(|(name, site)| {
+            let rate = (site.requests_per_second, site.known);
+            (name.clone(), Learned { rate, quiet_until: handover::quiet(site) })
+        });
+        let shares = Shares::new(Duration::ZERO, lease, before.all_back, learned);
         Arc::new(Self {
             store,
             term,
@@ -290,6 +301,7 @@ impl Datasets {
             let mut state = self.state();
             let now = self.now();
             state.ledger.add(now, &id, open, fresh);
+            state.ledger.control(&id, dataset.controls.priority.weight(), dataset.controls.paused);
             state.live.insert(id.clone(), dataset);
         }
         self.free.notify_waiters();
@@ -382,6 +394,7 @@ impl Dataset {
             outcomes: OutcomeCounts::default(),
             progress: BTreeMap::new(),
             wanted,
+            controls: Controls::default(),
             manifest: None,
             damaged: BTreeMap::new(),
             accepts_damage: false,

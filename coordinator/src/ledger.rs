@@ -7,12 +7,16 @@
 //! slice has fewer strikes there is no better witness. Workers that are lost together strike nothing. Every failure
 //! counts against its worker, which is asked less often.
 
+mod answers;
+
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
 use proto::pb::FailureKind;
 use proto::{Attempt, DatasetId, ShardId};
+
+pub(crate) use self::answers::{Counts, Decision, Expired, Renewal};
 
 /// Strikes after which a slice is closed.
 pub(crate) const MOST_STRIKES: usize = 5;
@@ -41,12 +45,24 @@ pub(crate) struct Ledger {
     version: u64,
     /// Shards that workers have committed.
     commits: u64,
-    /// Oldest first: it is served first.
-    datasets: Vec<(DatasetId, BTreeMap<u32, Open>)>,
+    /// Oldest first.
+    datasets: Vec<Queue>,
     /// Those that have committed or failed.
     workers: HashMap<Arc<str>, Record>,
     /// Leases that expired within the last lease time.
     lost: VecDeque<Loss>,
+}
+
+/// The uncommitted shards of one dataset.
+#[derive(Debug)]
+struct Queue {
+    id: DatasetId,
+    shards: BTreeMap<u32, Open>,
+    /// URLs that were granted, divided by its weight: whoever has the fewest comes first. One that comes later begins
+    /// with as many as the last of those that are there.
+    served: f64,
+    weight: f64,
+    is_paused: bool,
 }
 
 /// An uncommitted shard.
@@ -103,42 +119,6 @@ enum State {
     Checking,
 }
 
-/// What became of a lease that was to be prolonged.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Renewal {
-    Prolonged,
-    /// The shard is committed, or another's.
-    Over,
-    /// No URL was finished for so long that it was taken back.
-    Stalled,
-}
-
-/// A lease whose time is over, or a shard that is to be checked for another reason.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Expired {
-    pub(crate) id: ShardId,
-    /// Who held it, if its time was over, and what that is counted as.
-    pub(crate) lost: Option<(Arc<str>, FailureKind)>,
-}
-
-/// What was decided about a shard that is over.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Decision {
-    /// It may be leased again.
-    Retry,
-    /// It has failed too often: the coordinator closes it with an index of its own.
-    GiveUp,
-}
-
-/// Shards of a dataset by state.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Counts {
-    /// Neither leased nor committed.
-    pub(crate) waiting: u32,
-    /// Somebody makes them.
-    pub(crate) leased: u32,
-}
-
 impl Ledger {
     /// An empty one. `lease` is the duration of a lease.
     pub(crate) fn new(term: u64, lease: Duration) -> Self {
@@ -168,16 +148,50 @@ impl Ledger {
         let open = Open { failures: 0, strikes: Vec::new(), commits: self.commits, attempt: None, holder: None, state };
         let shards = shards.into_iter().map(|shard| (shard, open.clone()));
         self.version += 1;
-        match self.datasets.iter_mut().find(|(id, _)| id == dataset) {
-            Some((_, there)) => there.extend(shards),
-            None => self.datasets.push((dataset.clone(), shards.collect())),
+        let busy = self.datasets.iter().filter(|queue| !queue.shards.is_empty() && !queue.is_paused);
+        let least = busy.map(|queue| queue.served).fold(f64::INFINITY, f64::min);
+        let least = if least.is_finite() { least } else { 0.0 };
+        match self.datasets.iter_mut().find(|queue| queue.id == *dataset) {
+            Some(queue) => {
+                if queue.shards.is_empty() {
+                    queue.served = queue.served.max(least);
+                }
+                queue.shards.extend(shards);
+            }
+            None => {
+                let (id, shards) = (dataset.clone(), shards.collect());
+                self.datasets.push(Queue { id, shards, served: least, weight: 1.0, is_paused: false });
+            }
         }
+    }
+
+    /// Sets how large a dataset's share of the workers is, and whether it has none for now.
+    pub(crate) fn control(&mut self, dataset: &DatasetId, weight: f64, is_paused: bool) {
+        self.version += 1;
+        let least = self.order().first().and_then(|id| self.datasets.iter().find(|queue| queue.id == *id));
+        let least = least.map_or(0.0, |queue| queue.served);
+        let Some(queue) = self.datasets.iter_mut().find(|queue| queue.id == *dataset) else { return };
+        if queue.is_paused && !is_paused {
+            queue.served = queue.served.max(least);
+        }
+        // What it has had already counts neither more nor less.
+        queue.served = least + (queue.served - least) * queue.weight / weight;
+        (queue.weight, queue.is_paused) = (weight, is_paused);
+    }
+
+    /// Datasets that have uncommitted shards, the one that has had the least of its share first.
+    pub(crate) fn order(&self) -> Vec<DatasetId> {
+        let mut order: Vec<&Queue> =
+            self.datasets.iter().filter(|queue| !queue.shards.is_empty() && !queue.is_paused).collect();
+        // Stable: of two that have had as much, the older one.
+        order.sort_by(|a, b| a.served.total_cmp(&b.served));
+        order.into_iter().map(|queue| queue.id.clone()).collect()
     }
 
     /// Forgets a dataset and all its leases.
     pub(crate) fn remove(&mut self, dataset: &DatasetId) {
         self.version += 1;
-        self.datasets.retain(|(id, _)| id != dataset);
+        self.datasets.retain(|queue| queue.id != *dataset);
     }
 
     /// Forgets workers that are gone.
@@ -185,40 +199,52 @@ impl Ledger {
         self.workers.retain(|worker, _| there(worker));
     }
 
-    /// Grants the first shard of the oldest dataset that has one which `may` be granted; one that has failed comes
-    /// behind the others of its dataset.
+    /// Grants the first shard of a dataset that has one which `may` be granted; one that has failed comes behind the
+    /// others. `urls` says how many a shard has.
     pub(crate) fn grant(
         &mut self,
         now: Now,
         worker: &str,
-        may: impl Fn(&DatasetId, u32) -> bool,
+        dataset: &DatasetId,
+        urls: impl Fn(u32) -> u32,
+        may: impl Fn(u32) -> bool,
     ) -> Option<(ShardId, Attempt)> {
         if self.workers.get(worker).is_some_and(|record| now < record.from) {
             return None;
         }
-        for (dataset, shards) in &mut self.datasets {
-            let free = |open: &Open| matches!(open.state, State::Pending { from } if from <= now);
-            let mut found = None;
-            let may = |shard: u32| may(dataset, shard);
-            for (&shard, open) in shards.iter_mut().filter(|(shard, open)| free(open) && may(**shard)) {
-                let failed = open.failures > 0;
-                if !failed || found.is_none() {
-                    found = Some((shard, open));
-                }
-                if !failed {
-                    break;
-                }
+        let queue = self.datasets.iter_mut().find(|queue| queue.id == *dataset && !queue.is_paused)?;
+        let free = |open: &Open| matches!(open.state, State::Pending { from } if from <= now);
+        let mut found = None;
+        for (&shard, open) in queue.shards.iter_mut().filter(|(shard, open)| free(open) && may(**shard)) {
+            let failed = open.failures > 0;
+            if !failed || found.is_none() {
+                found = Some((shard, open));
             }
-            let Some((shard, open)) = found else { continue };
-            (self.granted, self.version) = (self.granted + 1, self.version + 1);
-            let attempt = Attempt { term: self.term, n: self.granted };
-            open.attempt = Some(attempt);
-            let worker: Arc<str> = worker.into();
-            open.holder = Some(Arc::clone(&worker));
-            open.state = State::Leased { worker, until: now + self.lease, finished: 0, since: now };
-            return Some((dataset.shard(shard), attempt));
+            if !failed {
+                break;
+            }
         }
-        None
+        let (shard, open) = found?;
+        (self.granted, self.version) = (self.granted + 1, self.version + 1);
+        let attempt = Attempt { term: self.term, n: self.granted };
+        open.attempt = Some(attempt);
+        let worker: Arc<str> = worker.into();
+        open.holder = Some(Arc::clone(&worker));
+        open.state = State::Leased { worker, until: now + self.lease, finished: 0, since: now };
+        queue.served += f64::from(urls(shard)) / queue.weight;
+        Some((dataset.shard(shard), attempt))
+    }
+
+    /// Takes shards of a dataset that nobody makes, up to so many, to be checked and closed.
+    pub(crate) fn take_waiting(&mut self, dataset: &DatasetId, most: usize) -> Vec<ShardId> {
+        let waiting = |open: &&mut Open| matches!(open.state, State::Pending { .. });
+        let Some(shards) = self.shards(dataset) else { return Vec::new() };
+        let taken = shards.iter_mut().map(|(shard, open)| (*shard, open)).filter(|(_, open)| waiting(open));
+        let take = |(shard, open): (u32, &mut Open)| {
+            open.state = State::Checking;
+            dataset.shard(shard)
+        };
+        taken.take(most).map(take).collect()
     }
 
     /// Prolongs a lease, if its attempt goes on: `finished` are its URLs that are through. An attempt that was late
@@ -299,7 +325,7 @@ impl Ledger {
         let struck = open.strikes.iter().any(|strike| &*strike.worker == worker && strike.commits.0 == commits.0);
         let proven = open.strikes.last().is_none_or(|last| last.commits.1 < commits.1);
         // Of the others, none has fewer strikes: no success can be expected of them rather than of this one.
-        let mut others = self.datasets.iter().flat_map(|(_, shards)| shards.values());
+        let mut others = self.datasets.iter().flat_map(|queue| queue.shards.values());
         let witness = proven || others.all(|other| other.strikes.len() >= strikes);
         if let Some(open) = self.open(id).filter(|_| witness && !struck) {
             open.strikes.push(Strike { worker: worker.into(), commits });
@@ -310,7 +336,7 @@ impl Ledger {
     /// [`Ledger::decide`].
     pub(crate) fn expire(&mut self, now: Now) -> Vec<Expired> {
         let mut over = Vec::new();
-        for (dataset, shards) in &mut self.datasets {
+        for Queue { id: dataset, shards, .. } in &mut self.datasets {
             for (&shard, open) in shards {
                 let lost = match &open.state {
                     State::Leased { until, worker, .. } if *until <= now => Some(Arc::clone(worker)),
@@ -354,13 +380,16 @@ impl Ledger {
         self.lost = lost;
     }
 
-    /// Decides about a shard that was checked and has no index; its slice has so many URLs. None: its attempt has come
-    /// back meanwhile.
-    pub(crate) fn decide(&mut self, now: Now, id: &ShardId, urls: u32) -> Option<Decision> {
+    /// Decides about a shard that was checked and has no index; its slice has so many URLs, and its dataset may be about
+    /// to be `finished`. None: its attempt has come back meanwhile.
+    pub(crate) fn decide(&mut self, now: Now, id: &ShardId, urls: u32, finished: bool) -> Option<Decision> {
         let (lease, commits) = (self.lease, self.commits);
         let open = self.open(id)?;
         if open.state != State::Checking {
             return None;
+        }
+        if finished {
+            return Some(Decision::Close);
         }
         // One URL alone cannot be told from a cluster in which nothing works, unless something has worked.
         if open.strikes.len() >= MOST_STRIKES && (urls > 1 || commits > open.commits) {
@@ -391,27 +420,28 @@ impl Ledger {
         new
     }
 
-    /// All uncommitted shards, and whether each is leased.
+    /// All uncommitted shards that may be leased or are, and which.
     pub(crate) fn open_shards(&self) -> impl Iterator<Item = (&DatasetId, u32, bool)> {
         let shard = |(shard, open): (&u32, &Open)| (*shard, matches!(open.state, State::Leased { .. }));
-        self.datasets
-            .iter()
-            .flat_map(move |(id, shards)| shards.iter().map(shard).map(move |(shard, leased)| (id, shard, leased)))
+        self.datasets.iter().flat_map(move |Queue { id, shards, is_paused, .. }| {
+            let shards = shards.iter().map(shard).filter(move |(_, leased)| *leased || !is_paused);
+            shards.map(move |(shard, leased)| (id, shard, leased))
+        })
     }
 
     /// A dataset's uncommitted shards.
     pub(crate) fn counts(&self, dataset: &DatasetId) -> Counts {
-        self.count(|id| id == dataset)
+        self.count(|queue| queue.id == *dataset)
     }
 
-    /// All uncommitted shards.
+    /// All uncommitted shards that may be leased.
     pub(crate) fn totals(&self) -> Counts {
-        self.count(|_| true)
+        self.count(|queue| !queue.is_paused)
     }
 
-    fn count(&self, which: impl Fn(&DatasetId) -> bool) -> Counts {
+    fn count(&self, which: impl Fn(&Queue) -> bool) -> Counts {
         let mut counts = Counts::default();
-        for open in self.datasets.iter().filter(|(id, _)| which(id)).flat_map(|(_, shards)| shards.values()) {
+        for open in self.datasets.iter().filter(|queue| which(queue)).flat_map(|queue| queue.shards.values()) {
             match open.state {
                 State::Leased { .. } => counts.leased += 1,
                 _ => counts.waiting += 1,
@@ -423,7 +453,7 @@ impl Ledger {
     /// Leases by worker.
     pub(crate) fn workers(&self) -> HashMap<Arc<str>, u32> {
         let mut workers = HashMap::new();
-        for open in self.datasets.iter().flat_map(|(_, shards)| shards.values()) {
+        for open in self.datasets.iter().flat_map(|queue| queue.shards.values()) {
             if let State::Leased { worker, .. } = &open.state {
                 *workers.entry(Arc::clone(worker)).or_default() += 1;
             }
@@ -433,7 +463,7 @@ impl Ledger {
 
     fn shards(&mut self, dataset: &DatasetId) -> Option<&mut BTreeMap<u32, Open>> {
         self.version += 1;
-        self.datasets.iter_mut().find(|(id, _)| id == dataset).map(|(_, shards)| shards)
+        self.datasets.iter_mut().find(|queue| queue.id == *dataset).map(|queue| &mut queue.shards)
     }
 
     fn open(&mut self, id: &ShardId) -> Option<&mut Open> {

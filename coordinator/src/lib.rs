@@ -13,7 +13,7 @@
 //! - `roster` (pure), `runs`: which rank runs where, and each run's history;
 //! - `service`: the gRPC face of all that; `access` stands in front of it: who may do what;
 //! - [`audit`]: what in a store does not add up, and what is garbage, for commands that look at it without a coordinator;
-//! - [`metrics`], `store`, `cluster`, `term`, `error`: what they stand on.
+//! - [`metrics`], `store`, `cluster`, `term`, `handover`, `error`: what they stand on.
 
 mod access;
 pub mod audit;
@@ -24,6 +24,7 @@ mod datasets;
 mod dealing;
 mod duplicates;
 mod error;
+mod handover;
 mod history;
 mod ledger;
 mod list;
@@ -111,7 +112,9 @@ const LARGEST_MESSAGE: usize = 16 << 20;
 /// How long open calls may go on once the end was asked for.
 const DRAIN: Duration = Duration::from_secs(3);
 
-/// How often the store is asked whether a higher term has begun.
+/// How often the store is asked whether a higher term has begun: so many times in a lease, and never less often than the
+/// other.
+const TERM_CHECKS: u32 = 4;
 const TERM_CHECK_PERIOD: Duration = Duration::from_secs(30);
 
 /// Serves on `listener` until `shutdown`; `store` is the cluster's, already prefixed. The gRPC health service answers
@@ -136,7 +139,9 @@ pub async fn run(
     let cluster = cluster::identify(&store).await.context("failed to read which cluster this is")?;
     let term = Arc::new(Term::begin(&store).await.context("failed to begin a term")?);
     let lease = Duration::from_secs_f64(config.lease_seconds);
-    let datasets = Datasets::new(store.clone(), Arc::clone(&term), lease, config.spool_folder, config.sites.into());
+    let before = handover::read(&store, term.number()).await.context("failed to read what is known of sites")?;
+    let (term_of, sites) = (Arc::clone(&term), config.sites.into());
+    let datasets = Datasets::new(store.clone(), term_of, lease, config.spool_folder, sites, &before);
     datasets.recover().await.context("failed to recover the datasets")?;
     let recovered = Runs::recover(store.clone(), Arc::clone(&term), Arc::clone(&datasets)).await;
     let (runs, drive) = recovered.context("failed to recover the runs")?;
@@ -147,6 +152,9 @@ pub async fn run(
     let _end = tasks.clone().drop_guard();
     tokio::spawn(tasks.clone().run_until_cancelled_owned(Arc::clone(&datasets).watch_leases()));
     tokio::spawn(tasks.clone().run_until_cancelled_owned(drive));
+    let known = Arc::clone(&datasets);
+    let keeping = handover::keep(store.clone(), move || known.handover(false));
+    tokio::spawn(tasks.clone().run_until_cancelled_owned(keeping));
     tokio::spawn(tasks.clone().run_until_cancelled_owned(Arc::clone(&runs).watch_figures()));
     if let Some(file) = config.tokens {
         tokio::spawn(tasks.clone().run_until_cancelled_owned(Arc::clone(&access).follow(file)));
@@ -188,21 +196,24 @@ pub async fn run(
     let fenced = tokio::select! {
         served = &mut serve => return served.context("failed to serve"),
         () = shutdown.cancelled() => None,
-        reason = until_over(&term, &cluster, &store, &datasets) => Some(reason),
+        reason = until_over(&term, &cluster, &store, &datasets, lease) => Some(reason),
     };
     health.set_not_serving::<DatasetServiceServer<DatasetApi>>().await;
     metrics::set_ready(false);
     stop.cancel();
     // Watchers and long polls do not end by themselves.
-    let _ = tokio::time::timeout(DRAIN, serve).await;
-    match fenced {
-        Some(reason) => anyhow::bail!(reason),
-        None => Ok(()),
+    let served = tokio::time::timeout(DRAIN, serve).await.is_ok();
+    if let Some(reason) = fenced {
+        anyhow::bail!(reason);
     }
+    tasks.cancel();
+    let _ = tokio::time::timeout(DRAIN, handover::write(&store, &datasets.handover(served))).await;
+    Ok(())
 }
 
 /// Returns when the term is over, with the reason. Looks into what callers say of it.
-async fn until_over(term: &Term, cluster: &str, store: &Store, datasets: &Datasets) -> String {
+async fn until_over(term: &Term, cluster: &str, store: &Store, datasets: &Datasets, lease: Duration) -> String {
+    let period = (lease / TERM_CHECKS).min(TERM_CHECK_PERIOD);
     loop {
         tokio::select! {
             reason = term.ended() => return reason,
@@ -218,7 +229,7 @@ async fn until_over(term: &Term, cluster: &str, store: &Store, datasets: &Datase
                     tokio::time::sleep(Duration::from_secs(1)).await;
                 }
             },
-            () = tokio::time::sleep(TERM_CHECK_PERIOD) => {
+            () = tokio::time::sleep(period) => {
                 if let Err(error) = term.check(store).await {
                     warn!(%error, "cannot read whether a higher term has begun");
                 }

@@ -4,7 +4,8 @@
 //! **At no time do the parts of a site that workers may use exceed its budget.** A part ends one lease time after its
 //! holder asked for it, by the holder's clock; here it counts a little longer, from the moment of the answer. A holder
 //! that is told of less than it has keeps the rest, here, until it says that it no longer uses it. A coordinator that
-//! follows another knows of no parts: until the last one that there can be has ended, it only prolongs what is held.
+//! follows another knows of no parts: until the last one that there can be has ended, it only prolongs what is held,
+//! unless the other one has left word that all had come back (see `handover`).
 //!
 //! A worker that is alone at a site has all of it. Others that come share it evenly, as long as each one's rate is worth
 //! it; at slow sites they take turns. What the holders learn of a site's rate is kept for those who come after them.
@@ -65,6 +66,15 @@ pub(crate) struct Standing {
     pub(crate) lent: u32,
 }
 
+/// What one coordinator learns of a site and leaves to the next.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Learned {
+    /// As in [`Demand::rate`].
+    pub(crate) rate: (f64, bool),
+    /// It wants to be left alone until then.
+    pub(crate) quiet_until: Now,
+}
+
 /// All parts that are out.
 #[derive(Debug)]
 pub(crate) struct Shares {
@@ -100,10 +110,38 @@ struct Out {
 }
 
 impl Shares {
-    /// `first`: no coordinator has ever lent anything before this one.
-    pub(crate) fn new(now: Now, lease: Duration, first: bool) -> Self {
-        let opens = if first { now } else { now + lease.mul_f64(1.0 + MARGIN) };
-        Self { lease, opens, sites: HashMap::new(), sequences: HashMap::new(), swept: now }
+    /// `all_back`: no worker has a part that an earlier coordinator has lent; `learned`: what those knew of sites.
+    pub(crate) fn new(
+        now: Now,
+        lease: Duration,
+        all_back: bool,
+        learned: impl IntoIterator<Item = (String, Learned)>,
+    ) -> Self {
+        let opens = if all_back { now } else { now + lease.mul_f64(1.0 + MARGIN) };
+        // Whoever had parts of them before may have used them just now.
+        let site = |Learned { rate, quiet_until }| Site {
+            learned: Some(rate),
+            freed: Some(now),
+            quiet_until,
+            ..Site::default()
+        };
+        let sites = learned.into_iter().map(|(name, learned)| (name, site(learned))).collect();
+        Self { lease, opens, sites, sequences: HashMap::new(), swept: now }
+    }
+
+    /// What is known of sites that cannot be found out at once.
+    pub(crate) fn learned(&self, now: Now) -> impl Iterator<Item = (&str, Learned)> {
+        let learned = move |(name, site): (_, &Site)| {
+            let rate = site.learned.filter(|_| site.is_known() || now < site.quiet_until)?;
+            Some((name, Learned { rate, quiet_until: site.quiet_until }))
+        };
+        self.sites.iter().map(|(name, site)| (name.as_str(), site)).filter_map(learned)
+    }
+
+    /// Whether no worker has a part of any site's budget.
+    pub(crate) fn is_all_back(&self, now: Now) -> bool {
+        let out = |site: &Site| site.out.values().any(|out| out.slots > 0 && out.until > now);
+        now >= self.opens && !self.sites.values().any(out)
     }
 
     /// How long a part lasts.
@@ -154,8 +192,7 @@ impl Shares {
         let many = self.sites.len() > MOST_SITES;
         self.sites.retain(|_, site| {
             site.end(now);
-            let known = site.learned.is_some_and(|(rate, known)| known || rate != FIRST_RATE) && !many;
-            known
+            site.is_known() && !many
                 || !site.out.is_empty()
                 || now < site.quiet_until
                 || site.freed.is_some_and(|at| now < at + FORGET / 60)
@@ -167,6 +204,11 @@ impl Site {
     fn rate(&self, budget: Budget) -> (f64, bool) {
         let (rate, known) = self.learned.unwrap_or_else(|| begin_with(budget));
         if budget.rate > 0.0 && (rate == 0.0 || rate > budget.rate) { (budget.rate, known) } else { (rate, known) }
+    }
+
+    /// Whether more is known of it than how to begin.
+    fn is_known(&self) -> bool {
+        self.learned.is_some_and(|(rate, known)| known || rate != FIRST_RATE)
     }
 
     /// Slots that are worth lending alone.

@@ -1,8 +1,9 @@
 //! Terms: one coordinator's time in office. Each coordinator begins by creating the next term's object, and ends once
 //! the store holds a higher one. That somebody says so is only a reason to look there.
 
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use proto::keys;
@@ -25,6 +26,8 @@ pub(crate) struct Term {
     heard_higher: Notify,
     over: CancellationToken,
     reason: OnceLock<String>,
+    /// When the store was last asked about higher terms, and had none.
+    checked: Mutex<Instant>,
 }
 
 impl Term {
@@ -33,6 +36,7 @@ impl Term {
     pub(crate) async fn begin(store: &Store) -> anyhow::Result<Self> {
         let highest = highest(store).await.context("failed to list the terms")?;
         for number in highest + 1.. {
+            let asked = Instant::now();
             if create(store, number).await? {
                 return Ok(Self {
                     number: number.into(),
@@ -40,6 +44,7 @@ impl Term {
                     heard_higher: Notify::new(),
                     over: CancellationToken::new(),
                     reason: OnceLock::new(),
+                    checked: asked.into(),
                 });
             }
         }
@@ -94,6 +99,11 @@ impl Term {
         self.number.store(number, Ordering::Relaxed);
     }
 
+    /// For how long a later term may have begun of which this coordinator does not know.
+    pub(crate) fn unchecked(&self) -> Duration {
+        self.checked.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
+    }
+
     /// Ends this coordinator: the process exits with the reason.
     pub(crate) fn end(&self, reason: String) {
         self.reason.get_or_init(|| reason);
@@ -108,8 +118,10 @@ impl Term {
 
     /// Ends the term if the store holds a higher one. Nothing new may be committed unless this is Ok.
     pub(crate) async fn check(&self, store: &Store) -> Result<(), Error> {
-        let (own, seen) = (self.number(), highest(store).await?);
+        let (own, asked, seen) = (self.number(), Instant::now(), highest(store).await?);
         if seen <= own {
+            let mut checked = self.checked.lock().unwrap_or_else(PoisonError::into_inner);
+            *checked = asked.max(*checked);
             return Ok(());
         }
         Err(self.fenced(seen))

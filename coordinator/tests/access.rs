@@ -111,7 +111,7 @@ async fn every_method_is_open_to_its_roles_and_to_nobody_else() {
 /// The rules once more, in other words than the table's.
 fn expected(service: &str, method: &str, role: Role) -> bool {
     let sees = matches!(role, Role::Viewer | Role::Submitter);
-    let changes = ["Create", "Refresh", "Submit", "Cancel", "Resume", "Delete"];
+    let changes = ["Create", "Refresh", "Submit", "Control", "Cancel", "Resume", "Delete"];
     role == Role::Admin
         || match service {
             "gleaner.v1.FetchService" => role == Role::Worker,

@@ -127,7 +127,7 @@ mod tests {
     fn the_flags_are_these_and_no_more() {
         Cli::command().debug_assert();
         #[rustfmt::skip]
-        let expected: [(&[&str], &str); 33] = [
+        let expected: [(&[&str], &str); 37] = [
             (&["local"], "store listen insecure web-listen workers ranks allow-net exit-with-stdin"),
             (&["dataset", "create"], "urls store-key format synset-column url-column columns limit dry-run unlabelled multi-label keep-columns verify synsets url-template class-names \
                 size resize no-upscale encode-format reencode quality validation test seed slice-urls per-class min-bytes spec set wait timeout"),
@@ -139,6 +139,10 @@ mod tests {
             (&["dataset", "describe"], ""),
             (&["dataset", "watch"], ""),
             (&["dataset", "wait"], "timeout"),
+            (&["dataset", "pause"], ""),
+            (&["dataset", "resume"], ""),
+            (&["dataset", "finish"], "after wait timeout"),
+            (&["dataset", "priority"], ""),
             (&["dataset", "manifest"], "version"),
             (&["dataset", "delete"], "yes"),
             (&["run", "submit"], "file set dataset name from dry-run wait follow timeout"),

@@ -168,7 +168,7 @@ pub(crate) async fn wait_for<R>(
 }
 
 /// A duration as people write it: `90`, `90s`, `5m`, `1d2h`.
-fn duration(text: &str) -> Result<Duration, String> {
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     // A number alone counts seconds.
     let unit = if text.parse::<f64>().is_ok() { "s" } else { "" };
     humantime::parse_duration(&format!("{text}{unit}"))

@@ -1,5 +1,6 @@
 //! `gleaner dataset ...`
 
+mod control;
 mod create;
 mod diff;
 mod export;
@@ -47,6 +48,20 @@ pub(crate) enum Command {
         #[command(flatten)]
         timeout: TimeoutArgs,
     },
+    /// Lease no more of its slices to workers, until it is resumed
+    Pause(NameArgs),
+    /// Go on with a paused dataset
+    Resume(NameArgs),
+    /// Make a version of what there is by now, and fetch no more: the rest is `unfetched` until a refresh
+    Finish(control::FinishArgs),
+    /// Set how large its share of the workers is, beside other datasets
+    Priority {
+        #[command(flatten)]
+        of: NameArgs,
+        /// How large
+        #[arg(value_enum)]
+        share: control::Share,
+    },
     /// Print a manifest: the immutable version of a dataset that runs read
     Manifest {
         /// The dataset's name
@@ -91,6 +106,10 @@ pub(crate) async fn run(command: Command) -> Result<()> {
         Command::Describe(of) => describe(&of).await,
         Command::Watch(of) => wait(&of, None, true).await,
         Command::Wait { of, timeout } => wait(&of, timeout.timeout, false).await,
+        Command::Pause(of) => control::pause(of).await,
+        Command::Resume(of) => control::resume(of).await,
+        Command::Finish(args) => control::finish(args).await,
+        Command::Priority { of, share } => control::priority(of, share).await,
         Command::Manifest { name, version, cluster } => manifest(name, version, &cluster).await,
         Command::Outcomes(args) => outcomes::run(args).await,
         Command::Diff(args) => diff::run(args).await,
@@ -149,6 +168,7 @@ fn description(dataset: &Dataset) -> Vec<String> {
         (rounds, automatic) => format!(" in {rounds} rounds, {automatic} of them automatic"),
     };
     lines.push(format!("{} of {} shards committed{rounds}; {version}", dataset.shards_committed, dataset.shards));
+    lines.extend(control::decisions(dataset));
     lines.extend(troubles(&dataset.troubles));
     for DamagedShard { shard, key, what } in &dataset.damaged {
         lines.push(format!("shard {shard} is damaged and left out: {key}: {what}"));

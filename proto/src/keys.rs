@@ -3,9 +3,11 @@
 //! ```text
 //! cluster.json                                           Create, once: the cluster's id
 //! coordinator/terms/000009.json                          Create at start: this coordinator's term
+//! coordinator/handovers/000009.json                      what that coordinator leaves to the next one
 //! datasets/<dataset>/spec.json                           Create: what the dataset is; once deleted, tombstone.json too
 //! datasets/<dataset>/slices/000007.tsv.zst               the URLs of shard 7
 //! datasets/<dataset>/catalog/000001.json                 Create = the commit of round 1
+//! datasets/<dataset>/control/000001.json                 Create: what somebody decided: pause, resume, finish, priority
 //! datasets/<dataset>/shards/<split>/000007-9.2.tar       attempt 9.2's samples of that split
 //! datasets/<dataset>/outcomes/000007-9.2.parquet         one row per URL
 //! datasets/<dataset>/index/000007.json                   Create = the commit of shard 7
@@ -31,6 +33,8 @@ use crate::ids::{Attempt, DatasetId, ShardId};
 pub const CLUSTER: &str = "cluster.json";
 /// Folder of the coordinators' terms.
 pub const TERMS: &str = "coordinator/terms";
+/// Folder of what coordinators leave to those that follow them.
+pub const HANDOVERS: &str = "coordinator/handovers";
 /// Folder of all datasets.
 pub const DATASETS: &str = "datasets";
 /// Folder of all runs.
@@ -47,6 +51,11 @@ pub struct KeyError {
 /// `coordinator/terms/000009.json`
 pub fn term(term: u64) -> String {
     format!("{TERMS}/{term:06}.json")
+}
+
+/// `coordinator/handovers/000009.json`
+pub fn handover(term: u64) -> String {
+    format!("{HANDOVERS}/{term:06}.json")
 }
 
 /// `datasets/<dataset>`
@@ -72,6 +81,16 @@ pub fn slice(of: &ShardId) -> String {
 /// `datasets/<dataset>/slices`
 pub fn slices(dataset: &DatasetId) -> String {
     format!("{DATASETS}/{dataset}/slices")
+}
+
+/// `datasets/<dataset>/control`
+pub fn controls(dataset: &DatasetId) -> String {
+    format!("{DATASETS}/{dataset}/control")
+}
+
+/// `datasets/<dataset>/control/000001.json`
+pub fn control(dataset: &DatasetId, number: u32) -> String {
+    format!("{}/{number:06}.json", controls(dataset))
 }
 
 /// `datasets/<dataset>/catalog`

@@ -7,9 +7,10 @@
 //! - [`dataset_spec`], [`run_spec`]: what people ask for;
 //! - [`columns`]: what of a list travels with its pictures;
 //! - [`format`], [`table`]: what stored objects have in common: numbered JSON documents, and rows as Parquet;
-//! - [`cluster`], [`term`]: which cluster a process belongs to, and the begin of a coordinator's time in office;
-//! - [`round`], [`slice`], [`tombstone`]: the parts of a dataset's catalog, the URLs of one shard, and the end of a
-//!   dataset;
+//! - [`cluster`], [`term`], [`handover`]: which cluster a process belongs to, the begin of a coordinator's time in
+//!   office, and what it leaves to the next one;
+//! - [`round`], [`slice`], [`control`], [`tombstone`]: the parts of a dataset's catalog, the URLs of one shard, what is
+//!   decided about a dataset later, and its end;
 //! - [`rejection`], [`outcome_counts`], [`outcomes`]: what became of each URL;
 //! - [`shard`], [`index`]: tars and their blocks, and the object that commits them;
 //! - [`manifest`], [`findings`]: an immutable version of a dataset, and what was found out when it was made;
@@ -20,10 +21,12 @@
 
 pub mod cluster;
 pub mod columns;
+pub mod control;
 pub mod dataset_spec;
 pub mod dial;
 pub mod findings;
 pub mod format;
+pub mod handover;
 pub mod ids;
 pub mod index;
 pub mod keys;

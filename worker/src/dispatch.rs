@@ -31,6 +31,8 @@ use crate::way_out::WayOut;
 const ASK_TIMEOUT: Duration = Duration::from_secs(5);
 /// Between two calls, however many sites there are to ask for meanwhile.
 const ASK_PAUSE: Duration = Duration::from_millis(50);
+/// For parts of sites' budgets to be given back at the end of the process.
+const LAST_PARTS: Duration = Duration::from_secs(2);
 /// A URL that was throttled so often, when others of its host were not, is tried no more.
 const THROTTLED: u32 = 8;
 /// Probes are asked so many at once: one that answers is enough.
@@ -244,6 +246,14 @@ impl Dispatcher {
                 }
             };
             sleep(pause).await;
+        }
+    }
+
+    /// Waits until no part of any site's budget is this worker's, because nothing uses it any more; or for a while.
+    pub(crate) async fn all_given_back(&self) {
+        let deadline = Instant::now() + LAST_PARTS;
+        while Instant::now() < deadline && self.hosts().has_parts(Instant::now()) {
+            sleep(ASK_PAUSE).await;
         }
     }
 

@@ -111,8 +111,9 @@ impl Coordinator {
         Ok(response.lease)
     }
 
-    /// The lease's new duration; zero if it is over. Sets how many samples classes still want.
-    async fn renew(&self, id: &LeaseId, progress: &Progress, timeout: Duration) -> Result<Duration, Status> {
+    /// The lease's new duration, zero if it is over; and whether nothing more is to be begun. Sets how many samples
+    /// classes still want.
+    async fn renew(&self, id: &LeaseId, progress: &Progress, timeout: Duration) -> Result<(Duration, bool), Status> {
         let kept = progress.kept();
         let request = RenewLeaseRequest {
             term_seen: self.highest_term.load(Ordering::Relaxed),
@@ -130,17 +131,19 @@ impl Coordinator {
         self.check_term(response.term)?;
         self.way_out.hear(&response.probes);
         progress.set_wanted(response.wanted, &kept);
-        Ok(Duration::from_millis(response.duration_millis))
+        Ok((Duration::from_millis(response.duration_millis), response.finish))
     }
 
-    /// Renews a lease every third of its duration, and cancels `attempt` when a response says that the lease is over. A
-    /// coordinator that is away changes nothing: the attempt goes on, and the first index wins.
+    /// Renews a lease every third of its duration. The attempt is to `cancel` when a response says that the lease is
+    /// over, and to `leave` when it is to end with what it has. A coordinator that is away changes nothing: the
+    /// attempt goes on, and the first index wins.
     pub(crate) async fn renew_until_over(
         &self,
         id: &LeaseId,
         duration: Duration,
         progress: &Progress,
-        attempt: &CancellationToken,
+        cancel: &CancellationToken,
+        leave: &CancellationToken,
     ) {
         let mut duration = duration.max(Duration::from_millis(30));
         let mut end = Instant::now() + duration;
@@ -151,12 +154,15 @@ impl Coordinator {
             tokio::time::sleep(retry.unwrap_or(duration / 3)).await;
             let asked = Instant::now();
             match self.renew(id, progress, CALL_TIMEOUT.min(duration)).await {
-                Ok(Duration::ZERO) => {
+                Ok((Duration::ZERO, _)) => {
                     tracing::info!("the lease is over; dropping the attempt");
-                    attempt.cancel();
+                    cancel.cancel();
                     return;
                 }
-                Ok(renewed) => {
+                Ok((renewed, finish)) => {
+                    if finish {
+                        leave.cancel();
+                    }
                     (duration, end, expired, retries) = (renewed, asked + renewed, false, None);
                 }
                 Err(status) => {

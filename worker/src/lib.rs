@@ -217,6 +217,8 @@ impl ShardMaker {
         if tokio::time::timeout(SHUTDOWN_TIMEOUT, self.attempts.wait()).await.is_err() {
             tracing::warn!("attempts did not end in time; their leases end by themselves");
         }
+        // Others need not wait until this worker's parts have ended by themselves.
+        self.tools.dispatcher.all_given_back().await;
     }
 
     /// Leases one shard after the other, each when less than `starting` have URLs left to be started, and less than
@@ -357,13 +359,13 @@ async fn attempt_shard(
     }
     let progress = Progress::default();
     progress.set_wanted(lease.wanted.clone(), &HashMap::new());
-    let signals = Signals { cancel: CancellationToken::new(), leave: shutdown.clone() };
+    let signals = Signals { cancel: CancellationToken::new(), leave: shutdown.child_token() };
     let made = async {
         let assignment = assignment(lease, large).fault_of(FailureKind::Worker)?;
         make_shard(tools, &assignment, &progress, start_permit, &signals).await
     };
     let duration = Duration::from_millis(lease.duration_millis);
-    let renewals = coordinator.renew_until_over(&id, duration, &progress, &signals.cancel);
+    let renewals = coordinator.renew_until_over(&id, duration, &progress, &signals.cancel, &signals.leave);
     let made = tokio::select! {
         made = made => made,
         // When the lease is over the attempt still has its files to delete.

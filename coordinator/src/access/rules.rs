@@ -75,6 +75,7 @@ const TRAIN: Who = Holders(&[Trainer]);
 const RULES: &[(&str, Who)] = &[
     ("/gleaner.v1.DatasetService/CreateDataset", CHANGE),
     ("/gleaner.v1.DatasetService/RefreshDataset", CHANGE),
+    ("/gleaner.v1.DatasetService/ControlDataset", CHANGE),
     ("/gleaner.v1.DatasetService/DeleteDataset", CHANGE),
     ("/gleaner.v1.DatasetService/GetDataset", SEE),
     ("/gleaner.v1.DatasetService/ListDatasets", SEE),

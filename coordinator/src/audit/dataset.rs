@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use futures::{StreamExt, TryStreamExt};
+use proto::control::Control;
 use proto::findings::Finding;
 use proto::manifest::{Manifest, ManifestBlock, ManifestShard, Skips};
 use proto::round::Round;
@@ -39,6 +40,9 @@ impl Audit {
         let manifests = self.manifests(id).await?;
         let sealed = manifests.values().map(|manifest| manifest.rounds).max().unwrap_or(0);
         let rounds = self.rounds(id, sealed).await?;
+        for key in self.listing.keys(&keys::controls(id)) {
+            self.object(&key, |json| Control::from_json(&json).map_err(|error| error.to_string())).await?;
+        }
         let Some(spec) = spec else { return Ok(0) };
         let labels: Labels<'_> =
             spec.classes.iter().zip(0..).map(|(class, label)| (class.synset.as_str(), label)).collect();

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use proto::pb;
+use proto::{DatasetId, pb};
 
 use super::{Dataset, Datasets, State};
 use crate::shares::LEAST_RATE;
@@ -19,17 +19,24 @@ const SHOWN: usize = 20;
 #[derive(Debug, Default)]
 pub(super) struct Slices {
     version: u64,
-    /// Of many sites, that nobody makes.
-    mixed_waiting: u32,
-    /// Large sites, the one of which most are waiting first.
-    large: Vec<(Arc<str>, OfSite)>,
+    large: HashMap<Arc<str>, OfSite>,
+    waiting: HashMap<DatasetId, Waiting>,
 }
 
 /// The slices of one large site.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct OfSite {
+struct OfSite {
     waiting: u32,
     leased: u32,
+}
+
+/// The slices of one dataset that nobody makes.
+#[derive(Debug, Default)]
+struct Waiting {
+    /// Of many sites.
+    mixed: u32,
+    /// Of each large site, the one with the most first.
+    large: Vec<(Arc<str>, u32)>,
 }
 
 impl State {
@@ -38,16 +45,28 @@ impl State {
         let version = self.ledger.version();
         if self.slices.version != version {
             let mut slices = Slices { version, ..Slices::default() };
-            let mut sites: HashMap<&Arc<str>, OfSite> = HashMap::new();
+            let mut waiting: HashMap<(&DatasetId, &Arc<str>), u32> = HashMap::new();
             for (id, shard, leased) in self.ledger.open_shards() {
-                match (self.live.get(id).and_then(|dataset| dataset.deal.site(shard)), leased) {
-                    (Some(site), true) => sites.entry(site).or_default().leased += 1,
-                    (Some(site), false) => sites.entry(site).or_default().waiting += 1,
-                    (None, leased) => slices.mixed_waiting += u32::from(!leased),
+                let Some(dataset) = self.live.get(id) else { continue };
+                match (dataset.deal.site(shard), leased) {
+                    (Some(site), true) => slices.large.entry(Arc::clone(site)).or_default().leased += 1,
+                    (Some(site), false) => {
+                        slices.large.entry(Arc::clone(site)).or_default().waiting += 1;
+                        *waiting.entry((id, site)).or_default() += 1;
+                    }
+                    (None, true) => {}
+                    (None, false) => match slices.waiting.get_mut(id) {
+                        Some(waiting) => waiting.mixed += 1,
+                        None => drop(slices.waiting.insert(id.clone(), Waiting { mixed: 1, large: Vec::new() })),
+                    },
                 }
             }
-            slices.large = sites.into_iter().map(|(site, of)| (Arc::clone(site), of)).collect();
-            slices.large.sort_by(|(a, of_a), (b, of_b)| of_b.waiting.cmp(&of_a.waiting).then_with(|| a.cmp(b)));
+            for ((id, site), n) in waiting {
+                slices.waiting.entry(id.clone()).or_default().large.push((Arc::clone(site), n));
+            }
+            for waiting in slices.waiting.values_mut() {
+                waiting.large.sort_by(|(a, n_a), (b, n_b)| n_b.cmp(n_a).then_with(|| a.cmp(b)));
+            }
             self.slices = slices;
         }
         &self.slices
@@ -55,14 +74,15 @@ impl State {
 }
 
 impl Datasets {
-    /// Of which sites a slice may be leased next, best first; None stands for slices of many sites.
-    pub(super) fn leasable_sites(&self, state: &mut State, large: bool) -> Vec<Option<Arc<str>>> {
+    /// Of which sites a slice of this dataset may be leased next, best first; None stands for slices of many sites.
+    pub(super) fn leasable_sites(&self, state: &mut State, of: &DatasetId, large: bool) -> Vec<Option<Arc<str>>> {
         let slices = state.slices();
+        let Some(waiting) = slices.waiting.get(of) else { return Vec::new() };
         if !large {
-            return if slices.mixed_waiting > 0 { vec![None] } else { Vec::new() };
+            return if waiting.mixed > 0 { vec![None] } else { Vec::new() };
         }
-        let waiting = slices.large.iter().take_while(|(_, of)| of.waiting > 0);
-        let leasable = waiting.filter(|(site, of)| self.leases_left(site, of.leased) > 0);
+        let leased = |site: &Arc<str>| slices.large.get(site).map_or(0, |of| of.leased);
+        let leasable = waiting.large.iter().filter(|(site, _)| self.leases_left(site, leased(site)) > 0);
         leasable.take(ALTERNATIVES).map(|(site, _)| Some(Arc::clone(site))).collect()
     }
 

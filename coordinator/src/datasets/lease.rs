@@ -5,19 +5,20 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
+use proto::handover::Handover;
 use proto::pb::FailureKind;
-use proto::{Attempt, DatasetId, OutcomeCounts, Rejection, ShardId, ShardIndex, keys};
+use proto::{Attempt, OutcomeCounts, Rejection, ShardId, ShardIndex, keys};
 use tracing::{error, info, warn};
 
 use super::wanted::Wanted;
-use super::{Datasets, PARALLEL, Stage, State};
+use super::{Dataset, Datasets, PARALLEL, Stage, State};
 use crate::damage::{self, Read};
 use crate::error::Error;
+use crate::handover;
 use crate::ledger::{Counts, Decision, Expired, MOST_STRIKES, Renewal};
 use crate::metrics;
-use crate::shares::{Demand, Share, Shares};
-use crate::sites::Deal;
-use crate::store::{Created, nonce};
+use crate::shares::{Demand, Learned, Share, Shares};
+use crate::store::{Created, nonce, wall_millis};
 
 /// A worker that has not been heard of for so long is not shown any more.
 const WORKER_FORGOTTEN: Duration = Duration::from_secs(60);
@@ -75,6 +76,8 @@ pub(crate) struct Renewed {
     pub(crate) wanted: HashMap<u32, u64>,
     /// As in [`Grant`].
     pub(crate) probes: Vec<String>,
+    /// Nothing more is to be begun.
+    pub(crate) finish: bool,
 }
 
 impl Datasets {
@@ -104,7 +107,24 @@ impl Datasets {
     pub(crate) fn share(&self, worker: &str, sequence: u64, demands: &[Demand]) -> Option<(Vec<Share>, Duration)> {
         let mut shares = self.shares();
         let answers = shares.ask(self.now(), worker, sequence, demands, &self.sites)?;
-        Some((answers, shares.lease()))
+        // Whoever begins a later term waits for one lease time before it lends anything: by then all that this one has
+        // lent must have ended, even if it does not know yet that its own term is over.
+        Some((answers, shares.lease().saturating_sub(self.term.unchecked())))
+    }
+
+    /// What the next coordinator is to know. `served`: this one answers no more.
+    pub(crate) fn handover(&self, served: bool) -> Handover {
+        let (now, shares) = (self.now(), self.shares());
+        let site = |(name, learned): (&str, Learned)| {
+            (name.to_owned(), handover::site(learned.rate, learned.quiet_until.saturating_sub(now)))
+        };
+        Handover {
+            format: 1,
+            term: self.term.number(),
+            at_millis: wall_millis(),
+            all_back: served && shares.is_all_back(now),
+            sites: shares.learned(now).map(site).collect(),
+        }
     }
 
     fn grant(&self, worker: &str, large: bool) -> Option<Grant> {
@@ -112,12 +132,14 @@ impl Datasets {
         let mut state = self.state();
         let state = &mut *state;
         state.workers.insert(worker.to_owned(), Instant::now());
-        let sites = self.leasable_sites(state, large);
-        let deals: HashMap<&DatasetId, &Deal> = state.live.iter().map(|(id, dataset)| (id, &*dataset.deal)).collect();
-        let ledger = &mut state.ledger;
-        let (id, attempt) = sites.iter().find_map(|wanted| {
-            let of_it = |id: &DatasetId, shard| deals.get(id).is_some_and(|deal| deal.site(shard) == wanted.as_ref());
-            ledger.grant(now, worker, of_it)
+        let (id, attempt) = state.ledger.order().iter().find_map(|of| {
+            let sites = self.leasable_sites(state, of, large);
+            let dataset = state.live.get(of).filter(|dataset| !dataset.is_finished())?;
+            let urls = |shard| dataset.slice_of(shard).map_or(1, |slice| slice.urls);
+            let ledger = &mut state.ledger;
+            sites.iter().find_map(|wanted| {
+                ledger.grant(now, worker, of, urls, |shard| dataset.deal.site(shard) == wanted.as_ref())
+            })
         })?;
         let dataset = state.live.get_mut(&id.dataset)?;
         dataset.revision += 1;
@@ -164,7 +186,8 @@ impl Datasets {
         state.troubles.held_up(now, worker, &id.dataset, trouble);
         dataset.progressed(id.shard, outcomes, &kept);
         let wanted = dataset.wanted.as_ref().map(Wanted::by_label).unwrap_or_default();
-        Ok(Some(Renewed { duration: state.ledger.lease(), wanted, probes: state.probes.of_others(worker) }))
+        let (finish, probes) = (dataset.is_finished(), state.probes.of_others(worker));
+        Ok(Some(Renewed { duration: state.ledger.lease(), wanted, probes, finish }))
     }
 
     /// Takes a lease back: after a failure, or on an orderly exit.
@@ -279,9 +302,10 @@ impl Datasets {
         }
         let decision = {
             let mut state = self.state();
-            let urls =
-                state.live.get(&id.dataset).and_then(|dataset| dataset.slice_of(id.shard)).map(|slice| slice.urls);
-            state.ledger.decide(self.now(), &id, urls.unwrap_or(0))
+            let dataset = state.live.get(&id.dataset);
+            let urls = dataset.and_then(|dataset| dataset.slice_of(id.shard)).map_or(0, |slice| slice.urls);
+            let finished = dataset.is_some_and(Dataset::is_finished);
+            state.ledger.decide(self.now(), &id, urls, finished)
         };
         match decision {
             None => Ok(()),
@@ -294,16 +318,16 @@ impl Datasets {
                 self.free.notify_waiters();
                 Ok(())
             }
-            Some(Decision::GiveUp) => {
-                let closed = self.give_up(&id).await;
+            Some(decision) => {
+                let closed = self.close(&id, decision).await;
                 closed.inspect_err(|_| self.state().ledger.postpone(self.now(), &id))
             }
         }
     }
 
-    /// Commits a slice that has failed too often, with every URL as `unfetched`: the next round deals them in smaller
-    /// slices. One that failed alone is `slice_failed`.
-    async fn give_up(self: &Arc<Self>, id: &ShardId) -> Result<(), Error> {
+    /// Commits a slice that has failed too often or is not to be fetched, with every URL as `unfetched`: a later round
+    /// deals them in smaller slices. One that failed alone is `slice_failed`.
+    async fn close(self: &Arc<Self>, id: &ShardId, why: Decision) -> Result<(), Error> {
         let urls = {
             let state = self.state();
             state.live.get(&id.dataset).and_then(|dataset| dataset.slice_of(id.shard)).map(|slice| slice.urls)
@@ -311,7 +335,8 @@ impl Datasets {
         let Some(urls) = urls else { return Ok(()) };
         // A stale coordinator must not close what the workers of a later one make.
         self.term.check(&self.store).await?;
-        let outcome = if urls > 1 { Rejection::Unfetched } else { Rejection::SliceFailed };
+        let failed = why == Decision::GiveUp;
+        let outcome = if failed && urls == 1 { Rejection::SliceFailed } else { Rejection::Unfetched };
         let index = ShardIndex {
             version: 1,
             nonce: nonce(),
@@ -326,14 +351,11 @@ impl Datasets {
             Created::Won => Ok(index),
             Created::Lost(theirs) => damage::known_index(&self.store, id, &theirs).await?,
         };
-        let outcome = outcome.name();
-        warn!(
-            dataset = &*id.dataset,
-            shard = id.shard,
-            urls,
-            outcome,
-            "slice failed {MOST_STRIKES} workers; it is closed"
-        );
+        let (dataset, shard, outcome) = (&*id.dataset, id.shard, outcome.name());
+        match failed {
+            true => warn!(dataset, shard, urls, outcome, "slice failed {MOST_STRIKES} workers; it is closed"),
+            false => info!(dataset, shard, urls, outcome, "slice is closed: its dataset is to be finished"),
+        }
         self.committed(id, &index);
         Ok(())
     }
@@ -345,7 +367,7 @@ impl Datasets {
         clock.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             clock.tick().await;
-            let over = self.expire();
+            let over = [self.expire(), self.take_finished()].concat();
             futures::stream::iter(over)
                 .for_each_concurrent(PARALLEL, |id| {
                     let this = Arc::clone(&self);

@@ -11,6 +11,7 @@ use proto::round::Round;
 use proto::{DatasetId, DatasetSpec, Stored, keys};
 use tracing::{error, info, warn};
 
+use super::control::Controls;
 use super::remove::was_committed;
 use super::rounds::short;
 use super::seal::outcome;
@@ -91,6 +92,7 @@ impl Datasets {
             let spec = DatasetSpec::from_json(str::from_utf8(&spec_json).with_context(|| key.clone())?);
             let spec = spec.with_context(|| key)?;
             let mut dataset = Dataset::new(&id, spec, rounds);
+            dataset.controls = Controls::read(&self.store, &id).await?;
             if let Some(manifest) = self.latest_manifest(&id).await? {
                 dataset.sealed(manifest.into());
             }
@@ -113,7 +115,7 @@ impl Datasets {
             if open.is_empty() {
                 let complete = |manifest: &&Arc<Manifest>| {
                     let all = manifest.rounds as usize >= dataset.rounds.len();
-                    all && short(manifest, dataset.spec.per_class).is_empty()
+                    all && (dataset.is_finished() || short(manifest, dataset.spec.per_class).is_empty())
                 };
                 let manifest = dataset.manifest.as_ref().filter(complete);
                 dataset.stage = manifest.map_or(Stage::Sealing, |manifest| outcome(manifest));

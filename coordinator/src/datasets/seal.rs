@@ -88,14 +88,16 @@ impl Datasets {
         let latest = dataset.manifest.clone().filter(|manifest| manifest.rounds as usize >= dataset.rounds.len());
         let manifest = match latest {
             Some(manifest) => manifest,
-            None if self.open_automatic(&dataset).await.map_err(SealError::Round)? => return Ok(None),
+            None if !dataset.is_finished() && self.open_automatic(&dataset).await.map_err(SealError::Round)? => {
+                return Ok(None);
+            }
             None => Arc::new(self.seal(&dataset).await?),
         };
         if let Some(dataset) = self.state().live.get_mut(id) {
             dataset.sealed(Arc::clone(&manifest));
         }
         let short = short(&manifest, dataset.spec.per_class);
-        if !short.is_empty() {
+        if !short.is_empty() && !dataset.is_finished() {
             let dataset = Dataset { manifest: Some(Arc::clone(&manifest)), ..dataset };
             let opened = self.open_short(&dataset, short).await;
             if opened.map_err(SealError::Round)? {

@@ -21,27 +21,76 @@ fn ids(expired: &[Expired]) -> Vec<u32> {
     expired.iter().map(|expired| expired.id.shard).collect()
 }
 
+/// The shard that a worker gets. Datasets come in the order of their names: whose turn it is is another test's subject.
+fn grant(ledger: &mut Ledger, now: Now, worker: &str) -> Option<(ShardId, Attempt)> {
+    let mut order = ledger.order();
+    order.sort();
+    order.iter().find_map(|dataset| ledger.grant(now, worker, dataset, |_| URLS, |_| true))
+}
+
+#[test]
+fn datasets_share_the_workers_by_urls_and_weight_and_one_that_comes_late_waits_for_nobody() {
+    let mut ledger = Ledger::new(9, LEASE);
+    let id = |name: &str| -> DatasetId { name.parse().expect("an id") };
+    let (large, small) = (id("large-1"), id("small-1"));
+    ledger.add(at(0), &large, 0..1000, true);
+    let granted = |ledger: &mut Ledger, times: u32| {
+        let urls = |shard: u32| if shard < 1000 { 100 } else { 10 };
+        let grant = |_| {
+            let order = ledger.order();
+            let of = |dataset: &DatasetId| ledger.grant(at(0), "w", dataset, urls, |_| true);
+            let (id, attempt) = order.iter().find_map(of).expect("there is more than enough");
+            ledger.commit(&id, Some("w"));
+            assert!(attempt.n > 0);
+            u32::from(id.dataset == small)
+        };
+        (0..times).map(grant).sum::<u32>()
+    };
+    granted(&mut ledger, 500);
+    ledger.add(at(0), &small, 1000..1300, true);
+    // Ten small slices are as much as a large one.
+    assert!((99..=101).contains(&granted(&mut ledger, 110)));
+    ledger.control(&small, 4.0, false);
+    assert!((40..=42).contains(&granted(&mut ledger, 42)));
+    ledger.control(&small, 1.0, true);
+    assert_eq!(granted(&mut ledger, 50), 0);
+    ledger.control(&small, 1.0, false);
+    // For what it did not want while it was paused it gets nothing now.
+    assert!((49..=52).contains(&granted(&mut ledger, 56)));
+}
+
+#[test]
+fn shards_that_nobody_makes_are_closed_when_their_dataset_is_finished() {
+    let (mut ledger, dataset) = ledger(true);
+    let (leased, attempt) = grant(&mut ledger, at(0), "w").expect("two are free");
+    let taken = ledger.take_waiting(&dataset, 10);
+    assert_eq!(taken, [dataset.shard(1 - leased.shard)]);
+    assert_eq!(ledger.decide(at(0), &taken[0], URLS, true), Some(Decision::Close));
+    assert_eq!(ledger.renew(at(10), &leased, attempt, "w", 1), Renewal::Prolonged);
+    assert!(ledger.take_waiting(&dataset, 10).is_empty());
+}
+
 /// A worker is granted a shard and fails at it; what is then decided.
 fn fail(ledger: &mut Ledger, now: Now, worker: &str, kind: FailureKind, urls: u32) -> Option<Decision> {
-    let (id, attempt) = ledger.grant(now, worker, |_, _| true).expect("one is free");
+    let (id, attempt) = grant(ledger, now, worker).expect("one is free");
     assert!(ledger.release(now, &id, attempt, Some(kind)));
     assert_eq!(ids(&ledger.expire(now)), [id.shard]);
-    ledger.decide(now, &id, urls)
+    ledger.decide(now, &id, urls, false)
 }
 
 #[test]
 fn a_lease_that_expires_is_checked_before_it_is_granted_again() {
     let (mut ledger, _) = ledger(true);
-    let (id, attempt) = ledger.grant(at(0), "w1", |_, _| true).expect("two are free");
+    let (id, attempt) = grant(&mut ledger, at(0), "w1").expect("two are free");
     assert_eq!((id.shard, attempt), (0, Attempt { term: 9, n: 1 }));
     assert_eq!(ledger.renew(at(20), &id, attempt, "w1", 1), Renewal::Prolonged);
     assert!(ledger.expire(at(49)).is_empty());
     let lost = Some(("w1".into(), FailureKind::Slice));
     assert_eq!(ledger.expire(at(50)), [Expired { id: id.clone(), lost }]);
-    assert_eq!(ledger.grant(at(50), "w2", |_, _| true).expect("the other one").0.shard, 1);
-    assert_eq!(ledger.grant(at(50), "w2", |_, _| true), None);
-    assert_eq!(ledger.decide(at(50), &id, URLS), Some(Decision::Retry));
-    let (again, second) = ledger.grant(at(50), "w2", |_, _| true).expect("free again");
+    assert_eq!(grant(&mut ledger, at(50), "w2").expect("the other one").0.shard, 1);
+    assert_eq!(grant(&mut ledger, at(50), "w2"), None);
+    assert_eq!(ledger.decide(at(50), &id, URLS, false), Some(Decision::Retry));
+    let (again, second) = grant(&mut ledger, at(50), "w2").expect("free again");
     assert_eq!((again, second.n), (id.clone(), 3));
     assert_eq!(ledger.renew(at(51), &id, attempt, "w1", 1), Renewal::Over, "the first attempt is over");
 }
@@ -50,15 +99,15 @@ fn a_lease_that_expires_is_checked_before_it_is_granted_again() {
 fn a_new_coordinator_waits_one_lease_time_and_adopts_what_is_renewed() {
     let (mut ledger, dataset) = ledger(false);
     let old = Attempt { term: 8, n: 5 };
-    assert_eq!(ledger.grant(at(29), "w", |_, _| true), None);
+    assert_eq!(grant(&mut ledger, at(29), "w"), None);
     assert_eq!(ledger.renew(at(29), &dataset.shard(1), old, "w1", 0), Renewal::Prolonged);
     let another = Attempt { term: 8, n: 4 };
     assert_eq!(ledger.renew(at(29), &dataset.shard(1), another, "w0", 0), Renewal::Over);
     let unheard = ledger.expire(at(30));
     assert_eq!(ids(&unheard), [0]);
-    assert_eq!(ledger.decide(at(30), &unheard[0].id, URLS), Some(Decision::Retry));
-    assert_eq!(ledger.grant(at(30), "w", |_, _| true).expect("shard 0").0.shard, 0);
-    assert_eq!(ledger.grant(at(30), "w", |_, _| true), None);
+    assert_eq!(ledger.decide(at(30), &unheard[0].id, URLS, false), Some(Decision::Retry));
+    assert_eq!(grant(&mut ledger, at(30), "w").expect("shard 0").0.shard, 0);
+    assert_eq!(grant(&mut ledger, at(30), "w"), None);
 }
 
 #[test]
@@ -74,7 +123,7 @@ fn an_attempt_is_its_workers_until_it_has_come_to_an_end() {
     assert_eq!(ledger.renew(at(31), &adopted, old, "w1", 1), Renewal::Prolonged);
     assert!(ledger.release(at(32), &adopted, old, None));
     assert_eq!(ledger.holder(&adopted, old), None, "it does not come back");
-    let (again, new) = ledger.grant(at(32), "w2", |_, _| true).expect("given back");
+    let (again, new) = grant(&mut ledger, at(32), "w2").expect("given back");
     assert_eq!((again.shard, ledger.holder(&again, new)), (1, Some("w2")));
     assert_eq!(ledger.holder(&again, old), None);
 }
@@ -141,14 +190,14 @@ fn faults_of_stores_workers_and_networks_close_nothing_but_slow_down_who_fails()
         let now = at(1000) * n;
         assert_eq!(fail(&mut ledger, now, &format!("w{}", n % 7), kind, URLS), Some(Decision::Retry));
         ledger.commit(&others.shard(n), Some("other"));
-        assert_eq!(ledger.grant(now, &format!("w{}", n % 7), |_, _| true), None, "it failed just now");
-        let (granted, attempt) = ledger.grant(now, "another", |_, _| true).expect("free at once");
+        assert_eq!(grant(&mut ledger, now, &format!("w{}", n % 7)), None, "it failed just now");
+        let (granted, attempt) = grant(&mut ledger, now, "another").expect("free at once");
         assert_eq!(granted, id);
         ledger.release(now, &id, attempt, None);
     }
-    assert_eq!(ledger.grant(at(50_020), "w1", |_, _| true), None, "it has failed often");
+    assert_eq!(grant(&mut ledger, at(50_020), "w1"), None, "it has failed often");
     ledger.commit(&others.shard(60), Some("w1"));
-    assert!(ledger.grant(at(50_020), "w1", |_, _| true).is_some(), "it has shown that it works");
+    assert!(grant(&mut ledger, at(50_020), "w1").is_some(), "it has shown that it works");
 }
 
 #[test]
@@ -156,14 +205,14 @@ fn workers_that_are_lost_together_strike_no_slice() {
     let (mut ledger, id, others) = with_others();
     for n in 1..=20 {
         let now = at(1000) * n;
-        assert_eq!(ledger.grant(now, &format!("a{n}"), |_, _| true).expect("free").0, id);
-        let (other, _) = ledger.grant(now + at(5), &format!("b{n}"), |_, _| true).expect("free");
+        assert_eq!(grant(&mut ledger, now, &format!("a{n}")).expect("free").0, id);
+        let (other, _) = grant(&mut ledger, now + at(5), &format!("b{n}")).expect("free");
         let lost = ledger.expire(now + LEASE);
         assert_eq!(lost[0].lost.as_ref().expect("lost").1, FailureKind::Slice, "so it seems at first");
-        assert_eq!(ledger.decide(now + LEASE, &id, URLS), Some(Decision::Retry));
+        assert_eq!(ledger.decide(now + LEASE, &id, URLS, false), Some(Decision::Retry));
         let lost = ledger.expire(now + LEASE + at(5));
         assert_eq!(lost[0].lost.as_ref().expect("lost").1, FailureKind::Worker);
-        assert_eq!(ledger.decide(now + LEASE + at(5), &other, URLS), Some(Decision::Retry));
+        assert_eq!(ledger.decide(now + LEASE + at(5), &other, URLS, false), Some(Decision::Retry));
         ledger.commit(&others.shard(50 + n), Some("other"));
     }
 }
@@ -183,7 +232,7 @@ fn one_url_alone_is_given_up_only_after_something_has_worked() {
 #[test]
 fn a_lease_without_progress_is_taken_back() {
     let (mut ledger, id, _) = with_others();
-    let (_, attempt) = ledger.grant(at(0), "w", |_, _| true).expect("free");
+    let (_, attempt) = grant(&mut ledger, at(0), "w").expect("free");
     for n in 1..=60 {
         // It finishes a URL each five minutes at first.
         assert_eq!(ledger.renew(at(20) * n, &id, attempt, "w", u64::from(n / 15)), Renewal::Prolonged);
@@ -199,12 +248,12 @@ fn a_lease_without_progress_is_taken_back() {
 #[test]
 fn an_orderly_release_costs_nothing_and_a_late_attempt_keeps_what_nobody_took() {
     let (mut ledger, dataset) = ledger(true);
-    let (id, first) = ledger.grant(at(0), "w", |_, _| true).expect("free");
+    let (id, first) = grant(&mut ledger, at(0), "w").expect("free");
     ledger.release(at(1), &id, first, None);
     assert_eq!(ledger.renew(at(1), &id, first, "w", 0), Renewal::Over, "it was given back");
-    let (_, second) = ledger.grant(at(1), "w", |_, _| true).expect("free again at once");
+    let (_, second) = grant(&mut ledger, at(1), "w").expect("free again at once");
     ledger.expire(at(31));
-    ledger.decide(at(31), &id, URLS);
+    ledger.decide(at(31), &id, URLS, false);
     assert_eq!(ledger.renew(at(32), &id, second, "w", 0), Renewal::Prolonged);
     assert_eq!(ledger.counts(&dataset), Counts { waiting: 1, leased: 1 });
     let open = ledger.open(&id).expect("open");
@@ -257,7 +306,7 @@ proptest! {
         for event in events {
             match event {
                 Event::Wait(seconds) => now += at(seconds),
-                Event::Grant(worker) => if let Some((id, attempt)) = ledger.grant(now, &format!("w{worker}"), |_, _| true) {
+                Event::Grant(worker) => if let Some((id, attempt)) = grant(&mut ledger, now, &format!("w{worker}")) {
                     prop_assert!(!known.contains(&(id.shard, attempt)), "an attempt is used twice");
                     known.push((id.shard, attempt));
                     leases.insert((id.shard, attempt), now + LEASE);
@@ -282,7 +331,7 @@ proptest! {
                     if expired.lost.is_some_and(|(_, kind)| kind == FailureKind::Slice) {
                         *failures.entry(expired.id.shard).or_default() += 1;
                     }
-                    if ledger.decide(now, &expired.id, URLS) == Some(Decision::GiveUp) {
+                    if ledger.decide(now, &expired.id, URLS, false) == Some(Decision::GiveUp) {
                         prop_assert!(failures[&expired.id.shard] >= MOST_STRIKES);
                         given_up.insert(expired.id.shard);
                     }
@@ -304,13 +353,13 @@ proptest! {
         for _ in 0..3 {
             now += LEASE * 20;
             for expired in ledger.expire(now) {
-                if ledger.decide(now, &expired.id, URLS) == Some(Decision::GiveUp) {
+                if ledger.decide(now, &expired.id, URLS, false) == Some(Decision::GiveUp) {
                     left.remove(&expired.id.shard);
                 }
             }
         }
         now += LEASE * 20;
-        while let Some((id, _)) = ledger.grant(now, "new", |_, _| true) {
+        while let Some((id, _)) = grant(&mut ledger, now, "new") {
             left.remove(&id.shard);
         }
         prop_assert!(left.is_empty(), "lost: {:?}", left);

@@ -8,7 +8,9 @@ use bytes::Bytes;
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
 use object_store::GetRange;
+use proto::control::{Decision, Priority};
 use proto::manifest::{DamagedShard, Manifest};
+use proto::pb::control_dataset_request;
 use proto::pb::dataset_service_server::DatasetService;
 use proto::pb::{self, DatasetState};
 use proto::{DatasetId, Rejection, Split, keys};
@@ -16,7 +18,9 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::fetch::millis;
 use super::upload;
+use crate::datasets::control::Wanted;
 use crate::datasets::{Dataset, Datasets, Revision, Stage};
 use crate::error::Error;
 use crate::ledger::Counts;
@@ -130,6 +134,16 @@ impl DatasetService for DatasetApi {
         Ok(Response::new(chunks.try_flatten().boxed()))
     }
 
+    async fn control_dataset(
+        &self,
+        request: Request<pb::ControlDatasetRequest>,
+    ) -> Result<Response<pb::Dataset>, Status> {
+        let pb::ControlDatasetRequest { name, decision } = request.into_inner();
+        self.0.control(&name, wanted(decision)?).await?;
+        let (dataset, counts) = self.0.find(&name)?;
+        Ok(Response::new(message(&self.0, &dataset, counts)))
+    }
+
     async fn delete_dataset(
         &self,
         request: Request<pb::DeleteDatasetRequest>,
@@ -137,6 +151,22 @@ impl DatasetService for DatasetApi {
         self.1.delete_dataset(&request.into_inner().name).await?;
         Ok(Response::new(pb::DeleteDatasetResponse {}))
     }
+}
+
+fn wanted(decision: Option<control_dataset_request::Decision>) -> Result<Wanted, Error> {
+    use control_dataset_request::Decision as Asked;
+    let priority = |number| match pb::Priority::try_from(number) {
+        Ok(pb::Priority::Low) => Ok(Priority::Low),
+        Ok(pb::Priority::Normal) => Ok(Priority::Normal),
+        Ok(pb::Priority::High) => Ok(Priority::High),
+        _ => Err(Error::Invalid("priority: must be low, normal or high".to_owned())),
+    };
+    Ok(match decision.ok_or_else(|| Error::Invalid("decision: there is none".to_owned()))? {
+        Asked::Pause(_) => Wanted::Decision(Decision::Pause),
+        Asked::Resume(_) => Wanted::Decision(Decision::Resume),
+        Asked::Finish(finish) => Wanted::FinishAfter(Duration::from_millis(finish.after_millis)),
+        Asked::Priority(number) => Wanted::Decision(Decision::Priority(priority(number)?)),
+    })
 }
 
 async fn watch(datasets: &Datasets, id: &DatasetId, sender: &mpsc::Sender<Result<pb::Dataset, Status>>) {
@@ -202,6 +232,17 @@ fn message(datasets: &Datasets, dataset: &Dataset, counts: Counts) -> pb::Datase
         automatic_rounds: dataset.automatic_rounds(),
         damaged: dataset.damaged().map(damaged_shard).collect(),
         large_sites: datasets.large_sites(dataset),
+        paused: dataset.controls.paused,
+        priority: match dataset.controls.priority {
+            Priority::Low => pb::Priority::Low,
+            Priority::Normal => pb::Priority::Normal,
+            Priority::High => pb::Priority::High,
+        }
+        .into(),
+        finishes_after_millis: dataset
+            .finishes_after()
+            .filter(|_| matches!(dataset.stage, Stage::Fetching))
+            .map(millis),
     }
 }
 

@@ -10,7 +10,7 @@ use proto::{Attempt, DatasetId, OutcomeCounts, ShardId};
 use tonic::{Request, Response, Status};
 
 use crate::access::Speaker;
-use crate::datasets::{Datasets, Report};
+use crate::datasets::{Datasets, Renewed, Report};
 use crate::error::Error;
 use crate::shares::{Demand, Share};
 
@@ -45,7 +45,7 @@ fn failure(told: pb::Failure) -> (FailureKind, String) {
     (kind, told.text)
 }
 
-fn millis(duration: Duration) -> u64 {
+pub(super) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
@@ -87,9 +87,13 @@ impl FetchService for FetchApi {
             OutcomeCounts::from_names(outcomes).map_err(|error| Error::Invalid(format!("outcomes: {error}")))?;
         let report = Report { outcomes, kept, trouble: trouble.map(failure), good };
         let renewed = self.0.renew(&worker, &shard_id(dataset, shard)?, attempt(&text)?, report)?;
-        let (duration_millis, wanted, probes) =
-            renewed.map_or_else(Default::default, |renewed| (millis(renewed.duration), renewed.wanted, renewed.probes));
-        Ok(Response::new(pb::RenewLeaseResponse { term: self.term(), duration_millis, wanted, probes }))
+        let response = pb::RenewLeaseResponse { term: self.term(), ..pb::RenewLeaseResponse::default() };
+        Ok(Response::new(match renewed {
+            None => response,
+            Some(Renewed { duration, wanted, probes, finish }) => {
+                pb::RenewLeaseResponse { duration_millis: millis(duration), wanted, probes, finish, ..response }
+            }
+        }))
     }
 
     async fn complete_shard(

@@ -19,12 +19,12 @@ impl Asked {
     fn new(budget: &str, first: bool) -> Self {
         let budget = format!("big.com={budget}").parse().expect("well written");
         let sites = Sites::new(Budget::default(), [budget]);
-        Self { shares: Shares::new(at(0), LEASE, first), sites, sequence: 0 }
+        Self { shares: Shares::new(at(0), LEASE, first, []), sites, sequence: 0 }
     }
 
     /// Of which nothing is known: it has the default budget.
     fn unknown() -> Self {
-        Self { shares: Shares::new(at(0), LEASE, true), sites: Sites::new(Budget::default(), []), sequence: 0 }
+        Self { shares: Shares::new(at(0), LEASE, true, []), sites: Sites::new(Budget::default(), []), sequence: 0 }
     }
 
     fn ask_with(&mut self, now: Now, worker: &str, held: u32, rate: (f64, bool), quiet: Duration) -> Share {
@@ -107,13 +107,32 @@ fn what_was_learned_is_kept_for_those_who_come_after() {
 }
 
 #[test]
+fn a_coordinator_that_follows_knows_what_was_learned_and_lends_at_once_if_all_had_come_back() {
+    let mut asked = Asked::new("8/80", true);
+    assert!(asked.shares.is_all_back(at(0)));
+    assert_eq!(asked.ask_with(at(0), "a", 0, (0.0, false), Duration::ZERO).slots, 8);
+    asked.ask_with(at(5), "a", 8, (20.0, true), Duration::from_secs(60));
+    assert!(!asked.shares.is_all_back(at(5)));
+    asked.give_back(at(9), "a");
+    assert!(asked.shares.is_all_back(at(9)));
+    let learned: Vec<_> = asked.shares.learned(at(9)).map(|(name, learned)| (name.to_owned(), learned)).collect();
+    assert_eq!(learned, [("big.com".to_owned(), Learned { rate: (20.0, true), quiet_until: at(65) })]);
+    for (all_back, slots) in [(true, 8), (false, 0)] {
+        asked.shares = Shares::new(at(10), LEASE, all_back, learned.clone());
+        assert_eq!(asked.shares.is_all_back(at(10)), all_back);
+        let share = asked.ask_with(at(10), "b", 0, (0.0, false), Duration::ZERO);
+        assert_eq!((share.slots, share.rate, share.delay), (slots, (20.0, true), Duration::from_secs(55)));
+    }
+}
+
+#[test]
 fn a_part_that_has_ended_is_anothers_and_a_new_coordinator_prolongs_what_is_held() {
     let mut asked = Asked::new("8/80", true);
     assert_eq!(asked.ask(at(0), "a", 0), 8);
     assert_eq!(asked.ask(at(32), "b", 0), 0);
     assert_eq!(asked.ask(at(33), "b", 0), 8);
 
-    asked.shares = Shares::new(at(0), LEASE, false);
+    asked.shares = Shares::new(at(0), LEASE, false, []);
     assert_eq!(asked.ask(at(20), "b", 5), 5);
     assert_eq!(asked.ask(at(21), "a", 0), 0, "it may be another's");
     assert_eq!(asked.ask(at(33), "a", 0), 3, "what was not prolonged");
@@ -219,7 +238,7 @@ proptest! {
                     asked.shares.ask(now, &name, sequence, &[demand], &asked.sites);
                 },
                 Event::Replace => {
-                    asked.shares = Shares::new(now, LEASE, false);
+                    asked.shares = Shares::new(now, LEASE, false, []);
                     // Connections to the old one have ended.
                     late.clear();
                 }

@@ -227,6 +227,10 @@ impl Cluster {
 
     /// The lease's new duration; 0: it is over.
     pub async fn renew(&self, lease: &pb::Lease) -> u64 {
+        self.renew_message(lease).await.duration_millis
+    }
+
+    pub async fn renew_message(&self, lease: &pb::Lease) -> pb::RenewLeaseResponse {
         let request = pb::RenewLeaseRequest {
             term_seen: 0,
             worker: "w1".to_owned(),
@@ -237,7 +241,7 @@ impl Cluster {
             kept: [(0, 1)].into(),
             ..pb::RenewLeaseRequest::default()
         };
-        self.fetch().renew_lease(request).await.expect("answers").into_inner().duration_millis
+        self.fetch().renew_lease(request).await.expect("answers").into_inner()
     }
 
     pub async fn release(&self, lease: &pb::Lease, kind: FailureKind, text: &str) {
