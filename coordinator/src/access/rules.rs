@@ -104,9 +104,8 @@ const RULES: &[(&str, Who)] = &[
     ("/externalscaler.ExternalScaler/StreamIsActive", SEE),
     ("/externalscaler.ExternalScaler/GetMetricSpec", SEE),
     ("/externalscaler.ExternalScaler/GetMetrics", SEE),
-    // Probes have no token. The others stay open for as long as their callers like, or list what is served.
+    // Probes have no token. The other one stays open for as long as its callers like.
     ("/grpc.health.v1.Health/Check", Anyone),
-    ("/grpc.health.v1.Health/List", SEE),
     ("/grpc.health.v1.Health/Watch", SEE),
     ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", SEE),
 ];
@@ -193,6 +192,25 @@ mod tests {
             assert!(matches!(allowed(method, None), Err(Refusal::Unlisted { .. })), "{method}");
             assert!(Role::ALL.into_iter().all(|role| !may(role, method)), "{method}");
         }
+    }
+
+    #[test]
+    fn the_table_has_the_methods_that_are_served_and_no_others() {
+        use prost::Message;
+        let sets = [
+            proto::pb::DESCRIPTORS,
+            tonic_health::pb::FILE_DESCRIPTOR_SET,
+            tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET,
+        ];
+        let files = sets.map(|set| prost_types::FileDescriptorSet::decode(set).expect("descriptors").file);
+        let served = files.iter().flatten().flat_map(|file| {
+            let path = move |service: &str, method: &str| format!("/{}.{service}/{method}", file.package());
+            let methods = file.service.iter().flat_map(|service| service.method.iter().map(move |m| (service, m)));
+            methods.map(move |(service, method)| path(service.name(), method.name()))
+        });
+        let served: BTreeSet<String> = served.collect();
+        let table: BTreeSet<String> = RULES.iter().map(|(path, _)| (*path).to_owned()).collect();
+        assert_eq!(table, served);
     }
 
     #[test]
