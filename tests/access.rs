@@ -6,6 +6,10 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use demo_origin::list;
+use demo_origin::origin::{Options, Origin};
+use demo_origin::pictures::CLASSES;
+use demo_origin::rot::Rot;
 use support::{Cluster, FreeAddress, PATIENCE};
 
 /// Makes a token: its file and its line.
@@ -87,6 +91,56 @@ fn a_coordinator_is_open_to_other_machines_only_if_somebody_says_so() {
     let (code, said) = stderr(&cluster, &["coordinator", "--insecure", "--listen", &address, "--tokens", &wrong]);
     assert!(code == Some(1) && said.contains("line 1") && said.contains("boss"), "{code:?} {said}");
     cluster.start_coordinator_with(&["--insecure"]);
+}
+
+#[test]
+fn tokens_are_replaced_and_revoked_under_a_running_fetch() {
+    let (mut cluster, metrics) = (Cluster::new(None, Vec::new()), FreeAddress::loopback());
+    let (admin, admin_line) = token(&cluster, "test", "admin");
+    cluster.set_env("GLEANER_TOKEN_FILE", &admin);
+    let [(stays, stays_line), (goes, goes_line), (next, next_line)] =
+        ["stays", "goes", "next"].map(|name| token(&cluster, name, "worker"));
+    let tokens = cluster.write("tokens", &[admin_line.as_str(), &stays_line, &goes_line].concat());
+    let slow = ["--site-rate", "40", "--metrics-listen", &metrics];
+    cluster.start_coordinator_with(&[&["--tokens", &tokens], &slow[..]].concat());
+    let origin = Origin::serve(Options { seed: 3, ..Options::default() }).expect("loopback");
+    let line = |n: u64| format!("{}\t{}\n", CLASSES[0].synset, list::url(Rot::Good, (0, n), n, &origin));
+    let urls = cluster.write("urls", &(0..600).map(line).collect::<String>());
+    cluster.gleaner(&["dataset", "create", "birds", "--urls", &urls, "--slice-urls", "60", "--size", "64"]);
+    cluster.start_worker_with("stays", &["--token-file", &stays]);
+    cluster.start_worker_with("goes", &["--token-file", &goes]);
+    let leases = |cluster: &Cluster| cluster.json(&["status"])["shards_leased"].as_u64().unwrap_or(0);
+    cluster.eventually("both work", |cluster| cluster.json(&["status"])["workers"].as_array().map(Vec::len) == Some(2));
+    assert!(leases(&cluster) > 0);
+
+    // The new token is known before it is shown, and the old one until it is shown no more: nothing is refused.
+    let refused = || {
+        let mut socket = std::net::TcpStream::connect(&*metrics).expect("it listens");
+        let ask = format!("GET /metrics HTTP/1.1\r\nHost: {metrics}\r\nConnection: close\r\n\r\n");
+        std::io::Write::write_all(&mut socket, ask.as_bytes()).expect("asked");
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).expect("answered");
+        let lines = answer.lines().filter(|line| line.starts_with("gleaner_calls_refused_total{"));
+        lines.map(str::to_owned).collect::<Vec<_>>()
+    };
+    let write = |lines: &[&str]| {
+        cluster.write("tokens.new", &lines.concat());
+        std::fs::rename(cluster.path("tokens.new"), cluster.path("tokens")).expect("the same folder");
+        std::thread::sleep(Duration::from_secs(3));
+    };
+    write(&[&admin_line, &stays_line, &goes_line, &next_line]);
+    std::fs::rename(&next, &stays).expect("the same folder");
+    write(&[&admin_line, &goes_line, &next_line]);
+    assert_eq!(refused(), Vec::<String>::new(), "a token was replaced under a running worker");
+
+    write(&[&admin_line, &next_line]);
+    cluster.eventually("whoever was thrown out is refused", |_| refused().iter().any(|line| line.contains("Unauth")));
+    cluster.gleaner(&["dataset", "wait", "birds", "--timeout", "100s"]);
+    let workers = cluster.json(&["status"])["workers"].clone();
+    assert!(workers[0]["seen_millis_ago"].as_u64().is_some_and(|millis| millis < 60_000), "{workers}");
+    let dataset = cluster.json(&["dataset", "describe", "birds"]);
+    assert_eq!(dataset["outcomes"].as_object().map(|all| all.values().filter_map(|n| n.as_u64()).sum()), Some(600u64));
+    assert!(cluster.is_alive("stays"));
 }
 
 /// `gleaner local`, killed when it is dropped.

@@ -14,6 +14,7 @@ use prost_types::FileDescriptorSet;
 use proto::pb;
 use proto::pb::dataset_service_client::DatasetServiceClient;
 use proto::pb::fetch_service_client::FetchServiceClient;
+use proto::pb::run_service_client::RunServiceClient;
 use proto::pb::trainer_service_client::TrainerServiceClient;
 use proto::session::Session;
 use tokio_stream::StreamExt;
@@ -265,7 +266,28 @@ async fn an_agents_name_is_not_taken_over_by_another_process() {
     }
     let quiet = tokio::time::timeout(Duration::from_millis(300), stream.message()).await;
     assert!(quiet.is_err(), "its stream is as it was: {quiet:?}");
-    connect(Some(&own)).await.expect("the same process again");
+    let (mut again, _) = connect(Some(&own)).await.expect("the same process again");
+
+    // Revoked: the stream ends, and with it what the agent could still say.
+    let other = NewToken::make(Role::Viewer, "vera").expect("made");
+    std::fs::write(&file, format!("{}\n", other.line)).expect("written");
+    let begun = Instant::now();
+    let ended = async {
+        loop {
+            if let Err(status) = again.message().await {
+                return status;
+            }
+        }
+    };
+    let ended = tokio::time::timeout(common::PATIENCE, ended).await.expect("it ends");
+    assert!(ended.code() == Code::Unauthenticated && begun.elapsed() < Duration::from_secs(5), "{ended}");
+    let mut viewer = RunServiceClient::with_interceptor(cluster.channel.clone(), lets_carry(&other.token, None));
+    let gone = async {
+        while !viewer.get_status(pb::GetStatusRequest {}).await.expect("seen").into_inner().agents.is_empty() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(common::PATIENCE, gone).await.expect("the agent is heard no more");
     cluster.kill();
 }
 
