@@ -2,6 +2,8 @@
 //!
 //! A decoder that never comes back from a picture cannot be stopped. It costs that picture, which is rejected after
 //! [`DEADLINE`], and a thread, in whose place another one starts; too many of them end the process.
+//!
+//! Pictures that take much memory are decoded one at a time, on a thread of their own, so that they do not hold up the others.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,20 +14,18 @@ use sha2::{Digest, Sha256};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::MissedTickBehavior;
 
+use crate::decode_memory::{DecodeMemory, Places};
 use crate::fetch::Body;
 use crate::metrics;
-use crate::validate::{Rules, Validation, Validator};
+use crate::validate::{FindRoom, Rules, Validation, Validator};
 
-/// Pictures of which more pixels than this are held at once are decoded one at a time, on a thread of their own, so
-/// that a few of them together can neither fill the memory nor hold up the others.
-const HUGE_PIXELS: u64 = 16 << 20;
 /// No picture within the limits takes a decoder nearly as long, even on a slow and busy machine.
 const DEADLINE: Duration = Duration::from_secs(180);
 /// The deadline is counted in so many looks at the threads: a process that was stopped for a while has not used it up.
 const CHECKS: u32 = 60;
 
-/// Validates a body; none if more pixels would be held at once than its first argument says.
-type Work = Box<dyn FnMut(u64, [u8; 32], &[u8], &Rules) -> Option<Validation> + Send>;
+/// Validates a body where there is room for it; none if that is on the thread for huge ones.
+type Work = Box<dyn FnMut(FindRoom<'_>, [u8; 32], &[u8], &Rules) -> Option<Validation> + Send>;
 
 /// A handle on the threads. They end when it and its clones are dropped.
 #[derive(Debug, Clone)]
@@ -44,6 +44,7 @@ struct Job {
 #[derive(Debug)]
 struct Shared {
     work: fn() -> anyhow::Result<Work>,
+    memory: Arc<DecodeMemory>,
     queue: Mutex<mpsc::Receiver<Job>>,
     /// Of huge pictures, no more than there are connections. Each thread that may find one holds the sender.
     huge_queue: Mutex<mpsc::UnboundedReceiver<Job>>,
@@ -68,21 +69,20 @@ struct Running {
 }
 
 impl DecodePool {
-    /// Starts `threads` threads, and one for huge pictures.
-    pub(crate) fn start(threads: usize) -> anyhow::Result<Self> {
-        Self::start_with(threads, || {
+    /// Starts `threads` threads, and one for huge pictures, which hold so many bytes of `memory` together.
+    pub(crate) fn start(threads: usize, memory: u64) -> anyhow::Result<Self> {
+        Self::start_with(threads, memory, || {
             let mut validator = Validator::new()?;
-            Ok(Box::new(move |max_pixels, sha256, bytes, rules| {
-                validator.validate_up_to(max_pixels, sha256, bytes, rules)
-            }))
+            Ok(Box::new(move |room, sha256, bytes, rules| validator.validate_within(room, sha256, bytes, rules)))
         })
     }
 
-    fn start_with(threads: usize, work: fn() -> anyhow::Result<Work>) -> anyhow::Result<Self> {
+    fn start_with(threads: usize, memory: u64, work: fn() -> anyhow::Result<Work>) -> anyhow::Result<Self> {
         let (jobs, queue) = mpsc::channel(threads * 2);
         let (huge_jobs, huge_queue) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
             work,
+            memory: DecodeMemory::new(memory),
             queue: Mutex::new(queue),
             huge_queue: Mutex::new(huge_queue),
             huge_jobs: huge_jobs.downgrade(),
@@ -127,11 +127,12 @@ impl Shared {
         let thread = Thread { huge, running: Arc::default() };
         let (shared, own) = (Arc::clone(self), thread.clone());
         let huge_jobs = if huge { None } else { self.huge_jobs.upgrade() };
+        let mut places = self.memory.places(huge);
         std::thread::Builder::new()
             .name(if huge { "decode-huge" } else { "decode" }.to_owned())
             .spawn(move || {
                 while let Some(job) = shared.next(huge) {
-                    if !own.run(job, &mut work, huge_jobs.as_ref()) {
+                    if !own.run(job, &mut work, &mut places, huge_jobs.as_ref()) {
                         shared.stuck.fetch_sub(1, Ordering::Relaxed);
                         return;
                     }
@@ -167,7 +168,13 @@ impl Shared {
 
 impl Thread {
     /// Does a job, or hands it on if its picture is huge. False if the thread was given up meanwhile.
-    fn run(&self, job: Job, work: &mut Work, huge_jobs: Option<&mpsc::UnboundedSender<Job>>) -> bool {
+    fn run(
+        &self,
+        job: Job,
+        work: &mut Work,
+        places: &mut Places,
+        huge_jobs: Option<&mpsc::UnboundedSender<Job>>,
+    ) -> bool {
         let Job { body, rules, reply } = job;
         // Nobody waits any more if the attempt was dropped.
         if reply.is_closed() {
@@ -176,8 +183,10 @@ impl Thread {
         let start = Instant::now();
         let sha256 = Sha256::digest(&body.bytes).into();
         *lock(&self.running) = Some(Running { sha256, reply, checks: 0 });
-        let max_pixels = if huge_jobs.is_some() { HUGE_PIXELS } else { u64::MAX };
-        let validation = work(max_pixels, sha256, &body.bytes, &rules);
+        // Who waits for memory is not stuck.
+        let room = &mut |bytes| places.take(bytes, || self.is_well());
+        let validation = work(room, sha256, &body.bytes, &rules);
+        places.release();
         let Some(Running { reply, .. }) = lock(&self.running).take() else { return false };
         match (validation, huge_jobs) {
             (Some(validation), _) => {
@@ -191,6 +200,13 @@ impl Thread {
             (None, None) => {}
         }
         true
+    }
+
+    /// Its deadline begins anew.
+    fn is_well(&self) {
+        if let Some(running) = lock(&self.running).as_mut() {
+            running.checks = 0;
+        }
     }
 
     /// What it has worked on for too long.
@@ -230,7 +246,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_decoder_that_does_not_come_back_costs_its_picture_and_too_many_of_them_end_the_process() {
-        let pool = DecodePool::start_with(1, work).expect("threads");
+        let pool = DecodePool::start_with(1, 1 << 30, work).expect("threads");
         let watch = tokio::spawn(pool.clone().watch_with(Duration::from_millis(2)));
         let validate = async |bytes: &[u8]| {
             let validation =
@@ -257,7 +273,7 @@ mod tests {
 
     #[tokio::test]
     async fn huge_pictures_take_their_turns_without_holding_up_others() {
-        let pool = DecodePool::start(1).expect("a thread");
+        let pool = DecodePool::start(1, 1 << 30).expect("a thread");
         let rules = Arc::new(Rules { limits: Limits { max_pixels: 1 << 30, ..rules().limits }, ..rules() });
         let validated = |bytes: &[u8]| pool.validate(Body::holding(bytes.to_vec()), Arc::clone(&rules));
         let huge = encoded(GrayImage::new(4200, 4200), ImageFormat::Png);

@@ -8,7 +8,7 @@
 //! - `dispatch`, `hosts`: which URL is fetched next; each waits until its host has room.
 //! - `fetch`: a URL to its body under limits; a file each for the HTTP client, redirects, retries, the memory of
 //!   bodies, compressed bodies, opt-outs, name look-ups and permitted addresses.
-//! - `decode_pool`, `validate`, `format`, `placeholder`: a body to a stored picture or a rejection, on threads of their
+//! - `decode_pool`, `decode_memory`, `validate`, `format`, `placeholder`: a body to a stored picture or a rejection, on threads of their
 //!   own.
 //! - `pixels`: JPEG, scaling to the stored size, measuring. `prepare` does the same for pictures that a trained network is to see.
 //! - `way_out`: whether the worker reaches the web at all, or takes its own trouble for the world's.
@@ -21,6 +21,7 @@
 
 mod attempt;
 mod backoff;
+mod decode_memory;
 mod decode_pool;
 mod dispatch;
 mod failure;
@@ -101,6 +102,11 @@ pub struct Config {
     /// Threads that decode, resize and encode [default: one per core].
     #[arg(long, env = "GLEANER_DECODE_THREADS", value_name = "N")]
     pub decode_threads: Option<NonZero<u16>>,
+
+    /// Memory for pictures that are being decoded, on all threads together, in MiB; one that needs more than three quarters of it is
+    /// rejected as too_many_pixels.
+    #[arg(long, env = "GLEANER_DECODE_MEMORY", default_value = "2048", value_name = "MIB")]
+    pub decode_memory: NonZero<u32>,
 
     /// Memory for large bodies that are being fetched, in MiB; 256 KiB of each body are free.
     #[arg(long, env = "GLEANER_BODY_MEMORY", default_value = "24", value_name = "MIB")]
@@ -283,7 +289,7 @@ fn tools(config: &Config, store: Arc<dyn ObjectStore>, worker: String, way_out: 
         store,
         dispatcher: Arc::new(Dispatcher::new(fetcher, config.connections.get(), Arc::clone(&way_out))),
         way_out,
-        pool: DecodePool::start(decode_threads(config))?,
+        pool: DecodePool::start(decode_threads(config), u64::from(config.decode_memory.get()) << 20)?,
         worker,
     })
 }

@@ -10,12 +10,13 @@ use anyhow::Context;
 use bytes::Bytes;
 use image::ImageFormat as Format;
 use image::metadata::Orientation;
-use image::{DynamicImage, ExtendedColorType, ImageDecoder, ImageEncoder, ImageError, ImageReader};
+use image::{ColorType, DynamicImage, ExtendedColorType, ImageDecoder, ImageEncoder, ImageError, ImageReader};
 use proto::dataset_spec::Verify;
 use proto::shard::Moments;
 use proto::{ImageFormat, Limits, Reencode, Rejection, Resize};
 use sha2::{Digest, Sha256};
 
+use crate::decode_memory::Room;
 use crate::format::{format_of, is_cut_riff, webp_fits};
 use crate::mend;
 use crate::pixels::{Codec, DecodeAs, Frame, Hasher, Picture, Pixels, Shrinker, is_flat, moments};
@@ -63,8 +64,8 @@ pub(crate) struct Stored {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Refusal {
     Rejected(Rejection),
-    /// More pixels would be held at once than may be.
-    Huge,
+    /// It must be decoded alone.
+    Alone,
 }
 
 impl From<Rejection> for Refusal {
@@ -72,6 +73,9 @@ impl From<Rejection> for Refusal {
         Self::Rejected(rejection)
     }
 }
+
+/// Finds room for so many bytes, which decoding takes.
+pub(crate) type FindRoom<'a> = &'a mut dyn FnMut(u64) -> Room;
 
 /// Validates bodies, with the codecs and buffers of one thread.
 #[derive(Debug)]
@@ -89,13 +93,14 @@ impl Validator {
     }
 
     pub(crate) fn validate(&mut self, bytes: &[u8], rules: &Rules) -> Validation {
-        self.validate_up_to(u64::MAX, Sha256::digest(bytes).into(), bytes, rules).expect("there is no limit")
+        let anywhere = &mut |_| Room::Here;
+        self.validate_within(anywhere, Sha256::digest(bytes).into(), bytes, rules).expect("there is no limit")
     }
 
-    /// Validates a body with this hash; none if more than `max_pixels` would be held at once.
-    pub(crate) fn validate_up_to(
+    /// Validates a body with this hash, once there is `room`; none if it must be decoded alone.
+    pub(crate) fn validate_within(
         &mut self,
-        max_pixels: u64,
+        room: FindRoom<'_>,
         sha256: [u8; 32],
         bytes: &[u8],
         rules: &Rules,
@@ -106,10 +111,10 @@ impl Validator {
             return Some(validation);
         }
         // A decoder that panics on somebody's bytes costs this picture, not the thread.
-        match catch_unwind(AssertUnwindSafe(|| self.store(bytes, rules, max_pixels, &mut validation))) {
+        match catch_unwind(AssertUnwindSafe(|| self.store(bytes, rules, room, &mut validation))) {
             Ok(Ok(stored)) => validation.outcome = Ok(stored),
             Ok(Err(Refusal::Rejected(rejection))) => validation.outcome = Err(rejection),
-            Ok(Err(Refusal::Huge)) => return None,
+            Ok(Err(Refusal::Alone)) => return None,
             Err(_) => {
                 if let Ok(fresh) = Self::new() {
                     *self = fresh;
@@ -125,7 +130,7 @@ impl Validator {
         &mut self,
         bytes: &[u8],
         rules: &Rules,
-        max_pixels: u64,
+        room: FindRoom<'_>,
         validation: &mut Validation,
     ) -> Result<Stored, Refusal> {
         let (limits, resize) = (&rules.limits, &rules.resize);
@@ -141,9 +146,7 @@ impl Validator {
             let header = self.codec.header(bytes)?;
             let size = upright(header.width, header.height, header.orientation);
             let frame = frame(size, rules, validation)?;
-            if header.held_pixels(frame.reduction) > max_pixels {
-                return Err(Refusal::Huge);
-            }
+            enter(room, header.held_bytes(frame.reduction))?;
             // Halved chroma of an odd side would lie half a pixel off.
             let rgb = resize.format != ImageFormat::Jpg || frame.width % 2 + frame.height % 2 > 0;
             let how = DecodeAs { reduction: frame.reduction, rgb };
@@ -156,7 +159,7 @@ impl Validator {
                 && self.codec.most(size.0, size.1).is_ok_and(|most| bytes.len() <= most);
             frame
         } else {
-            self.decode_mended(bytes, format, rules, max_pixels, validation)?
+            self.decode_mended(bytes, format, rules, room, validation)?
         };
         let picture = self.shrinker.shrink(&self.pixels, &frame);
         let moments = moments(&picture);
@@ -178,18 +181,18 @@ impl Validator {
         bytes: &[u8],
         format: Format,
         rules: &Rules,
-        max_pixels: u64,
+        room: FindRoom<'_>,
         validation: &mut Validation,
     ) -> Result<Frame, Refusal> {
         let whole = if format == Format::Gif { mend::gif(bytes) } else { Cow::Borrowed(bytes) };
-        let decoded = self.decode_other(&whole, format, rules, max_pixels, validation);
+        let decoded = self.decode_other(&whole, format, rules, room, validation);
         let mended = match decoded {
             Err(Refusal::Rejected(Rejection::Truncated | Rejection::Undecodable)) if format == Format::Png => {
                 mend::png(bytes)
             }
             _ => None,
         };
-        match mended.map(|mended| self.decode_other(&mended, format, rules, max_pixels, validation)) {
+        match mended.map(|mended| self.decode_other(&mended, format, rules, room, validation)) {
             // It is broken in its pixels, too.
             None | Some(Err(Refusal::Rejected(Rejection::Truncated | Rejection::Undecodable))) => decoded,
             Some(mended) => mended,
@@ -202,7 +205,7 @@ impl Validator {
         bytes: &[u8],
         format: Format,
         rules: &Rules,
-        max_pixels: u64,
+        room: FindRoom<'_>,
         validation: &mut Validation,
     ) -> Result<Frame, Refusal> {
         if format == Format::WebP && is_cut_riff(bytes) {
@@ -223,18 +226,38 @@ impl Validator {
         if format == Format::WebP && !webp_fits(bytes, (width, height)) {
             return Err(Rejection::Undecodable.into());
         }
-        let pixels = u64::from(width) * u64::from(height);
-        if pixels > max_pixels {
-            return Err(Refusal::Huge);
-        }
-        // As 32-bit RGBA, and as much again for a decoder's own needs. A frame may be said to be larger than the
-        // picture.
-        decoder.set_limits(memory(pixels * 32 + DECODERS_OWN)).map_err(|e| rejection_of(&e))?;
+        let (needed, own) = held_bytes(u64::from(width) * u64::from(height), decoder.color_type());
+        enter(room, needed + own)?;
+        // A frame may be said to be larger than the picture.
+        decoder.set_limits(memory(needed + own + DECODERS_OWN)).map_err(|e| rejection_of(&e))?;
         let image = DynamicImage::from_decoder(decoder).map_err(|e| rejection_of(&e))?;
         let rgb = if image.color().has_alpha() { over_white(image) } else { image.into_rgb8().into_raw() };
         self.pixels.replace(rgb, (width, height), orientation);
         Ok(frame)
     }
+}
+
+/// Goes on once there is room for so many bytes.
+fn enter(room: FindRoom<'_>, bytes: u64) -> Result<(), Refusal> {
+    match room(bytes) {
+        Room::Here => Ok(()),
+        Room::Alone => Err(Refusal::Alone),
+        Room::Nowhere => Err(Rejection::TooManyPixels.into()),
+    }
+}
+
+/// How many bytes a picture of so many pixels takes at its worst: as it is decoded and as it is made 8-bit RGB; and what its decoder
+/// may hold of it meanwhile.
+fn held_bytes(pixels: u64, color: ColorType) -> (u64, u64) {
+    let decoded = u64::from(color.bytes_per_pixel());
+    let (rgb, rgba) = (3, 4);
+    let worst = match color {
+        ColorType::Rgb8 => rgb,
+        ColorType::Rgba8 => rgba + rgb,
+        _ if color.has_alpha() => (decoded + rgba).max(rgba + rgb),
+        _ => decoded + rgb,
+    };
+    (pixels.saturating_mul(worst), pixels.saturating_mul(decoded + rgba))
 }
 
 /// The size of a picture that is turned upright.

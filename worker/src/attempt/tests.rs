@@ -54,7 +54,7 @@ pub(crate) async fn tools(store: Arc<dyn ObjectStore>) -> Arc<Tools> {
     tokio::spawn(Arc::clone(&dispatcher).dispatch());
     tokio::spawn(Arc::clone(&dispatcher).keep_shares(coordinator(&way_out).await));
     tokio::spawn(Arc::clone(&dispatcher).watch_way_out());
-    let pool = DecodePool::start(2).expect("threads");
+    let pool = DecodePool::start(2, 1 << 30).expect("threads");
     Arc::new(Tools { store, dispatcher, way_out, pool, worker: "worker-test".into() })
 }
 

@@ -18,7 +18,7 @@ use super::body::{Body, BodyBudget, FREE_BYTES, RATE_WINDOW};
 use super::dns::{GuardedResolver, NameServer};
 use super::error;
 use super::gzip;
-use super::net::AddressRules;
+use super::net::{AddressRules, permits_port};
 use super::opt_out::opted_out;
 use super::request::Request;
 use super::retry::{FetchError, Retry};
@@ -180,7 +180,7 @@ impl Fetcher {
 
     /// Whether a URL may be asked for. Names are checked by the resolver.
     fn check(&self, url: &Url) -> Result<(), Rejection> {
-        if !matches!(url.scheme(), "http" | "https") {
+        if !matches!(url.scheme(), "http" | "https") || !url.port().is_none_or(permits_port) {
             return Err(Rejection::BadUrl);
         }
         let permitted = match url.host() {

@@ -1,4 +1,4 @@
-//! Which addresses a worker may reach.
+//! Which addresses and ports a worker may reach.
 //!
 //! A URL list is somebody else's text: it must not be able to make a worker speak to what only the worker can reach.
 //! Names are checked when a connection is about to be made (`dns`), so a name that changes its address between two
@@ -7,6 +7,21 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
+
+/// Ports of services that speak something else than HTTP, and might take a request for it: those that browsers ask nothing of
+/// ("bad ports" in WHATWG's Fetch).
+#[rustfmt::skip]
+const BAD_PORTS: [u16; 83] = [
+    0, 1, 7, 9, 11, 13, 15, 17, 19, 20, 21, 22, 23, 25, 37, 42, 43, 53, 69, 77, 79, 87, 95, 101, 102, 103, 104, 109, 110, 111, 113,
+    115, 117, 119, 123, 135, 137, 139, 143, 161, 179, 389, 427, 465, 512, 513, 514, 515, 526, 530, 531, 532, 540, 548, 554, 556, 563,
+    587, 601, 636, 989, 990, 993, 995, 1719, 1720, 1723, 2049, 3659, 4045, 4190, 5060, 5061, 6000, 6566, 6665, 6666, 6667, 6668, 6669,
+    6679, 6697, 10080,
+];
+
+/// Whether HTTP may be spoken to a port.
+pub(super) fn permits_port(port: u16) -> bool {
+    BAD_PORTS.binary_search(&port).is_err()
+}
 
 /// The addresses that a worker may reach: global unicast ones, and the nets that its operator named.
 #[derive(Debug, Clone, Default)]
@@ -141,6 +156,13 @@ mod tests {
         ] {
             assert!(rules.permits(ip(address)), "{address}");
         }
+    }
+
+    #[test]
+    fn ports_of_other_services_are_not_asked() {
+        assert!(BAD_PORTS.is_sorted());
+        assert!([22, 25, 53, 6667, 10080].into_iter().all(|port| !permits_port(port)));
+        assert!([80, 443, 8000, 8080, 8443, 3000, 65_535].into_iter().all(permits_port));
     }
 
     #[test]

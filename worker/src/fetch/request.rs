@@ -7,6 +7,7 @@ use proto::site::host_of_url;
 use proto::{Limits, Rejection};
 use url::Url;
 
+use super::net::permits_port;
 use super::retry::FetchError;
 
 /// What the responses to a request said, beside the body.
@@ -38,6 +39,9 @@ impl Request {
         }
         let url = Url::parse(url).map_err(|_| Rejection::BadUrl)?;
         if !matches!(url.scheme(), "http" | "https") || url.host().is_none() {
+            return Err(Rejection::BadUrl);
+        }
+        if !url.port().is_none_or(permits_port) {
             return Err(Rejection::BadUrl);
         }
         Ok(Self { url, redirected: Vec::new(), info: ResponseInfo::default(), spent: Duration::ZERO, retries: 0 })
@@ -91,6 +95,14 @@ mod tests {
         assert_eq!(request.host(), "b.example:444");
         request.retry(&FetchError::of_host(Rejection::Timeout), &limits, 0.5).expect("it gets one");
         assert_eq!((request.host().as_str(), request.redirected.len()), ("a.example", 0));
+    }
+
+    #[test]
+    fn ports_that_speak_something_else_are_no_urls_of_pictures() {
+        for bad in ["http://a.example:22/x.jpg", "https://a.example:25/x.jpg", "ftp://a.example/"] {
+            assert_eq!(Request::new(bad).map(|_| ()), Err(Rejection::BadUrl), "{bad}");
+        }
+        assert!(Request::new("http://a.example:8080/x.jpg").is_ok() && Request::new("https://a.example:443/").is_ok());
     }
 
     #[test]

@@ -193,10 +193,15 @@ impl Header {
         }
     }
 
-    /// How many pixels are in memory at once while it is decoded.
-    pub(crate) fn held_pixels(&self, reduction: u32) -> u64 {
-        let scale = if self.several_scans { ScalingFactor::ONE } else { self.scale(reduction) };
-        scale.scale(self.width as usize) as u64 * scale.scale(self.height as usize) as u64
+    /// How many bytes are in memory at once while it is decoded: its pixels, those of a printer's colours before them, and
+    /// all coefficients of a file that tells them in several scans.
+    pub(crate) fn held_bytes(&self, reduction: u32) -> u64 {
+        let pixels =
+            |scale: ScalingFactor| scale.scale(self.width as usize) as u64 * scale.scale(self.height as usize) as u64;
+        let printed = matches!(self.colorspace, Colorspace::CMYK | Colorspace::YCCK);
+        let channels = if printed { 4 } else { 3 };
+        let coefficients = if self.several_scans { 2 * channels * pixels(ScalingFactor::ONE) } else { 0 };
+        coefficients + pixels(self.scale(reduction)) * if printed { 7 } else { 3 }
     }
 
     /// Whether an upright image in colour is meant, as [`Codec::encode`] makes it.

@@ -404,6 +404,7 @@ fn only_a_jpeg_of_several_scans_is_held_whole_while_it_is_scaled_down() {
         let bytes = jpeg_of(image.as_raw(), 800, 640, PixelFormat::RGB, progressive);
         Codec::new().expect("libjpeg-turbo").header(&bytes).expect("own output")
     };
-    assert_eq!([1, 2, 8].map(|reduction| header(false).held_pixels(reduction)), [800 * 640, 400 * 320, 100 * 80]);
-    assert_eq!(header(true).held_pixels(8), 800 * 640);
+    let pixels = [800 * 640, 400 * 320, 100 * 80];
+    assert_eq!([1, 2, 8].map(|reduction| header(false).held_bytes(reduction)), pixels.map(|pixels| pixels * 3));
+    assert_eq!(header(true).held_bytes(8), 800 * 640 * 6 + pixels[2] * 3, "all of its coefficients are held");
 }
