@@ -2,10 +2,11 @@
 //! what is not in the table is refused.
 //!
 //! - `rules` (pure): roles, and the table of methods;
-//! - `tokens` (pure): how somebody is known;
+//! - `tokens`, `clients` (pure): how somebody is known, by a token or by a certificate;
 //! - `layer`, `revocable`: the check, and the end of what a revoked token has open;
 //! - `listening` (pure): where a coordinator may listen unless somebody says that it is open on purpose.
 
+mod clients;
 mod layer;
 mod listening;
 mod revocable;
@@ -24,20 +25,22 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Status};
 use tracing::{info, warn};
 
+pub use self::clients::ClientName;
 pub(crate) use self::layer::AccessLayer;
 pub use self::listening::{Protection, may_listen};
 use self::rules::Identity;
 pub use self::rules::Role;
 pub use self::tokens::NewToken;
 use self::tokens::Tokens;
+use crate::door::Peer;
 
 /// How often a file of tokens is read again.
 const PERIOD: Duration = Duration::from_secs(1);
 
-/// Who may call: the tokens that are good now.
+/// Who may call: the tokens that are good now, and the names of certificates. With neither, everybody may do everything.
 pub(crate) struct Access {
-    /// None: everybody may do everything.
     tokens: Option<RwLock<Tokens>>,
+    clients: Vec<ClientName>,
 }
 
 /// Who makes a call.
@@ -82,27 +85,39 @@ impl Speaker {
 }
 
 impl Access {
-    /// Everybody may do everything, or those of a file of tokens what their roles may.
+    /// Everybody may do everything, or those of a file of tokens, or of certificates, what their roles may.
     ///
     /// # Errors
     /// If the file cannot be read, or is none.
-    pub(crate) fn open(file: Option<&Path>) -> anyhow::Result<Arc<Self>> {
+    pub(crate) fn open(file: Option<&Path>, clients: Vec<ClientName>) -> anyhow::Result<Arc<Self>> {
         let tokens = file.map(|file| {
             let text = std::fs::read_to_string(file)?;
             anyhow::Ok(RwLock::new(Tokens::parse(&text)?))
         });
         let tokens =
             tokens.transpose().with_context(|| format!("--tokens {}", file.unwrap_or(Path::new("")).display()))?;
-        Ok(Arc::new(Self { tokens }))
+        Ok(Arc::new(Self { tokens, clients }))
     }
 
     /// Who makes a call, if it is allowed.
     #[allow(clippy::result_large_err, reason = "as services return it")]
-    fn admit(&self, method: &str, headers: &HeaderMap) -> Result<Caller, Status> {
-        let Some(tokens) = &self.tokens else { return Ok(Caller { identity: None, revoked: None }) };
-        let Some(given) = headers.get(AUTHORIZATION) else {
-            rules::allowed(method, None)?;
-            return Ok(Caller { identity: None, revoked: None });
+    fn admit(&self, method: &str, headers: &HeaderMap, peer: Option<&Peer>) -> Result<Caller, Status> {
+        let known = |identity| Ok(Caller { identity, revoked: None });
+        let (Some(tokens), Some(given)) = (&self.tokens, headers.get(AUTHORIZATION)) else {
+            let certificate = peer.and_then(|peer| peer.certificate.as_deref()).filter(|_| !self.clients.is_empty());
+            if let Some(certificate) = certificate {
+                return clients::identify(&self.clients, certificate, method).map(Some).and_then(known);
+            }
+            // Plain connections come while a cluster is rolled to TLS, and nobody on them can show a certificate.
+            let asked = !self.clients.is_empty() && peer.is_some_and(|peer| peer.encrypted);
+            match rules::allowed(method, None) {
+                Err(refusal) if self.tokens.is_some() => return Err(refusal.into()),
+                Err(rules::Refusal::NoToken { method, .. }) if asked => {
+                    let message = format!("{method} needs a certificate: --tls-cert and --tls-key name one");
+                    return Err(Status::unauthenticated(message));
+                }
+                _ => return known(None),
+            }
         };
         let bearer = given.to_str().ok().and_then(|text| text.split_once(' '));
         let token = bearer.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map(|(_, token)| token.trim());

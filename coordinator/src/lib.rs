@@ -11,7 +11,8 @@
 //!   what cannot be read any more;
 //! - `duplicates`, `near` (pure): which samples do not count;
 //! - `roster` (pure), `runs`: which rank runs where, and each run's history;
-//! - `service`: the gRPC face of all that; `access` stands in front of it: who may do what;
+//! - `service`: the gRPC face of all that; `access` stands in front of it: who may do what; [`door`]: the connections over
+//!   which it is reached, plain or over TLS;
 //! - [`audit`]: what in a store does not add up, and what is garbage, for commands that look at it without a coordinator;
 //! - [`metrics`], `store`, `cluster`, `term`, `handover`, `error`: what they stand on.
 
@@ -22,6 +23,7 @@ mod cluster;
 mod damage;
 mod datasets;
 mod dealing;
+pub mod door;
 mod duplicates;
 mod error;
 mod handover;
@@ -56,17 +58,17 @@ use proto::pb::run_service_server::RunServiceServer;
 use proto::pb::trainer_service_server::TrainerServiceServer;
 use proto::trace;
 use tokio::net::TcpListener;
-use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
-use tonic::service::interceptor::InterceptedService;
+use tonic::service::interceptor::{InterceptedService, InterceptorLayer};
 use tonic::transport::Server;
 use tower::util::MapResponseLayer;
 use tracing::{info, warn};
 
 use crate::access::{Access, AccessLayer};
-pub use crate::access::{NewToken, Protection, Role, may_listen};
+pub use crate::access::{ClientName, NewToken, Protection, Role, may_listen};
 use crate::cluster::Guard;
 use crate::datasets::Datasets;
+use crate::door::Tls;
 use crate::error::Error;
 use crate::runs::Runs;
 use crate::service::dataset::DatasetApi;
@@ -91,6 +93,10 @@ pub struct Config {
     /// [default: whoever reaches the port may do everything]
     #[arg(long, env = "GLEANER_TOKENS", value_name = "FILE")]
     pub tokens: Option<PathBuf>,
+    /// Which names in a caller's certificate let it call as what: worker=worker.gleaner,trainer=*.trainer.gleaner. `*`
+    /// stands for any text; roles are viewer, submitter, worker, trainer, admin
+    #[arg(long, value_name = "ROLE=NAME", value_delimiter = ',', requires = "tls_client_ca")]
+    pub tls_client_names: Vec<ClientName>,
     /// Listen where other machines reach it without tokens or without TLS, because the network keeps others out
     #[arg(long, env = "GLEANER_INSECURE", value_parser = clap::builder::FalseyValueParser::new())]
     pub insecure: bool,
@@ -109,6 +115,12 @@ fn lease_seconds(text: &str) -> Result<f64, String> {
 /// The largest message that is received. Lists come in pieces, so it is far more than is needed.
 const LARGEST_MESSAGE: usize = 16 << 20;
 
+/// Calls that one connection may have open at once; a client with more waits with the rest.
+const MOST_STREAMS: u32 = 256;
+
+/// The largest head of a call.
+const LARGEST_HEAD: u32 = 16 << 10;
+
 /// How long open calls may go on once the end was asked for.
 const DRAIN: Duration = Duration::from_secs(3);
 
@@ -117,7 +129,7 @@ const DRAIN: Duration = Duration::from_secs(3);
 const TERM_CHECKS: u32 = 4;
 const TERM_CHECK_PERIOD: Duration = Duration::from_secs(30);
 
-/// Serves on `listener` until `shutdown`; `store` is the cluster's, already prefixed. The gRPC health service answers
+/// Serves on `listener`, as `tls` says if there is any, until `shutdown`; `store` is the cluster's, already prefixed. The gRPC health service answers
 /// SERVING once everything is recovered.
 ///
 /// # Errors
@@ -127,11 +139,15 @@ pub async fn run(
     config: Config,
     store: Arc<dyn ObjectStore>,
     listener: TcpListener,
+    tls: Option<Tls>,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
-    let protection = Protection { tokens: config.tokens.is_some(), tls: false };
+    let protection = Protection {
+        tokens: config.tokens.is_some() || !config.tls_client_names.is_empty(),
+        tls: tls.as_ref().is_some_and(|tls| tls.required),
+    };
     may_listen(listener.local_addr()?.ip(), protection, config.insecure).map_err(anyhow::Error::msg)?;
-    let access = Access::open(config.tokens.as_deref())?;
+    let access = Access::open(config.tokens.as_deref(), config.tls_client_names)?;
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_not_serving::<DatasetServiceServer<DatasetApi>>().await;
     let store = Store::new(store);
@@ -167,9 +183,11 @@ pub async fn run(
     let router = Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(5)))
-        .tcp_nodelay(true)
+        .max_concurrent_streams(MOST_STREAMS)
+        .http2_max_header_list_size(LARGEST_HEAD)
         .trace_fn(trace::served)
         .layer(MapResponseLayer::new(trace::answered))
+        .layer(InterceptorLayer::new(door::interceptor(tls.as_ref())))
         .layer(AccessLayer(access))
         .add_service(health_service)
         .add_service(reflection)
@@ -191,7 +209,7 @@ pub async fn run(
     metrics::set_ready(true);
 
     let stop = CancellationToken::new();
-    let serve = router.serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.clone().cancelled_owned());
+    let serve = router.serve_with_incoming_shutdown(door::open(listener, tls), stop.clone().cancelled_owned());
     tokio::pin!(serve);
     let fenced = tokio::select! {
         served = &mut serve => return served.context("failed to serve"),

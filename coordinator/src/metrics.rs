@@ -30,6 +30,8 @@ static LOSS: Fractions = LazyLock::new(Family::default);
 static TOP1: Fractions = LazyLock::new(Family::default);
 static RATE: Fractions = LazyLock::new(Family::default);
 static STEP_SECONDS: Fractions = LazyLock::new(Family::default);
+static CONNECTIONS: LazyLock<Gauge> = LazyLock::new(Gauge::default);
+static TURNED_AWAY: LazyLock<Family<Labels, Counter>> = LazyLock::new(Family::default);
 static GRANTED: LazyLock<Counter> = LazyLock::new(Counter::default);
 static OVER: LazyLock<Counter> = LazyLock::new(Counter::default);
 static COMMITTED: LazyLock<Counter> = LazyLock::new(Counter::default);
@@ -39,6 +41,8 @@ static REFUSED: LazyLock<Family<Labels, Counter>> = LazyLock::new(Family::defaul
 pub fn register(registry: &mut Registry) {
     registry.register("coordinator_ready", "1: the store is read and requests are served", READY.clone());
     registry.register("coordinator_term", "The term of this coordinator", TERM.clone());
+    registry.register("connections", "Connections that are open", CONNECTIONS.clone());
+    registry.register("connections_refused", "Connections that were not let in, by reason", TURNED_AWAY.clone());
     registry.register("workers", "Workers that were heard of in the last minute", WORKERS.clone());
     registry.register("shards", "Shards that are not committed: waiting, or leased", SHARDS.clone());
     registry.register(
@@ -75,6 +79,16 @@ pub fn ready() -> bool {
 
 pub(crate) fn set_ready(yes: bool) {
     READY.set(yes.into());
+}
+
+/// A connection was let in (1), or is over (-1).
+pub(crate) fn connections(change: i64) {
+    CONNECTIONS.inc_by(change);
+}
+
+/// A connection was not let in, or not kept.
+pub(crate) fn connection_refused(why: &str) {
+    TURNED_AWAY.get_or_create(&vec![("reason", why.to_owned())]).inc();
 }
 
 pub(crate) fn lease_granted() {

@@ -118,7 +118,8 @@ mod tests {
         let mut command = Cli::command();
         command.build();
         let found = path.iter().fold(&command, |command, name| command.find_subcommand(name).expect("a command"));
-        let every = ["help", "log-format", "otlp-endpoint", "coordinator", "token-file", "context", "output"];
+        #[rustfmt::skip]
+        let every = ["help", "log-format", "otlp-endpoint", "coordinator", "token-file", "context", "tls-ca", "tls-cert", "tls-key", "output"];
         let longs = found.get_arguments().filter_map(|arg| arg.get_long());
         longs.filter(|long| !every.contains(long)).map(str::to_owned).collect()
     }

@@ -94,12 +94,12 @@ where
         .await
 }
 
-/// Whether nobody listens at the address.
+/// Whether nobody listens at the address, or somebody who cannot be meant.
 fn is_refused(status: &Status) -> bool {
     let mut cause = std::error::Error::source(status);
     while let Some(error) = cause {
         if let Some(io) = error.downcast_ref::<std::io::Error>() {
-            return io.kind() == std::io::ErrorKind::ConnectionRefused;
+            return matches!(io.kind(), std::io::ErrorKind::ConnectionRefused | std::io::ErrorKind::InvalidData);
         }
         cause = error.source();
     }

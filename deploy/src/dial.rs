@@ -12,6 +12,7 @@ use proto::session::Session;
 use self::contexts::Contexts;
 use crate::credentials;
 use crate::exit::Ended;
+use crate::tls::ClientTlsArgs;
 
 /// Where commands look for the coordinator unless told otherwise.
 const DEFAULT: &str = "http://127.0.0.1:7070";
@@ -19,7 +20,8 @@ const DEFAULT: &str = "http://127.0.0.1:7070";
 /// The way to the coordinator.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub(crate) struct DialArgs {
-    /// Where the coordinator listens: http://HOST:PORT or HOST:PORT [default of commands: http://127.0.0.1:7070]
+    /// Where the coordinator listens: http://HOST:PORT, https://HOST:PORT over TLS, or HOST:PORT [default of commands:
+    /// http://127.0.0.1:7070]
     #[arg(long, env = "GLEANER_COORDINATOR", value_name = "URL", value_parser = address)]
     coordinator: Option<String>,
     /// File that holds the token to show; read again for each call [default: that of a `gleaner local` on this machine]
@@ -28,6 +30,8 @@ pub(crate) struct DialArgs {
     /// Context that says both, unless they are told [default: the current one of `gleaner config`]
     #[arg(long, env = "GLEANER_CONTEXT", value_name = "NAME")]
     context: Option<String>,
+    #[command(flatten)]
+    tls: ClientTlsArgs,
 }
 
 impl DialArgs {
@@ -46,7 +50,11 @@ impl DialArgs {
 
     fn dial_as(&self, session: Option<Session>, contexts: &dyn Fn() -> Result<Contexts>) -> Result<Dial> {
         let (address, token_file) = self.place(contexts)?;
-        let dial = Dial::new(&address).with_context(|| format!("--coordinator {address}"))?;
+        let dial = match address.starts_with("https://") {
+            true => Dial::over_tls(&address, self.tls.open()?),
+            false => Dial::new(&address),
+        };
+        let dial = dial.with_context(|| format!("--coordinator {address}"))?;
         credentials::add(dial, token_file.as_deref(), session)
     }
 
@@ -69,10 +77,11 @@ impl DialArgs {
 /// A coordinator's address with its scheme.
 pub(crate) fn address(text: &str) -> Result<String, String> {
     let with_scheme = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
-    let url = url::Url::parse(&with_scheme).map_err(|e| format!("{e}; write http://HOST:PORT or HOST:PORT"))?;
+    const FORMS: &str = "http://HOST:PORT, https://HOST:PORT or HOST:PORT";
+    let url = url::Url::parse(&with_scheme).map_err(|e| format!("{e}; write {FORMS}"))?;
     match (url.scheme(), url.host_str()) {
-        ("http", Some(_)) => Ok(with_scheme.trim_end_matches('/').to_owned()),
-        _ => Err("must be http://HOST:PORT or HOST:PORT".to_owned()),
+        ("http" | "https", Some(_)) => Ok(with_scheme.trim_end_matches('/').to_owned()),
+        _ => Err(format!("must be {FORMS}")),
     }
 }
 
@@ -82,6 +91,7 @@ mod tests {
 
     #[test]
     fn addresses_need_no_scheme_and_nothing_but_http_is_taken() {
+        assert_eq!(address("https://gleaner:7070").as_deref(), Ok("https://gleaner:7070"));
         assert_eq!(address("127.0.0.1:7070").as_deref(), Ok("http://127.0.0.1:7070"));
         assert_eq!(address("http://gleaner:7070/").as_deref(), Ok("http://gleaner:7070"));
         assert!(address("ftp://x").is_err() && address("").is_err());
@@ -98,7 +108,7 @@ mod tests {
     fn what_is_told_wins_over_the_context_whose_token_no_other_coordinator_sees() {
         let place = |coordinator: Option<&str>, token: Option<&str>, context: Option<&str>| {
             let [coordinator, context] = [coordinator, context].map(|text| text.map(str::to_owned));
-            let args = DialArgs { coordinator, token_file: token.map(PathBuf::from), context };
+            let args = DialArgs { coordinator, token_file: token.map(PathBuf::from), context, ..DialArgs::default() };
             let (address, token) = args.place(&contexts)?;
             anyhow::Ok((address, token.map(|file| file.display().to_string())))
         };

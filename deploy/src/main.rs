@@ -4,7 +4,8 @@
 //! - [`cli`]: the command tree; [`exit`]: how a command ends; [`output`]: what it prints;
 //! - [`roles`]: `coordinator`, `worker`, `trainer`, `rank`; [`local`]: all of them as one process tree; [`store`]: opens the store,
 //!   [`metered`] counts its requests, [`metrics`] serves the counts over HTTP; [`process`]: sockets and the signal to end;
-//! - [`dial`], [`credentials`], [`client`]: the way to the coordinator, and what is shown to it; [`token`] makes tokens,
+//! - [`dial`], [`credentials`], [`client`]: the way to the coordinator, and what is shown to it; [`token`] makes tokens, [`tls`]: certificates, which are
+//!   [`watched`],
 //!   [`private`] files are for oneself alone; [`dataset`], [`lists`], [`run`], [`settings`], [`status`], [`doctor`]: for people; [`web`]: the same for a browser;
 //!   [`classify`]: what a trained model sees in pictures;
 //!   [`fsck`], [`gc`]: what in a store does not add up, and what nobody needs any more, without a coordinator;
@@ -39,7 +40,9 @@ mod status;
 mod store;
 mod telemetry;
 mod time;
+mod tls;
 mod token;
+mod watched;
 mod web;
 
 use std::process::ExitCode;

@@ -14,7 +14,7 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 use tracing::{info, warn};
 
-use crate::{metered, process};
+use crate::{metered, process, tls};
 
 /// What every role takes.
 #[derive(Debug, Clone, clap::Args)]
@@ -56,6 +56,7 @@ fn router(role: Role) -> Router {
     let labels = [("role", role.name), ("version", env!("CARGO_PKG_VERSION"))];
     registry.register("build", "The role and version of this process", Info::new(labels));
     metered::register(&mut registry);
+    tls::register(&mut registry);
     (role.register)(&mut registry);
     let registry = Arc::new(registry);
     let metrics = move || {

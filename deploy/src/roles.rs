@@ -16,6 +16,7 @@ use crate::process::{self, ShutdownArgs};
 use crate::store::{self, StoreArgs};
 #[cfg(feature = "trainer")]
 use crate::telemetry::{Spans, TelemetryArgs};
+use crate::tls::ServerTlsArgs;
 
 /// A role that does not end within this time after it was told to is left behind; a trainer, after its ranks had
 /// theirs.
@@ -32,6 +33,8 @@ pub(crate) struct CoordinatorArgs {
     /// Address and port to listen at
     #[arg(long, env = "GLEANER_LISTEN", default_value = DEFAULT_LISTEN)]
     listen: SocketAddr,
+    #[command(flatten)]
+    tls: ServerTlsArgs,
     #[command(flatten)]
     store: StoreArgs,
     #[command(flatten)]
@@ -83,13 +86,14 @@ pub(crate) struct RankArgs {
 
 /// Runs the coordinator until shutdown.
 pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
+    let tls = args.tls.open()?;
     let store = store::open_metered(&args.store.store)?;
     let role =
         Role { name: "coordinator", register: coordinator::metrics::register, ready: coordinator::metrics::ready };
     metrics::serve(&args.metrics, role).await?;
     let listener = process::bind(args.listen, "--listen").await?;
     info!(address = %listener.local_addr()?, store = args.store.store, "coordinator listens");
-    until_shutdown(args.end, GRACE, |shutdown| coordinator::run(args.config, store, listener, shutdown)).await
+    until_shutdown(args.end, GRACE, |shutdown| coordinator::run(args.config, store, listener, tls, shutdown)).await
 }
 
 /// Runs a fetch worker until shutdown.

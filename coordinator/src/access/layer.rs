@@ -45,7 +45,7 @@ where
     }
 
     fn call(&mut self, mut request: Request<Body>) -> Self::Future {
-        let caller = match self.access.admit(request.uri().path(), request.headers()) {
+        let caller = match self.access.admit(request.uri().path(), request.headers(), request.extensions().get()) {
             Ok(caller) => caller,
             Err(status) => {
                 metrics::refused(status.code());

@@ -53,7 +53,7 @@ impl Cluster {
     /// Settings of a coordinator that is open to everybody.
     pub fn config(lease_seconds: f64) -> coordinator::Config {
         let sites = coordinator::SiteBudgets::default();
-        coordinator::Config { lease_seconds, spool_folder: None, tokens: None, insecure: false, sites }
+        coordinator::Config { lease_seconds, spool_folder: None, tokens: None, tls_client_names: Vec::new(), insecure: false, sites }
     }
 
     /// Starts on a store with settings.
@@ -61,7 +61,7 @@ impl Cluster {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("bound");
         let shutdown = CancellationToken::new();
-        let running = tokio::spawn(coordinator::run(config, Arc::clone(&store), listener, shutdown.clone()));
+        let running = tokio::spawn(coordinator::run(config, Arc::clone(&store), listener, None, shutdown.clone()));
         let endpoint = Endpoint::from_shared(format!("http://{address}")).expect("a URL");
         let channel = endpoint.connect().await.expect("the port is bound");
         Self { channel, store, shutdown, running }

@@ -4,9 +4,10 @@
 //!   [`net`]: machines with addresses of their own; [`FreeAddress`]: one that nobody takes in between;
 //! - [`FaultyStore`]: a store that fails, loses answers, delays, damages and refuses as its [`Faults`] say; [`S3`]: any store behind
 //!   S3's protocol, for processes;
-//! - [`dataset`]: a dataset with its manifest, made by hand.
+//! - [`Authority`]: signs certificates; [`dataset`]: a dataset with its manifest, made by hand.
 
 mod address;
+mod authority;
 mod cluster;
 pub mod dataset;
 mod faulty;
@@ -17,6 +18,7 @@ mod s3;
 use std::path::Path;
 
 pub use address::FreeAddress;
+pub use authority::{Authority, Pair};
 pub use cluster::{Cluster, PATIENCE, binary, seconds_of_day};
 pub use faulty::{Faults, FaultyStore, Injected, Rules};
 pub use s3::{S3, s3_environment};

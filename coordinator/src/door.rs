@@ -1,0 +1,278 @@
+//! The door: connections come in, plain or over TLS. Whoever says nothing is sent away, and there are never more than
+//! so many at once, so that a stranger who only opens connections does not keep others out.
+
+mod certificate;
+
+use std::collections::VecDeque;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::task::AbortHandle;
+use tokio::time::{Instant, Sleep, sleep_until, timeout_at};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::ServerConfig;
+use tokio_rustls::server::TlsStream;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::either::Either;
+use tonic::transport::server::Connected;
+use tonic::{Request, Status};
+use tracing::{debug, warn};
+
+pub(crate) use self::certificate::PeerCertificate;
+use crate::metrics;
+
+/// For a connection to say so much that it is clear what it wants.
+const GREETING: Duration = Duration::from_secs(10);
+/// The least that a caller says before anything else: HTTP/2's preface, and the head of its settings.
+const GREETING_BYTES: usize = 24 + 9;
+/// Connections that have not said anything yet, or are at their TLS handshake. One more, and the oldest is sent away:
+/// whoever means it needs a moment only, so that he is never among the oldest.
+const MOST_WAITING: usize = 4_096;
+/// Connections that have.
+const MOST_CONNECTIONS: usize = 16_384;
+/// After a connection could not be accepted, as when there are too many open files.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// The first byte of what is sent over TLS.
+const HANDSHAKE_RECORD: u8 = 0x16;
+
+/// How the door speaks TLS.
+#[derive(Debug, Clone)]
+pub struct Tls {
+    /// Whether calls over plain connections are refused.
+    pub required: bool,
+    /// The certificate, and whose clients' certificates are trusted; each new connection takes the newest one.
+    pub config: watch::Receiver<Arc<ServerConfig>>,
+}
+
+/// Whose connection it is; in the extensions of each request.
+#[derive(Debug, Clone)]
+pub(crate) struct Peer {
+    /// Whether it is over TLS.
+    pub(crate) encrypted: bool,
+    /// The certificate that was shown, and is signed by an authority of ours.
+    pub(crate) certificate: Option<Arc<PeerCertificate>>,
+}
+
+/// The connections that come in at `listener`, until they are no longer asked for.
+pub(crate) fn open(listener: TcpListener, tls: Option<Tls>) -> ReceiverStream<io::Result<Accepted>> {
+    let (sender, receiver) = mpsc::channel(64);
+    tokio::spawn(async move {
+        tokio::select! {
+            () = sender.closed() => {}
+            () = accept(listener, tls, &sender) => {}
+        }
+    });
+    ReceiverStream::new(receiver)
+}
+
+async fn accept(listener: TcpListener, tls: Option<Tls>, accepted: &mpsc::Sender<io::Result<Accepted>>) {
+    let places = Arc::new(Semaphore::new(MOST_CONNECTIONS));
+    let mut waiting = Waiting::default();
+    loop {
+        let (socket, address) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                warn!(%error, "a connection cannot be accepted");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let (tls, places, accepted) = (tls.clone(), Arc::clone(&places), accepted.clone());
+        let greeting = tokio::spawn(async move {
+            match greet(socket, tls, places).await {
+                Ok(connection) => {
+                    let _ = accepted.send(Ok(connection)).await;
+                }
+                Err(refused) => {
+                    metrics::connection_refused(refused.name());
+                    debug!(%address, %refused, "a connection was not let in");
+                }
+            }
+        });
+        waiting.push(greeting.abort_handle());
+    }
+}
+
+/// Those that have not greeted, oldest first.
+#[derive(Default)]
+struct Waiting(VecDeque<AbortHandle>);
+
+impl Waiting {
+    fn push(&mut self, greeting: AbortHandle) {
+        self.0.push_back(greeting);
+        while self.0.front().is_some_and(AbortHandle::is_finished) {
+            self.0.pop_front();
+        }
+        if self.0.len() > MOST_WAITING {
+            // Those in the middle that are done must not cost one that is not.
+            self.0.retain(|greeting| !greeting.is_finished());
+        }
+        if self.0.len() > MOST_WAITING
+            && let Some(oldest) = self.0.pop_front()
+        {
+            oldest.abort();
+            metrics::connection_refused("crowded");
+        }
+    }
+}
+
+/// Why a connection was not let in.
+#[derive(Debug, thiserror::Error)]
+enum Refused {
+    #[error("it said nothing within {} s", GREETING.as_secs())]
+    Silent,
+    #[error("there are {MOST_CONNECTIONS} connections already")]
+    Full,
+    #[error("{0}")]
+    Handshake(io::Error),
+}
+
+impl Refused {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Silent => "silent",
+            Self::Full => "full",
+            Self::Handshake(_) => "handshake",
+        }
+    }
+}
+
+/// Waits for what a connection wants.
+async fn greet(socket: TcpStream, tls: Option<Tls>, places: Arc<Semaphore>) -> Result<Accepted, Refused> {
+    let deadline = Instant::now() + GREETING;
+    let mut first = [0];
+    let seen = timeout_at(deadline, socket.peek(&mut first)).await.map_err(|_| Refused::Silent)?;
+    if seen.map_err(Refused::Handshake)? == 0 {
+        return Err(Refused::Handshake(io::ErrorKind::UnexpectedEof.into()));
+    }
+    // An answer that waits for the next one to fill a packet would cost a round trip each.
+    socket.set_nodelay(true).map_err(Refused::Handshake)?;
+    let (io, certificate) = match tls {
+        Some(tls) if first == [HANDSHAKE_RECORD] => {
+            let config = Arc::clone(&tls.config.borrow());
+            let stream = timeout_at(deadline, TlsAcceptor::from(config).accept(socket)).await;
+            let stream = stream.map_err(|_| Refused::Silent)?.map_err(Refused::Handshake)?;
+            let shown = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
+            let certificate = shown.map(PeerCertificate::read).transpose().map_err(Refused::Handshake)?;
+            (Either::Right(stream), certificate.map(Arc::new))
+        }
+        _ => (Either::Left(socket), None),
+    };
+    let place = places.try_acquire_owned().map_err(|_| Refused::Full)?;
+    let peer = Peer { encrypted: matches!(io, Either::Right(_)), certificate };
+    metrics::connections(1);
+    let greeting = Some((GREETING_BYTES, Box::pin(sleep_until(deadline))));
+    Ok(Accepted { io, peer, greeting, _place: place })
+}
+
+/// A connection that was let in.
+pub(crate) struct Accepted {
+    io: Either<TcpStream, TlsStream<TcpStream>>,
+    peer: Peer,
+    /// How many bytes of the greeting have not come yet, and until when they must have.
+    greeting: Option<(usize, Pin<Box<Sleep>>)>,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Drop for Accepted {
+    fn drop(&mut self) {
+        metrics::connections(-1);
+    }
+}
+
+impl Connected for Accepted {
+    type ConnectInfo = Peer;
+
+    fn connect_info(&self) -> Peer {
+        self.peer.clone()
+    }
+}
+
+impl AsyncRead for Accepted {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if let Some((_, deadline)) = &mut self.greeting
+            && deadline.as_mut().poll(cx).is_ready()
+        {
+            metrics::connection_refused("silent");
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
+        let before = buffer.filled().len();
+        let read = ready!(Pin::new(&mut self.io).poll_read(cx, buffer));
+        if let Some((missing, _)) = &mut self.greeting {
+            *missing = missing.saturating_sub(buffer.filled().len() - before);
+            if *missing == 0 {
+                self.greeting = None;
+            }
+        }
+        Poll::Ready(read)
+    }
+}
+
+impl AsyncWrite for Accepted {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write_vectored(cx, bytes)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
+/// Refuses every call over a plain connection where TLS is required.
+pub(crate) fn interceptor(tls: Option<&Tls>) -> impl Fn(Request<()>) -> Result<Request<()>, Status> + Clone + use<> {
+    let required = tls.is_some_and(|tls| tls.required);
+    move |request| {
+        if required && !request.extensions().get::<Peer>().is_some_and(|peer| peer.encrypted) {
+            return Err(Status::unauthenticated(
+                "this coordinator takes calls over TLS alone: write https://HOST:PORT, and name its authority by --tls-ca",
+            ));
+        }
+        Ok(request)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_oldest_that_says_nothing_goes_when_there_are_too_many() {
+        let mut waiting = Waiting::default();
+        let silent = || tokio::spawn(std::future::pending::<()>());
+        let mut tasks: VecDeque<_> = (0..MOST_WAITING).map(|_| silent()).collect();
+        tasks.iter().for_each(|task| waiting.push(task.abort_handle()));
+        let done = tokio::spawn(async {});
+        let greeted = done.abort_handle();
+        done.await.expect("it greets");
+        waiting.push(greeted);
+        assert_eq!(waiting.0.len(), MOST_WAITING, "one that has greeted takes nobody's place");
+        let next = silent();
+        waiting.push(next.abort_handle());
+        let oldest = tasks.pop_front().expect("there are many").await;
+        assert!(oldest.expect_err("it is sent away").is_cancelled());
+        tasks.push_back(next);
+        assert!(tasks.iter().all(|task| !task.is_finished()));
+    }
+}
