@@ -97,6 +97,9 @@ pub(crate) struct Catalog {
     checked: bool,
     /// The most new URLs.
     limit: u64,
+    /// The most bytes of lines, as they are unpacked, and how many there have been.
+    largest: u64,
+    length: u64,
     folder: Option<PathBuf>,
     /// None: all that occur.
     chosen: Option<HashSet<String>>,
@@ -141,6 +144,8 @@ impl Catalog {
             multi_label: spec.multi_label,
             checked: chosen.is_empty() && !spec.unlabelled,
             limit: u64::MAX,
+            largest: u64::MAX,
+            length: 0,
             folder,
             chosen: (!chosen.is_empty()).then_some(chosen),
             urls_per_class: BTreeMap::new(),
@@ -156,9 +161,10 @@ impl Catalog {
         }
     }
 
-    /// The same, of which at most so many new URLs are taken: a sample that the seed chooses.
-    pub(crate) fn limited(self, limit: u64) -> Self {
-        Self { limit, ..self }
+    /// The same, of which at most so many new URLs are taken: a sample that the seed chooses. Lines of more than `largest` bytes
+    /// together are too many, however few they were packed into.
+    pub(crate) fn limited(self, limit: u64, largest: u64) -> Self {
+        Self { limit, largest, ..self }
     }
 
     /// How the lists were understood, for people.
@@ -199,6 +205,13 @@ impl Catalog {
         if self.chosen.as_ref().is_some_and(|chosen| !chosen.contains(synset)) {
             self.not_chosen += 1;
             return Ok(());
+        }
+        self.length += (synset.len() + url.len() + columns.len()) as u64;
+        if self.length > self.largest {
+            let largest = self.largest;
+            return Err(Error::Invalid(format!(
+                "the list unpacks to more than {largest} bytes: the coordinator's --largest-list"
+            )));
         }
         let (digest, ordinal) = (self.digest(url), self.ordinals);
         self.ordinals += 1;

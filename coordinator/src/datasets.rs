@@ -35,6 +35,7 @@ use crate::datasets::wanted::Wanted;
 use crate::error::Error;
 use crate::handover;
 use crate::history::Tolerance;
+use crate::inbox::Inboxes;
 use crate::ledger::{Counts, Ledger, Now};
 use crate::probes::Probes;
 use crate::shares::{Learned, Shares};
@@ -52,6 +53,10 @@ pub(crate) struct Datasets {
     pub(crate) term: Arc<Term>,
     /// For temporary files.
     pub(crate) folder: Option<PathBuf>,
+    /// The most bytes of a list.
+    pub(crate) largest_list: u64,
+    /// Lists that are being sent.
+    pub(crate) inboxes: Arc<Inboxes>,
     /// What may be asked of which site.
     pub(crate) sites: Arc<Sites>,
     started: Instant,
@@ -219,7 +224,7 @@ impl Datasets {
         store: Store,
         term: Arc<Term>,
         lease: Duration,
-        folder: Option<PathBuf>,
+        (folder, largest_list): (Option<PathBuf>, u64),
         sites: Sites,
         before: &Handover,
     ) -> Arc<Self> {
@@ -233,6 +238,8 @@ impl Datasets {
             store,
             term,
             folder,
+            largest_list,
+            inboxes: Arc::default(),
             sites: sites.into(),
             started: Instant::now(),
             state: Mutex::new(State {

@@ -4,7 +4,7 @@
 //! All that lasts is in the object store; a coordinator that is killed is replaced by another one that lists it.
 //! [`run`] checks that the store can decide races, begins a term, recovers, and serves:
 //!
-//! - `catalog`, `list`, `dealing`, `spool`: lists of URLs become slices, dealt by site, in bounded memory;
+//! - `inbox`, `catalog`, `list`, `dealing`, `spool`: lists of URLs are received and become slices, dealt by site, in bounded memory;
 //! - `ledger` (pure): who may make which shard until when;
 //! - `sites`, `shares` (pure): how much of which site each worker may use;
 //! - `datasets`, `manifest`, `history`, `damage`: the state of all datasets, their sealing, what became of each URL, and
@@ -28,6 +28,7 @@ mod duplicates;
 mod error;
 mod handover;
 mod history;
+mod inbox;
 mod ledger;
 mod list;
 mod manifest;
@@ -100,6 +101,9 @@ pub struct Config {
     /// Listen where other machines reach it without tokens or without TLS, because the network keeps others out
     #[arg(long, env = "GLEANER_INSECURE", value_parser = clap::builder::FalseyValueParser::new())]
     pub insecure: bool,
+    /// Lists may have so many bytes, as they are sent and as they are unpacked; each is kept in a temporary file until it is whole
+    #[arg(long, env = "GLEANER_LARGEST_LIST", value_name = "BYTES", default_value_t = 64 << 30)]
+    pub largest_list: u64,
     /// What may be asked of one site
     #[command(flatten)]
     pub sites: SiteBudgets,
@@ -156,8 +160,8 @@ pub async fn run(
     let term = Arc::new(Term::begin(&store).await.context("failed to begin a term")?);
     let lease = Duration::from_secs_f64(config.lease_seconds);
     let before = handover::read(&store, term.number()).await.context("failed to read what is known of sites")?;
-    let (term_of, sites) = (Arc::clone(&term), config.sites.into());
-    let datasets = Datasets::new(store.clone(), term_of, lease, config.spool_folder, sites, &before);
+    let (term_of, sites, lists) = (Arc::clone(&term), config.sites.into(), (config.spool_folder, config.largest_list));
+    let datasets = Datasets::new(store.clone(), term_of, lease, lists, sites, &before);
     datasets.recover().await.context("failed to recover the datasets")?;
     let recovered = Runs::recover(store.clone(), Arc::clone(&term), Arc::clone(&datasets)).await;
     let (runs, drive) = recovered.context("failed to recover the runs")?;

@@ -136,7 +136,7 @@ fn a_limit_takes_a_sample_that_the_seed_chooses() {
     let list: String = (0..3000).map(|i| format!("n{}\thttp://h/{i}\n", i % 3)).collect();
     let sample = |seed| {
         let mut spec = DatasetSpec { seed, ..DatasetSpec::default() };
-        let mut catalog = Catalog::new(&spec, RoundStart::first("r"), None, Arc::default()).limited(300);
+        let mut catalog = Catalog::new(&spec, RoundStart::first("r"), None, Arc::default()).limited(300, u64::MAX);
         catalog.read("list", Cursor::new(list.clone()), &options()).expect("reads");
         lines(catalog, &mut spec).expect("cuts")
     };

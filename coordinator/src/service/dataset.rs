@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::stream::BoxStream;
-use futures::{StreamExt, TryStreamExt};
+use futures::{Stream, StreamExt, TryStreamExt};
 use object_store::GetRange;
 use proto::control::{Decision, Priority};
 use proto::manifest::{DamagedShard, Manifest};
@@ -83,7 +83,7 @@ impl DatasetService for DatasetApi {
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
 
-    type GetManifestStream = futures::stream::Iter<std::vec::IntoIter<Result<pb::ManifestChunk, Status>>>;
+    type GetManifestStream = BoxStream<'static, Result<pb::ManifestChunk, Status>>;
 
     async fn get_manifest(
         &self,
@@ -96,12 +96,11 @@ impl DatasetService for DatasetApi {
             (None, 0) => return Err(Error::NotFound(format!("dataset {name:?} has no manifest yet")).into()),
             (_, given) => given,
         };
-        let json = self.0.store.get(&keys::manifest(&dataset.id, version)).await.map_err(Error::from)?;
+        // As it comes from the store, and no faster than the caller takes it: a manifest can be large, and callers many.
+        let json = self.0.store.stream(&keys::manifest(&dataset.id, version), None).await.map_err(Error::from)?;
         let json =
             json.ok_or_else(|| Error::NotFound(format!("dataset {name:?} has no manifest of version {version}")))?;
-        let pieces: Vec<_> =
-            json.chunks(CHUNK).map(|piece| Ok(pb::ManifestChunk { json: json.slice_ref(piece) })).collect();
-        Ok(Response::new(futures::stream::iter(pieces)))
+        Ok(Response::new(pieces(json).map_ok(|json| pb::ManifestChunk { json }).boxed()))
     }
 
     type ReadObjectStream = BoxStream<'static, Result<pb::ObjectChunk, Status>>;
@@ -123,15 +122,7 @@ impl DatasetService for DatasetApi {
         };
         let found = self.0.store.stream(&key, range).await.map_err(Error::from)?;
         let found = found.ok_or_else(|| Error::NotFound(format!("there is no object {key:?}")))?;
-        let chunks = found.map_err(|error| Status::unavailable(error.to_string())).map_ok(|bytes| {
-            // A store's pieces may be larger than what fits into a message.
-            let pieces = (0..bytes.len()).step_by(CHUNK).map(move |from| {
-                let data: Bytes = bytes.slice(from..bytes.len().min(from + CHUNK));
-                Ok(pb::ObjectChunk { data })
-            });
-            futures::stream::iter(pieces)
-        });
-        Ok(Response::new(chunks.try_flatten().boxed()))
+        Ok(Response::new(pieces(found).map_ok(|data| pb::ObjectChunk { data }).boxed()))
     }
 
     async fn control_dataset(
@@ -167,6 +158,18 @@ fn wanted(decision: Option<control_dataset_request::Decision>) -> Result<Wanted,
         Asked::Finish(finish) => Wanted::FinishAfter(Duration::from_millis(finish.after_millis)),
         Asked::Priority(number) => Wanted::Decision(Decision::Priority(priority(number)?)),
     })
+}
+
+/// An object's bytes in pieces that fit into messages: a store's own may be larger.
+fn pieces<E: std::fmt::Display>(
+    object: impl Stream<Item = Result<Bytes, E>>,
+) -> impl Stream<Item = Result<Bytes, Status>> {
+    let pieces = object.map_err(|error| Status::unavailable(error.to_string())).map_ok(|bytes| {
+        let pieces =
+            (0..bytes.len()).step_by(CHUNK).map(move |from| Ok(bytes.slice(from..bytes.len().min(from + CHUNK))));
+        futures::stream::iter(pieces)
+    });
+    pieces.try_flatten()
 }
 
 async fn watch(datasets: &Datasets, id: &DatasetId, sender: &mpsc::Sender<Result<pb::Dataset, Status>>) {

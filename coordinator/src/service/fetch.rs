@@ -17,6 +17,14 @@ use crate::shares::{Demand, Share};
 /// The longest poll.
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
 
+/// URLs of one slice, as `slice_urls` bounds them.
+const MOST_URLS: u64 = 1_000_000;
+/// Sites of which one message may ask for parts, and bytes of a site's name: a host's, with its port.
+const MOST_SITES: usize = 100_000;
+const LONGEST_SITE: usize = 300;
+/// Bytes of what a worker says of a failure; the rest is cut off.
+const LONGEST_TEXT: usize = 2_000;
+
 /// See `fetch.proto`.
 pub(crate) struct FetchApi(pub(crate) Arc<Datasets>);
 
@@ -42,7 +50,32 @@ fn failure(told: pb::Failure) -> (FailureKind, String) {
         FailureKind::Unspecified => FailureKind::Slice,
         kind => kind,
     };
-    (kind, told.text)
+    let mut text = told.text;
+    let cut = (0..=LONGEST_TEXT.min(text.len())).rev().find(|&at| text.is_char_boundary(at));
+    text.truncate(cut.unwrap_or_default());
+    (kind, text)
+}
+
+/// Refuses counts that no slice can have: they are added up.
+fn check_counts<'a>(what: &str, mut counts: impl ExactSizeIterator<Item = &'a u64>) -> Result<(), Error> {
+    match counts.len() as u64 <= MOST_URLS && counts.all(|count| *count <= MOST_URLS) {
+        true => Ok(()),
+        false => Err(Error::Invalid(format!("{what}: no slice has more than {MOST_URLS} URLs"))),
+    }
+}
+
+/// Refuses more sites than a worker can have, and names that are none.
+fn check_sites(sites: &[pb::SiteDemand]) -> Result<(), Error> {
+    if sites.len() > MOST_SITES {
+        return Err(Error::Invalid(format!("sites: {} in one message; at most {MOST_SITES} may be", sites.len())));
+    }
+    match sites.iter().find(|demand| !(1..=LONGEST_SITE).contains(&demand.site.len())) {
+        Some(demand) => {
+            let length = demand.site.len();
+            Err(Error::Invalid(format!("sites: a name of {length} bytes; 1 to {LONGEST_SITE} may be")))
+        }
+        None => Ok(()),
+    }
 }
 
 pub(super) fn millis(duration: Duration) -> u64 {
@@ -83,6 +116,8 @@ impl FetchService for FetchApi {
         let pb::RenewLeaseRequest { term_seen, worker, dataset, shard, attempt: text, .. } = request;
         let pb::RenewLeaseRequest { outcomes, kept, trouble, good, .. } = request;
         self.0.term.observe(term_seen)?;
+        check_counts("outcomes", outcomes.values())?;
+        check_counts("kept", kept.values())?;
         let outcomes =
             OutcomeCounts::from_names(outcomes).map_err(|error| Error::Invalid(format!("outcomes: {error}")))?;
         let report = Report { outcomes, kept, trouble: trouble.map(failure), good };
@@ -126,6 +161,7 @@ impl FetchService for FetchApi {
         Speaker::of(&request).is("worker", &request.get_ref().worker)?;
         let pb::ShareSitesRequest { term_seen, worker, sequence, sites } = request.into_inner();
         self.0.term.observe(term_seen)?;
+        check_sites(&sites)?;
         let demand = |demand: pb::SiteDemand| Demand {
             site: demand.site,
             held: demand.held,
@@ -150,5 +186,25 @@ impl FetchService for FetchApi {
             duration_millis: millis(duration),
             sites: shares.into_iter().map(share).collect(),
         }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_no_worker_can_mean_is_refused() {
+        assert!(check_counts("kept", [].iter()).is_ok() && check_counts("kept", [0, MOST_URLS].iter()).is_ok());
+        assert!(check_counts("kept", [1, u64::MAX].iter()).is_err());
+        assert!(check_counts("kept", vec![0; MOST_URLS as usize + 1].iter()).is_err());
+        let site = |name: &str| pb::SiteDemand { site: name.to_owned(), ..Default::default() };
+        assert!(check_sites(&[site("a.example"), site("b.example:8080")]).is_ok());
+        for wrong in [vec![site("")], vec![site(&"a".repeat(1000))], vec![site("a"); MOST_SITES + 1]] {
+            assert!(check_sites(&wrong).is_err());
+        }
+        let long = pb::Failure { kind: 0, text: "ä".repeat(LONGEST_TEXT) };
+        let (kind, text) = failure(long);
+        assert!(kind == FailureKind::Slice && text.len() == LONGEST_TEXT);
     }
 }

@@ -14,7 +14,7 @@ use proto::pb::create_dataset_request::{Part, Start};
 use proto::pb::{self, CreateDatasetRequest};
 use proto::round::{Cause, Round};
 use proto::{DatasetId, DatasetSpec};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tonic::Streaming;
 use tracing::{Instrument, warn};
 
@@ -23,11 +23,14 @@ use crate::datasets::rounds::{Retry, gather, put_slices};
 use crate::datasets::{Datasets, Stage};
 use crate::error::Error;
 use crate::history::History;
+use crate::inbox::Received;
 use crate::list::ListOptions;
 use crate::store::Store;
 
 /// A caller that sends nothing for so long has lost its list.
 const IDLE: Duration = Duration::from_secs(600);
+/// Lists that are read at once; each takes a thread, and memory for its lines.
+static READING: Semaphore = Semaphore::const_new(4);
 
 /// See `CreateDataset` in `dataset.proto`.
 pub(super) async fn create(
@@ -40,6 +43,11 @@ pub(super) async fn create(
         return Err(Error::Invalid(format!("name = {:?}: must be {rule}", start.name)));
     }
     let spec = DatasetSpec::from_json(if start.spec_json.is_empty() { "{}" } else { &start.spec_json })?;
+    // Who cannot have the name hears it before the list is sent; nobody is kept from it while it is.
+    if datasets.by_request(&start.request_id).is_none() && datasets.find(&start.name).is_ok() {
+        return Err(taken(&start.name));
+    }
+    let received = receive(datasets, &mut stream).await?;
     let name = datasets.lock_name(&start.name).await;
     if let Some((id, round)) = datasets.by_request(&start.request_id) {
         return Ok(response(&id, &round));
@@ -51,37 +59,40 @@ pub(super) async fn create(
         }
     }
     if datasets.find(&start.name).is_ok() {
-        return Err(Error::Exists(format!("a dataset is called {:?} already", start.name)));
+        return Err(taken(&start.name));
     }
     let id = format!("{}-{}", start.name, &crate::store::nonce()[..8]);
     let id: DatasetId = id.parse().map_err(|error: IdError| Error::Invalid(format!("name: {error}")))?;
-    let (pieces, received) = mpsc::channel(32);
+    let _reading = READING.acquire().await;
+    let (pieces, to_read) = mpsc::channel(32);
     let round = RoundStart::first(&start.request_id);
     if start.dry_run {
         let (folder, of, sites) = (datasets.folder.clone(), start.clone(), Arc::clone(&datasets.sites));
+        let largest = datasets.largest_list;
         let read = tokio::task::spawn_blocking(move || {
-            let mut catalog = Catalog::new(&spec, round, folder.clone(), sites).limited(limit(&of));
-            read_lists(&mut catalog, &spec, &of, Pieces::new(received), folder)?;
+            let mut catalog = Catalog::new(&spec, round, folder.clone(), sites).limited(limit(&of), largest);
+            read_lists(&mut catalog, &spec, &of, Pieces::new(to_read), folder)?;
             let shown = catalog.shown();
             catalog.survey(&spec).map(|round| with_shown(response(&id, &round), shown))
         });
         let read = async { read.await.map_err(|error| Error::Local(error.to_string()))? };
-        let response = with_lists(datasets, &start, stream, pieces, read).await?;
+        let response = with_lists(datasets, &start, received, pieces, read).await?;
         return Ok(pb::CreateDatasetResponse { dataset: String::new(), ..response });
     }
     let made = put_slices(&datasets.store, &id, {
         let (folder, start, sites) = (datasets.folder.clone(), start.clone(), Arc::clone(&datasets.sites));
+        let largest = datasets.largest_list;
         move |slices| {
             let mut spec = spec;
-            let mut catalog = Catalog::new(&spec, round, folder.clone(), sites).limited(limit(&start));
-            read_lists(&mut catalog, &spec, &start, Pieces::new(received), folder)?;
+            let mut catalog = Catalog::new(&spec, round, folder.clone(), sites).limited(limit(&start), largest);
+            read_lists(&mut catalog, &spec, &start, Pieces::new(to_read), folder)?;
             let shown = catalog.shown();
             let round = catalog.cut(&mut spec, slices)?;
             name_classes(&mut spec, &start.class_names);
             Ok((spec, round, shown))
         }
     });
-    let made = with_lists(datasets, &start, stream, pieces, made).await;
+    let made = with_lists(datasets, &start, received, pieces, made).await;
     let datasets = Arc::clone(datasets);
     // A caller that goes away must not cut this in the middle.
     let finish = async move {
@@ -113,6 +124,7 @@ pub(super) async fn refresh(
         return Err(Error::Invalid(message.to_owned()));
     }
     let (found, _) = datasets.find(&start.name)?;
+    let received = receive(datasets, &mut stream).await?;
     let name = datasets.lock_name(found.id.name()).await;
     if let Some((id, round)) = datasets.by_request(&start.request_id) {
         return Ok(response(&id, &round));
@@ -126,15 +138,17 @@ pub(super) async fn refresh(
         return Err(Error::Precondition(message));
     }
     let round = datasets.next_round(&dataset, Cause::Request, &start.request_id).await?;
-    let (pieces, received) = mpsc::channel(32);
+    let _reading = READING.acquire().await;
+    let (pieces, to_read) = mpsc::channel(32);
     let made = put_slices(&datasets.store, &dataset.id, {
         let (folder, start, sites) = (datasets.folder.clone(), start.clone(), Arc::clone(&datasets.sites));
+        let largest = datasets.largest_list;
         let (handle, store) = (tokio::runtime::Handle::current(), datasets.store.clone());
         let dataset = dataset.clone();
         move |slices| {
             let mut spec = (*dataset.spec).clone();
-            let mut catalog = Catalog::new(&spec, round, folder.clone(), sites).limited(limit(&start));
-            let lists = read_lists(&mut catalog, &spec, &start, Pieces::new(received), folder)?;
+            let mut catalog = Catalog::new(&spec, round, folder.clone(), sites).limited(limit(&start), largest);
+            let lists = read_lists(&mut catalog, &spec, &start, Pieces::new(to_read), folder)?;
             let shown = catalog.shown();
             let mut tolerance = dataset.tolerance();
             tolerance.any |= start.accept_damage;
@@ -145,7 +159,7 @@ pub(super) async fn refresh(
             Ok((Round { accepts_damage: start.accept_damage, ..round }, shown))
         }
     });
-    let (round, shown) = with_lists(datasets, &start, stream, pieces, made).await?;
+    let (round, shown) = with_lists(datasets, &start, received, pieces, made).await?;
     if round.slices.is_empty() {
         datasets.seal_again(&dataset.id, start.accept_damage);
         return Ok(pb::CreateDatasetResponse { round: 0, ..with_shown(response(&dataset.id, &round), shown) });
@@ -163,13 +177,13 @@ pub(super) async fn refresh(
 async fn with_lists<T>(
     datasets: &Datasets,
     start: &Start,
-    stream: Streaming<CreateDatasetRequest>,
+    received: Received,
     pieces: mpsc::Sender<Piece>,
     made: impl Future<Output = Result<T, Error>>,
 ) -> Result<T, Error> {
-    let (pumped, made) = tokio::join!(pump(datasets, start, stream, pieces), made);
+    let (pumped, made) = tokio::join!(pump(datasets, start, received, pieces), made);
     match made {
-        // Of two errors the first cause: a bad list ends the pumping; a stream that breaks off ends the parsing.
+        // Of two errors the first cause: a bad list ends the pumping; a list that cannot be handed on ends the parsing.
         Err(Error::Aborted(what)) => Err(pumped.err().unwrap_or(Error::Aborted(what))),
         made => made,
     }
@@ -194,7 +208,24 @@ async fn next(stream: &mut Streaming<CreateDatasetRequest>) -> Result<Option<Par
         .transpose()
 }
 
-/// What the caller streams, on its way to the thread that parses it.
+/// Takes all of a list.
+async fn receive(datasets: &Datasets, stream: &mut Streaming<CreateDatasetRequest>) -> Result<Received, Error> {
+    let mut inbox = datasets.inboxes.begin(datasets.folder.clone(), datasets.largest_list);
+    while let Some(part) = inbox.wait(next(stream)).await? {
+        match part {
+            Part::Start(_) => return Err(Error::Invalid("a second `start`".to_owned())),
+            Part::Source(source) => inbox.source(source.name),
+            Part::Data(data) => inbox.push(&data).await?,
+        }
+    }
+    inbox.finish().await
+}
+
+fn taken(name: &str) -> Error {
+    Error::Exists(format!("a dataset is called {name:?} already"))
+}
+
+/// What the caller has sent, on its way to the thread that parses it.
 enum Piece {
     Source(String),
     Data(Bytes),
@@ -202,22 +233,26 @@ enum Piece {
     End,
 }
 
-/// Hands the caller's stream, then the lists in the own store, to the parser.
+/// Hands what the caller has sent, then the lists in the own store, to the parser.
 async fn pump(
     datasets: &Datasets,
     start: &Start,
-    mut stream: Streaming<CreateDatasetRequest>,
+    mut received: Received,
     pieces: mpsc::Sender<Piece>,
 ) -> Result<(), Error> {
     // The parser has ended, and says why.
     let over = |_| Error::Aborted("the list was not read to its end".to_owned());
-    while let Some(part) = next(&mut stream).await? {
-        let piece = match part {
-            Part::Start(_) => return Err(Error::Invalid("a second `start`".to_owned())),
-            Part::Source(source) => Piece::Source(source.name),
-            Part::Data(data) => Piece::Data(data),
-        };
-        pieces.send(piece).await.map_err(over)?;
+    for (name, length) in std::mem::take(&mut received.sources) {
+        pieces.send(Piece::Source(name)).await.map_err(over)?;
+        let mut left = length;
+        while left > 0 {
+            let data = received.read(left).await?;
+            if data.is_empty() {
+                return Err(Error::Local("a temporary file has become shorter".to_owned()));
+            }
+            left -= data.len() as u64;
+            pieces.send(Piece::Data(data)).await.map_err(over)?;
+        }
     }
     for pattern in &start.store_keys {
         for key in matching(&datasets.store, pattern).await? {

@@ -53,7 +53,15 @@ impl Cluster {
     /// Settings of a coordinator that is open to everybody.
     pub fn config(lease_seconds: f64) -> coordinator::Config {
         let sites = coordinator::SiteBudgets::default();
-        coordinator::Config { lease_seconds, spool_folder: None, tokens: None, tls_client_names: Vec::new(), insecure: false, sites }
+        coordinator::Config {
+            lease_seconds,
+            spool_folder: None,
+            largest_list: 1 << 30,
+            tokens: None,
+            tls_client_names: Vec::new(),
+            insecure: false,
+            sites,
+        }
     }
 
     /// Starts on a store with settings.
