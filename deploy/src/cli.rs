@@ -6,7 +6,7 @@ use clap::{Parser, Subcommand};
 use crate::client::ClusterArgs;
 use crate::dial::contexts;
 use crate::telemetry::{Spans, TelemetryArgs};
-use crate::{classify, dataset, doctor, fsck, gc, local, roles, run, status, token, web};
+use crate::{classify, dataset, doctor, fsck, gc, local, roles, run, secrets, status, token, web};
 
 /// A distributed data-and-training cluster for image classification
 ///
@@ -52,6 +52,9 @@ pub(crate) enum Command {
     /// Make tokens, which say who may do what
     #[command(subcommand)]
     Token(token::Command),
+    /// Prepare what a cluster needs
+    #[command(subcommand)]
+    Cluster(secrets::Command),
     /// Run the coordinator, which decides who does what
     Coordinator(roles::CoordinatorArgs),
     /// Run a fetch worker
@@ -98,6 +101,7 @@ impl Command {
             Command::Gc(args) => gc::run(args).await,
             Command::Config(command) => contexts::run(command),
             Command::Token(command) => token::run(command),
+            Command::Cluster(command) => secrets::run(command),
             Command::Coordinator(args) => roles::coordinator(args).await,
             Command::Worker(args) => roles::worker(args).await,
             #[cfg(feature = "trainer")]
@@ -128,7 +132,7 @@ mod tests {
     fn the_flags_are_these_and_no_more() {
         Cli::command().debug_assert();
         #[rustfmt::skip]
-        let expected: [(&[&str], &str); 37] = [
+        let expected: [(&[&str], &str); 38] = [
             (&["local"], "store listen insecure web-listen workers ranks allow-net exit-with-stdin"),
             (&["dataset", "create"], "urls store-key format synset-column url-column columns limit dry-run unlabelled multi-label keep-columns verify synsets url-template class-names \
                 size resize no-upscale encode-format reencode quality validation test seed slice-urls per-class min-bytes spec set wait timeout"),
@@ -167,6 +171,7 @@ mod tests {
             (&["gc"], "store dry-run grace"),
             (&["token", "new"], "role name to"),
             (&["config", "set-context"], ""),
+            (&["cluster", "secrets"], "authority dns namespace days only"),
         ];
         for (path, expected) in expected {
             let expected: Vec<&str> = expected.split_whitespace().collect();
