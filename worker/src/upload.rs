@@ -4,18 +4,23 @@ use std::mem;
 use std::sync::Arc;
 
 use anyhow::Context;
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use object_store::path::Path;
-use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload, WriteMultipart};
+use object_store::{MultipartUpload, ObjectStore, ObjectStoreExt, PutMode, PutPayload};
 use proto::index::{ClassCounts, StoredFile, Tar};
 use proto::shard::{Moments, Origin, TarWriter, sha256_hex};
 use proto::{Sample, ShardId, ShardIndex, Stored, keys};
+use tokio::task::JoinSet;
 
 use crate::store::with_retries;
 
 /// Tars go up in parts of this size, which is the least that S3 wants: all open tars of all open shards hold as much in
 /// memory.
 const PART_BYTES: usize = 5 << 20;
+/// After so many parts they grow, since S3 takes 10,000 of one object; until then all are alike, as R2 wants it.
+const ALIKE: usize = 2000;
+/// After so many parts more they have grown by one such size.
+const GROWTH: usize = 100;
 /// Parts of one tar on their way at once; then the writer waits, and with it the fetching.
 const PARTS_IN_FLIGHT: usize = 2;
 
@@ -26,7 +31,7 @@ pub(crate) struct TarUpload {
     key: String,
     writer: TarWriter,
     /// Begun with the first full part: a small tar is one plain put.
-    multipart: Option<WriteMultipart>,
+    parts: Option<Parts>,
     samples: u32,
     per_class: ClassCounts,
     moments: Moments,
@@ -38,7 +43,7 @@ impl TarUpload {
             store,
             key,
             writer: TarWriter::new(),
-            multipart: None,
+            parts: None,
             samples: 0,
             per_class: ClassCounts::default(),
             moments: Moments::default(),
@@ -60,7 +65,7 @@ impl TarUpload {
         self.samples += 1;
         self.per_class.add(sample.label);
         self.moments.add(moments);
-        if self.writer.pending() >= PART_BYTES {
+        if self.writer.pending() >= self.parts.as_ref().map_or(PART_BYTES, Parts::next_bytes) {
             self.send_part().await.with_context(|| format!("failed to upload {}", self.key))?;
         }
         Ok(place)
@@ -75,29 +80,23 @@ impl TarUpload {
         })
         .await?;
         self.writer = writer;
-        let multipart = match &mut self.multipart {
-            Some(multipart) => multipart,
+        let parts = match &mut self.parts {
+            Some(parts) => parts,
             begun @ None => {
                 let path = Path::from(self.key.as_str());
-                let upload = with_retries(&self.key, || self.store.put_multipart(&path)).await?;
-                begun.insert(WriteMultipart::new_with_chunk_size(upload, PART_BYTES))
+                begun.insert(Parts::new(with_retries(&self.key, || self.store.put_multipart(&path)).await?))
             }
         };
-        multipart.wait_for_capacity(PARTS_IN_FLIGHT).await?;
-        multipart.put(part);
-        Ok(())
+        Ok(parts.put(&part).await?)
     }
 
     /// Ends the tar; when this returns, it stands in the store.
     pub(crate) async fn finish(&mut self) -> anyhow::Result<Tar> {
         let writer = mem::take(&mut self.writer);
         let (rest, bytes, sha256, blocks) = tokio::task::spawn_blocking(move || writer.finish()).await?;
-        let stored = match self.multipart.take() {
-            Some(mut multipart) => {
-                multipart.put(rest);
-                // Nothing can put a part again that the store did not take: the attempt fails.
-                multipart.finish().await.map(drop)
-            }
+        let stored = match self.parts.take() {
+            // Nothing can put a part again that the store did not take: the attempt fails.
+            Some(parts) => parts.finish(&rest).await,
             None => put(&*self.store, &self.key, rest.into()).await,
         };
         stored.with_context(|| format!("failed to upload {}", self.key))?;
@@ -114,14 +113,79 @@ impl TarUpload {
 
     /// Deletes what is in the store already.
     pub(crate) async fn abort(self) {
-        let result = match self.multipart {
-            Some(multipart) => multipart.abort().await,
+        let result = match self.parts {
+            Some(parts) => parts.abort().await,
             None => delete(&*self.store, &self.key).await,
         };
         if let Err(error) = result {
             tracing::warn!(key = self.key, %error, "failed to delete an unfinished tar");
         }
     }
+}
+
+/// An object that is uploaded in parts.
+#[derive(Debug)]
+struct Parts {
+    upload: Box<dyn MultipartUpload>,
+    begun: usize,
+    on_their_way: JoinSet<object_store::Result<()>>,
+    /// Less than a part.
+    rest: BytesMut,
+}
+
+impl Parts {
+    fn new(upload: Box<dyn MultipartUpload>) -> Self {
+        Self { upload, begun: 0, on_their_way: JoinSet::new(), rest: BytesMut::new() }
+    }
+
+    /// How large the next part is.
+    fn next_bytes(&self) -> usize {
+        part_bytes(self.begun)
+    }
+
+    async fn put(&mut self, bytes: &[u8]) -> object_store::Result<()> {
+        self.rest.extend_from_slice(bytes);
+        while self.rest.len() >= self.next_bytes() {
+            let part = self.rest.split_to(self.next_bytes()).freeze();
+            self.send(part).await?;
+        }
+        Ok(())
+    }
+
+    async fn send(&mut self, part: Bytes) -> object_store::Result<()> {
+        while self.on_their_way.len() >= PARTS_IN_FLIGHT {
+            self.arrived().await?;
+        }
+        self.begun += 1;
+        self.on_their_way.spawn(self.upload.put_part(part.into()));
+        Ok(())
+    }
+
+    async fn arrived(&mut self) -> object_store::Result<()> {
+        self.on_their_way.join_next().await.map_or(Ok(()), |part| part?)
+    }
+
+    async fn finish(mut self, bytes: &[u8]) -> object_store::Result<()> {
+        self.put(bytes).await?;
+        let rest = self.rest.split().freeze();
+        if !rest.is_empty() {
+            self.send(rest).await?;
+        }
+        while !self.on_their_way.is_empty() {
+            self.arrived().await?;
+        }
+        self.upload.complete().await.map(drop)
+    }
+
+    async fn abort(mut self) -> object_store::Result<()> {
+        self.on_their_way.shutdown().await;
+        self.upload.abort().await
+    }
+}
+
+/// How large the next part is, after so many.
+fn part_bytes(before: usize) -> usize {
+    PART_BYTES * (1 + before.saturating_sub(ALIKE) / GROWTH)
 }
 
 /// Puts a whole file.
@@ -165,4 +229,17 @@ pub(crate) async fn commit(store: &dyn ObjectStore, of: &ShardId, index: &ShardI
         || Ok(index.clone()),
         |bytes| ShardIndex::from_json(&bytes).with_context(|| format!("failed to parse {key}")),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ten_thousand_parts_hold_a_terabyte_and_none_is_larger_than_s3_takes() {
+        assert!((0..ALIKE).all(|before| part_bytes(before) == PART_BYTES));
+        let sizes = (0..10_000).map(part_bytes);
+        assert!(sizes.clone().sum::<usize>() > 1 << 40);
+        assert!(sizes.max().is_some_and(|largest| largest < 5 << 30));
+    }
 }
