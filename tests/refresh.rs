@@ -195,3 +195,35 @@ fn a_class_that_has_enough_stops_and_one_that_never_has_is_shown_to_be_short() {
     let table = cluster.gleaner(&["dataset", "describe", "birds"]);
     assert!(table.contains("SHORT"), "{table}");
 }
+
+#[test]
+fn a_dataset_that_is_paused_waits_and_one_that_is_finished_has_what_there_is_and_asks_for_the_rest_later() {
+    let server = Server::start();
+    let mut cluster = Cluster::start();
+    cluster.start_worker_with("worker", &["--connections", "2"]);
+    let urls = cluster.write("urls.txt", &server.list("n1", "good", 0..900));
+    cluster.gleaner(&["dataset", "create", "birds", "--urls", &urls, "--size", "64", "--slice-urls", "100"]);
+    let asked = || u64::from(server.asked().values().sum::<u32>());
+    cluster.eventually("the first slice is made", |_| asked() > 50);
+    cluster.gleaner(&["dataset", "pause", "birds"]);
+    cluster.eventually("what was leased is finished", |cluster| {
+        let described = cluster.json(&["dataset", "describe", "birds"]);
+        described["shards_leased"] == 0 && described["paused"] == true
+    });
+    let paused = asked();
+    std::thread::sleep(Duration::from_millis(1500));
+    assert_eq!(asked(), paused, "nothing is begun");
+    assert!(paused < 900, "{paused}");
+
+    cluster.gleaner(&["dataset", "resume", "birds"]);
+    cluster.eventually("the next slice is made", |_| asked() > paused + 20);
+    cluster.gleaner(&["dataset", "finish", "birds", "--wait", "--timeout", "60s"]);
+    let described = cluster.json(&["dataset", "describe", "birds"]);
+    let of = |outcome: &str| described["outcomes"][outcome].as_u64().unwrap_or(0);
+    assert_eq!((of("kept") + of("unfetched"), of("kept") < 900), (900, true), "{described}");
+    assert_eq!((of("kept"), &described["rounds"]), (asked(), &1.into()), "each was asked for once");
+
+    cluster.gleaner(&["dataset", "refresh", "birds", "--wait", "--timeout", "60s"]);
+    assert_eq!(cluster.json(&["dataset", "describe", "birds"])["outcomes"]["kept"], 900);
+    assert_eq!(asked(), 900);
+}
