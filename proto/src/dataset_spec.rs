@@ -115,6 +115,19 @@ pub struct Resize {
     pub quality: u8,
     /// Which images are encoded again.
     pub reencode: Reencode,
+    /// What becomes of colours that are not sRGB.
+    pub color: Color,
+}
+
+/// What becomes of pictures with a colour profile (ICC) or a gamma of their own.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Color {
+    /// They are converted to sRGB, for which everybody takes the numbers of a stored picture.
+    #[default]
+    Srgb,
+    /// Their numbers stay, whatever they mean: so do img2dataset and torchvision.
+    AsIs,
 }
 
 /// How an image is brought to its stored size. The ratio of its sides is always kept.
@@ -250,6 +263,7 @@ impl Default for Resize {
             format: ImageFormat::Jpg,
             quality: 95,
             reencode: Reencode::Always,
+            color: Color::Srgb,
         }
     }
 }

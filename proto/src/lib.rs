@@ -50,8 +50,8 @@ pub mod tombstone;
 pub mod trace;
 
 pub use dataset_spec::{
-    Class, DatasetSpec, Duplicates, ImageFormat, Limits, MultiLabel, Reencode, Resize, ResizeMode, SpecError, Split,
-    Splits,
+    Class, Color, DatasetSpec, Duplicates, ImageFormat, Limits, MultiLabel, Reencode, Resize, ResizeMode, SpecError,
+    Split, Splits,
 };
 pub use format::{FormatError, Stored, StoredOnce};
 pub use ids::{Attempt, DatasetId, RunName, ShardId, Synset};

@@ -1,5 +1,6 @@
 //! From JPEG or RGB to the picture that is stored: decoding, scaling, measuring, encoding.
 
+mod colour;
 mod frame;
 mod jpeg;
 mod markers;
@@ -7,6 +8,7 @@ mod measure;
 mod resize;
 mod scale;
 
+pub(crate) use colour::{Colours, ToSrgb, Ways, png_gamma};
 pub(crate) use frame::Frame;
 pub(crate) use jpeg::{Codec, DecodeAs};
 pub(crate) use measure::{Hasher, is_flat, moments};

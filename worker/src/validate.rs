@@ -1,6 +1,6 @@
 //! Bytes to a stored sample, or the reason why not: known placeholders, limits on bytes, the header's limits on pixels,
-//! a full decode, resize, flat pictures, encode. Colour profiles (ICC) are left aside, alpha is laid over white, of an
-//! animation the first frame counts.
+//! a full decode, resize, colours to sRGB, flat pictures, encode. Alpha is laid over white, of an animation the first
+//! frame counts.
 
 use std::borrow::Cow;
 use std::io::{Cursor, ErrorKind};
@@ -13,13 +13,14 @@ use image::metadata::Orientation;
 use image::{ColorType, DynamicImage, ExtendedColorType, ImageDecoder, ImageEncoder, ImageError, ImageReader};
 use proto::dataset_spec::Verify;
 use proto::shard::Moments;
-use proto::{ImageFormat, Limits, Reencode, Rejection, Resize};
+use proto::{Color, ImageFormat, Limits, Reencode, Rejection, Resize};
 use sha2::{Digest, Sha256};
 
 use crate::decode_memory::Room;
 use crate::format::{format_of, is_cut_riff, webp_fits};
 use crate::mend;
-use crate::pixels::{Codec, DecodeAs, Frame, Hasher, Picture, Pixels, Shrinker, is_flat, moments};
+use crate::pixels::{Codec, Colours, DecodeAs, Frame, Hasher, Picture, Pixels, Shrinker, ToSrgb, Ways};
+use crate::pixels::{is_flat, moments, png_gamma};
 use crate::placeholder::Placeholders;
 
 /// What decoders may hold beside a picture's pixels.
@@ -84,12 +85,16 @@ pub(crate) struct Validator {
     shrinker: Shrinker,
     hasher: Hasher,
     pixels: Pixels,
+    ways: Ways,
+    /// That of the picture at hand.
+    way: Option<ToSrgb>,
 }
 
 impl Validator {
     pub(crate) fn new() -> anyhow::Result<Self> {
         let codec = Codec::new().context("libjpeg-turbo")?;
-        Ok(Self { codec, shrinker: Shrinker::default(), hasher: Hasher::new(), pixels: Pixels::default() })
+        let (shrinker, hasher, pixels, ways) = (Shrinker::default(), Hasher::new(), Pixels::default(), Ways::default());
+        Ok(Self { codec, shrinker, hasher, pixels, ways, way: None })
     }
 
     pub(crate) fn validate(&mut self, bytes: &[u8], rules: &Rules) -> Validation {
@@ -147,12 +152,15 @@ impl Validator {
             let size = upright(header.width, header.height, header.orientation);
             let frame = frame(size, rules, validation)?;
             enter(room, header.held_bytes(frame.reduction))?;
+            self.find_way(rules, header.colours.as_ref());
             // Halved chroma of an odd side would lie half a pixel off.
-            let rgb = resize.format != ImageFormat::Jpg || frame.width % 2 + frame.height % 2 > 0;
+            let odd = frame.width % 2 + frame.height % 2 > 0;
+            let rgb = resize.format != ImageFormat::Jpg || odd || self.way.is_some();
             let how = DecodeAs { reduction: frame.reduction, rgb };
             let sound = self.codec.decode(bytes, &header, how, &mut self.pixels)?;
             keep_bytes = resize.reencode == Reencode::Needed
                 && sound
+                && self.way.is_none()
                 && resize.format == ImageFormat::Jpg
                 && header.is_plain()
                 && frame.keeps(size)
@@ -161,7 +169,9 @@ impl Validator {
         } else {
             self.decode_mended(bytes, format, rules, room, validation)?
         };
-        let picture = self.shrinker.shrink(&self.pixels, &frame);
+        let mut picture = self.shrinker.shrink(&self.pixels, &frame);
+        let converted = self.way.as_ref().and_then(|way| way.convert(picture.values));
+        picture.values = converted.as_deref().unwrap_or(picture.values);
         let moments = moments(&picture);
         if is_flat(&without_margins(moments, &frame)) {
             return Err(Rejection::Flat.into());
@@ -173,6 +183,11 @@ impl Validator {
         };
         validation.phash = self.hasher.phash(&picture).ok();
         Ok(Stored { image, moments })
+    }
+
+    /// Finds the way from a picture's colours to those that are stored.
+    fn find_way(&mut self, rules: &Rules, colours: Option<&Colours>) {
+        self.way = colours.filter(|_| rules.resize.color == Color::Srgb).and_then(|colours| self.ways.of(colours));
     }
 
     /// Every format but JPEG, also if the file is a little broken beside its pixels.
@@ -222,6 +237,9 @@ impl Validator {
         let mut decoder = reader.into_decoder().map_err(|e| rejection_of(&e))?;
         let (width, height) = decoder.dimensions();
         let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+        let profile = decoder.icc_profile().ok().flatten().map(Colours::Profile);
+        let gamma = || if format == Format::Png { png_gamma(bytes) } else { None };
+        self.find_way(rules, profile.or_else(gamma).as_ref());
         let frame = frame(upright(width, height, orientation), rules, validation)?;
         if format == Format::WebP && !webp_fits(bytes, (width, height)) {
             return Err(Rejection::Undecodable.into());

@@ -8,6 +8,7 @@ use turbojpeg::{
     Colorspace, Compressor, DecompressHeader, Decompressor, Image, PixelFormat, ScalingFactor, Subsamp, YuvImage,
 };
 
+use super::colour::Colours;
 use super::markers::{self, Markers};
 use super::resize::{KEPT_BUFFER, Layout, Picture, Pixels};
 
@@ -31,6 +32,7 @@ pub(crate) struct Header {
     pub(crate) width: u32,
     pub(crate) height: u32,
     pub(crate) orientation: Orientation,
+    pub(crate) colours: Option<Colours>,
     colorspace: Colorspace,
     subsamp: Subsamp,
     lossless: bool,
@@ -66,12 +68,13 @@ impl Codec {
             header => header,
         };
         let header = header.map_err(|e| rejection_of(&e, bytes))?;
-        let Markers { orientation, several_scans } = Markers::read(bytes);
+        let Markers { orientation, several_scans, colours } = Markers::read(bytes);
         let pixels = |side: usize| u32::try_from(side).map_err(|_| Rejection::TooManyPixels);
         Ok(Header {
             width: pixels(header.width)?,
             height: pixels(header.height)?,
             orientation,
+            colours,
             colorspace: header.colorspace,
             subsamp: header.subsamp,
             lossless: header.is_lossless,

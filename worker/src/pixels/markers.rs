@@ -1,9 +1,14 @@
 //! The segments of a JPEG, read without decoding, and rid of what they say wrong beside the pixels.
 
+use std::collections::BTreeMap;
+
 use image::metadata::Orientation;
+
+use super::colour::Colours;
 
 const APP0: u8 = 0xe0;
 const APP1: u8 = 0xe1;
+const APP2: u8 = 0xe2;
 const APP14: u8 = 0xee;
 const APP15: u8 = 0xef;
 const COMMENT: u8 = 0xfe;
@@ -16,17 +21,26 @@ pub(super) struct Markers {
     /// EXIF's.
     pub(super) orientation: Orientation,
     pub(super) several_scans: bool,
+    pub(super) colours: Option<Colours>,
 }
 
 impl Markers {
     pub(super) fn read(bytes: &[u8]) -> Self {
         let mut orientation = Orientation::NoTransforms;
+        // A profile may be larger than a segment: then it comes in numbered pieces.
+        let (mut profile, mut pieces) = (BTreeMap::new(), 0);
         let (mut progressive, mut components, mut in_first_scan) = (false, None, None);
         for Segment { marker, body, .. } in Segments::of(bytes) {
             match marker {
                 APP1 => {
                     let exif = body.strip_prefix(b"Exif\0\0").and_then(Orientation::from_exif_chunk);
                     orientation = exif.unwrap_or(orientation);
+                }
+                APP2 => {
+                    if let Some([number, of, piece @ ..]) = body.strip_prefix(b"ICC_PROFILE\0") {
+                        profile.insert(*number, piece);
+                        pieces = usize::from(*of);
+                    }
                 }
                 START_OF_SCAN => in_first_scan = body.first(),
                 _ if is_frame(marker) => {
@@ -36,7 +50,9 @@ impl Markers {
                 _ => {}
             }
         }
-        Self { orientation, several_scans: progressive || in_first_scan != components }
+        let colours = !profile.is_empty() && profile.len() == pieces;
+        let colours = colours.then(|| Colours::Profile(profile.into_values().flatten().copied().collect()));
+        Self { orientation, several_scans: progressive || in_first_scan != components, colours }
     }
 }
 

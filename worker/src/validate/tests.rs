@@ -350,7 +350,7 @@ fn cpu_time_of_decode_resize_and_encode() {
     measure("sha256", &mut |photo| {
         std::hint::black_box(Sha256::digest(photo));
     });
-    let Validator { codec, shrinker, hasher, pixels } = &mut validator;
+    let Validator { codec, shrinker, hasher, pixels, .. } = &mut validator;
     let decode = |codec: &mut Codec, pixels: &mut Pixels, photo: &[u8]| {
         let header = codec.header(photo).expect("a photo");
         let frame = Frame::new(&rules.resize, (header.width, header.height), u64::MAX).expect("a photo");
