@@ -163,6 +163,13 @@ fn classify_sees_what_onnxruntime_sees_and_is_as_right_as_the_runs_own_test() {
         assert_eq!(test["samples"].as_u64(), Some(pictures), "{test}");
         let top1 = test["top1"].as_f64().expect("a share");
         assert!((top1 - right as f64 / pictures as f64).abs() < 1e-6, "{run}: {right} of {pictures}, {test}");
+        let csv = cluster.path("taken-for.csv").display().to_string();
+        let evaluated = cluster.json(&["run", "evaluate", run, "--csv", &csv]);
+        assert_eq!((&evaluated["top1"], &evaluated["pictures"]), (&right.into(), &pictures.into()), "{evaluated}");
+        assert_eq!(std::fs::read_to_string(csv).expect("it was written").lines().count(), 4, "a class a row");
+        let named = cluster.gleaner(&["run", "evaluate", &folder, "--dataset", "small", "--split", "train"]);
+        assert!(named.contains("train split"), "{named}");
+        assert_eq!(cluster.try_gleaner(&["run", "evaluate", &folder]).status.code(), Some(2), "of which dataset?");
     }
     let refused = cluster.try_gleaner(&["classify", "slim", "no-such-file.jpg"]);
     assert_eq!(refused.status.code(), Some(1));
@@ -309,6 +316,58 @@ fn the_whole_job_runs_on_a_real_s3_server() {
         for difference in differences.split_whitespace() {
             let difference: f64 = difference.parse().expect("a number");
             assert!(difference < 1e-4, "{arch}: TorchScript, ONNX: {differences}");
+        }
+    }
+}
+
+#[test]
+fn colours_become_srgb_as_littlecms_has_them() {
+    use image::{ImageEncoder, codecs::png::PngEncoder};
+    use moxcms::{ColorProfile, ToneReprCurve};
+    const SIDE: u32 = 96;
+    let pixels: Vec<u8> = (0..SIDE * SIDE)
+        .flat_map(|i| {
+            let (x, y) = (i % SIDE, i / SIDE);
+            [x * 255 / (SIDE - 1), y * 255 / (SIDE - 1), (x * 7 + y * 13) % 256].map(|value| value as u8)
+        })
+        .collect();
+    let light = Some(ToneReprCurve::Parametric(vec![1.0]));
+    let mut linear = ColorProfile::new_srgb();
+    (linear.red_trc, linear.green_trc, linear.blue_trc) = (light.clone(), light.clone(), light);
+    let profiles =
+        [("adobe", ColorProfile::new_adobe_rgb()), ("p3", ColorProfile::new_display_p3()), ("linear", linear)];
+    let folder = tempfile::tempdir().expect("a folder");
+    let resize = proto::Resize { mode: proto::ResizeMode::None, format: proto::ImageFormat::Png, ..Default::default() };
+    let difference = |ours: &[u8], theirs: &[u8]| {
+        assert_eq!(ours.len(), theirs.len());
+        ours.iter().zip(theirs).map(|(a, b)| f64::from(a.abs_diff(*b))).sum::<f64>() / ours.len() as f64
+    };
+    for (name, mut profile) in profiles {
+        // It would say the same in another way, which littlecms does not read.
+        profile.cicp = None;
+        let icc = profile.encode().expect("a profile");
+        let mut png = Vec::new();
+        let mut encoder = PngEncoder::new(&mut png);
+        encoder.set_icc_profile(icc.clone()).expect("PNG has room for it");
+        encoder.write_image(&pixels, SIDE, SIDE, image::ExtendedColorType::Rgb8).expect("in memory");
+        let (width, height) = (SIDE as usize, SIDE as usize);
+        let format = turbojpeg::PixelFormat::RGB;
+        let plain = turbojpeg::Image { pixels: &pixels[..], width, pitch: 3 * width, height, format };
+        let jpeg = turbojpeg::compress(plain, 95, turbojpeg::Subsamp::None).expect("encodes");
+        let body = [b"ICC_PROFILE\0\x01\x01", &icc[..]].concat();
+        let segment = [&[0xff, 0xe2], &(body.len() as u16 + 2).to_be_bytes()[..], &body].concat();
+        let jpeg = [&jpeg[..2], &segment, &jpeg[2..]].concat();
+        for (ending, bytes) in [("png", png), ("jpg", jpeg)] {
+            let path = folder.path().join(format!("{name}.{ending}"));
+            std::fs::write(&path, &bytes).expect("room on the disk");
+            let script = root().join("tests/python/colours.py");
+            let theirs = printed(python("python").arg(script).arg(path));
+            let theirs = hex::decode(theirs.split_whitespace().nth(2).expect("pixels")).expect("hex");
+            let prepare = |resize| worker::Preparer::new(resize).expect("libjpeg-turbo").prepare(&bytes).expect("kept");
+            let ours = difference(&prepare(resize).values, &theirs);
+            let before = difference(&prepare(proto::Resize { color: proto::Color::AsIs, ..resize }).values, &theirs);
+            println!("colours: {name}.{ending}: mean difference {ours:.3} of 255, without the profile {before:.1}");
+            assert!(ours < 1.5 && before > 4.0, "{name}.{ending}: {ours}, {before}");
         }
     }
 }

@@ -5,17 +5,14 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use proto::{Class, Resize};
-use rten::{Dimension, Model, NodeId};
-use rten_tensor::NdTensor;
-use rten_tensor::prelude::*;
+use proto::Class;
 use serde::Serialize;
-use worker::{Pixels, Preparer};
+use worker::Preparer;
 
-use crate::client::{Cluster, ClusterArgs};
+use crate::client::ClusterArgs;
 use crate::exit::{Ended, Exit};
 use crate::output::{Format, say, say_json};
-use crate::run::model;
+use crate::run::network::Network;
 
 /// The guesses that are told.
 const GUESSES: usize = 5;
@@ -60,8 +57,7 @@ struct Guess {
 
 /// Looks at all pictures and says what it sees as it goes.
 pub(crate) async fn run(args: Args) -> Result<()> {
-    let onnx = load(&args.model, &args.cluster).await?;
-    let network = Network::new(onnx).with_context(|| format!("model {}", args.model))?;
+    let network = Network::load(&args.model, &args.cluster).await?;
     let mut preparer = Preparer::new(network.resize)?;
     let mut answers = Vec::new();
     for picture in listed(&args.pictures)? {
@@ -76,7 +72,7 @@ pub(crate) async fn run(args: Args) -> Result<()> {
             Err(error) => (Vec::new(), Some(format!("{error:#}"))),
         };
         let millis = begun.elapsed().as_secs_f64() * 1000.0;
-        let answer = Answer { picture, guesses: network.guesses(&logits), logits, millis, error };
+        let answer = Answer { picture, guesses: guesses(&network, &logits), logits, millis, error };
         if args.cluster.output == Format::Table {
             lines(&answer).iter().for_each(say);
         }
@@ -88,19 +84,6 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     let failed = answers.iter().filter(|answer| answer.error.is_some()).count();
     ensure!(failed < answers.len(), Ended::error(Exit::Failed, "none of the pictures could be looked at"));
     Ok(())
-}
-
-/// The bytes of a model.onnx: on this machine, or of a run.
-async fn load(model: &str, cluster: &ClusterArgs) -> Result<Vec<u8>> {
-    let path = Path::new(model);
-    let path = if path.is_dir() { path.join("model.onnx") } else { path.to_owned() };
-    if path.is_file() {
-        return std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()));
-    }
-    if model.contains('/') {
-        return Err(Ended::error(Exit::NotFound, format!("there is no model at {}", path.display())));
-    }
-    model::fetch(&Cluster::new(cluster)?, model, "model.onnx").await
 }
 
 /// All pictures that are asked for; of a folder its files, in order.
@@ -137,76 +120,18 @@ async fn read(picture: &str) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// A model that can be asked.
-struct Network {
-    model: Model,
-    classes: Vec<Class>,
-    resize: Resize,
-    /// Side of the square that it sees, in pixels.
-    crop: usize,
-    input: NodeId,
-    output: NodeId,
-}
-
-impl Network {
-    fn new(onnx: Vec<u8>) -> Result<Self> {
-        let model = Model::load(onnx).context(
-            "cannot be loaded; of our networks `alexnet-2012` has an operator that is not read here (LRN), but by onnxruntime",
-        )?;
-        let property = |name: &str| {
-            let missing = || {
-                format!(
-                    "has no {name:?} among its properties: only models of this version of Gleaner and later ones have"
-                )
-            };
-            model.metadata().get(name).with_context(missing)
-        };
-        let classes: Vec<Class> = serde_json::from_str(property("classes")?).context("its classes")?;
-        let shape = model.input_shape(0).context("has no input of a known shape")?;
-        let [_, Dimension::Fixed(3), Dimension::Fixed(height), Dimension::Fixed(crop)] = shape[..] else {
-            anyhow::bail!("takes no square of red, green and blue, but {shape:?}");
-        };
-        ensure!(height == crop, "takes no square, but {height} x {crop} pixels");
-        let resize = serde_json::from_str(property("resize")?).context("its resize")?;
-        // By place and not by name: the nodes that compute values have the same names.
-        let (&[input], &[output, ..]) = (model.input_ids(), model.output_ids()) else {
-            anyhow::bail!("has not one input and an output");
-        };
-        Ok(Self { model, classes, resize, crop, input, output })
-    }
-
-    /// The outputs for a picture's centre.
-    fn look(&self, pixels: &Pixels) -> Result<Vec<f32>> {
-        let Pixels { values, width, height } = pixels;
-        let crop = self.crop;
-        ensure!(
-            *width >= crop && *height >= crop,
-            "is stored as {width} x {height} pixels, and the model sees {crop} x {crop}"
-        );
-        let (left, top) = ((width - crop) / 2, (height - crop) / 2);
-        let input = NdTensor::<f32, 4>::from_fn([1, 3, crop, crop], |[_, channel, y, x]| {
-            f32::from(values[3 * ((top + y) * width + left + x) + channel]) / 255.0
-        });
-        let [output] = self.model.run_n(vec![(self.input, input.into())], [self.output], None)?;
-        let output: NdTensor<f32, 2> = output.try_into()?;
-        let logits = output.to_vec();
-        ensure!(logits.len() == self.classes.len(), "{} outputs for {} classes", logits.len(), self.classes.len());
-        Ok(logits)
-    }
-
-    /// The likeliest classes by softmax.
-    fn guesses(&self, logits: &[f32]) -> Vec<Guess> {
-        let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let powers: Vec<f32> = logits.iter().map(|logit| (logit - most).exp()).collect();
-        let sum: f32 = powers.iter().sum();
-        let mut order: Vec<usize> = (0..logits.len()).collect();
-        order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
-        let guess = |&class: &usize| {
-            let Class { synset, name } = self.classes[class].clone();
-            Guess { synset, name, probability: powers[class] / sum }
-        };
-        order.iter().take(GUESSES).map(guess).collect()
-    }
+/// The likeliest classes by softmax.
+fn guesses(network: &Network, logits: &[f32]) -> Vec<Guess> {
+    let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let powers: Vec<f32> = logits.iter().map(|logit| (logit - most).exp()).collect();
+    let sum: f32 = powers.iter().sum();
+    let mut order: Vec<usize> = (0..logits.len()).collect();
+    order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
+    let guess = |&class: &usize| {
+        let Class { synset, name } = network.classes[class].clone();
+        Guess { synset, name, probability: powers[class] / sum }
+    };
+    order.iter().take(GUESSES).map(guess).collect()
 }
 
 /// An answer for people.

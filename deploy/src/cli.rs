@@ -132,7 +132,7 @@ mod tests {
     fn the_flags_are_these_and_no_more() {
         Cli::command().debug_assert();
         #[rustfmt::skip]
-        let expected: [(&[&str], &str); 38] = [
+        let expected: [(&[&str], &str); 39] = [
             (&["local"], "store listen insecure web-listen workers ranks allow-net exit-with-stdin"),
             (&["dataset", "create"], "urls store-key format synset-column url-column columns limit dry-run unlabelled multi-label keep-columns verify synsets url-template class-names \
                 size resize no-upscale encode-format reencode quality validation test seed slice-urls per-class min-bytes spec set wait timeout"),
@@ -158,6 +158,7 @@ mod tests {
             (&["run", "logs"], "follow"),
             (&["run", "metrics"], "kind csv"),
             (&["run", "model"], "to file"),
+            (&["run", "evaluate"], "dataset split version csv"),
             (&["run", "compare"], ""),
             (&["run", "explain"], ""),
             (&["run", "cancel"], ""),

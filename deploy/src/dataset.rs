@@ -3,7 +3,7 @@
 mod control;
 mod create;
 mod diff;
-mod export;
+pub(crate) mod export;
 mod outcomes;
 mod preview;
 pub(crate) mod reader;

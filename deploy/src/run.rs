@@ -4,11 +4,13 @@ mod cancel;
 mod compare;
 mod delete;
 mod describe;
+mod evaluate;
 pub(crate) mod explain;
 mod list;
 mod logs;
 mod metrics;
 pub(crate) mod model;
+pub(crate) mod network;
 mod resume;
 mod submit;
 pub(crate) mod view;
@@ -42,6 +44,8 @@ pub(crate) enum Command {
     Metrics(metrics::Args),
     /// Fetch a done run's model: safetensors, ONNX, TorchScript, and a description
     Model(model::Args),
+    /// Try a trained model on a split of a dataset: accuracy by class, and what it takes for what
+    Evaluate(evaluate::Args),
     /// Say whether two runs were trained on the same samples in each step; ends with 1 if not
     Compare(compare::Args),
     /// Say what bounds the run: data, compute, network, or one of its ranks
@@ -74,6 +78,7 @@ pub(crate) async fn run(command: Command) -> Result<()> {
         Command::Logs(args) => logs::run(&args).await,
         Command::Metrics(args) => metrics::run(args).await,
         Command::Model(args) => model::run(args).await,
+        Command::Evaluate(args) => evaluate::run(args).await,
         Command::Compare(args) => compare::run(&args).await,
         Command::Explain(of) => explain::run(&of).await,
         Command::Cancel(of) => cancel::run(&of).await,

@@ -136,7 +136,7 @@ impl Target {
 }
 
 /// The samples of a tar that count, block by block, and, if `several` are wanted, those that have several classes.
-async fn blocks<'a>(
+pub(crate) async fn blocks<'a>(
     reader: &'a Reader,
     shard: &ManifestShard,
     tar: &'a ManifestTar,

@@ -71,8 +71,13 @@ impl Reader {
         Err(Ended::error(Exit::NotFound, format!("no dataset in {location} is called {name:?}")))
     }
 
+    /// The dataset of that name, through the coordinator.
+    pub(crate) fn through(cluster: Cluster, name: &str) -> Self {
+        Self::Coordinator { cluster: Box::new(cluster), name: name.to_owned() }
+    }
+
     /// A manifest; version 0 is the latest.
-    pub(super) async fn manifest(&self, version: u32) -> Result<Manifest> {
+    pub(crate) async fn manifest(&self, version: u32) -> Result<Manifest> {
         let json = match self {
             Self::Coordinator { cluster, name } => {
                 insist(async || super::manifest_json(cluster, name, version).await).await?
