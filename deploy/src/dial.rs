@@ -27,7 +27,7 @@ pub(crate) struct DialArgs {
     /// File that holds the token to show; read again for each call [default: that of a `gleaner local` on this machine]
     #[arg(long, env = "GLEANER_TOKEN_FILE", value_name = "FILE")]
     token_file: Option<PathBuf>,
-    /// Context that says both, unless they are told [default: the current one of `gleaner config`]
+    /// Context that says all of that, unless it is told [default: the current one of `gleaner config`]
     #[arg(long, env = "GLEANER_CONTEXT", value_name = "NAME")]
     context: Option<String>,
     #[command(flatten)]
@@ -49,18 +49,18 @@ impl DialArgs {
     }
 
     fn dial_as(&self, session: Option<Session>, contexts: &dyn Fn() -> Result<Contexts>) -> Result<Dial> {
-        let (address, token_file) = self.place(contexts)?;
+        let Place { address, token_file, tls } = self.place(contexts)?;
         let dial = match address.starts_with("https://") {
-            true => Dial::over_tls(&address, self.tls.open()?),
+            true => Dial::over_tls(&address, tls.open()?),
             false => Dial::new(&address),
         };
         let dial = dial.with_context(|| format!("--coordinator {address}"))?;
         credentials::add(dial, token_file.as_deref(), session)
     }
 
-    /// The coordinator's address, and the file of the token to show there. What is told wins over the context, whose
-    /// token is shown to its own coordinator alone.
-    fn place(&self, contexts: &dyn Fn() -> Result<Contexts>) -> Result<(String, Option<PathBuf>)> {
+    /// Where the coordinator is and what to show there. What is told wins over the context, which is for its own
+    /// coordinator alone: no other sees its token.
+    fn place(&self, contexts: &dyn Fn() -> Result<Contexts>) -> Result<Place> {
         let context = match (&self.context, &self.coordinator) {
             (Some(name), _) => Some(contexts()?.named(name)?.clone()),
             (None, Some(_)) => None,
@@ -68,10 +68,17 @@ impl DialArgs {
         };
         let of_context = context.as_ref().map(|context| &context.coordinator);
         let address = self.coordinator.as_ref().or(of_context).map_or_else(|| DEFAULT.to_owned(), String::clone);
-        let token_file =
-            context.filter(|context| context.coordinator == address).and_then(|context| context.token_file);
-        Ok((address, self.token_file.clone().or(token_file)))
+        let context = context.filter(|context| context.coordinator == address).unwrap_or_default();
+        let tls = self.tls.clone().or(context.tls());
+        Ok(Place { address, token_file: self.token_file.clone().or(context.token_file), tls })
     }
+}
+
+/// Where a coordinator is, and what it is shown.
+struct Place {
+    address: String,
+    token_file: Option<PathBuf>,
+    tls: ClientTlsArgs,
 }
 
 /// A coordinator's address with its scheme.
@@ -99,7 +106,7 @@ mod tests {
 
     fn contexts() -> Result<Contexts> {
         Ok(toml::from_str(
-            "current-context = 'lab'\n[contexts.lab]\ncoordinator = 'https://lab:7070'\ntoken-file = '/lab'\n\
+            "current-context = 'lab'\n[contexts.lab]\ncoordinator = 'https://lab:7070'\ntoken-file = '/lab'\ntls-ca = '/ca'\n\
              [contexts.home]\ncoordinator = 'http://127.0.0.1:1'",
         )?)
     }
@@ -109,8 +116,10 @@ mod tests {
         let place = |coordinator: Option<&str>, token: Option<&str>, context: Option<&str>| {
             let [coordinator, context] = [coordinator, context].map(|text| text.map(str::to_owned));
             let args = DialArgs { coordinator, token_file: token.map(PathBuf::from), context, ..DialArgs::default() };
-            let (address, token) = args.place(&contexts)?;
-            anyhow::Ok((address, token.map(|file| file.display().to_string())))
+            let place = args.place(&contexts)?;
+            // Its authorities go the same way as its token.
+            assert_eq!(place.tls.tls_ca.is_some(), place.address == "https://lab:7070");
+            anyhow::Ok((place.address, place.token_file.map(|file| file.display().to_string())))
         };
         let is = |address: &str, token: Option<&str>| (address.to_owned(), token.map(str::to_owned));
         let lab = "https://lab:7070";
@@ -122,7 +131,7 @@ mod tests {
         assert_eq!(place(Some(lab), None, Some("lab")).expect("both"), is(lab, Some("/lab")));
         assert!(place(None, None, Some("none")).is_err());
         let none = DialArgs::default().place(&|| Ok(Contexts::default())).expect("this machine");
-        assert_eq!(none, (DEFAULT.to_owned(), None));
+        assert_eq!((none.address.as_str(), none.token_file), (DEFAULT, None));
     }
 
     #[test]

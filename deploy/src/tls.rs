@@ -93,20 +93,29 @@ impl ServerTlsArgs {
 }
 
 /// The side of whoever calls the coordinator.
-#[derive(Debug, Clone, Default, clap::Args)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, clap::Args)]
 pub(crate) struct ClientTlsArgs {
     /// Trust these authorities (PEM) at https:// addresses of the coordinator [default: those that the system trusts]
     #[arg(long, env = "GLEANER_TLS_CA", value_name = "FILE")]
-    tls_ca: Option<PathBuf>,
+    pub(crate) tls_ca: Option<PathBuf>,
     /// The certificate to show to the coordinator (PEM)
     #[arg(long, env = "GLEANER_TLS_CERT", value_name = "FILE", requires = "tls_key")]
-    tls_cert: Option<PathBuf>,
+    pub(crate) tls_cert: Option<PathBuf>,
     /// The key of that certificate (PEM)
     #[arg(long, env = "GLEANER_TLS_KEY", value_name = "FILE", requires = "tls_cert")]
-    tls_key: Option<PathBuf>,
+    pub(crate) tls_key: Option<PathBuf>,
 }
 
 impl ClientTlsArgs {
+    /// What is told here, and otherwise there; a certificate and its key are one thing.
+    pub(crate) fn or(self, other: Self) -> Self {
+        let tls_ca = self.tls_ca.or(other.tls_ca);
+        match self.tls_cert.is_some() || self.tls_key.is_some() {
+            true => Self { tls_ca, ..self },
+            false => Self { tls_ca, ..other },
+        }
+    }
+
     /// Reads the files, and goes on reading them.
     ///
     /// # Errors

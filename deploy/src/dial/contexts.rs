@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::exit::{Ended, Exit};
 use crate::output::{Format, Table, note, say_json};
+use crate::tls::ClientTlsArgs;
 use crate::{dial, private};
 
 /// `gleaner config ...`
@@ -45,6 +46,15 @@ pub(crate) struct SetArgs {
     /// File that holds the token to show there
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
+    /// Authorities to trust there (PEM)
+    #[arg(long, value_name = "FILE")]
+    tls_ca: Option<PathBuf>,
+    /// The certificate to show there (PEM)
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// The key of that certificate (PEM)
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
 }
 
 /// All contexts.
@@ -58,7 +68,7 @@ pub(crate) struct Contexts {
 }
 
 /// One cluster.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub(crate) struct Context {
     /// Its coordinator's address.
@@ -66,6 +76,20 @@ pub(crate) struct Context {
     /// The file of the token that is shown there.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) token_file: Option<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tls_ca: Option<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tls_cert: Option<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tls_key: Option<PathBuf>,
+}
+
+impl Context {
+    /// Which authorities are trusted there, and which certificate is shown.
+    pub(crate) fn tls(&self) -> ClientTlsArgs {
+        let Self { tls_ca, tls_cert, tls_key, .. } = self.clone();
+        ClientTlsArgs { tls_ca, tls_cert, tls_key }
+    }
 }
 
 /// Does it.
@@ -155,31 +179,33 @@ impl Contexts {
         self.current_context.is_some()
     }
 
+    /// Makes a context, or changes what is told of one.
     fn set(&mut self, args: SetArgs) -> Result<()> {
-        let SetArgs { name, coordinator, token_file } = args;
-        let absolute =
-            |file: PathBuf| std::path::absolute(&file).with_context(|| format!("--token-file {}", file.display()));
-        let token_file = token_file.map(absolute).transpose()?;
-        match (self.contexts.get_mut(&name), coordinator) {
-            (Some(context), coordinator) => {
-                context.coordinator = coordinator.unwrap_or_else(|| context.coordinator.clone());
-                context.token_file = token_file.or(context.token_file.take());
-            }
-            (None, Some(coordinator)) => {
-                self.contexts.insert(name, Context { coordinator, token_file });
-            }
+        let SetArgs { name, coordinator, .. } = args;
+        let mut context = match (self.contexts.get(&name), coordinator) {
+            (Some(context), None) => context.clone(),
+            (Some(context), Some(coordinator)) => Context { coordinator, ..context.clone() },
+            (None, Some(coordinator)) => Context { coordinator, ..Context::default() },
             (None, None) => {
-                return Err(Ended::usage(format!(
-                    "context {name} is new: where does its coordinator listen? --coordinator says it"
-                )));
+                let text = format!("context {name} is new: where does its coordinator listen? --coordinator says it");
+                return Err(Ended::usage(text));
             }
+        };
+        let Context { token_file, tls_ca, tls_cert, tls_key, .. } = &mut context;
+        let told =
+            [(args.token_file, token_file), (args.tls_ca, tls_ca), (args.tls_cert, tls_cert), (args.tls_key, tls_key)];
+        for (file, of_context) in told.into_iter().filter_map(|(file, of_context)| Some((file?, of_context))) {
+            // Commands are given in any folder.
+            let absolute = std::path::absolute(&file).with_context(|| file.display().to_string())?;
+            *of_context = Some(absolute);
         }
+        self.contexts.insert(name, context);
         Ok(())
     }
 
     fn table(&self) -> Table {
         let mut table = Table::new(&["current", "name", "coordinator", "token file"]);
-        for (name, Context { coordinator, token_file }) in &self.contexts {
+        for (name, Context { coordinator, token_file, .. }) in &self.contexts {
             let current = if self.current_context.as_ref() == Some(name) { "*" } else { "" };
             let token_file = token_file.as_ref().map(|file| file.display().to_string()).unwrap_or_default();
             table.row(vec![current.to_owned(), name.clone(), coordinator.clone(), token_file]);
@@ -194,8 +220,8 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     fn set(name: &str, coordinator: Option<&str>, token_file: Option<&str>) -> SetArgs {
-        let coordinator = coordinator.map(str::to_owned);
-        SetArgs { name: name.to_owned(), coordinator, token_file: token_file.map(PathBuf::from) }
+        let (coordinator, token_file) = (coordinator.map(str::to_owned), token_file.map(PathBuf::from));
+        SetArgs { name: name.to_owned(), coordinator, token_file, tls_ca: None, tls_cert: None, tls_key: None }
     }
 
     #[test]
@@ -206,14 +232,19 @@ mod tests {
         assert!(contexts.set(set("lab", None, None)).is_err(), "where is it?");
         contexts.set(set("lab", Some("https://lab:7070"), None)).expect("set");
         contexts.set(set("lab", None, Some("/lab.token"))).expect("changed");
+        contexts.set(SetArgs { tls_ca: Some("/ca.pem".into()), ..set("lab", None, None) }).expect("changed");
         contexts.set(set("home", Some("http://127.0.0.1:7070"), Some("home.token"))).expect("set");
         contexts.current_context = Some("lab".to_owned());
         contexts.write(&file).expect("written");
         assert_eq!(std::fs::metadata(&file).expect("there").permissions().mode() & 0o777, 0o600);
         let read = Contexts::read(&file).expect("read");
         assert_eq!(read, contexts);
-        let lab = Context { coordinator: "https://lab:7070".to_owned(), token_file: Some("/lab.token".into()) };
-        assert_eq!(read.current().expect("there"), Some(&lab));
+        let lab = read.current().expect("there").expect("one is current");
+        assert_eq!(
+            (lab.coordinator.as_str(), lab.token_file.as_deref()),
+            ("https://lab:7070", Some("/lab.token".as_ref()))
+        );
+        assert_eq!(lab.tls().tls_ca.as_deref(), Some("/ca.pem".as_ref()));
         let home = read.named("home").expect("there");
         assert!(home.token_file.as_ref().is_some_and(|file| file.is_absolute() && file.ends_with("home.token")));
         let missing = read.named("hom").expect_err("none").to_string();
