@@ -4,7 +4,8 @@
 //! All that lasts is in the object store; a coordinator that is killed is replaced by another one that lists it.
 //! [`run`] checks that the store can decide races, begins a term, recovers, and serves:
 //!
-//! - `inbox`, `catalog`, `list`, `dealing`, `spool`: lists of URLs are received and become slices, dealt by site, in bounded memory;
+//! - `inbox`, `catalog`, `list`, `dealing`, `spool`: lists of URLs are received and become slices, dealt by site, in
+//!   bounded memory;
 //! - `ledger` (pure): who may make which shard until when;
 //! - `sites`, `shares` (pure): how much of which site each worker may use;
 //! - `datasets`, `manifest`, `history`, `damage`: the state of all datasets, their sealing, what became of each URL, and
