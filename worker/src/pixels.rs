@@ -8,7 +8,7 @@ mod measure;
 mod resize;
 mod scale;
 
-pub(crate) use colour::{Colours, ToSrgb, Ways, png_gamma};
+pub(crate) use colour::{Colours, Conversions, ToSrgb, png_gamma};
 pub(crate) use frame::Frame;
 pub(crate) use jpeg::{Codec, DecodeAs};
 pub(crate) use measure::{Hasher, is_flat, moments};

@@ -19,7 +19,7 @@ use sha2::{Digest, Sha256};
 use crate::decode_memory::Room;
 use crate::format::{format_of, is_cut_riff, webp_fits};
 use crate::mend;
-use crate::pixels::{Codec, Colours, DecodeAs, Frame, Hasher, Picture, Pixels, Shrinker, ToSrgb, Ways};
+use crate::pixels::{Codec, Colours, Conversions, DecodeAs, Frame, Hasher, Picture, Pixels, Shrinker, ToSrgb};
 use crate::pixels::{is_flat, moments, png_gamma};
 use crate::placeholder::Placeholders;
 
@@ -85,16 +85,17 @@ pub(crate) struct Validator {
     shrinker: Shrinker,
     hasher: Hasher,
     pixels: Pixels,
-    ways: Ways,
+    conversions: Conversions,
     /// That of the picture at hand.
-    way: Option<ToSrgb>,
+    conversion: Option<ToSrgb>,
 }
 
 impl Validator {
     pub(crate) fn new() -> anyhow::Result<Self> {
         let codec = Codec::new().context("libjpeg-turbo")?;
-        let (shrinker, hasher, pixels, ways) = (Shrinker::default(), Hasher::new(), Pixels::default(), Ways::default());
-        Ok(Self { codec, shrinker, hasher, pixels, ways, way: None })
+        let (shrinker, hasher, pixels, conversions) =
+            (Shrinker::default(), Hasher::new(), Pixels::default(), Conversions::default());
+        Ok(Self { codec, shrinker, hasher, pixels, conversions, conversion: None })
     }
 
     pub(crate) fn validate(&mut self, bytes: &[u8], rules: &Rules) -> Validation {
@@ -152,15 +153,15 @@ impl Validator {
             let size = upright(header.width, header.height, header.orientation);
             let frame = frame(size, rules, validation)?;
             enter(room, header.held_bytes(frame.reduction))?;
-            self.find_way(rules, header.colours.as_ref());
+            self.find_conversion(rules, header.colours.as_ref());
             // Halved chroma of an odd side would lie half a pixel off.
             let odd = frame.width % 2 + frame.height % 2 > 0;
-            let rgb = resize.format != ImageFormat::Jpg || odd || self.way.is_some();
+            let rgb = resize.format != ImageFormat::Jpg || odd || self.conversion.is_some();
             let how = DecodeAs { reduction: frame.reduction, rgb };
             let sound = self.codec.decode(bytes, &header, how, &mut self.pixels)?;
             keep_bytes = resize.reencode == Reencode::Needed
                 && sound
-                && self.way.is_none()
+                && self.conversion.is_none()
                 && resize.format == ImageFormat::Jpg
                 && header.is_plain()
                 && frame.keeps(size)
@@ -170,7 +171,7 @@ impl Validator {
             self.decode_mended(bytes, format, rules, room, validation)?
         };
         let mut picture = self.shrinker.shrink(&self.pixels, &frame);
-        let converted = self.way.as_ref().and_then(|way| way.convert(picture.values));
+        let converted = self.conversion.as_ref().and_then(|conversion| conversion.convert(picture.values));
         picture.values = converted.as_deref().unwrap_or(picture.values);
         let moments = moments(&picture);
         if is_flat(&without_margins(moments, &frame)) {
@@ -185,9 +186,10 @@ impl Validator {
         Ok(Stored { image, moments })
     }
 
-    /// Finds the way from a picture's colours to those that are stored.
-    fn find_way(&mut self, rules: &Rules, colours: Option<&Colours>) {
-        self.way = colours.filter(|_| rules.resize.color == Color::Srgb).and_then(|colours| self.ways.of(colours));
+    /// Finds how a picture's colours become those that are stored.
+    fn find_conversion(&mut self, rules: &Rules, colours: Option<&Colours>) {
+        self.conversion =
+            colours.filter(|_| rules.resize.color == Color::Srgb).and_then(|colours| self.conversions.of(colours));
     }
 
     /// Every format but JPEG, also if the file is a little broken beside its pixels.
@@ -239,7 +241,7 @@ impl Validator {
         let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
         let profile = decoder.icc_profile().ok().flatten().map(Colours::Profile);
         let gamma = || if format == Format::Png { png_gamma(bytes) } else { None };
-        self.find_way(rules, profile.or_else(gamma).as_ref());
+        self.find_conversion(rules, profile.or_else(gamma).as_ref());
         let frame = frame(upright(width, height, orientation), rules, validation)?;
         if format == Format::WebP && !webp_fits(bytes, (width, height)) {
             return Err(Rejection::Undecodable.into());

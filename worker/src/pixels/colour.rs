@@ -23,7 +23,7 @@ pub(crate) enum Colours {
     Gamma(f32),
 }
 
-/// The way from a picture's colours to sRGB.
+/// The conversion of a picture's colours to sRGB.
 #[derive(Clone)]
 pub(crate) struct ToSrgb(Arc<Transform8BitExecutor>);
 
@@ -72,22 +72,22 @@ impl ToSrgb {
     }
 }
 
-/// The ways that one thread remembers.
+/// The conversions that one thread remembers.
 #[derive(Debug, Default)]
-pub(crate) struct Ways(Vec<(Colours, Option<ToSrgb>)>);
+pub(crate) struct Conversions(Vec<(Colours, Option<ToSrgb>)>);
 
-impl Ways {
-    /// The way from these colours to sRGB; None: there is nothing to do.
+impl Conversions {
+    /// That of these colours; None: there is nothing to do.
     pub(crate) fn of(&mut self, colours: &Colours) -> Option<ToSrgb> {
-        if let Some((_, way)) = self.0.iter().find(|(known, _)| known == colours) {
-            return way.clone();
+        if let Some((_, conversion)) = self.0.iter().find(|(known, _)| known == colours) {
+            return conversion.clone();
         }
         if self.0.len() >= REMEMBERED {
             self.0.remove(0);
         }
-        let way = ToSrgb::new(colours);
-        self.0.push((colours.clone(), way.clone()));
-        way
+        let conversion = ToSrgb::new(colours);
+        self.0.push((colours.clone(), conversion.clone()));
+        conversion
     }
 }
 
@@ -119,22 +119,25 @@ mod tests {
 
     #[test]
     fn colours_of_other_spaces_become_srgb_and_those_that_are_srgb_or_no_rgb_stay() {
-        let mut ways = Ways::default();
-        let green = |way: Option<ToSrgb>| way.and_then(|way| way.convert(&[60, 200, 80]));
-        let adobe = green(ways.of(&profile(ColorProfile::new_adobe_rgb()))).expect("another space");
+        let mut conversions = Conversions::default();
+        let green = |conversion: Option<ToSrgb>| conversion.and_then(|conversion| conversion.convert(&[60, 200, 80]));
+        let adobe = green(conversions.of(&profile(ColorProfile::new_adobe_rgb()))).expect("another space");
         assert!(adobe[0] < 20 && adobe[1].abs_diff(201) < 3, "{adobe:?}");
-        assert!(green(ways.of(&profile(ColorProfile::new_display_p3()))).is_some());
-        assert!(ways.of(&profile(ColorProfile::new_srgb())).is_none());
-        assert!(ways.of(&profile(ColorProfile::new_gray_with_gamma(1.0))).is_none());
-        assert!(ways.of(&Colours::Profile(b"no profile".to_vec())).is_none());
-        assert_eq!(ways.0.len(), 5);
-        let linear = ways.of(&Colours::Gamma(1.0)).and_then(|way| way.convert(&[0, 55, 255])).expect("linear");
+        assert!(green(conversions.of(&profile(ColorProfile::new_display_p3()))).is_some());
+        assert!(conversions.of(&profile(ColorProfile::new_srgb())).is_none());
+        assert!(conversions.of(&profile(ColorProfile::new_gray_with_gamma(1.0))).is_none());
+        assert!(conversions.of(&Colours::Profile(b"no profile".to_vec())).is_none());
+        assert_eq!(conversions.0.len(), 5);
+        let linear = conversions
+            .of(&Colours::Gamma(1.0))
+            .and_then(|conversion| conversion.convert(&[0, 55, 255]))
+            .expect("linear");
         assert!(linear[0] == 0 && linear[1].abs_diff(128) < 3 && linear[2] == 255, "{linear:?}");
-        assert!(ways.of(&Colours::Gamma(2.2)).is_none());
+        assert!(conversions.of(&Colours::Gamma(2.2)).is_none());
         for n in 0..100 {
-            ways.of(&Colours::Gamma(3.0 + n as f32));
+            conversions.of(&Colours::Gamma(3.0 + n as f32));
         }
-        assert_eq!(ways.0.len(), REMEMBERED);
+        assert_eq!(conversions.0.len(), REMEMBERED);
     }
 
     #[test]
