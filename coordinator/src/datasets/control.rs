@@ -82,7 +82,8 @@ impl Datasets {
         let id = &dataset.id;
         let decision = match wanted {
             Wanted::Decision(decision) => decision,
-            Wanted::FinishAfter(_) if !matches!(dataset.stage, Stage::Fetching) => {
+            // Sealing may open another round, which is not fetched then; and the call may be a repeated one.
+            Wanted::FinishAfter(_) if !matches!(dataset.stage, Stage::Fetching | Stage::Sealing) => {
                 let stage = dataset.stage.name();
                 return Err(Error::Precondition(format!("dataset {name:?} is {stage}: there is nothing to finish")));
             }
