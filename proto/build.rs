@@ -48,5 +48,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .build_transport(false)
         .bytes(".")
         .compile_fds(descriptors)?;
+    // No part of what is served, and so not among the descriptors.
+    tonic_prost_build::configure().compile_fds(protox::compile(["onnx.proto"], ["proto"])?)?;
     Ok(())
 }

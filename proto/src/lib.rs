@@ -77,6 +77,12 @@ pub mod keda {
     tonic::include_proto!("externalscaler");
 }
 
+/// The part of ONNX's messages that a convolutional network needs, generated from `onnx.proto`.
+#[allow(missing_docs, unreachable_pub, clippy::all, reason = "generated; the .proto file says where it is from")]
+pub mod onnx {
+    tonic::include_proto!("onnx");
+}
+
 /// A [`pb::FailureKind`] by its name, as the command line prints it.
 fn serialize_kind<S: serde::Serializer>(kind: &i32, serializer: S) -> Result<S::Ok, S::Error> {
     let name = pb::FailureKind::try_from(*kind).unwrap_or_default().as_str_name();

@@ -2,15 +2,14 @@
 //! and browser runtimes of recent years read).
 
 use prost::Message;
-use tch::{Kind, Tensor};
-
-use self::pb::attribute_proto::AttributeType;
-use self::pb::tensor_proto::DataType;
-use self::pb::tensor_shape_proto::dimension;
-use self::pb::{
+use proto::onnx::attribute_proto::AttributeType;
+use proto::onnx::tensor_proto::DataType;
+use proto::onnx::tensor_shape_proto::dimension;
+use proto::onnx::{
     AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto, TensorProto,
     TensorShapeProto, TypeProto, ValueInfoProto, tensor_shape_proto, type_proto,
 };
+use tch::{Kind, Tensor};
 
 const IR_VERSION: i64 = 8;
 const OPERATOR_SET: i64 = 13;
@@ -22,7 +21,6 @@ pub(crate) struct Graph(GraphProto);
 /// One attribute of a node.
 #[derive(Debug, Clone)]
 pub(crate) enum Attribute {
-    Float(f32),
     Int(i64),
     Ints(Vec<i64>),
 }
@@ -41,13 +39,13 @@ impl Graph {
 
     /// Declares an input of f32.
     pub(crate) fn input(&mut self, name: &str, shape: &[Dimension]) -> String {
-        self.0.input.push(ValueInfoProto::of(name, shape));
+        self.0.input.push(value_info(name, shape));
         name.to_owned()
     }
 
     /// Declares a value as an output of f32.
     pub(crate) fn output(&mut self, name: &str, shape: &[Dimension]) {
-        self.0.output.push(ValueInfoProto::of(name, shape));
+        self.0.output.push(value_info(name, shape));
     }
 
     /// Adds a constant, as f32.
@@ -76,7 +74,7 @@ impl Graph {
             output: vec![name.to_owned()],
             name: format!("{name}.{}", operator.to_lowercase()),
             op_type: operator.to_owned(),
-            attribute: attributes.iter().map(|(name, value)| AttributeProto::of(name, value)).collect(),
+            attribute: attributes.iter().map(|(name, value)| attribute(name, value)).collect(),
         });
         name.to_owned()
     }
@@ -97,35 +95,24 @@ impl Graph {
     }
 }
 
-/// The messages of `onnx.proto`.
-mod pb {
-    #![allow(missing_docs, unreachable_pub, reason = "as prost makes them of onnx.proto")]
-    include!(concat!(env!("OUT_DIR"), "/onnx.rs"));
+fn attribute(name: &str, value: &Attribute) -> AttributeProto {
+    let mut attribute = AttributeProto { name: name.to_owned(), ..AttributeProto::default() };
+    match value {
+        Attribute::Int(i) => (attribute.r#type, attribute.i) = (AttributeType::Int.into(), *i),
+        Attribute::Ints(ints) => (attribute.r#type, attribute.ints) = (AttributeType::Ints.into(), ints.clone()),
+    }
+    attribute
 }
 
-impl AttributeProto {
-    fn of(name: &str, value: &Attribute) -> Self {
-        let mut attribute = Self { name: name.to_owned(), ..Self::default() };
-        match value {
-            Attribute::Float(f) => (attribute.r#type, attribute.f) = (AttributeType::Float.into(), *f),
-            Attribute::Int(i) => (attribute.r#type, attribute.i) = (AttributeType::Int.into(), *i),
-            Attribute::Ints(ints) => (attribute.r#type, attribute.ints) = (AttributeType::Ints.into(), ints.clone()),
-        }
-        attribute
-    }
-}
-
-impl ValueInfoProto {
-    /// A tensor of f32.
-    fn of(name: &str, shape: &[Dimension]) -> Self {
-        let dim = |dimension: &Dimension| match *dimension {
-            Dimension::Of(value) => dimension::Value::DimValue(value),
-            Dimension::Any(name) => dimension::Value::DimParam(name.to_owned()),
-        };
-        let dim = shape.iter().map(|dimension| tensor_shape_proto::Dimension { value: Some(dim(dimension)) });
-        let shape = Some(TensorShapeProto { dim: dim.collect() });
-        let tensor = type_proto::Tensor { elem_type: DataType::Float.into(), shape };
-        let value = Some(type_proto::Value::TensorType(tensor));
-        Self { name: name.to_owned(), r#type: Some(TypeProto { value }) }
-    }
+/// A tensor of f32.
+fn value_info(name: &str, shape: &[Dimension]) -> ValueInfoProto {
+    let dim = |dimension: &Dimension| match *dimension {
+        Dimension::Of(value) => dimension::Value::DimValue(value),
+        Dimension::Any(name) => dimension::Value::DimParam(name.to_owned()),
+    };
+    let dim = shape.iter().map(|dimension| tensor_shape_proto::Dimension { value: Some(dim(dimension)) });
+    let shape = Some(TensorShapeProto { dim: dim.collect() });
+    let tensor = type_proto::Tensor { elem_type: DataType::Float.into(), shape };
+    let value = Some(type_proto::Value::TensorType(tensor));
+    ValueInfoProto { name: name.to_owned(), r#type: Some(TypeProto { value }) }
 }

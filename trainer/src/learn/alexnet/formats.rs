@@ -58,14 +58,7 @@ impl AlexNet {
             x = layer.in_graph(&mut graph, "Conv", &x, &attributes)?;
             x = graph.node("Relu", &format!("{}.relu", layer.name), &[&x], &[]);
             if stage.lrn {
-                let attributes = [
-                    ("size", Attribute::Int(RESPONSE_CHANNELS)),
-                    // ONNX divides by the size.
-                    ("alpha", Attribute::Float((RESPONSE_ALPHA * RESPONSE_CHANNELS as f64) as f32)),
-                    ("beta", Attribute::Float(0.75)),
-                    ("bias", Attribute::Float(RESPONSE_BIAS as f32)),
-                ];
-                x = graph.node("LRN", &format!("{}.responses", layer.name), &[&x], &attributes);
+                x = Self::responses_in_graph(&mut graph, &layer.name, &x, layer.weight.size()[0])?;
             }
             if stage.pools {
                 side = (side - 3) / 2 + 1;
@@ -95,6 +88,24 @@ impl AlexNet {
         graph.output(&logits, &[n, classes]);
         graph.output(&probabilities, &[n, classes]);
         Ok(graph.encode(properties))
+    }
+
+    /// Local response normalisation. ONNX's own operator is missing in some runtimes; a convolution with a band of ones sums over
+    /// neighbouring channels, too.
+    fn responses_in_graph(graph: &mut Graph, layer: &str, x: &str, channels: i64) -> Result<String> {
+        let name = |part: &str| format!("{layer}.responses.{part}");
+        let ones = Tensor::ones([channels, channels], (Kind::Float, tch::Device::Cpu));
+        let band = ones.triu(-(RESPONSE_CHANNELS / 2)).tril(RESPONSE_CHANNELS / 2) * RESPONSE_ALPHA;
+        let band = graph.constant(&name("band"), &band.view([channels, channels, 1, 1]))?;
+        let bias = Tensor::full([channels], RESPONSE_BIAS, (Kind::Float, tch::Device::Cpu));
+        let bias = graph.constant(&name("bias"), &bias)?;
+        let power = graph.constant(&name("exponent"), &Tensor::from(0.75_f32))?;
+        let squares = graph.node("Mul", &name("squares"), &[x, x], &[]);
+        // What ONNX would do without it, too, but not each runtime.
+        let one = [("kernel_shape", Attribute::Ints(vec![1; 2])), ("strides", Attribute::Ints(vec![1; 2]))];
+        let sums = graph.node("Conv", &name("sums"), &[&squares, &band, &bias], &one);
+        let divisor = graph.node("Pow", &name("divisor"), &[&sums, &power], &[]);
+        Ok(graph.node("Div", &name("applied"), &[x, &divisor], &[]))
     }
 
     /// A TorchScript file of a [`AlexNet::folded`] network: its `forward` gives the logits.
