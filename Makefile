@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test test-nccl soak-train bench-train bench-fetch bench-scale fuzz images try-cluster libtorch pytorch clean
+.PHONY: help setup build demo test test-nccl soak-train bench-train bench-fetch bench-scale fuzz engine images try-cluster libtorch pytorch clean
 
 tools := target/tools
 export PATH := $(CURDIR)/$(tools)/bin:$(PATH)
@@ -26,6 +26,7 @@ help:
 	@echo "make libtorch CUDA=1      libtorch with CUDA and NCCL, into target/libtorch-cuda; to build with it:"
 	@echo "                          LIBTORCH=\$$PWD/target/libtorch-cuda cargo build --release --features nccl"
 	@echo "make pytorch              Python's torch, webdataset and a SeaweedFS, which tests compare with and store in"
+	@echo "make engine               the code by which a page in a browser runs a trained network, after its sources were changed"
 	@echo "make clean                removes what cargo built; 'rm -r target' removes the rest too"
 
 setup: $(tools)/ready target/libtorch/build-version
@@ -63,6 +64,9 @@ bench-fetch: $(tools)/ready $(tools)/img2dataset/ready
 
 bench-scale: $(tools)/ready
 	cargo bench --locked -p gleaner --bench scale --no-default-features --features demo
+
+engine:
+	deploy/setup/engine.sh
 
 fuzz: $(tools)/ready
 	deploy/setup/fuzz.sh $(or $(SECONDS),60)

@@ -40,6 +40,7 @@ profile=default
 stage fmt cargo fmt --all --check
 stage layers target/tools/venv/bin/python tests/layers.py
 stage k8s target/tools/venv/bin/python tests/k8s/check.py
+stage engine deploy/setup/engine.sh check
 stage deny cargo deny --locked --log-level error check --hide-inclusion-graph licenses bans sources
 stage clippy cargo clippy --locked --workspace --all-targets --features gleaner-trainer/bench -- -D warnings
 stage slim cargo clippy --locked -p gleaner --no-default-features -- -D warnings

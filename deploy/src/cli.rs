@@ -157,7 +157,7 @@ mod tests {
             (&["run", "wait"], "timeout"),
             (&["run", "logs"], "follow"),
             (&["run", "metrics"], "kind csv"),
-            (&["run", "model"], "to file"),
+            (&["run", "model"], "to format"),
             (&["run", "evaluate"], "dataset split version csv"),
             (&["run", "compare"], ""),
             (&["run", "explain"], ""),

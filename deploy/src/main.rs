@@ -43,6 +43,7 @@ mod telemetry;
 mod time;
 mod tls;
 mod token;
+mod try_it;
 mod watched;
 mod web;
 

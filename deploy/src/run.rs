@@ -1,15 +1,19 @@
 //! `gleaner run ...`: one command a file; [`view`] shows a run to people and programs, [`wait`] follows it to its end.
 
+mod calibration;
 mod cancel;
+mod card;
 mod compare;
 mod delete;
 mod describe;
-mod evaluate;
+pub(crate) mod evaluate;
 pub(crate) mod explain;
+mod int8;
 mod list;
 mod logs;
 mod metrics;
-pub(crate) mod model;
+mod model;
+pub(crate) mod model_files;
 pub(crate) mod network;
 mod resume;
 mod submit;
@@ -42,7 +46,7 @@ pub(crate) enum Command {
     Logs(logs::Args),
     /// Print the learning curve
     Metrics(metrics::Args),
-    /// Fetch a done run's model: safetensors, ONNX, TorchScript, and a description
+    /// Fetch a done run's model, for PyTorch, phones, or as a page for browsers
     Model(model::Args),
     /// Try a trained model on a split of a dataset: accuracy by class, and what it takes for what
     Evaluate(evaluate::Args),

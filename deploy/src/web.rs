@@ -4,7 +4,7 @@
 //! here. A page is rendered on the server and readable without a script; the script asks for it again while it is looked at.
 //! `gleaner local` serves the pages too.
 //!
-//! - [`home`], [`dataset`], [`run`], [`compare`]: one page each;
+//! - [`home`], [`dataset`], [`run`], [`mistakes`], [`compare`], [`try_it`]: one page each;
 //! - [`entry`]: who is shown them, where other machines reach them;
 //! - [`page`]: the frame around each of them, and what is told when there is none;
 //! - [`chart`]: lines and bars as SVG; [`progress`]: how far a dataset is; [`pictures`]: the stored pictures of a dataset; [`source`]: what is
@@ -15,28 +15,30 @@ mod compare;
 mod dataset;
 mod entry;
 mod home;
+mod mistakes;
 mod page;
 mod pictures;
 mod progress;
 mod run;
 mod source;
+mod try_it;
 
 use std::future::ready;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use anyhow::Result;
-use axum::Router;
 use axum::body::Body;
 use axum::extract::Request;
 use axum::http::header::{
-    ALLOW, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HOST, HeaderName, HeaderValue, LOCATION, ORIGIN,
-    REFERRER_POLICY, SET_COOKIE, X_CONTENT_TYPE_OPTIONS,
+    ALLOW, CACHE_CONTROL, CONTENT_ENCODING, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HOST, HeaderName, HeaderValue,
+    LOCATION, ORIGIN, REFERRER_POLICY, SET_COOKIE, X_CONTENT_TYPE_OPTIONS,
 };
 use axum::http::{HeaderMap, Method, StatusCode};
 use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use axum::{Extension, Router};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -46,13 +48,14 @@ use crate::client::Cluster;
 use crate::dial::DialArgs;
 use crate::output::note;
 use crate::process::{self, ShutdownArgs};
+use crate::try_it::STYLE;
 
 /// Where the pages are served unless somebody says otherwise.
 pub(crate) const DEFAULT_LISTEN: &str = "127.0.0.1:7071";
 
 /// Nothing comes from anywhere else, and no script but our own runs.
-const POLICY: &str = "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; \
-                      base-uri 'none'; frame-ancestors 'none'";
+const POLICY: &str = "default-src 'none'; style-src 'self'; script-src 'self' 'wasm-unsafe-eval'; worker-src 'self'; img-src 'self'; \
+                      connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'";
 
 /// Arguments of `gleaner web`.
 #[derive(Debug, clap::Args)]
@@ -97,10 +100,12 @@ fn tell_code(at: SocketAddr, entry: &Entry) {
 }
 
 fn router(source: Source, at: SocketAddr, entry: Option<Arc<Entry>>) -> Router {
+    const SCRIPT: &str = "text/javascript; charset=utf-8";
     let asset = |kind: &'static str, text: &'static str| {
         let headers = [(CONTENT_TYPE, kind), (CACHE_CONTROL, "no-cache")];
         get(move || ready((headers, text)))
     };
+    let wasm = [(CONTENT_TYPE, "application/wasm"), (CACHE_CONTROL, "no-cache"), (CONTENT_ENCODING, "gzip")];
     Router::new()
         .route("/", get(home::page))
         .route("/datasets/{name}", get(dataset::page))
@@ -108,12 +113,19 @@ fn router(source: Source, at: SocketAddr, entry: Option<Arc<Entry>>) -> Router {
         .route("/datasets/{name}/pictures/{version}/{shard}/{split}/{block}/{file}", get(pictures::picture))
         .route("/runs/{name}", get(run::page))
         .route("/runs/{name}/logs", get(run::logs))
+        .route("/runs/{name}/mistakes", get(mistakes::page))
+        .route("/runs/{name}/try", get(try_it::page))
+        .route("/runs/{name}/model.onnx", get(try_it::onnx))
         .route("/compare", get(compare::page))
-        .route("/style.css", asset("text/css; charset=utf-8", include_str!("web/style.css")))
-        .route("/live.js", asset("text/javascript; charset=utf-8", include_str!("web/live.js")))
+        .route("/style.css", asset("text/css; charset=utf-8", STYLE))
+        .route("/live.js", asset(SCRIPT, include_str!("web/live.js")))
+        .route("/try_it.js", asset(SCRIPT, crate::try_it::SCRIPT))
+        .route("/engine.js", asset(SCRIPT, crate::try_it::ENGINE))
+        .route("/engine.wasm", get(move || ready((wasm, crate::try_it::WASM))))
         .route("/icon.svg", asset("image/svg+xml", include_str!("web/icon.svg")))
         .fallback(|| ready(page::missing("there is no such page")))
         .with_state(source)
+        .layer(Extension(mistakes::Looks::default()))
         .layer(from_fn(move |request: Request<Body>, next: Next| {
             let entry = entry.clone();
             async move { guard(request, next, at, entry.as_deref()).await }

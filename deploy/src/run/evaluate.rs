@@ -46,28 +46,28 @@ pub(crate) struct Args {
 }
 
 /// What the model made of the pictures.
-#[derive(Debug, PartialEq, Serialize)]
-struct Evaluation {
+#[derive(Debug, Default, PartialEq, Serialize)]
+pub(crate) struct Evaluation {
     /// Pictures of classes that it knows, and how many of those it guessed right: at once, and among five guesses.
-    pictures: u64,
-    top1: u64,
+    pub(crate) pictures: u64,
+    pub(crate) top1: u64,
     top5: u64,
     /// Pictures of classes that it does not know.
     unknown: u64,
     /// The model's classes.
-    classes: Vec<Class>,
+    pub(crate) classes: Vec<Class>,
     /// How often each class (the first index) was taken for each one.
-    taken_for: Vec<Vec<u64>>,
+    pub(crate) taken_for: Vec<Vec<u64>>,
 }
 
 impl Evaluation {
-    fn new(classes: Vec<Class>) -> Self {
+    pub(crate) fn new(classes: Vec<Class>) -> Self {
         let taken_for = vec![vec![0; classes.len()]; classes.len()];
         Self { pictures: 0, top1: 0, top5: 0, unknown: 0, classes, taken_for }
     }
 
     /// Counts a picture of the class `is`, for which the network has these outputs.
-    fn count(&mut self, is: usize, logits: &[f32]) {
+    pub(crate) fn count(&mut self, is: usize, logits: &[f32]) {
         let better = logits.iter().filter(|logit| **logit > logits[is]).count();
         let first = (0..logits.len()).rev().max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap_or(is);
         self.pictures += 1;
@@ -77,7 +77,7 @@ impl Evaluation {
     }
 
     /// Of a class: its pictures, those that were guessed right, and for what it was taken most often instead.
-    fn of(&self, class: usize) -> (u64, u64, Option<(usize, u64)>) {
+    pub(crate) fn of(&self, class: usize) -> (u64, u64, Option<(usize, u64)>) {
         let row = &self.taken_for[class];
         let others = row.iter().copied().enumerate().filter(|&(other, n)| other != class && n > 0);
         (row.iter().sum(), row[class], others.max_by_key(|&(_, n)| n))

@@ -1,22 +1,17 @@
 //! `gleaner run model`: a trained model out of the cluster's store into a folder.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::{Context, Result};
-use proto::pb::{GetModelFileRequest, GetRunRequest};
-use proto::run_event::{EventRecord, RunEvent};
+use clap::ValueEnum;
 use proto::shard::sha256_hex;
 use serde_json::json;
-use tonic::Status;
 
-use crate::client::{Cluster, ClusterArgs, answer};
-use crate::exit::{Ended, Exit};
+use super::model_files::{done, of_run};
+use super::{calibration, card, int8};
+use crate::client::{Cluster, ClusterArgs};
 use crate::output::{Format, say, say_json};
-
-/// The next piece of a file must come within this time.
-const PIECE_DEADLINE: Duration = Duration::from_secs(30);
+use crate::try_it;
 
 /// Arguments of `gleaner run model`.
 #[derive(Debug, clap::Args)]
@@ -26,31 +21,65 @@ pub(crate) struct Args {
     /// The folder to write to; it is made if it is not there
     #[arg(long, value_name = "FOLDER", default_value = ".")]
     to: PathBuf,
-    /// Only this file, such as model.onnx; may be repeated [default: all]
-    #[arg(long, value_name = "NAME")]
-    file: Vec<String>,
+    /// What the model is to be for; may be repeated
+    #[arg(long, value_enum, default_values = ["safetensors", "onnx", "torchscript"])]
+    format: Vec<ModelFormat>,
     #[command(flatten)]
     cluster: ClusterArgs,
 }
 
-/// Writes the files of a done run's model, each checked against its digest.
+/// A form in which a model is of use to others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum ModelFormat {
+    /// model.safetensors: the weights, by the names that torchvision's AlexNet has
+    Safetensors,
+    /// model.onnx: for phones, browsers, anything with onnxruntime
+    Onnx,
+    /// model-int8.onnx: the same in 8 bits, a quarter of the bytes; fitted to pictures of the run's validation split
+    OnnxInt8,
+    /// model.pt: for libtorch and PyTorch
+    Torchscript,
+    /// index.html and what belongs to it: a page that any web server can serve, on which a browser asks the model (in 8 bits if
+    /// onnx-int8 is asked for as well)
+    Page,
+}
+
+/// Writes a done run's model in the forms that are asked for, with model.json and README.md, which say what it is.
 pub(super) async fn run(args: Args) -> Result<()> {
     let cluster = Cluster::new(&args.cluster)?;
-    let mut files = files(&cluster, &args.run).await?;
-    if let Some(unknown) = args.file.iter().find(|name| !files.contains_key(*name)) {
-        let known = files.into_keys().collect::<Vec<_>>().join(", ");
-        return Err(Ended::error(Exit::NotFound, format!("the model has no file {unknown:?}, but: {known}")));
-    }
-    files.retain(|name, _| args.file.is_empty() || args.file.contains(name));
+    let (run, digests) = done(&cluster, &args.run).await?;
+    let wants = |format| args.format.contains(&format);
+    let stored = async |file: &str| of_run(&cluster, &args.run, &digests, file).await;
     std::fs::create_dir_all(&args.to).with_context(|| format!("failed to make {}", args.to.display()))?;
+    let description = stored("model.json").await?;
+    let mut files = vec![("README.md", card::text(&run, &description)?), ("model.json", description)];
+    for (format, file) in [(ModelFormat::Safetensors, "model.safetensors"), (ModelFormat::Torchscript, "model.pt")] {
+        if wants(format) {
+            files.push((file, stored(file).await?));
+        }
+    }
+    if wants(ModelFormat::Onnx) || wants(ModelFormat::OnnxInt8) || wants(ModelFormat::Page) {
+        let onnx = stored("model.onnx").await?;
+        let int8 = if wants(ModelFormat::OnnxInt8) {
+            Some(int8::quantise(&onnx, &calibration::pictures(&cluster, &run, &onnx).await?)?)
+        } else {
+            None
+        };
+        if wants(ModelFormat::Page) {
+            files.extend(try_it::folder(&args.run, if int8.is_some() { "model-int8.onnx" } else { "model.onnx" })?);
+        }
+        if wants(ModelFormat::Onnx) || int8.is_none() {
+            files.push(("model.onnx", onnx));
+        }
+        files.extend(int8.map(|bytes| ("model-int8.onnx", bytes)));
+    }
     let mut written = Vec::new();
-    for (file, digest) in files {
-        let bytes = read(&cluster, &args.run, (&file, &digest)).await?;
-        let path = args.to.join(&file);
+    for (file, bytes) in files {
+        let path = args.to.join(file);
         put(&path, &bytes).with_context(|| format!("failed to write {}", path.display()))?;
         match args.cluster.output {
             Format::Table => say(format!("{}  {} bytes", path.display(), bytes.len())),
-            Format::Json => written.push(json!({"file": path, "bytes": bytes.len(), "sha256": digest})),
+            Format::Json => written.push(json!({"file": path, "bytes": bytes.len(), "sha256": sha256_hex(&bytes)})),
         }
     }
     if args.cluster.output == Format::Json {
@@ -59,55 +88,10 @@ pub(super) async fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
-/// One file of a done run's model.
-///
-/// # Errors
-/// If the run is not done, or its model has no such file.
-pub(crate) async fn fetch(cluster: &Cluster, run: &str, file: &str) -> Result<Vec<u8>> {
-    let files = files(cluster, run).await?;
-    let digest = files.get(file).with_context(|| format!("the model of run {run} has no file {file}"))?;
-    read(cluster, run, (file, digest)).await
-}
-
-/// The files of a done run's model with their digests.
-async fn files(cluster: &Cluster, name: &str) -> Result<BTreeMap<String, String>> {
-    let run = answer(cluster.runs.clone().get_run(GetRunRequest { run: name.to_owned() })).await?;
-    digests(&run.events).ok_or_else(|| {
-        let message =
-            format!("run {name} is not done: a model is written at its end. See: gleaner run describe {name}");
-        Ended::error(Exit::Conflict, message)
-    })
-}
-
-/// A file of a model, checked against its digest.
-async fn read(cluster: &Cluster, run: &str, (file, digest): (&str, &str)) -> Result<Vec<u8>> {
-    let request = GetModelFileRequest { run: run.to_owned(), file: file.to_owned() };
-    let mut pieces = answer(cluster.runs.clone().get_model_file(request)).await?;
-    let mut bytes = Vec::new();
-    loop {
-        let next = tokio::time::timeout(PIECE_DEADLINE, pieces.message()).await;
-        match next.map_err(|_| Status::deadline_exceeded(format!("{file} stopped half way")))?? {
-            Some(piece) => bytes.extend_from_slice(&piece.bytes),
-            None => break,
-        }
-    }
-    anyhow::ensure!(sha256_hex(&bytes) == digest, "{file} has changed in the store: its digest is not the run's");
-    Ok(bytes)
-}
-
 /// A half file never stands under its name.
 fn put(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let mut part = path.as_os_str().to_owned();
     part.push(".part");
     std::fs::write(&part, bytes)?;
     std::fs::rename(&part, path)
-}
-
-/// The model's files with their digests, if the run's history has one.
-fn digests(events: &[String]) -> Option<BTreeMap<String, String>> {
-    let event = |json: &String| serde_json::from_str::<EventRecord>(json).ok();
-    events.iter().rev().filter_map(event).find_map(|record| match record.event {
-        RunEvent::Done { digests, .. } => Some(digests),
-        _ => None,
-    })
 }

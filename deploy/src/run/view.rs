@@ -19,6 +19,12 @@ pub(super) fn changed(of: &NameArgs, run: &Run, what: &str) -> Result<()> {
     }
 }
 
+/// The epoch that a run is in, counted from 1; of one that is done, its last.
+pub(crate) fn epoch(run: &Run) -> u64 {
+    let begun = run.step / run.steps_per_epoch.max(1) + u64::from(run.step < run.epochs * run.steps_per_epoch);
+    begun.min(run.epochs)
+}
+
 /// One event of a run's history for people.
 pub(crate) fn happened(event: &RunEvent) -> String {
     match event {

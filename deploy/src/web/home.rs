@@ -11,6 +11,7 @@ use super::progress::{YIELD, progress, shares};
 use super::source::Source;
 use crate::client::answer;
 use crate::output::state_name;
+use crate::run::view;
 use crate::time::span;
 
 /// The newest runs are shown, so many.
@@ -56,7 +57,7 @@ fn verdict(source: &Source, status: &Status, datasets: &[Dataset], runs: &[Run])
             @match run.state() {
                 RunState::Waiting => { "waits: " (run.reason) }
                 _ => {
-                    "epoch " (run.last_step.as_ref().map_or(1, |last| last.epoch)) " of " (run.epochs)
+                    "epoch " (view::epoch(run)) " of " (run.epochs)
                     @if let Some(top1) = best(run) { ", validation top-1 " (format!("{:.1} %", 100.0 * top1)) }
                 }
             }
@@ -115,7 +116,7 @@ fn runs_section(runs: &[Run]) -> Markup {
                         tr {
                             td { a href={ "/runs/" (run.run) } { (run.run) } }
                             td { (state_name(run.state().as_str_name(), "RUN_STATE_")) }
-                            td { (point.map_or(0, |point| point.epoch)) "/" (run.epochs) (bar("done", &[("kept", run.step as f64), ("wait", (run.epochs * run.steps_per_epoch).saturating_sub(run.step) as f64)])) }
+                            td { (view::epoch(run)) "/" (run.epochs) (bar("done", &[("kept", run.step as f64), ("wait", (run.epochs * run.steps_per_epoch).saturating_sub(run.step) as f64)])) }
                             td .n { @if let Some(point) = point { (format!("{:.3}", point.loss)) } }
                             td .n { @if let Some(top1) = best(run) { (format!("{top1:.3}")) } }
                             td .n { @if let Some(test) = &run.test { (format!("{:.3}", test.top1)) } }

@@ -8,12 +8,14 @@ use axum::extract::{Path, State};
 use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use axum::response::{IntoResponse, Response};
 use proto::manifest::{ManifestShard, ManifestTar, Skips};
+use proto::shard::RawSample;
 use proto::{Manifest, Split};
 
 use super::page::{Failure, missing};
 use super::source::Source;
 
 /// Where one stored picture is found, and what it is.
+#[derive(Debug, Clone)]
 pub(super) struct Found {
     pub(super) address: String,
     pub(super) key: u64,
@@ -21,12 +23,48 @@ pub(super) struct Found {
     pub(super) split: Split,
 }
 
-/// One place from which pictures are taken.
-struct Place<'a> {
+/// One place from which pictures are taken: a block of a tar.
+pub(super) struct Place<'a> {
     shard: &'a ManifestShard,
-    split: Split,
+    pub(super) split: Split,
     tar: &'a ManifestTar,
     block: usize,
+}
+
+/// All places that have pictures which count.
+pub(super) fn places(manifest: &Manifest) -> Vec<Place<'_>> {
+    manifest
+        .shards
+        .iter()
+        .flat_map(|shard| shard.tars.iter().map(move |(&split, tar)| (shard, split, tar)))
+        .flat_map(|(shard, split, tar)| (0..tar.blocks.len()).map(move |block| Place { shard, split, tar, block }))
+        .filter(|place| place.tar.blocks[place.block].kept > 0)
+        .collect()
+}
+
+/// The pictures of a place that count, with what is stored of them.
+pub(super) async fn read(
+    source: &Source,
+    name: &str,
+    manifest: &Manifest,
+    place: &Place<'_>,
+) -> Result<Vec<(Found, RawSample)>> {
+    let block = place.tar.blocks[place.block];
+    let samples = source.block(name, &place.tar.key, block.offset, block.length).await?;
+    let skips = match &place.shard.skips {
+        Some(file) => Skips::from_bytes(&source.object(name, &file.key, 0, 0).await?),
+        None => Skips::default(),
+    };
+    let before: u32 = place.tar.blocks[..place.block].iter().map(|block| block.samples).sum();
+    let counts = |n: usize| !skips.contains(place.tar.first + before + n as u32);
+    let found = |n: usize, sample: &RawSample| {
+        let (version, shard, split) = (manifest.version, place.shard.shard, place.split.name());
+        let address =
+            format!("/datasets/{name}/pictures/{version}/{shard}/{split}/{}/{n}.{}", place.block, sample.ending);
+        Found { address, key: sample.key, label: sample.label as usize, split: place.split }
+    };
+    let counting = samples.iter().enumerate().filter(|(n, _)| counts(*n));
+    Ok(counting.map(|(n, sample)| (found(n, sample), sample.clone())).collect())
 }
 
 /// Up to `most` pictures that count, from blocks all over the dataset, from the `page`th choice of them on; of `class` alone, if given.
@@ -38,53 +76,21 @@ pub(super) async fn sheet(
     class: Option<usize>,
     (most, page): (usize, usize),
 ) -> Result<Vec<Found>> {
-    let places: Vec<Place<'_>> = manifest
-        .shards
-        .iter()
-        .flat_map(|shard| shard.tars.iter().map(move |(&split, tar)| (shard, split, tar)))
-        .flat_map(|(shard, split, tar)| (0..tar.blocks.len()).map(move |block| Place { shard, split, tar, block }))
-        .filter(|place| place.tar.blocks[place.block].kept > 0)
-        .collect();
+    let places = places(manifest);
     let looks = places.len().min(if class.is_some() { most } else { most.div_ceil(6) });
     let each = if class.is_some() { most } else { 6 };
     let mut found = Vec::new();
     for look in 0..looks {
         // Evenly spread; the next page begins beside them.
         let place = &places[(look * places.len() / looks + page) % places.len()];
-        let block = place.tar.blocks[place.block];
-        let samples = source.block(name, &place.tar.key, block.offset, block.length).await?;
-        let skips = match &place.shard.skips {
-            Some(file) => Skips::from_bytes(&source.object(name, &file.key, 0, 0).await?),
-            None => Skips::default(),
-        };
-        let counting = counting(&skips, place, samples.len());
-        let address = |n: usize, ending: &str| {
-            let Manifest { version, .. } = manifest;
-            let (shard, split, block) = (place.shard.shard, place.split.name(), place.block);
-            format!("/datasets/{name}/pictures/{version}/{shard}/{split}/{block}/{n}.{ending}")
-        };
-        let wanted = samples
-            .iter()
-            .enumerate()
-            .filter(|(n, sample)| counting[*n] && class.is_none_or(|class| sample.label as usize == class));
-        found.extend(wanted.take(each).map(|(n, sample)| Found {
-            address: address(n, &sample.ending),
-            key: sample.key,
-            label: sample.label as usize,
-            split: place.split,
-        }));
+        let here = read(source, name, manifest, place).await?.into_iter().map(|(found, _)| found);
+        found.extend(here.filter(|found| class.is_none_or(|class| found.label == class)).take(each));
         if found.len() >= most {
             break;
         }
     }
     found.truncate(most);
     Ok(found)
-}
-
-/// Which samples of a block count.
-fn counting(skips: &Skips, place: &Place<'_>, samples: usize) -> Vec<bool> {
-    let before: u32 = place.tar.blocks[..place.block].iter().map(|block| block.samples).sum();
-    (0..samples as u32).map(|n| !skips.contains(place.tar.first + before + n)).collect()
 }
 
 /// One picture as it is stored.

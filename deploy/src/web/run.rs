@@ -42,6 +42,7 @@ pub(super) async fn page(State(source): State<Source>, Path(name): Path<String>)
         }
         section #more {
             h2 { "More" }
+            @if run.state() == RunState::Done { p { a href={ "/runs/" (run.run) "/mistakes" } { "What it gets wrong" } " · " a href={ "/runs/" (run.run) "/try" } { "Try it on a picture" } } }
             p { a href={ "/runs/" (run.run) "/logs" } { "What its ranks wrote" } " · " a href={ "/datasets/" (run.dataset) } { "Its dataset, " (run.dataset) } " (version " (run.manifest_version) ")" }
             details #spec { summary { "Its spec" } pre { (spec(&run)) } }
         }
@@ -82,7 +83,7 @@ fn verdict(run: &Run, points: &[Metric]) -> Markup {
             p .verdict {
                 (state_name(run.state().as_str_name(), "RUN_STATE_"))
                 @if !run.reason.is_empty() { ": " (run.reason) }
-                ". Step " (number(run.step)) " of " (number(steps)) ", epoch " (run.last_step.as_ref().map_or(0, |last| last.epoch)) " of " (run.epochs)
+                ". Step " (number(run.step)) " of " (number(steps)) ", epoch " (view::epoch(run)) " of " (run.epochs)
                 @if let Some(best) = best { "; best validation top-1 " (format!("{:.1} %", 100.0 * best)) }
                 @if let Some(test) = &run.test { "; test top-1 " (format!("{:.1} %", 100.0 * test.top1)) ", top-5 " (format!("{:.1} %", 100.0 * test.top5)) }
                 @if run.state() == RunState::Running { @if let Some(left) = left() { "; about " (left) " left" } }
