@@ -128,7 +128,8 @@ fn classify_sees_what_onnxruntime_sees_and_is_as_right_as_the_runs_own_test() {
     cluster.start_worker("worker");
     let classes = dataset(&cluster).classes;
     cluster.start_trainer("trainer", 1);
-    for (run, arch) in [("bn", "alexnet-bn"), ("slim", "alexnet-slim")] {
+    let runs = [("bn", "alexnet-bn"), ("slim", "alexnet-slim"), ("paper", "alexnet-2012")];
+    for (run, arch) in runs {
         let model = format!("model = {{ arch = \"{arch}\", width = 0.25 }}\ninput = {{ crop = 64 }}\n");
         let train =
             "train = { epochs = 6, batch = 16, learning_rate = 0.02 }\nranks = { max = 1, lanes = 2, threads = 1 }\n";
@@ -137,9 +138,12 @@ fn classify_sees_what_onnxruntime_sees_and_is_as_right_as_the_runs_own_test() {
     }
     let tree = cluster.path("tree").display().to_string();
     cluster.gleaner(&["dataset", "export", "small", "--to", &tree, "--as", "tree"]);
-    for run in ["bn", "slim"] {
+    for (run, _) in runs {
         let folder = cluster.path(run).display().to_string();
-        cluster.gleaner(&["run", "model", run, "--to", &folder]);
+        cluster.gleaner(&["run", "model", run, "--to", &folder, "--format", "onnx", "--format", "onnx-int8"]);
+        let int8 = format!("{folder}/model-int8.onnx");
+        let bytes = |file: &str| std::fs::metadata(file).expect("it was written").len() as f64;
+        assert!(bytes(&int8) < 0.3 * bytes(&format!("{folder}/model.onnx")), "{run}: {} bytes", bytes(&int8));
         let (mut right, mut pictures) = (0, 0);
         for class in &classes {
             let of = format!("{tree}/test/{}", class.synset);
@@ -154,10 +158,18 @@ fn classify_sees_what_onnxruntime_sees_and_is_as_right_as_the_runs_own_test() {
                 pictures += 1;
             }
             let file = cluster.write("answers.json", &found.to_string());
-            let script = root().join("tests/python/classified.py");
-            let difference = printed(python("python").arg(script).args([&folder, &file]));
-            let difference: f64 = difference.trim().parse().expect("a number");
-            assert!(difference < 1e-4, "{run} {}: {difference}", class.synset);
+            let difference = |model: &str, file: &str| -> f64 {
+                let script = root().join("tests/python/classified.py");
+                printed(python("python").arg(script).args([model, file])).trim().parse().expect("a number")
+            };
+            let exact = difference(&format!("{folder}/model.onnx"), &file);
+            assert!(exact < 1e-4, "{run} {}: {exact}", class.synset);
+            // In 8 bits a value may be rounded to either side; what differs by more has other scales.
+            let found = cluster.json(&["classify", &int8, &of]);
+            let rounded = difference(&int8, &cluster.write("answers8.json", &found.to_string()));
+            let coarse =
+                difference(&format!("{folder}/model.onnx"), &cluster.path("answers8.json").display().to_string());
+            assert!(rounded < 0.05 && coarse < 0.25, "{run} {}: {rounded} {coarse}", class.synset);
         }
         let test = cluster.json(&["run", "describe", run])["test"].clone();
         assert_eq!(test["samples"].as_u64(), Some(pictures), "{test}");
@@ -167,6 +179,9 @@ fn classify_sees_what_onnxruntime_sees_and_is_as_right_as_the_runs_own_test() {
         let evaluated = cluster.json(&["run", "evaluate", run, "--csv", &csv]);
         assert_eq!((&evaluated["top1"], &evaluated["pictures"]), (&right.into(), &pictures.into()), "{evaluated}");
         assert_eq!(std::fs::read_to_string(csv).expect("it was written").lines().count(), 4, "a class a row");
+        let smaller =
+            cluster.json(&["run", "evaluate", &int8, "--dataset", "small"])["top1"].as_u64().expect("a count");
+        assert!(smaller.abs_diff(right) <= 2, "{run}: {right} of {pictures} in f32, {smaller} in 8 bits");
         let named = cluster.gleaner(&["run", "evaluate", &folder, "--dataset", "small", "--split", "train"]);
         assert!(named.contains("train split"), "{named}");
         assert_eq!(cluster.try_gleaner(&["run", "evaluate", &folder]).status.code(), Some(2), "of which dataset?");

@@ -1,6 +1,6 @@
 """Looks with onnxruntime, over Pillow's decoder, at the pictures that `gleaner classify -o json` has looked at.
 
-    classified.py MODEL_FOLDER ANSWERS.json
+    classified.py MODEL.onnx ANSWERS.json
 
 Prints the largest difference of the logits, relative to the largest logit. The pictures have the size that the model's are stored with.
 """
@@ -13,8 +13,8 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
-folder, answers = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+model, answers = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
 crop = session.get_inputs()[0].shape[2]
 size = json.loads(session.get_modelmeta().custom_metadata_map["resize"])["size"]
 worst = 0.0
