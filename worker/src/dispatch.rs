@@ -6,8 +6,11 @@
 
 mod batch;
 
+use std::future::poll_fn;
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Poll, ready};
 use std::time::Duration;
 
 use backon::BackoffBuilder;
@@ -259,13 +262,22 @@ impl Dispatcher {
 
     /// Returns when nothing of a site may be in flight any more.
     async fn ended(&self, site: &str) {
-        loop {
-            let until = self.hosts().until(site);
-            match until.filter(|until| *until > Instant::now()) {
-                Some(until) => sleep_until(until).await,
-                None => return,
+        let mut until = Instant::now();
+        let mut timer = pin!(sleep_until(until));
+        // By the clock at each look: a process that stood still hears of other events before its timers.
+        poll_fn(|cx| {
+            loop {
+                if Instant::now() >= until {
+                    match self.hosts().until(site) {
+                        Some(prolonged) if prolonged > Instant::now() => until = prolonged,
+                        _ => return Poll::Ready(()),
+                    }
+                    timer.as_mut().reset(until);
+                }
+                ready!(timer.as_mut().poll(cx));
             }
-        }
+        })
+        .await;
     }
 }
 
