@@ -1,6 +1,8 @@
 //! A cluster over TLS, with real processes: who is let in, and certificates and authorities that are replaced meanwhile.
 #![allow(clippy::print_stdout, reason = "measured figures")]
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -223,6 +225,13 @@ fn certificates_and_authorities_are_replaced_under_a_running_fetch_without_a_fai
         });
         reloaded("worker", &|| drop(cluster.write("ca.pem", &new.pem())));
         reloaded("coordinator", &|| drop(cluster.write("client-ca.pem", &new.pem())));
+        // The worker's connection is older than its new certificate: it is ended, and the next one is made with that.
+        let replaced = std::time::Instant::now();
+        cluster.eventually("who was trusted for the old authority is put out", |_| {
+            scraped(&metrics).contains("gleaner_connections_refused_total{reason=\"distrusted\"}")
+        });
+        println!("TLS: put_out_seconds={:.1}", replaced.elapsed().as_secs_f64());
+        assert!(replaced.elapsed() < Duration::from_secs(5), "{:?}", replaced.elapsed());
         let before = calls.load(Ordering::Relaxed);
         cluster.eventually("calls go on", |_| calls.load(Ordering::Relaxed) > before + 2);
         over.store(true, Ordering::Relaxed);
@@ -243,6 +252,16 @@ fn certificates_and_authorities_are_replaced_under_a_running_fetch_without_a_fai
     cluster.gleaner(&["dataset", "wait", "many", "--timeout", "120s"]);
     assert_eq!(cluster.json(&["dataset", "describe", "many"])["outcomes"]["kept"], 400);
     assert_eq!(cluster.pid("worker"), pids[1]);
+}
+
+/// What a role says of itself.
+fn scraped(address: &FreeAddress) -> String {
+    let mut socket = TcpStream::connect(address.to_string()).expect("it listens");
+    let ask = format!("GET /metrics HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+    socket.write_all(ask.as_bytes()).expect("asked");
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).expect("answered");
+    answer
 }
 
 /// CPU seconds that 1,000 renewals cost the coordinator.

@@ -14,9 +14,11 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::AbortHandle;
-use tokio::time::{Instant, Sleep, sleep_until, timeout_at};
+use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout, timeout_at};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
+use tokio_rustls::rustls::pki_types::{CertificateDer, UnixTime};
+use tokio_rustls::rustls::server::danger::ClientCertVerifier;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::either::Either;
@@ -36,6 +38,8 @@ const GREETING_BYTES: usize = 24 + 9;
 const MOST_WAITING: usize = 4_096;
 /// Connections that have.
 const MOST_CONNECTIONS: usize = 16_384;
+/// How often the certificates of open connections are looked at: they end some day.
+const LOOK: Duration = Duration::from_secs(60);
 /// After a connection could not be accepted, as when there are too many open files.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// The first byte of what is sent over TLS.
@@ -46,8 +50,17 @@ const HANDSHAKE_RECORD: u8 = 0x16;
 pub struct Tls {
     /// Whether calls over plain connections are refused.
     pub required: bool,
-    /// The certificate, and whose clients' certificates are trusted; each new connection takes the newest one.
-    pub config: watch::Receiver<Arc<ServerConfig>>,
+    /// What each new connection takes the newest of, and each that is open is held against.
+    pub config: watch::Receiver<Arc<Trust>>,
+}
+
+/// The certificate that is shown, and whose clients' certificates are trusted.
+#[derive(Debug)]
+pub struct Trust {
+    /// For handshakes; it checks clients by `clients`, too.
+    pub server: Arc<ServerConfig>,
+    /// None: no certificate of a client is looked at.
+    pub clients: Option<Arc<dyn ClientCertVerifier>>,
 }
 
 /// Whose connection it is; in the extensions of each request.
@@ -153,22 +166,45 @@ async fn greet(socket: TcpStream, tls: Option<Tls>, places: Arc<Semaphore>) -> R
     }
     // An answer that waits for the next one to fill a packet would cost a round trip each.
     socket.set_nodelay(true).map_err(Refused::Handshake)?;
-    let (io, certificate) = match tls {
+    let (io, certificate, distrusted) = match tls {
         Some(tls) if first == [HANDSHAKE_RECORD] => {
-            let config = Arc::clone(&tls.config.borrow());
-            let stream = timeout_at(deadline, TlsAcceptor::from(config).accept(socket)).await;
+            let server = Arc::clone(&tls.config.borrow().server);
+            let stream = timeout_at(deadline, TlsAcceptor::from(server).accept(socket)).await;
             let stream = stream.map_err(|_| Refused::Silent)?.map_err(Refused::Handshake)?;
-            let shown = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
-            let certificate = shown.map(PeerCertificate::read).transpose().map_err(Refused::Handshake)?;
-            (Either::Right(stream), certificate.map(Arc::new))
+            let shown = stream.get_ref().1.peer_certificates().unwrap_or_default();
+            let certificate = shown.first().map(PeerCertificate::read).transpose().map_err(Refused::Handshake)?;
+            let chain: Vec<_> = shown.iter().map(|certificate| certificate.clone().into_owned()).collect();
+            let distrusted: Option<Distrusted> =
+                if chain.is_empty() { None } else { Some(Box::pin(distrusted(tls.config, chain))) };
+            (Either::Right(stream), certificate.map(Arc::new), distrusted)
         }
-        _ => (Either::Left(socket), None),
+        _ => (Either::Left(socket), None, None),
     };
     let place = places.try_acquire_owned().map_err(|_| Refused::Full)?;
     let peer = Peer { encrypted: matches!(io, Either::Right(_)), certificate };
     metrics::connections(1);
     let greeting = Some((GREETING_BYTES, Box::pin(sleep_until(deadline))));
-    Ok(Accepted { io, peer, greeting, _place: place })
+    Ok(Accepted { io, peer, greeting, distrusted, _place: place })
+}
+
+/// Ends when a client's certificates are good no more.
+type Distrusted = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// Waits until `chain`, which was good at the handshake, is not: its authority has gone, or its time is over.
+async fn distrusted(mut config: watch::Receiver<Arc<Trust>>, chain: Vec<CertificateDer<'static>>) {
+    loop {
+        // Files that are read no more change nothing; time still does.
+        if let Ok(Err(_)) = timeout(LOOK, config.changed()).await {
+            sleep(LOOK).await;
+        }
+        let trust = Arc::clone(&config.borrow_and_update());
+        let Some((own, between)) = chain.split_first() else { return };
+        let good =
+            |clients: &Arc<dyn ClientCertVerifier>| clients.verify_client_cert(own, between, UnixTime::now()).is_ok();
+        if !trust.clients.as_ref().is_some_and(good) {
+            return;
+        }
+    }
 }
 
 /// A connection that was let in.
@@ -177,6 +213,8 @@ pub(crate) struct Accepted {
     peer: Peer,
     /// How many bytes of the greeting have not come yet, and until when they must have.
     greeting: Option<(usize, Pin<Box<Sleep>>)>,
+    /// None: there is no certificate that could become bad.
+    distrusted: Option<Distrusted>,
     _place: OwnedSemaphorePermit,
 }
 
@@ -201,6 +239,16 @@ impl AsyncRead for Accepted {
         {
             metrics::connection_refused("silent");
             return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
+        if let Some(distrusted) = &mut self.distrusted
+            && distrusted.as_mut().poll(cx).is_ready()
+        {
+            self.distrusted = None;
+            metrics::connection_refused("distrusted");
+            return Poll::Ready(Err(io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                "its certificate is trusted no more",
+            )));
         }
         let before = buffer.filled().len();
         let read = ready!(Pin::new(&mut self.io).poll_read(cx, buffer));

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
 
 use anyhow::{Context, Result, ensure};
-use coordinator::door::Tls;
+use coordinator::door::{Tls, Trust};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -130,20 +130,24 @@ impl ClientTlsArgs {
 }
 
 /// `read` is of a certificate, its key and, if clients must show theirs, their authorities.
-fn server(paths: &[PathBuf], read: &[Vec<u8>]) -> Result<ServerConfig> {
-    let builder = ServerConfig::builder();
-    let builder = match read.get(2) {
-        None => builder.with_no_client_auth(),
+fn server(paths: &[PathBuf], read: &[Vec<u8>]) -> Result<Trust> {
+    let clients = match read.get(2) {
+        None => None,
         Some(authorities) => {
             // Who shows none hears what is wanted of him from the service; a handshake that fails would not say it.
             let verifier = WebPkiClientVerifier::builder(Arc::new(roots(&paths[2], authorities)?));
-            builder.with_client_cert_verifier(verifier.allow_unauthenticated().build()?)
+            Some(verifier.allow_unauthenticated().build()?)
         }
+    };
+    let builder = ServerConfig::builder();
+    let builder = match clients.clone() {
+        None => builder.with_no_client_auth(),
+        Some(clients) => builder.with_client_cert_verifier(clients),
     };
     let (chain, key) = pair(paths, read)?;
     let mut config = builder.with_single_cert(chain, key).with_context(|| unfit(paths))?;
     config.alpn_protocols = vec![ALPN.to_vec()];
-    Ok(config)
+    Ok(Trust { server: Arc::new(config), clients })
 }
 
 /// `read` is of authorities, if `has_ca`, and of a certificate and its key, if there is one.
