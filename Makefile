@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test test-nccl soak-train bench-train bench-fetch bench-scale fuzz engine images try-cluster libtorch pytorch clean
+.PHONY: help setup build demo test test-nccl soak soak-train bench-train bench-fetch bench-scale fuzz engine images try-cluster libtorch pytorch clean
 
 tools := target/tools
 export PATH := $(CURDIR)/$(tools)/bin:$(PATH)
@@ -13,6 +13,8 @@ help:
 	@echo "make build                the gleaner binary: target/debug/gleaner"
 	@echo "make test                 everything that has to hold, with the time of each stage"
 	@echo "make test-nccl            does the NCCL backend compile, link and start? (part of 'make test' when CI is set)"
+	@echo "make soak                 a cluster of which something is killed, stopped or confused every second, for MINUTES=5; each URL must have"
+	@echo "                          its outcome in the end, and fsck finds nothing [SEED=1]"
 	@echo "make soak-train           a run whose ranks and agents are killed every 10 s for SECONDS=300; its ledger must be an undisturbed one's"
 	@echo "make bench-train          the trainer against PyTorch, torchvision and WebDataset on this machine [ARGS=--help]"
 	@echo "make bench-fetch          Gleaner and img2dataset on the same lists (PHOTOS=photos.tar: with these JPEGs; ROUNDS=2)"
@@ -48,6 +50,10 @@ images: setup
 
 try-cluster: $(tools)/ready
 	$(python) tests/k8s/cluster.py $(ARGS)
+
+soak: $(tools)/ready
+	SEED=$(or $(SEED),1) MINUTES=$(or $(MINUTES),5) cargo test --locked -p gleaner --test soak -- --ignored --exact --nocapture soak | tee target/soak.log
+	@grep '^soak:' target/soak.log
 
 soak-train: setup
 	SECONDS_OF_KILLS=$(or $(SECONDS),300) cargo test --locked -p gleaner --test elastic -- --ignored --exact --nocapture soak | tee target/soak-train.log

@@ -10,6 +10,7 @@ use serde::Serialize;
 use worker::Preparer;
 
 use crate::client::ClusterArgs;
+use crate::complete;
 use crate::exit::{Ended, Exit};
 use crate::output::{Format, say, say_json};
 use crate::run::network::Network;
@@ -26,6 +27,7 @@ const FETCH: Duration = Duration::from_secs(60);
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// A run's name, or a model on this machine: its folder, or its model.onnx
+    #[arg(add = complete::runs())]
     model: String,
     /// Pictures, folders of pictures, or http(s) addresses of pictures
     #[arg(required = true, value_name = "PICTURE")]

@@ -23,6 +23,7 @@ use tonic::Status;
 
 use self::create::{CreateArgs, RefreshArgs};
 use crate::client::{Cluster, ClusterArgs, TimeoutArgs, answer, follow, insist, wait_for};
+use crate::complete;
 use crate::confirm;
 use crate::exit::{Ended, Exit};
 use crate::output::{Format, Progress, Table, note, percent, say, say_json, state_name};
@@ -65,6 +66,7 @@ pub(crate) enum Command {
     /// Print a manifest: the immutable version of a dataset that runs read
     Manifest {
         /// The dataset's name
+        #[arg(add = complete::datasets())]
         name: String,
         /// Which version; the latest if left out
         #[arg(long, default_value_t = 0, hide_default_value = true)]
@@ -92,6 +94,7 @@ pub(crate) enum Command {
 #[derive(Debug, clap::Args)]
 pub(crate) struct NameArgs {
     /// The dataset's name
+    #[arg(add = complete::datasets())]
     name: String,
     #[command(flatten)]
     cluster: ClusterArgs,

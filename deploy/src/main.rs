@@ -16,6 +16,7 @@ mod allocator;
 mod classify;
 mod cli;
 mod client;
+mod complete;
 mod confirm;
 mod credentials;
 mod dataset;
@@ -54,6 +55,7 @@ use clap::{ArgMatches, CommandFactory, FromArgMatches};
 use tracing::{Instrument, Span};
 
 fn main() -> ExitCode {
+    complete::answer_shell::<cli::Cli>();
     let matches = cli::Cli::command().get_matches();
     let cli = cli::Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     let name = name(&matches);

@@ -23,6 +23,7 @@ mod wait;
 use anyhow::Result;
 
 use crate::client::{ClusterArgs, TimeoutArgs};
+use crate::complete;
 
 /// Submits, shows and ends training runs.
 #[derive(Debug, clap::Subcommand)]
@@ -66,6 +67,7 @@ pub(crate) enum Command {
 #[derive(Debug, clap::Args)]
 pub(crate) struct NameArgs {
     /// The run's name
+    #[arg(add = complete::runs())]
     run: String,
     #[command(flatten)]
     cluster: ClusterArgs,

@@ -20,6 +20,7 @@ use proto::{DatasetId, Manifest, Rejection, ShardIndex, Stored, keys, table};
 use tonic::Status;
 
 use crate::client::{Cluster, ClusterArgs, answer, insist};
+use crate::complete;
 use crate::exit::{Ended, Exit};
 use crate::store;
 
@@ -33,6 +34,7 @@ const AHEAD: usize = 4;
 #[derive(Debug, clap::Args)]
 pub(super) struct DatasetArgs {
     /// The dataset's name
+    #[arg(add = complete::datasets())]
     pub(super) name: String,
     /// Read straight from the cluster's store (a folder, s3://, gs:// or az://) instead of through the coordinator
     #[arg(long, value_name = "STORE")]

@@ -10,6 +10,7 @@ use serde_json::json;
 use super::model_files::{done, of_run};
 use super::{calibration, card, int8};
 use crate::client::{Cluster, ClusterArgs};
+use crate::complete;
 use crate::output::{Format, say, say_json};
 use crate::try_it;
 
@@ -17,6 +18,7 @@ use crate::try_it;
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// The run's name
+    #[arg(add = complete::runs())]
     run: String,
     /// The folder to write to; it is made if it is not there
     #[arg(long, value_name = "FOLDER", default_value = ".")]
