@@ -5,6 +5,9 @@
 
 pub(crate) mod ipc;
 
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::panic::AssertUnwindSafe;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -24,9 +27,13 @@ use crate::learn::failure::Failure;
 use crate::learn::job::Job;
 use crate::learn::reports::Reports;
 use crate::learn::train::{Ending, generation};
+use crate::torch::device;
 
 /// Time between two heartbeats.
 const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(250);
+
+/// The name of the training thread.
+const TRAINING_THREAD: &str = "train";
 
 /// Runs one rank until its agent closes its stdin. On SIGTERM it leaves its generation after the step, with a checkpoint, and ends.
 /// `used` returns the store requests since its last call, for the agent. `flush` is called after the rank has left a generation in order,
@@ -39,12 +46,16 @@ pub async fn run_rank(
     used: fn() -> Option<pb::StoreUse>,
     flush: impl Fn() + Send + 'static,
 ) -> Result<()> {
-    // A rank without one of its threads would keep the other ranks waiting. A process that has exited is replaced.
+    // A rank without one of its threads would keep the other ranks waiting. A process that has exited is replaced. The training thread
+    // says why it ends.
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
         hook(info);
-        std::process::exit(101);
+        if std::thread::current().name() != Some(TRAINING_THREAD) {
+            std::process::exit(101);
+        }
     }));
+    let to_agent = own_stdout()?;
     let runtime = tokio::runtime::Handle::current();
     let (orders, to_train) = channel();
     let (reports, to_write) = channel();
@@ -75,12 +86,19 @@ pub async fn run_rank(
     let (done, ended) = tokio::sync::oneshot::channel();
     let beating = heartbeat.clone();
     spawn("reports", move || {
-        write_reports(&to_write, &beating, used);
+        write_reports(to_agent, &to_write, &beating, used);
         let _ = done.send(());
     })?;
     // When this thread ends, the reports thread writes what is left and ends.
-    spawn("train", move || serve(&context, &to_train, &reports, &heartbeat, &flush))?;
+    spawn(TRAINING_THREAD, move || serve(&context, &to_train, &reports, &heartbeat, &flush))?;
     ended.await.context("the reporting thread panicked")
+}
+
+/// The way to the agent. Libraries may print on standard output, which is standard error from now on.
+fn own_stdout() -> Result<File> {
+    let agent = std::io::stdout().as_fd().try_clone_to_owned()?;
+    rustix::stdio::dup2_stdout(std::io::stderr())?;
+    Ok(agent.into())
 }
 
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
@@ -121,9 +139,13 @@ fn read_orders(
 }
 
 /// Writes reports as they come, and heartbeats and store use at intervals, until the training thread has ended.
-fn write_reports(reports: &Receiver<pb::RankMessage>, heartbeat: &Heartbeat, used: fn() -> Option<pb::StoreUse>) {
-    let mut stdout = std::io::stdout().lock();
-    let mut write = |message: pb::RankMessage| ipc::write(&mut stdout, &message.encode_to_vec());
+fn write_reports(
+    mut agent: File,
+    reports: &Receiver<pb::RankMessage>,
+    heartbeat: &Heartbeat,
+    used: fn() -> Option<pb::StoreUse>,
+) {
+    let mut write = |message: pb::RankMessage| ipc::write(&mut agent, &message.encode_to_vec());
     let to_agent = |message| pb::RankMessage { message: Some(message), ..Default::default() };
     let mut due = Instant::now();
     loop {
@@ -144,7 +166,7 @@ fn write_reports(reports: &Receiver<pb::RankMessage>, heartbeat: &Heartbeat, use
     }
 }
 
-/// Takes part in one generation after another, until there are no more of them or the process was told to terminate.
+/// Takes part in one generation after another, until there are no more of them, the process was told to terminate, or its device failed.
 pub(crate) fn serve(
     context: &RankContext,
     orders: &Receiver<(pb::Join, Arc<ControlFlags>)>,
@@ -157,7 +179,12 @@ pub(crate) fn serve(
         let span = trace::generation("rank", &join).entered();
         let reports =
             Reports { run: join.run.clone(), generation: join.generation, rank: join.rank, to: reports.clone() };
-        let result = take_part(context, &mut job, &join, &flags, &reports);
+        let part = AssertUnwindSafe(|| take_part(context, &mut job, &join, &flags, &reports));
+        let result = std::panic::catch_unwind(part).unwrap_or_else(|panic| {
+            let message = panic.downcast_ref::<String>().map(String::as_str);
+            let message = message.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
+            Err(Failure::panicked(message, device::parse(&context.setup.device).ok()))
+        });
         flags.left.store(true, Ordering::SeqCst);
         flags.set_activity(Activity::Idle);
         let terminated = heartbeat.terminated.load(Ordering::SeqCst);
@@ -167,6 +194,7 @@ pub(crate) fn serve(
             Ok(Ending::Finished) => (Cause::Finished, String::new()),
             Err(Failure::Collective(detail)) => (Cause::Collective, detail.clone()),
             Err(Failure::Here(error)) => (Cause::Error, format!("{error:#}")),
+            Err(Failure::Device(detail)) => (Cause::Error, detail.clone()),
             Err(Failure::Diverged(detail)) => (Cause::Diverged, detail.clone()),
         };
         // Step 0 says that this rank holds no whole state.
@@ -192,6 +220,11 @@ pub(crate) fn serve(
             }
         }
         reports.left(cause, step, detail);
+        if matches!(result, Err(Failure::Device(_))) {
+            // To give back what a broken device holds may hang.
+            std::mem::forget(job);
+            return;
+        }
         if terminated {
             return;
         }
@@ -211,5 +244,6 @@ fn take_part(
         Some(open) => job.insert(open),
         None => job.insert(Job::open(context, join)?),
     };
-    generation(job, join, flags, reports)
+    let device = job.device;
+    generation(job, join, flags, reports).map_err(|failure| failure.on(device))
 }

@@ -318,18 +318,13 @@ async fn feed(
     decoded: SyncSender<DecodedPart>,
     device: Device,
 ) {
-    let (mut part, mut items, mut seen, mut slab) = (0, Vec::with_capacity(PART), 0, None);
+    let (mut part, mut items, mut seen, mut slab) = (0, Vec::with_capacity(PART), 0, None::<Slab>);
     while let Some(PlannedSample { batch, sample_id, source }) = found.recv().await {
         let source = match source {
             Location::Cached => Input::Cached,
             Location::InBlock(block) => match block.sample(sample_id).await {
                 Ok(sample) => Input::Encoded(sample),
-                Err(error) => {
-                    // The channel to the assembler may be full, and sending blocks: not on a thread of the runtime.
-                    let failed = DecodedPart { batch, part, done: Err(error) };
-                    let _ = tokio::task::spawn_blocking(move || decoded.send(failed)).await;
-                    return;
-                }
+                Err(error) => return fail(decoded, batch, part, error).await,
             },
         };
         items.push((sample_id, source));
@@ -339,7 +334,14 @@ async fn feed(
             let items = std::mem::replace(&mut items, Vec::with_capacity(PART));
             let crop = batch.augmentation.crop();
             let shape = [batch.own as i64, crop as i64, crop as i64, 3];
-            let chunk = slab.get_or_insert_with(|| Slab::new(&shape, device)).chunk(3 * crop * crop * items.len());
+            let slab = match &mut slab {
+                Some(slab) => slab,
+                none => match allocate(shape, device).await {
+                    Ok(new) => none.insert(new),
+                    Err(error) => return fail(decoded, batch, part, error).await,
+                },
+            };
+            let chunk = slab.chunk(3 * crop * crop * items.len());
             if parts.send(DecodeJob { batch, part, items, chunk }).await.is_err() {
                 return;
             }
@@ -349,6 +351,20 @@ async fn feed(
             (part, seen, slab) = (0, 0, None);
         }
     }
+}
+
+/// Memory that a device reads takes long to get when libtorch keeps none of that size.
+async fn allocate(shape: [i64; 4], device: Device) -> Result<Slab> {
+    match device.is_cuda() {
+        true => Ok(tokio::task::spawn_blocking(move || Slab::new(&shape, device)).await??),
+        false => Ok(Slab::new(&shape, device)?),
+    }
+}
+
+/// Sends an error in place of a part. The channel to the assembler may be full, and sending blocks: not on a thread of the runtime.
+async fn fail(decoded: SyncSender<DecodedPart>, batch: Arc<BatchPlan>, part: usize, error: anyhow::Error) {
+    let failed = DecodedPart { batch, part, done: Err(error) };
+    let _ = tokio::task::spawn_blocking(move || decoded.send(failed)).await;
 }
 
 /// A batch, its parts, and how many of them are missing.

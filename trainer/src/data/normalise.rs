@@ -1,5 +1,7 @@
 //! From bytes to the network's normalised input, with each sample's color jitter, on the device.
 
+use std::mem::MaybeUninit;
+
 use tch::{Device, Kind, Tensor};
 
 use super::batch::{ColorJitter, GREY, Pixels};
@@ -60,7 +62,7 @@ impl Normalise {
         let size = batch.pixels.size();
         let (samples, area) = (size[0] as usize, (size[1] * size[2]) as usize);
         let threads = (tch::get_num_threads().max(1) as usize).min(samples.max(1));
-        tensor::filled(&[size[0], 3, size[1], size[2]], |input: &mut [T]| {
+        tensor::filled(&[size[0], 3, size[1], size[2]], |input: &mut [MaybeUninit<T>]| {
             tensor::bytes(&batch.pixels, |pixels| {
                 let share = samples.div_ceil(threads).max(1);
                 let of_jitters = batch.jitters.chunks(share);
@@ -80,7 +82,7 @@ impl Normalise {
         })
     }
 
-    fn part<T: Element>(&self, jitters: &[ColorJitter], pixels: &[u8], input: &mut [T], area: usize) {
+    fn part<T: Element>(&self, jitters: &[ColorJitter], pixels: &[u8], input: &mut [MaybeUninit<T>], area: usize) {
         // Consecutive samples with the same color jitter share their tables.
         let mut tables: Option<(ColorJitter, Box<[[T; 256]; 3]>)> = None;
         for ((jitter, pixels), input) in jitters.iter().zip(pixels.chunks(3 * area)).zip(input.chunks_mut(3 * area)) {
@@ -94,9 +96,9 @@ impl Normalise {
                 for (((pixel, red), green), blue) in pixels {
                     let [r, g, b] = pixel.map(|byte| f32::from(byte) / 255.0);
                     let shared = jitter.grey * (GREY[0] * r + GREY[1] * g + GREY[2] * b) + jitter.offset;
-                    *red = normal(0, jitter.gain * r + shared);
-                    *green = normal(1, jitter.gain * g + shared);
-                    *blue = normal(2, jitter.gain * b + shared);
+                    red.write(normal(0, jitter.gain * r + shared));
+                    green.write(normal(1, jitter.gain * g + shared));
+                    blue.write(normal(2, jitter.gain * b + shared));
                 }
                 continue;
             }
@@ -106,9 +108,9 @@ impl Normalise {
             };
             let [r, g, b] = &*of_jitter;
             for (((pixel, red), green), blue) in pixels {
-                *red = r[usize::from(pixel[0])];
-                *green = g[usize::from(pixel[1])];
-                *blue = b[usize::from(pixel[2])];
+                red.write(r[usize::from(pixel[0])]);
+                green.write(g[usize::from(pixel[1])]);
+                blue.write(b[usize::from(pixel[2])]);
             }
             tables = Some((*jitter, of_jitter));
         }

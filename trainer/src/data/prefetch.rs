@@ -118,9 +118,13 @@ mod tests {
         assert_eq!((queue.pop(|| false), queue.pop(|| false)), (Some(0), Some(1)));
         assert_eq!(limit(), MIN_LENGTH);
         std::thread::scope(|scope| {
-            let next = scope.spawn(|| queue.pop(|| false));
-            while queue.state.try_lock().is_err() {}
-            std::thread::sleep(Duration::from_millis(20));
+            let (asked, waits) = std::sync::mpsc::channel();
+            let next = scope.spawn({
+                let queue = &queue;
+                // Asked for each time that there is nothing yet.
+                move || queue.pop(|| asked.send(()).is_err())
+            });
+            waits.recv().expect("it found nothing");
             queue.push(2, 1);
             assert_eq!(next.join().expect("no panic"), Some(2));
         });

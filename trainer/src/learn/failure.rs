@@ -1,6 +1,8 @@
 //! Why a rank cannot go on in its generation.
 
-use crate::torch;
+use tch::{Device, TchError};
+
+use crate::torch::{self, device};
 
 /// Why a rank left its generation.
 #[derive(Debug, thiserror::Error)]
@@ -11,15 +13,45 @@ pub(crate) enum Failure {
     /// This one cannot go on.
     #[error("{0:#}")]
     Here(anyhow::Error),
+    /// Its device failed, or it panicked: the process must end.
+    #[error("{0}")]
+    Device(String),
     /// The loss or the state is not finite: it would be so again.
     #[error("{0}")]
     Diverged(String),
+}
+
+impl Failure {
+    /// Of a panic. What panics is mostly an operation of `tch` that failed.
+    pub(crate) fn panicked(message: &str, device: Option<Device>) -> Self {
+        match device.and_then(|device| device::failure(device, message)) {
+            Some(error) => error.into(),
+            None => Self::Device(format!("panicked: {message}")),
+        }
+    }
+
+    /// The same, or that the device failed if that is behind it.
+    pub(crate) fn on(self, device: Device) -> Self {
+        let error = match &self {
+            Self::Here(error) => {
+                let unclassed = error.chain().any(|cause| cause.is::<TchError>());
+                unclassed.then(|| device::failure(device, &format!("{error:#}"))).flatten()
+            }
+            Self::Collective(_) => device::lost(device),
+            Self::Device(_) | Self::Diverged(_) => None,
+        };
+        error.map_or(self, Self::from)
+    }
 }
 
 impl From<torch::Error> for Failure {
     fn from(error: torch::Error) -> Self {
         match error {
             torch::Error::Timeout(_) | torch::Error::Collective(_) => Self::Collective(error.to_string()),
+            torch::Error::Device(_) => Self::Device(error.to_string()),
+            torch::Error::OutOfMemory(_) => Self::Device(format!(
+                "{error}; with train.micro_batch a rank computes a step in parts, which need less, as does a smaller train.batch"
+            )),
             torch::Error::Other(_) => Self::Here(error.into()),
         }
     }
@@ -31,8 +63,30 @@ impl From<anyhow::Error> for Failure {
     }
 }
 
-impl From<tch::TchError> for Failure {
-    fn from(error: tch::TchError) -> Self {
+impl From<TchError> for Failure {
+    fn from(error: TchError) -> Self {
         Self::Here(error.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_failed_is_told_by_its_class_and_a_lack_of_memory_with_what_to_do() {
+        let of = |error: torch::Error| Failure::from(error);
+        // The words are of another class.
+        let timed_out = || "CUDA out of memory: timed out".to_owned();
+        assert!(matches!(of(torch::Error::Collective(timed_out())), Failure::Collective(_)));
+        assert!(matches!(of(torch::Error::Device(timed_out())), Failure::Device(_)));
+        assert!(matches!(of(torch::Error::Other(timed_out())), Failure::Here(_)));
+        let Failure::Device(said) = of(torch::Error::OutOfMemory("tried to allocate 2 GiB".to_owned())) else {
+            panic!("the device's")
+        };
+        assert!(said.contains("2 GiB") && said.contains("train.micro_batch"), "{said}");
+        assert!(
+            matches!(Failure::panicked("no rows", Some(Device::Cpu)), Failure::Device(said) if said.contains("no rows"))
+        );
     }
 }

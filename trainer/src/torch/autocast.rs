@@ -4,7 +4,7 @@ use std::ffi::c_int;
 
 use tch::Device;
 
-use super::error::{Error, Result};
+use super::error::Result;
 use super::ffi::{self, check};
 
 /// Numbers of 16 bits.
@@ -32,7 +32,7 @@ pub(crate) fn autocast<T>(device: Device, kind: Half, work: impl FnOnce() -> T) 
     }
     let cuda = c_int::from(device.is_cuda());
     // SAFETY: takes no pointers.
-    check(unsafe { ffi::c10d_autocast(cuda, kind as c_int) }).map_err(Error::Other)?;
+    check(unsafe { ffi::c10d_autocast(cuda, kind as c_int) })?;
     let _off = Off(cuda);
     Ok(work())
 }

@@ -20,6 +20,30 @@ pub(crate) fn parse(device: &str) -> Result<Device> {
     }
 }
 
+/// Whether a device is what failed where `tch` says `said` without a class: it had no memory left once, or its context is lost.
+pub(crate) fn failure(device: Device, said: &str) -> Option<Error> {
+    match out_of_memory(device) {
+        Ok(1..) => Some(Error::OutOfMemory(said.to_owned())),
+        _ => lost(device),
+    }
+}
+
+/// Whether a device's context is lost: once it is, every call says so. This one does not wait, since a stream may hang in a collective.
+pub(crate) fn lost(device: Device) -> Option<Error> {
+    let Device::Cuda(index) = device else { return None };
+    let error = Event::record(index).and_then(|event| event.reached()).err();
+    error.filter(|error| matches!(error, Error::Device(_)))
+}
+
+/// How often a device had no memory left for a tensor.
+fn out_of_memory(device: Device) -> Result<i64> {
+    let Device::Cuda(index) = device else { return Ok(0) };
+    let mut times = 0;
+    // SAFETY: `times` outlives the call.
+    check(unsafe { ffi::c10d_out_of_memory(index as c_int, &raw mut times) })?;
+    Ok(times)
+}
+
 /// Waits until all that was put on a device's stream has been done. On the CPU nothing is ever left to wait for.
 #[derive(Debug)]
 pub(super) struct Completion {
@@ -78,14 +102,14 @@ impl Event {
     fn record(cuda: usize) -> Result<Self> {
         let mut raw = std::ptr::null_mut();
         // SAFETY: `raw` outlives the call.
-        check(unsafe { ffi::c10d_event_record(cuda as c_int, &raw mut raw) }).map_err(Error::Other)?;
+        check(unsafe { ffi::c10d_event_record(cuda as c_int, &raw mut raw) })?;
         Ok(Self(raw))
     }
 
     fn reached(&self) -> Result<bool> {
         let mut reached = 0;
         // SAFETY: `self` keeps the event alive, and `reached` outlives the call.
-        check(unsafe { ffi::c10d_event_reached(self.0, &raw mut reached) }).map_err(Error::of_collective)?;
+        check(unsafe { ffi::c10d_event_reached(self.0, &raw mut reached) })?;
         Ok(reached != 0)
     }
 }

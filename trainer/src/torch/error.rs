@@ -1,6 +1,8 @@
 //! Why something of libtorch failed.
 
-/// Why a collective, or the making of a group, failed.
+use std::time::{Duration, Instant};
+
+/// Whose failure it is. C++ says so by the type of its exception (`shim.cc`), never by its words.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     /// A peer did not answer in time.
@@ -9,16 +11,24 @@ pub(crate) enum Error {
     /// A peer is gone, or the group was aborted.
     #[error("collective failed: {0}")]
     Collective(String),
+    /// This device failed: nothing that it holds can be trusted.
+    #[error("the device failed: {0}")]
+    Device(String),
+    /// This device has no memory left.
+    #[error("out of memory: {0}")]
+    OutOfMemory(String),
     /// Not the fault of a peer: the next generation would fail in the same way.
     #[error("{0}")]
     Other(String),
 }
 
 impl Error {
-    /// c10d throws many types, and autograd hides them all; only the words tell a timeout.
-    pub(super) fn of_collective(message: String) -> Self {
-        let timeout = ["imed out", "imeout"].iter().any(|words| message.contains(words));
-        if timeout { Self::Timeout(message) } else { Self::Collective(message) }
+    /// gloo has no type for a peer that did not answer within the `timeout` of what `began` then.
+    pub(super) fn timed(self, began: Instant, timeout: Duration) -> Self {
+        match self {
+            Self::Collective(message) if began.elapsed() >= timeout => Self::Timeout(message),
+            other => other,
+        }
     }
 }
 

@@ -24,33 +24,37 @@ pub(super) fn milliseconds(time: Duration) -> i64 {
     i64::try_from(time.as_millis()).unwrap_or(i64::MAX).max(1)
 }
 
-pub(super) fn check(message: *mut c_char) -> std::result::Result<(), String> {
+/// What became of a call, as shim.h has it.
+#[repr(C)]
+pub(super) struct Answer {
+    of: c_int,
+    message: *mut c_char,
+}
+
+pub(super) fn check(Answer { of, message }: Answer) -> Result<()> {
     if message.is_null() {
         return Ok(());
     }
     // SAFETY: the shim gives a string that ends in zero, and it is freed once, after it was copied.
-    unsafe {
+    let text = unsafe {
         let text = CStr::from_ptr(message).to_string_lossy().into_owned();
         c10d_free_message(message);
-        Err(text)
-    }
+        text
+    };
+    Err(match of {
+        2 => Error::Collective(text),
+        3 => Error::Timeout(text),
+        4 => Error::Device(text),
+        5 => Error::OutOfMemory(text),
+        _ => Error::Other(text),
+    })
 }
 
 // shim.h says what each does.
 unsafe extern "C" {
     pub(super) fn c10d_free_message(message: *mut c_char);
-    pub(super) fn c10d_store_serve(
-        host: *const c_char,
-        port: u16,
-        listener: c_int,
-        out: *mut *mut c_void,
-    ) -> *mut c_char;
-    pub(super) fn c10d_store_connect(
-        host: *const c_char,
-        port: u16,
-        timeout: i64,
-        out: *mut *mut c_void,
-    ) -> *mut c_char;
+    pub(super) fn c10d_store_serve(host: *const c_char, port: u16, listener: c_int, out: *mut *mut c_void) -> Answer;
+    pub(super) fn c10d_store_connect(host: *const c_char, port: u16, timeout: i64, out: *mut *mut c_void) -> Answer;
     pub(super) fn c10d_store_free(store: *mut c_void);
     pub(super) fn c10d_group_new(
         store: *mut c_void,
@@ -60,22 +64,22 @@ unsafe extern "C" {
         address: *const c_char,
         cuda: c_int,
         out: *mut *mut c_void,
-    ) -> *mut c_char;
-    pub(super) fn c10d_group_abort(group: *mut c_void) -> *mut c_char;
+    ) -> Answer;
+    pub(super) fn c10d_group_abort(group: *mut c_void) -> Answer;
     pub(super) fn c10d_group_free(group: *mut c_void);
     pub(super) fn c10d_all_reduce(
         group: *mut c_void,
         tensor: *const c_void,
         op: c_int,
         out: *mut *mut c_void,
-    ) -> *mut c_char;
+    ) -> Answer;
     pub(super) fn c10d_broadcast(
         group: *mut c_void,
         tensors: *const *const c_void,
         count: usize,
         root: c_int,
-    ) -> *mut c_char;
-    pub(super) fn c10d_work_wait(work: *mut c_void, timeout: i64) -> *mut c_char;
+    ) -> Answer;
+    pub(super) fn c10d_work_wait(work: *mut c_void, timeout: i64) -> Answer;
     pub(super) fn c10d_work_free(work: *mut c_void);
     pub(super) fn c10d_reducer_new(
         group: *mut c_void,
@@ -85,16 +89,19 @@ unsafe extern "C" {
         bucket_bytes: i64,
         compress: c_int,
         out: *mut *mut c_void,
-    ) -> *mut c_char;
-    pub(super) fn c10d_reducer_begin(reducer: *mut c_void) -> *mut c_char;
-    pub(super) fn c10d_reducer_prepare(reducer: *mut c_void) -> *mut c_char;
-    pub(super) fn c10d_reducer_ready(reducer: *mut c_void, reached: *mut c_int, ago_ns: *mut i64) -> *mut c_char;
-    pub(super) fn c10d_autocast(cuda: c_int, kind: c_int) -> *mut c_char;
+    ) -> Answer;
+    pub(super) fn c10d_reducer_begin(reducer: *mut c_void) -> Answer;
+    pub(super) fn c10d_reducer_prepare(reducer: *mut c_void) -> Answer;
+    pub(super) fn c10d_backward(loss: *const c_void) -> Answer;
+    pub(super) fn c10d_out_of_memory(cuda: c_int, out: *mut i64) -> Answer;
+    pub(super) fn c10d_empty_pinned(shape: *const i64, dimensions: usize, out: *mut *mut c_void) -> Answer;
+    pub(super) fn c10d_reducer_ready(reducer: *mut c_void, reached: *mut c_int, ago_ns: *mut i64) -> Answer;
+    pub(super) fn c10d_autocast(cuda: c_int, kind: c_int) -> Answer;
     #[cfg(test)]
-    pub(super) fn c10d_reducer_buckets(reducer: *mut c_void, out: *mut usize) -> *mut c_char;
+    pub(super) fn c10d_reducer_buckets(reducer: *mut c_void, out: *mut usize) -> Answer;
     pub(super) fn c10d_reducer_free(reducer: *mut c_void);
-    pub(super) fn c10d_event_record(cuda: c_int, out: *mut *mut c_void) -> *mut c_char;
-    pub(super) fn c10d_event_reached(event: *mut c_void, out: *mut c_int) -> *mut c_char;
+    pub(super) fn c10d_event_record(cuda: c_int, out: *mut *mut c_void) -> Answer;
+    pub(super) fn c10d_event_reached(event: *mut c_void, out: *mut c_int) -> Answer;
     pub(super) fn c10d_event_free(event: *mut c_void);
     pub(super) fn c10d_fused_sgd(
         parameters: *const *const c_void,
@@ -104,5 +111,5 @@ unsafe extern "C" {
         learning_rate: f64,
         momentum: f64,
         weight_decay: f64,
-    ) -> *mut c_char;
+    ) -> Answer;
 }

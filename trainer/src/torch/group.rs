@@ -6,7 +6,7 @@ use std::net::ToSocketAddrs;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tch::{Device, Tensor};
 
@@ -79,6 +79,7 @@ impl RawGroup {
             _ => -1,
         };
         let name = c_string(address)?;
+        let began = Instant::now();
         let mut raw = std::ptr::null_mut();
         // SAFETY: `store`, `name` and `raw` outlive the call.
         check(unsafe {
@@ -92,10 +93,7 @@ impl RawGroup {
                 &raw mut raw,
             )
         })
-        .map_err(|message| {
-            // What NCCL says of this machine, not of a peer.
-            if message.contains("no GPUs found") { Error::Other(message) } else { Error::of_collective(message) }
-        })?;
+        .map_err(|error| error.timed(began, timeout))?;
         Ok(Self(raw))
     }
 }
@@ -151,17 +149,22 @@ impl Group {
     pub(crate) fn all_reduce(&self, tensor: &Tensor, op: Op) -> Result<Work> {
         let mut raw = std::ptr::null_mut();
         // SAFETY: group and tensor are alive, and the work keeps the tensor's memory until it is done.
-        check(unsafe { ffi::c10d_all_reduce(self.raw.0, pointer(tensor), op as c_int, &raw mut raw) })
-            .map_err(Error::of_collective)?;
+        check(unsafe { ffi::c10d_all_reduce(self.raw.0, pointer(tensor), op as c_int, &raw mut raw) })?;
         Ok(Work { raw, one_thread: PhantomData })
     }
 
     /// Replaces all these tensors, in place, by those of rank `root`. Returns when they are here.
     pub(crate) fn broadcast(&self, tensors: &[Tensor], root: usize) -> Result<()> {
         let pointers = pointers(tensors);
+        let began = Instant::now();
         // SAFETY: group, tensors and the list outlive the call, which waits for the collective.
         check(unsafe { ffi::c10d_broadcast(self.raw.0, pointers.as_ptr(), pointers.len(), root as c_int) })
-            .map_err(Error::of_collective)?;
+            .map_err(|error| error.timed(began, self.member.timeout))?;
+        self.completion().wait()
+    }
+
+    /// Waits until the device has done all that it was given.
+    pub(crate) fn settle(&self) -> Result<()> {
         self.completion().wait()
     }
 
@@ -199,7 +202,7 @@ impl Aborter {
         self.aborted.store(true, Ordering::Relaxed);
         match self.group.upgrade() {
             // SAFETY: `group` keeps the object alive during the call; abort may run beside a collective (see `RawGroup`).
-            Some(group) => check(unsafe { ffi::c10d_group_abort(group.0) }).map_err(Error::Other),
+            Some(group) => check(unsafe { ffi::c10d_group_abort(group.0) }),
             None => Ok(()),
         }
     }
@@ -216,8 +219,10 @@ pub(crate) struct Work {
 impl Work {
     /// Waits until the result is in the tensor, at most `timeout`.
     pub(crate) fn wait(self, timeout: Duration) -> Result<()> {
+        let began = Instant::now();
         // SAFETY: `self` keeps the work alive.
-        check(unsafe { ffi::c10d_work_wait(self.raw, milliseconds(timeout)) }).map_err(Error::of_collective)
+        check(unsafe { ffi::c10d_work_wait(self.raw, milliseconds(timeout)) })
+            .map_err(|error| error.timed(began, timeout))
     }
 }
 

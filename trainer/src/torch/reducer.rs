@@ -8,8 +8,8 @@ use tch::Tensor;
 
 use super::autocast::{Half, code};
 use super::device::Completion;
-use super::error::{Error, Result};
-use super::ffi::{self, check, pointers};
+use super::error::Result;
+use super::ffi::{self, check, pointer, pointers};
 use super::group::Group;
 
 /// The first bucket is small, so that the first all-reduce starts early (PyTorch's default).
@@ -48,20 +48,20 @@ impl Reducer {
                 code(compress),
                 &raw mut raw,
             )
-        })
-        .map_err(Error::of_collective)?;
+        })?;
         Ok(Self { raw, completion: group.completion(), one_thread: PhantomData })
     }
 
     /// Begins a step: its gradients are added up from nothing.
     pub(crate) fn begin(&self) -> Result<()> {
         // SAFETY: `self` keeps the reducer alive.
-        check(unsafe { ffi::c10d_reducer_begin(self.raw) }).map_err(Error::Other)
+        check(unsafe { ffi::c10d_reducer_begin(self.raw) })
     }
 
     /// Adds the gradients of a part of the step's loss to those of this rank, without communication.
     pub(crate) fn accumulate(&self, loss: &Tensor) -> Result<()> {
-        loss.f_backward().map_err(|e| Error::Other(e.to_string()))
+        // SAFETY: `loss` outlives the call.
+        check(unsafe { ffi::c10d_backward(pointer(loss)) })
     }
 
     /// Adds the gradients of `loss`, the last of a step, and replaces those of the parameters by their average over all ranks. Gives the
@@ -71,8 +71,9 @@ impl Reducer {
     /// an error the gradients are worth nothing.
     pub(crate) fn backward(&self, loss: &Tensor) -> Result<Duration> {
         // SAFETY: `self` keeps the reducer alive.
-        check(unsafe { ffi::c10d_reducer_prepare(self.raw) }).map_err(Error::of_collective)?;
-        loss.f_backward().map_err(|e| Error::of_collective(e.to_string()))?;
+        check(unsafe { ffi::c10d_reducer_prepare(self.raw) })?;
+        let backward = Instant::now();
+        self.accumulate(loss).map_err(|error| error.timed(backward, self.completion.timeout))?;
         let mut ago = 0;
         self.completion.poll(|| self.ready(&mut ago))?;
         let began = Instant::now();
@@ -83,7 +84,7 @@ impl Reducer {
     fn ready(&self, ago: &mut i64) -> Result<bool> {
         let mut reached = 0;
         // SAFETY: `self` keeps the reducer alive, and both numbers outlive the call.
-        check(unsafe { ffi::c10d_reducer_ready(self.raw, &raw mut reached, ago) }).map_err(Error::of_collective)?;
+        check(unsafe { ffi::c10d_reducer_ready(self.raw, &raw mut reached, ago) })?;
         Ok(reached != 0)
     }
 
@@ -92,7 +93,7 @@ impl Reducer {
     pub(super) fn buckets(&self) -> Result<usize> {
         let mut count = 0;
         // SAFETY: `self` keeps the reducer alive, and `count` outlives the call.
-        check(unsafe { ffi::c10d_reducer_buckets(self.raw, &raw mut count) }).map_err(Error::Other)?;
+        check(unsafe { ffi::c10d_reducer_buckets(self.raw, &raw mut count) })?;
         Ok(count)
     }
 }

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/_fused_sgd.h>
+#include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/Event.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/function.h>
@@ -12,6 +13,7 @@
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
+#include <torch/csrc/distributed/c10d/exception.h>
 #include <torch/csrc/distributed/c10d/reducer.hpp>
 #ifdef USE_C10D_NCCL
 #include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
@@ -73,18 +75,35 @@ struct c10d_event {
 
 namespace {
 
+c10d_result failure(c10d_class of, const char* message) noexcept {
+  return {of, strdup(message)};
+}
+
 template <class F>
-char* guard(F&& f) noexcept {
+c10d_result guard(F&& f) noexcept {
   try {
     f();
-    return nullptr;
+    return {C10D_OK, nullptr};
+  } catch (const c10::OutOfMemoryError& e) {
+    return failure(C10D_OUT_OF_MEMORY, e.what_without_backtrace());
+  } catch (const c10::AcceleratorError& e) {
+    return failure(C10D_DEVICE, e.what_without_backtrace());
+  } catch (const c10d::TimeoutError& e) {
+    return failure(C10D_TIMEOUT, e.what_without_backtrace());
+  } catch (const c10::DistError& e) {
+    return failure(C10D_PEER, e.what_without_backtrace());
   } catch (const c10::Error& e) {
-    return strdup(e.what_without_backtrace());
+    return failure(C10D_HERE, e.what_without_backtrace());
   } catch (const std::exception& e) {
-    return strdup(e.what());
+    // gloo throws its own types, all of them of connections, whose declarations are not ours.
+    return failure(strncmp(typeid(e).name(), "N4gloo", 6) ? C10D_HERE : C10D_PEER, e.what());
   } catch (...) {
-    return strdup("an exception of an unknown type");
+    return failure(C10D_HERE, "an exception of an unknown type");
   }
+}
+
+void drop(c10d_result result) {
+  free(result.message);
 }
 
 at::Tensor tensor(c10d_tensor t) {
@@ -148,7 +167,7 @@ void c10d_free_message(char* message) {
   free(message);
 }
 
-char* c10d_store_serve(const char* host, uint16_t port, int listener, c10d_store** out) {
+c10d_result c10d_store_serve(const char* host, uint16_t port, int listener, c10d_store** out) {
   return guard([&] {
     c10d::TCPStoreOptions options;
     options.port = port;
@@ -159,7 +178,7 @@ char* c10d_store_serve(const char* host, uint16_t port, int listener, c10d_store
   });
 }
 
-char* c10d_store_connect(const char* host, uint16_t port, int64_t timeout_ms, c10d_store** out) {
+c10d_result c10d_store_connect(const char* host, uint16_t port, int64_t timeout_ms, c10d_store** out) {
   return guard([&] {
     c10d::TCPStoreOptions options;
     options.port = port;
@@ -170,10 +189,10 @@ char* c10d_store_connect(const char* host, uint16_t port, int64_t timeout_ms, c1
 }
 
 void c10d_store_free(c10d_store* store) {
-  free(guard([&] { delete store; }));
+  drop(guard([&] { delete store; }));
 }
 
-char* c10d_group_new(c10d_store* store, int rank, int world, int64_t timeout_ms, const char* address, int cuda, c10d_group** out) {
+c10d_result c10d_group_new(c10d_store* store, int rank, int world, int64_t timeout_ms, const char* address, int cuda, c10d_group** out) {
   return guard([&] {
     using c10d::ProcessGroup;
     auto group = make_intrusive<ProcessGroup>(store->it, rank, world);
@@ -198,15 +217,15 @@ char* c10d_group_new(c10d_store* store, int rank, int world, int64_t timeout_ms,
   });
 }
 
-char* c10d_group_abort(c10d_group* group) {
+c10d_result c10d_group_abort(c10d_group* group) {
   return guard([&] { group->it->abort(); });
 }
 
 void c10d_group_free(c10d_group* group) {
-  free(guard([&] { delete group; }));
+  drop(guard([&] { delete group; }));
 }
 
-char* c10d_all_reduce(c10d_group* group, c10d_tensor t, int op, c10d_work** out) {
+c10d_result c10d_all_reduce(c10d_group* group, c10d_tensor t, int op, c10d_work** out) {
   return guard([&] {
     std::vector<at::Tensor> tensors{tensor(t)};
     c10d::AllreduceOptions options;
@@ -216,7 +235,7 @@ char* c10d_all_reduce(c10d_group* group, c10d_tensor t, int op, c10d_work** out)
   });
 }
 
-char* c10d_broadcast(c10d_group* group, const c10d_tensor* t, size_t count, int root) {
+c10d_result c10d_broadcast(c10d_group* group, const c10d_tensor* t, size_t count, int root) {
   return guard([&] {
     auto tensors = list(t, count);
     for (auto& tensor : tensors) tensor = tensor.detach();
@@ -224,17 +243,23 @@ char* c10d_broadcast(c10d_group* group, const c10d_tensor* t, size_t count, int 
   });
 }
 
-char* c10d_work_wait(c10d_work* work, int64_t timeout_ms) {
+c10d_result c10d_work_wait(c10d_work* work, int64_t timeout_ms) {
   return guard([&] {
-    if (!work->it->wait(milliseconds(timeout_ms))) throw std::runtime_error("the collective was aborted");
+    try {
+      if (!work->it->wait(milliseconds(timeout_ms))) C10D_THROW_ERROR(DistNetworkError, "the collective was aborted");
+    } catch (...) {
+      // The wait has ended, not the collective.
+      if (!work->it->isCompleted()) C10D_THROW_ERROR(TimeoutError, "a peer did not answer");
+      throw;
+    }
   });
 }
 
 void c10d_work_free(c10d_work* work) {
-  free(guard([&] { delete work; }));
+  drop(guard([&] { delete work; }));
 }
 
-char* c10d_reducer_new(c10d_group* group, const c10d_tensor* t, size_t count, int64_t first_bucket_bytes, int64_t bucket_bytes, int compress, c10d_reducer** out) {
+c10d_result c10d_reducer_new(c10d_group* group, const c10d_tensor* t, size_t count, int64_t first_bucket_bytes, int64_t bucket_bytes, int compress, c10d_reducer** out) {
   return guard([&] {
     auto owner = std::make_unique<c10d_reducer>();
     owner->parameters = list(t, count);
@@ -258,13 +283,13 @@ char* c10d_reducer_new(c10d_group* group, const c10d_tensor* t, size_t count, in
   });
 }
 
-char* c10d_reducer_begin(c10d_reducer* reducer) {
+c10d_result c10d_reducer_begin(c10d_reducer* reducer) {
   return guard([&] {
     for (auto& parameter : reducer->parameters) parameter.mutable_grad().reset();
   });
 }
 
-char* c10d_reducer_prepare(c10d_reducer* reducer) {
+c10d_result c10d_reducer_prepare(c10d_reducer* reducer) {
   return guard([&] {
     if (!reducer->it) return;
     reducer->it->prepare_for_forward();
@@ -273,7 +298,11 @@ char* c10d_reducer_prepare(c10d_reducer* reducer) {
   });
 }
 
-char* c10d_reducer_ready(c10d_reducer* reducer, int* reached, int64_t* ago_ns) {
+c10d_result c10d_backward(c10d_tensor loss) {
+  return guard([&] { tensor(loss).backward(); });
+}
+
+c10d_result c10d_reducer_ready(c10d_reducer* reducer, int* reached, int64_t* ago_ns) {
   return guard([&] {
     using namespace std::chrono;
     *reached = !reducer->event || reducer->event->query();
@@ -282,15 +311,15 @@ char* c10d_reducer_ready(c10d_reducer* reducer, int* reached, int64_t* ago_ns) {
   });
 }
 
-char* c10d_reducer_buckets(c10d_reducer* reducer, size_t* out) {
+c10d_result c10d_reducer_buckets(c10d_reducer* reducer, size_t* out) {
   return guard([&] { *out = reducer->it ? reducer->it->get_grad_buckets().size() : 0; });
 }
 
 void c10d_reducer_free(c10d_reducer* reducer) {
-  free(guard([&] { delete reducer; }));
+  drop(guard([&] { delete reducer; }));
 }
 
-char* c10d_event_record(int cuda, c10d_event** out) {
+c10d_result c10d_event_record(int cuda, c10d_event** out) {
   return guard([&] {
     at::Device device(at::kCUDA, static_cast<c10::DeviceIndex>(cuda));
     c10::Event event(at::kCUDA);
@@ -299,15 +328,26 @@ char* c10d_event_record(int cuda, c10d_event** out) {
   });
 }
 
-char* c10d_event_reached(c10d_event* event, int* out) {
+c10d_result c10d_event_reached(c10d_event* event, int* out) {
   return guard([&] { *out = event->it.query(); });
 }
 
 void c10d_event_free(c10d_event* event) {
-  free(guard([&] { delete event; }));
+  drop(guard([&] { delete event; }));
 }
 
-char* c10d_autocast(int cuda, int kind) {
+c10d_result c10d_out_of_memory(int cuda, int64_t* out) {
+  return guard([&] { *out = c10::getDeviceAllocator(at::kCUDA)->getDeviceStats(static_cast<c10::DeviceIndex>(cuda)).num_ooms; });
+}
+
+c10d_result c10d_empty_pinned(const int64_t* shape, size_t dimensions, void** out) {
+  return guard([&] {
+    auto options = at::TensorOptions().dtype(at::kByte).pinned_memory(true);
+    *out = new at::Tensor(at::empty(at::IntArrayRef(shape, dimensions), options));
+  });
+}
+
+c10d_result c10d_autocast(int cuda, int kind) {
   return guard([&] {
     auto device = cuda ? at::kCUDA : at::kCPU;
     if (kind) {
@@ -320,11 +360,12 @@ char* c10d_autocast(int cuda, int kind) {
   });
 }
 
-char* c10d_fused_sgd(const c10d_tensor* parameters, const c10d_tensor* gradients, const c10d_tensor* momenta, size_t count,
+c10d_result c10d_fused_sgd(const c10d_tensor* parameters, const c10d_tensor* gradients, const c10d_tensor* momenta, size_t count,
                      double learning_rate, double momentum, double weight_decay) {
   return guard([&] {
     at::NoGradGuard no_grad;
-    auto p = list(parameters, count), g = list(gradients, count), m = list(momenta, count);
+    // Without momentum libtorch wants no momenta.
+    auto p = list(parameters, count), g = list(gradients, count), m = list(momenta, momentum == 0 ? 0 : count);
     at::_fused_sgd_(p, g, m, weight_decay, momentum, learning_rate, /*dampening=*/0.0, /*nesterov=*/false, /*maximize=*/false,
                     /*is_first_step=*/false);
   });

@@ -1,7 +1,7 @@
 // The part of libtorch's c10d that tch does not bind, as C functions. Called through ffi.rs alone.
 //
-// Every function that can fail returns NULL, or a message to be freed with c10d_free_message: no exception leaves this file.
-// `out` is written on success only. Tensors are borrowed at::Tensor pointers, as tch::Tensor::as_ptr gives them.
+// Every function that can fail returns what became of it: no exception leaves this file. `out` is written on success only. Tensors are
+// borrowed at::Tensor pointers, as tch::Tensor::as_ptr gives them; one that is made is owned by the caller.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -14,44 +14,71 @@ typedef struct c10d_reducer c10d_reducer;
 typedef struct c10d_event c10d_event;
 typedef const void* c10d_tensor;
 
+// Whose failure it is, by the type of the exception.
+enum c10d_class {
+  C10D_OK = 0,
+  // Nobody else's: it would fail again.
+  C10D_HERE = 1,
+  // A peer's, or that of the way to it.
+  C10D_PEER = 2,
+  C10D_TIMEOUT = 3,
+  // This device's: what it holds is worth nothing.
+  C10D_DEVICE = 4,
+  C10D_OUT_OF_MEMORY = 5,
+};
+typedef struct {
+  int of;
+  // For people, unless it is C10D_OK; to be freed with c10d_free_message.
+  char* message;
+} c10d_result;
+
 void c10d_free_message(char* message);
 
 // Serves a store on a listening socket, which it takes over.
-char* c10d_store_serve(const char* host, uint16_t port, int listener, c10d_store** out);
-char* c10d_store_connect(const char* host, uint16_t port, int64_t timeout_ms, c10d_store** out);
+c10d_result c10d_store_serve(const char* host, uint16_t port, int listener, c10d_store** out);
+c10d_result c10d_store_connect(const char* host, uint16_t port, int64_t timeout_ms, c10d_store** out);
 void c10d_store_free(c10d_store* store);
 
 // Blocks until all ranks have come. `address` is this rank's own, for gloo; `cuda` its device for NCCL, or -1 for gloo alone.
-char* c10d_group_new(c10d_store* store, int rank, int world, int64_t timeout_ms, const char* address, int cuda, c10d_group** out);
+c10d_result c10d_group_new(c10d_store* store, int rank, int world, int64_t timeout_ms, const char* address, int cuda, c10d_group** out);
 // Fails what is in flight and closes the connections. From any thread.
-char* c10d_group_abort(c10d_group* group);
+c10d_result c10d_group_abort(c10d_group* group);
 void c10d_group_free(c10d_group* group);
 
 // op: 0 sum, 1 maximum.
-char* c10d_all_reduce(c10d_group* group, c10d_tensor tensor, int op, c10d_work** out);
-char* c10d_broadcast(c10d_group* group, const c10d_tensor* tensors, size_t count, int root);
-char* c10d_work_wait(c10d_work* work, int64_t timeout_ms);
+c10d_result c10d_all_reduce(c10d_group* group, c10d_tensor tensor, int op, c10d_work** out);
+c10d_result c10d_broadcast(c10d_group* group, const c10d_tensor* tensors, size_t count, int root);
+c10d_result c10d_work_wait(c10d_work* work, int64_t timeout_ms);
 void c10d_work_free(c10d_work* work);
 
 // compress: 0 not, 1 to fp16, 2 to bf16.
-char* c10d_reducer_new(c10d_group* group, const c10d_tensor* parameters, size_t count, int64_t first_bucket_bytes, int64_t bucket_bytes, int compress, c10d_reducer** out);
+c10d_result c10d_reducer_new(c10d_group* group, const c10d_tensor* parameters, size_t count, int64_t first_bucket_bytes, int64_t bucket_bytes, int compress, c10d_reducer** out);
 // Drops the gradients of the step before.
-char* c10d_reducer_begin(c10d_reducer* reducer);
+c10d_result c10d_reducer_begin(c10d_reducer* reducer);
 // To be called before the step's last backward, the one that reduces.
-char* c10d_reducer_prepare(c10d_reducer* reducer);
+c10d_result c10d_reducer_prepare(c10d_reducer* reducer);
+// Adds the gradients of a loss to those of its parameters. Here, because tch hides what failed.
+c10d_result c10d_backward(c10d_tensor loss);
 // Whether the device has computed all gradients of that backward, and on the CPU how long ago that was.
-char* c10d_reducer_ready(c10d_reducer* reducer, int* reached, int64_t* ago_ns);
-char* c10d_reducer_buckets(c10d_reducer* reducer, size_t* out);
+c10d_result c10d_reducer_ready(c10d_reducer* reducer, int* reached, int64_t* ago_ns);
+c10d_result c10d_reducer_buckets(c10d_reducer* reducer, size_t* out);
 void c10d_reducer_free(c10d_reducer* reducer);
 
 // Marks the place that a CUDA device's current stream has come to.
-char* c10d_event_record(int cuda, c10d_event** out);
-char* c10d_event_reached(c10d_event* event, int* out);
+c10d_result c10d_event_record(int cuda, c10d_event** out);
+c10d_result c10d_event_reached(c10d_event* event, int* out);
 void c10d_event_free(c10d_event* event);
 
-// On this thread operations that gain by it compute in a smaller kind from now on (1 fp16, 2 bf16), or no more (0).
-char* c10d_autocast(int cuda, int kind);
+// How often a CUDA device had no memory left for a tensor.
+c10d_result c10d_out_of_memory(int cuda, int64_t* out);
 
-char* c10d_fused_sgd(const c10d_tensor* parameters, const c10d_tensor* gradients, const c10d_tensor* momenta, size_t count,
+// A new tensor of bytes on the CPU, not filled, in memory from which a CUDA device copies by itself. libtorch keeps such memory for the
+// next one, until the device has copied.
+c10d_result c10d_empty_pinned(const int64_t* shape, size_t dimensions, void** out);
+
+// On this thread operations that gain by it compute in a smaller kind from now on (1 fp16, 2 bf16), or no more (0).
+c10d_result c10d_autocast(int cuda, int kind);
+
+c10d_result c10d_fused_sgd(const c10d_tensor* parameters, const c10d_tensor* gradients, const c10d_tensor* momenta, size_t count,
                      double learning_rate, double momentum, double weight_decay);
 }

@@ -3,7 +3,7 @@
 use std::ffi::c_void;
 use std::net::TcpListener;
 use std::os::fd::IntoRawFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::error::{Error, Result};
 use super::ffi::{self, c_string, check, milliseconds};
@@ -31,18 +31,18 @@ impl Store {
         let name = c_string(host)?;
         let mut raw = std::ptr::null_mut();
         // SAFETY: `name` and `raw` outlive the call. The server owns the socket from here on, whatever comes of it.
-        check(unsafe { ffi::c10d_store_serve(name.as_ptr(), port, listener.into_raw_fd(), &raw mut raw) })
-            .map_err(Error::Other)?;
+        check(unsafe { ffi::c10d_store_serve(name.as_ptr(), port, listener.into_raw_fd(), &raw mut raw) })?;
         Ok(Self { raw, port })
     }
 
     /// Connects to the store that is served at `host`:`port`, trying until `timeout`, which is also that of every later answer.
     pub(crate) fn connect(host: &str, port: u16, timeout: Duration) -> Result<Self> {
         let name = c_string(host)?;
+        let began = Instant::now();
         let mut raw = std::ptr::null_mut();
         // SAFETY: `name` and `raw` outlive the call.
         check(unsafe { ffi::c10d_store_connect(name.as_ptr(), port, milliseconds(timeout), &raw mut raw) })
-            .map_err(Error::of_collective)?;
+            .map_err(|error| error.timed(began, timeout))?;
         Ok(Self { raw, port })
     }
 

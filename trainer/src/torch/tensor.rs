@@ -1,8 +1,12 @@
 //! Memory of tensors as slices, so that it is filled in place and by several threads.
 
+use std::mem::MaybeUninit;
 use std::ops::{Deref, DerefMut};
 
 use tch::{Device, Kind, Tensor};
+
+use super::error::{Error, Result};
+use super::ffi::{self, check};
 
 /// Names and tensors that share memory with their owner, in an order that is the same on every rank.
 pub(crate) type Named = Vec<(String, Tensor)>;
@@ -30,7 +34,7 @@ impl Element for f64 {
 }
 
 /// A new tensor in the CPU's memory, of which `fill` writes every element, in the order in which they lie.
-pub(crate) fn filled<T: Element>(shape: &[i64], fill: impl FnOnce(&mut [T])) -> Tensor {
+pub(crate) fn filled<T: Element>(shape: &[i64], fill: impl FnOnce(&mut [MaybeUninit<T>])) -> Tensor {
     let tensor = Tensor::empty(shape, (T::KIND, Device::Cpu));
     // SAFETY: a new tensor is contiguous and of this kind, nothing else refers to its memory yet, and `tensor` keeps it alive.
     fill(unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), tensor.numel()) });
@@ -65,9 +69,12 @@ unsafe impl Send for Chunk {}
 
 impl Slab {
     /// Of this shape, in memory from which a device copies by itself if there is one.
-    pub(crate) fn new(shape: &[i64], device: Device) -> Self {
-        let tensor = Tensor::empty(shape, (Kind::Uint8, Device::Cpu));
-        Self { tensor: if device.is_cuda() { tensor.pin_memory(device) } else { tensor }, given: 0 }
+    pub(crate) fn new(shape: &[i64], device: Device) -> Result<Self> {
+        let tensor = match device.is_cuda() {
+            true => pinned(shape)?,
+            false => Tensor::f_empty(shape, (Kind::Uint8, Device::Cpu)).map_err(|e| Error::Other(e.to_string()))?,
+        };
+        Ok(Self { tensor, given: 0 })
     }
 
     /// The next `length` bytes.
@@ -78,6 +85,14 @@ impl Slab {
         self.given += length;
         Chunk { start, length, tensor: self.tensor.shallow_clone() }
     }
+}
+
+fn pinned(shape: &[i64]) -> Result<Tensor> {
+    let mut raw = std::ptr::null_mut();
+    // SAFETY: the shape is as long as it is said, and both outlive the call.
+    check(unsafe { ffi::c10d_empty_pinned(shape.as_ptr(), shape.len(), &raw mut raw) })?;
+    // SAFETY: a new tensor, which is this one's alone.
+    Ok(unsafe { Tensor::from_ptr(raw.cast()) })
 }
 
 impl Chunk {
@@ -104,7 +119,7 @@ impl Deref for Chunk {
 
 impl DerefMut for Chunk {
     fn deref_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as above, and nobody else holds this part.
+        // SAFETY: as above, and nobody else holds this part. What nobody has written yet is as C++ left it, and any byte is a `u8`.
         unsafe { std::slice::from_raw_parts_mut(self.start, self.length) }
     }
 }
@@ -115,7 +130,7 @@ mod tests {
 
     #[test]
     fn chunks_that_are_filled_on_other_threads_are_one_tensor_again() {
-        let mut slab = Slab::new(&[5, 2], Device::Cpu);
+        let mut slab = Slab::new(&[5, 2], Device::Cpu).expect("ten bytes");
         let (mut first, mut second) = (slab.chunk(4), slab.chunk(6));
         std::thread::scope(|scope| {
             scope.spawn(|| first.fill(1));
@@ -128,7 +143,11 @@ mod tests {
 
     #[test]
     fn what_is_filled_is_what_the_tensor_holds() {
-        let tensor = filled(&[2, 2], |values: &mut [f64]| values.copy_from_slice(&[1.0, 2.0, 3.0, 4.0]));
+        let tensor = filled(&[2, 2], |values: &mut [MaybeUninit<f64>]| {
+            for (place, value) in values.iter_mut().zip([1.0, 2.0, 3.0, 4.0]) {
+                place.write(value);
+            }
+        });
         assert_eq!(tensor, Tensor::from_slice(&[1.0, 2.0, 3.0, 4.0]).view([2, 2]));
     }
 }
