@@ -78,7 +78,10 @@ fn version() -> String {
 
 #[cfg(feature = "trainer")]
 fn training() -> Result<String> {
-    Ok(trainer::describe())
+    match trainer::problem() {
+        Some(problem) => bail!("{}; {problem}", trainer::describe()),
+        None => Ok(trainer::describe()),
+    }
 }
 
 #[cfg(not(feature = "trainer"))]

@@ -3,8 +3,10 @@
 
 mod config;
 pub(crate) mod devices;
+mod last_lines;
 mod link;
 mod logs;
+mod machine;
 pub mod metrics;
 mod outbox;
 mod process;
@@ -25,7 +27,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Span, info, warn};
 
 pub use self::config::{CacheConfig, Config};
-pub use self::devices::{describe, devices};
+pub use self::devices::{describe, devices, problem};
+use self::last_lines::LastLines;
 use self::link::LinkEvent;
 use self::logs::Logs;
 use self::outbox::Outbox;
@@ -35,6 +38,8 @@ use crate::learn::context::Setup;
 use crate::torch;
 
 const HEARTBEAT: Duration = Duration::from_millis(250);
+/// Messages of a stream that reports leave for heartbeats.
+const HEARTBEAT_ROOM: usize = 32;
 /// Log lines are written to the store this often.
 const FLUSH: Duration = Duration::from_secs(2);
 /// When the agent ends, writing the last log lines may take this long.
@@ -81,6 +86,8 @@ struct LocalRank {
     /// The newest one.
     heartbeat: pb::RankHeartbeat,
     last_heard: Instant,
+    /// The newest lines that it wrote on stderr.
+    last_lines: LastLines,
 }
 
 impl LocalRank {
@@ -136,6 +143,10 @@ pub async fn run(
         outbox: Outbox::default(),
     };
     info!(agent = agent.name, address = agent.address, devices = agent.slots.len(), "agent started");
+    if let Some(problem) = devices::problem() {
+        warn!("{problem}");
+    }
+    let _alone = machine::claim();
     let link = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(link::keep_open(dial, Arc::clone(&store), links)));
     let (mut heartbeat, mut flush) = (interval(HEARTBEAT), interval(FLUSH));
     heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -272,11 +283,9 @@ impl Agent {
     fn join(&mut self, mut join: pb::Join) {
         if self.leaving {
             // The coordinator sent this before it heard that the agent is leaving.
-            let left =
-                pb::Left { cause: Cause::Exited.into(), step: 0, detail: "its agent is shutting down".to_owned() };
-            let message = Some(rank_message::Message::Left(left));
             let pb::Join { run, generation, rank, device, .. } = join;
-            return self.report(pb::RankMessage { run, generation, rank, device, message, ..Default::default() });
+            let shutting_down = "its agent is shutting down".to_owned();
+            return self.report_left((run, generation, rank), device, Cause::Exited, (0, shutting_down));
         }
         let device = join.device as usize;
         // The state of another run's rank is of no use to this run.
@@ -318,24 +327,24 @@ impl Agent {
                 info!(run, generation, rank, device, "rank started");
                 process.send(coordinator_message::Message::Join(join));
                 let last_heard = Instant::now();
-                let heartbeat = pb::RankHeartbeat::default();
-                self.slots[device].rank =
-                    Some(LocalRank { id, process, run, generation, rank, joined: true, span, heartbeat, last_heard });
+                self.slots[device].rank = Some(LocalRank {
+                    id,
+                    process,
+                    run,
+                    generation,
+                    rank,
+                    joined: true,
+                    span,
+                    heartbeat: pb::RankHeartbeat::default(),
+                    last_heard,
+                    last_lines: LastLines::default(),
+                });
             }
             Err(error) => {
                 let detail = format!("{error:#}");
                 warn!(run, generation, rank, error = detail, "rank not started");
                 trace::failed(&span, &detail);
-                let left = pb::Left { cause: Cause::Error.into(), step: 0, detail };
-                let message = Some(rank_message::Message::Left(left));
-                self.report(pb::RankMessage {
-                    run,
-                    generation,
-                    rank,
-                    device: device as u32,
-                    message,
-                    ..Default::default()
-                });
+                self.report_left((run, generation, rank), device as u32, Cause::Error, (0, detail));
             }
         }
     }
@@ -373,11 +382,9 @@ impl Agent {
         let local = self.slots.get_mut(device).and_then(|slot| slot.rank.take_if(is_it));
         let Some(LocalRank { id, run, generation, rank, .. }) = local else { return };
         info!(run, generation, rank, device, process = id, "rank ended");
-        let left =
-            pb::Left { cause: Cause::Exited.into(), step: 0, detail: "killed as the coordinator asked".to_owned() };
-        let message = Some(rank_message::Message::Left(left));
         self.release(&run, generation);
-        self.report(pb::RankMessage { run, generation, rank, device: device as u32, message, ..Default::default() });
+        let killed = "killed as the coordinator asked".to_owned();
+        self.report_left((run, generation, rank), device as u32, Cause::Exited, (0, killed));
     }
 
     /// Frees what the agent holds for a run whose last rank here left `generation`: the store, unless it is a later generation's, and logs.
@@ -421,26 +428,17 @@ impl Agent {
             }
             Event::Line(line) => {
                 self.logs.line(&run, generation, rank, &line);
-                // The line is stored anyhow, so it does not wait in memory for a coordinator to come back.
-                let message = Some(rank_message::Message::Log(pb::LogLine { generation, rank, line }));
-                self.send(agent_message::Message::Rank(pb::RankMessage {
-                    run,
-                    generation,
-                    rank,
-                    device,
-                    message,
-                    ..Default::default()
-                }));
+                local.last_lines.add(&line);
             }
-            Event::Exited(status) => {
+            Event::Exited(exit) => {
                 metrics::rank_lost();
-                warn!(run, generation, rank, status, "rank process is gone");
-                local.end_span(Cause::Exited, &status);
-                let left = pb::Left { cause: Cause::Exited.into(), step: local.heartbeat.step, detail: status };
+                let detail = local.last_lines.after(&exit);
+                warn!(run, generation, rank, status = detail, "rank process is gone");
+                local.end_span(Cause::Exited, &detail);
+                let step = local.heartbeat.step;
                 self.slots[device as usize].rank = None;
                 self.release(&run, generation);
-                let message = Some(rank_message::Message::Left(left));
-                self.report(pb::RankMessage { run, generation, rank, device, message, ..Default::default() });
+                self.report_left((run, generation, rank), device, Cause::Exited, (step, detail));
             }
         }
     }
@@ -464,6 +462,13 @@ impl Agent {
         self.to_coordinator.as_ref().is_some_and(|to| to.try_send(message).is_ok())
     }
 
+    /// Reports on behalf of a rank that it has left.
+    fn report_left(&mut self, of: (String, u64, u32), device: u32, cause: Cause, (step, detail): (u64, String)) {
+        let (run, generation, rank) = of;
+        let message = Some(rank_message::Message::Left(pb::Left { cause: cause.into(), step, detail }));
+        self.report(pb::RankMessage { run, generation, rank, device, message, ..Default::default() });
+    }
+
     /// Sends a report as soon as a coordinator is connected, and again until it is acknowledged.
     fn report(&mut self, message: pb::RankMessage) {
         self.outbox.push(message);
@@ -474,7 +479,8 @@ impl Agent {
         let Some(to) = &self.to_coordinator else { return };
         self.outbox.send(|report| {
             let message = Some(agent_message::Message::Rank(report.clone()));
-            to.try_send(pb::AgentMessage { message }).is_ok()
+            // Reports can wait; a heartbeat that finds no room is lost.
+            to.capacity() > HEARTBEAT_ROOM && to.try_send(pb::AgentMessage { message }).is_ok()
         });
     }
 }

@@ -3,7 +3,8 @@
 /// Settings of a trainer agent.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Config {
-    /// Host name or address at which the ranks of other machines reach this one [default: that from which the coordinator is reached]
+    /// Host name or address at which the ranks of other machines reach this one, and which this one has: ranks listen at it, so that one
+    /// that is translated on the way (NAT, a published port of a container) is of no use [default: that from which the coordinator is reached]
     #[arg(long, env = "GLEANER_ADVERTISE_ADDRESS", value_name = "HOST")]
     pub advertise_address: Option<String>,
     /// Network interface over which ranks talk to each other: its first address is advertised, and NCCL takes it
@@ -25,14 +26,35 @@ pub struct Config {
 /// Settings of the cache of decoded images, for all ranks of a machine together.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct CacheConfig {
-    /// Decoded images may take so many bytes of memory, all ranks of this machine together
-    #[arg(long, env = "GLEANER_CACHE_BYTES", default_value_t = 1 << 30, value_name = "BYTES")]
+    /// Decoded images may take so much memory (16GiB, or a number of bytes), all ranks of this machine together
+    #[arg(long, env = "GLEANER_CACHE_BYTES", default_value = "1GiB", value_parser = size, value_name = "SIZE")]
     pub cache_bytes: u64,
     /// Folder for decoded images that have no room in memory; what is in it vanishes with the trainer, however that ends
     /// [default: none are kept]
     #[arg(long, env = "GLEANER_CACHE_DIR", value_name = "DIR")]
     pub cache_dir: Option<std::path::PathBuf>,
-    /// Decoded images may take so many bytes of that folder, all ranks of this machine together
-    #[arg(long, env = "GLEANER_CACHE_DISK_BYTES", default_value_t = 64 << 30, value_name = "BYTES")]
+    /// Decoded images may take so much of that folder, all ranks of this machine together
+    #[arg(long, env = "GLEANER_CACHE_DISK_BYTES", default_value = "64GiB", value_parser = size, value_name = "SIZE")]
     pub cache_disk_bytes: u64,
+}
+
+/// A number of bytes as people write it: `1073741824`, `16GiB`, `500MB`.
+fn size(text: &str) -> Result<u64, String> {
+    let size: bytesize::ByteSize = text.parse().map_err(|_| format!("{text:?} is no size; write 16GiB or 500MB"))?;
+    Ok(size.as_u64())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_units_and_nonsense_is_refused() {
+        assert_eq!(size("17179869184"), Ok(16 << 30));
+        assert_eq!(size("16GiB"), Ok(16 << 30));
+        assert_eq!(size("1.5 GB"), Ok(1_500_000_000));
+        for wrong in ["", "GiB", "-1", "16 gallons"] {
+            assert!(size(wrong).is_err(), "{wrong}");
+        }
+    }
 }

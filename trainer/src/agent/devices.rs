@@ -39,6 +39,14 @@ pub(crate) fn chosen(text: &str) -> Result<Vec<String>> {
     Ok(chosen)
 }
 
+/// What is wrong with this machine's devices, if something is.
+pub fn problem() -> Option<&'static str> {
+    (cfg!(feature = "nccl") && Cuda::device_count() == 0).then_some(
+        "this program is built for GPUs and sees none here, so that ranks would train on the CPU: see that the driver is as new as this \
+         libtorch wants, that the container is given its devices (--gpus all, nvidia.com/gpu), and what CUDA_VISIBLE_DEVICES says",
+    )
+}
+
 /// For people: libtorch, and the devices that ranks can run on.
 pub fn describe() -> String {
     let nccl = if cfg!(feature = "nccl") { "with" } else { "without" };

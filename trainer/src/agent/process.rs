@@ -1,7 +1,8 @@
 //! One rank process, as its agent sees it: started, spoken to, events, ended.
 
 use std::ffi::OsString;
-use std::process::Stdio;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{ExitStatus, Stdio};
 
 use anyhow::{Context, Result};
 use prost::Message;
@@ -41,8 +42,36 @@ pub(crate) enum Event {
     Message(pb::RankMessage),
     /// A line on its stderr.
     Line(String),
-    /// It is gone: its exit code or signal.
-    Exited(String),
+    /// It is gone.
+    Exited(Exit),
+}
+
+/// How a process ended.
+#[derive(Debug)]
+pub(crate) enum Exit {
+    /// By SIGKILL, which leaves no words.
+    Killed,
+    /// Its exit code, another signal, or why these are not known.
+    Other(String),
+}
+
+impl std::fmt::Display for Exit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Killed => f.write_str("signal: 9 (SIGKILL)"),
+            Self::Other(how) => f.write_str(how),
+        }
+    }
+}
+
+impl From<std::io::Result<ExitStatus>> for Exit {
+    fn from(status: std::io::Result<ExitStatus>) -> Self {
+        match status {
+            Ok(status) if status.signal() == Some(9) => Self::Killed,
+            Ok(status) => Self::Other(status.to_string()),
+            Err(error) => Self::Other(error.to_string()),
+        }
+    }
 }
 
 /// A running rank process. Dropping it kills it.
@@ -70,8 +99,6 @@ impl Process {
             .args(arguments)
             .envs(NCCL_ENVIRONMENT)
             .envs(RANK_ENVIRONMENT)
-            // NCCL writes to standard output by default, which is the rank's way to its agent.
-            .env("NCCL_DEBUG_FILE", "/dev/stderr")
             // Ctrl-C in a terminal is for the agent, which lets its ranks leave in order.
             .process_group(0)
             .stdin(Stdio::piped())
@@ -138,7 +165,7 @@ impl Process {
             let status = child.wait().await;
             // What it sent and wrote comes before its end.
             let _ = tokio::join!(messages, lines);
-            tell(Event::Exited(status.map_or_else(|error| error.to_string(), |status| status.to_string()))).await;
+            tell(Event::Exited(status.into())).await;
         });
         Ok(Self { messages: to_rank, _kill: kill })
     }
