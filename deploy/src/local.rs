@@ -31,7 +31,7 @@ use crate::{store, web};
 
 /// For the coordinator to answer after the start.
 const START: Duration = Duration::from_secs(60);
-/// For a child to end after it was told to.
+/// For a child to end after it was told to; a trainer, after its ranks had their time.
 const STOP: Duration = Duration::from_secs(60);
 /// A child that ran for so long was sound: its next restart is quick again.
 const STABLE: Duration = Duration::from_secs(30);
@@ -62,6 +62,9 @@ pub(crate) struct Args {
     /// CPU]
     #[arg(long)]
     ranks: Option<u32>,
+    /// When told to end, ranks have so many seconds to finish their step and to write a checkpoint: on a CPU a step may take long
+    #[arg(long, env = "GLEANER_LEAVE_SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..=3600), value_name = "N")]
+    leave_seconds: u32,
     /// Nets (CIDR) that workers may reach although they are private; loopback is always among them here
     #[arg(long, env = "GLEANER_ALLOW_NET", value_name = "CIDR", value_delimiter = ',')]
     allow_net: Vec<IpNet>,
@@ -93,6 +96,7 @@ pub(crate) async fn run(args: Args, telemetry: TelemetryArgs) -> Result<()> {
     let mut clients = JoinSet::new();
     let listen = listen.to_string();
     let child = |name: &str, arguments: &[&str]| Supervised {
+        stop: STOP,
         name: name.to_owned(),
         arguments: arguments.iter().map(|&argument| argument.to_owned()).collect(),
         telemetry: telemetry.clone(),
@@ -123,9 +127,11 @@ pub(crate) async fn run(args: Args, telemetry: TelemetryArgs) -> Result<()> {
         if cfg!(feature = "trainer") && args.ranks != Some(0) {
             let devices = args.ranks.map(|ranks| format!("cpu:{ranks}"));
             let devices: Vec<&str> = devices.iter().flat_map(|devices| ["--devices", devices]).collect();
-            let arguments =
-                [&["trainer"], &store[..], &to[..], &["--advertise-address", "127.0.0.1"], &devices].concat();
-            clients.spawn(child("trainer", &arguments).run(stop_clients.clone()));
+            let leave = args.leave_seconds.to_string();
+            let own = ["--advertise-address", "127.0.0.1", "--leave-seconds", &leave];
+            let arguments = [&["trainer"], &store[..], &to[..], &own, &devices].concat();
+            let stop = STOP + Duration::from_secs(args.leave_seconds.into());
+            clients.spawn(Supervised { stop, ..child("trainer", &arguments) }.run(stop_clients.clone()));
         }
         let until = stop_clients.clone();
         clients.spawn(async move {
@@ -205,6 +211,8 @@ async fn ready(cluster: &Cluster) -> Result<()> {
 /// A child process that is started again whenever it ends.
 struct Supervised {
     name: String,
+    /// It has so long to end after it was told to.
+    stop: Duration,
     arguments: Vec<String>,
     telemetry: TelemetryArgs,
 }
@@ -264,7 +272,7 @@ impl Supervised {
     }
 
     async fn end(&self, mut child: Child) -> Result<()> {
-        if tokio::time::timeout(STOP, child.wait()).await.is_err() {
+        if tokio::time::timeout(self.stop, child.wait()).await.is_err() {
             warn!(name = self.name, "child does not end; killing it");
             child.kill().await?;
         }
