@@ -1,14 +1,44 @@
 //! What other threads of a rank and its training thread tell each other while it trains.
 
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use proto::RunSpec;
 use proto::pb::{self, rank_heartbeat::Activity};
-use tracing::warn;
+use tracing::{error, warn};
 
 use super::failure::Failure;
 use crate::torch::Aborter;
+
+/// If the spec cannot be read, which is found out where it is used.
+const DETECTION: Duration = Duration::from_secs(10);
+
+/// Does `work` on a thread of its own, and `late` if that takes longer than `limit`.
+fn watched(
+    limit: Duration,
+    work: impl FnOnce() + Send + 'static,
+    late: impl FnOnce() + Send + 'static,
+) -> std::io::Result<()> {
+    let (done, ended) = std::sync::mpsc::channel();
+    std::thread::Builder::new().name("abort".to_owned()).spawn(move || {
+        work();
+        let _ = done.send(());
+    })?;
+    let watch = move || {
+        if ended.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
+            late();
+        }
+    };
+    std::thread::Builder::new().name("abort-watch".to_owned()).spawn(watch).map(drop)
+}
+
+/// Nothing else ends a process for sure whose threads hang in a library.
+fn kill_this_process() {
+    error!("the collectives cannot be aborted: this process ends");
+    let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+}
 
 /// What this rank shall do about its generation. Other threads set the flags while it trains.
 #[derive(Debug)]
@@ -22,6 +52,8 @@ pub(crate) struct ControlFlags {
     /// Whether the rank has left the generation.
     pub(crate) left: AtomicBool,
     heartbeat: Arc<Heartbeat>,
+    /// The run's `failure_detection`.
+    detection: Duration,
 }
 
 impl ControlFlags {
@@ -36,6 +68,7 @@ impl ControlFlags {
             aborter: Mutex::new(None),
             left: AtomicBool::new(false),
             heartbeat,
+            detection: RunSpec::from_json(&join.spec_json).map_or(DETECTION, |spec| spec.failure_detection()),
         }
     }
 
@@ -68,7 +101,7 @@ impl ControlFlags {
                     warn!(%error, "abort failed");
                 }
             };
-            if let Err(error) = std::thread::Builder::new().name("abort".to_owned()).spawn(abort) {
+            if let Err(error) = watched(self.detection, abort, kill_this_process) {
                 warn!(%error, "abort failed");
             }
         }
@@ -162,5 +195,26 @@ impl Heartbeat {
     #[cfg(any(test, feature = "bench"))]
     pub(crate) fn assume_contact_for(&self, time: Duration) {
         self.contact.store(self.now() + time.as_millis() as u64, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_abort_that_does_not_return_in_time_is_noticed_and_one_that_does_is_not() {
+        let (late, was_late) = std::sync::mpsc::channel();
+        let (hold, held) = std::sync::mpsc::channel::<()>();
+        let tell = late.clone();
+        let hang = move || assert!(held.recv().is_err());
+        watched(Duration::from_millis(10), hang, move || tell.send("hangs").expect("it is heard"))
+            .expect("threads start");
+        watched(Duration::from_secs(60), || {}, move || late.send("returns").expect("it is heard"))
+            .expect("threads start");
+        assert_eq!(was_late.recv(), Ok("hangs"));
+        // Both watches have ended, the second without a word.
+        assert!(was_late.recv().is_err());
+        drop(hold);
     }
 }

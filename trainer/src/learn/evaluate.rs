@@ -7,6 +7,7 @@ use anyhow::anyhow;
 use proto::Split;
 use tch::{Kind, Tensor};
 
+use super::alexnet::AlexNet;
 use super::control::ControlFlags;
 use super::failure::Failure;
 use super::history::Sums;
@@ -17,9 +18,10 @@ use crate::data::cache::NextUse;
 use crate::data::{plan, requests};
 use crate::torch::Op;
 
-/// The sums over `split` on all ranks, and how long it took; None if the split has no samples.
+/// The sums of a network over `split` on all ranks, and how long it took; None if the split has no samples.
 pub(crate) fn evaluate(
     job: &Job,
+    network: &AlexNet,
     split: Split,
     own_lanes: Range<u32>,
     membership: &Membership,
@@ -31,7 +33,11 @@ pub(crate) fn evaluate(
         return Ok(None);
     }
     let sample_ids: Vec<_> = plan::evaluation(&kept, job.spec.ranks.lanes, own_lanes).collect();
-    let batch = (job.spec.train.batch as usize / membership.world).max(1);
+    let batch = match job.spec.train.micro_batch {
+        0 => (job.spec.train.batch as usize / membership.world).max(1),
+        // No more at a time than a step has.
+        most => most as usize,
+    };
     let expected = sample_ids.len().div_ceil(batch);
     let epoch = job.progress.step / job.steps_per_epoch;
     let next_use = match split == Split::Validation && epoch < u64::from(job.spec.train.epochs) {
@@ -48,7 +54,7 @@ pub(crate) fn evaluate(
         }
         let batch = batch?;
         let (images, labels) = job.normalise.apply(&batch.pixels)?;
-        let logits = job.model.evaluate(&images);
+        let logits = network.evaluate(&images);
         let loss = step::loss(&logits, &labels, 0.0).to_kind(Kind::Double).reshape([1]);
         let count = Tensor::from_slice(&[batch.samples as f64]).to_device(job.device);
         let _ = sums.shallow_clone().f_add_(&Tensor::cat(&[loss, step::correct(&logits, &labels), count], 0))?;
@@ -57,5 +63,9 @@ pub(crate) fn evaluate(
     membership.group.all_reduce(&sums, Op::Sum)?.wait(membership.group.timeout())?;
     let sum = |i| sums.double_value(&[i]);
     let sums = Sums { loss: sum(0), top1: sum(1), top5: sum(2), samples: sum(3) };
+    let samples: u64 = kept.iter().map(|&samples| u64::from(samples)).sum();
+    if sums.samples as u64 != samples {
+        return Err(anyhow!("all ranks evaluated {} samples of {split:?}, which has {samples}", sums.samples).into());
+    }
     Ok(Some((sums, began.elapsed())))
 }

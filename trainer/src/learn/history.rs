@@ -101,10 +101,15 @@ impl History {
         if new.is_empty() && self.points.is_empty() {
             return;
         }
+        let step = new.last().map_or(self.stored, |line| line.step);
+        self.writing = Some((step, self.write(new)));
+    }
+
+    /// Starts to write lines of the ledger, and the new points.
+    fn write(&mut self, new: Vec<Line>) -> JoinHandle<bool> {
         self.flushed = Instant::now();
         self.files += 1;
         let mut files = Vec::new();
-        let step = new.last().map_or(self.stored, |line| line.step);
         if !new.is_empty() {
             let ledger = serde_json::to_vec(&Lines { format: 1, lines: new }).expect("numbers only");
             files.push((keys::ledger(&self.run, self.generation, self.files), Bytes::from(ledger)));
@@ -115,7 +120,7 @@ impl History {
             files.push((keys::metrics(&self.run, self.generation, self.files), Bytes::from(points)));
         }
         let store = self.store.clone();
-        let write = async move {
+        self.runtime.spawn(async move {
             for (key, bytes) in files {
                 if let Err(error) = put(&store, &key, bytes).await {
                     warn!(key, error = format!("{error:#}"), "history not written");
@@ -123,8 +128,7 @@ impl History {
                 }
             }
             true
-        };
-        self.writing = Some((step, self.runtime.spawn(write)));
+        })
     }
 
     /// Writes what is left, and waits for it.
@@ -140,5 +144,59 @@ impl History {
         if let Some((_, write)) = self.writing.take() {
             let _ = self.runtime.block_on(write);
         }
+    }
+}
+
+impl Drop for History {
+    /// After a failure nobody calls `finish`: points that no write has taken yet stand nowhere else, unlike the ledger's lines.
+    fn drop(&mut self) {
+        if !self.points.is_empty() {
+            drop(self.write(Vec::new()));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use object_store::memory::InMemory;
+    use object_store::{ObjectStoreExt, path::Path};
+    use proto::metric::MetricKind;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn points_that_wait_for_a_write_outlive_a_generation_that_fails() {
+        let store: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
+        let mut history = History::new(store.clone(), tokio::runtime::Handle::current(), "run", 3);
+        history.point(MetricPoint {
+            kind: MetricKind::Validation,
+            generation: 3,
+            epoch: 1,
+            step: 7,
+            loss: 1.0,
+            top1: 0.5,
+            top5: 1.0,
+            samples: 10,
+            learning_rate: 0.0,
+            images_per_second: 1.0,
+            seconds: 1.0,
+            data_wait: 0.0,
+            compute: 1.0,
+            rank_wait: 0.0,
+            network_wait: 0.0,
+            optimizer: 0.0,
+            slowest_rank: 0,
+            ranks: 1,
+            gradient_bytes: 0,
+            link_bytes_per_second: 0.0,
+        });
+        drop(history);
+        let key = Path::from(keys::metrics("run", 3, 1));
+        let written = loop {
+            match store.get(&key).await {
+                Ok(found) => break found.bytes().await.expect("memory reads"),
+                Err(_) => tokio::time::sleep(Duration::from_millis(1)).await,
+            }
+        };
+        assert!(String::from_utf8_lossy(&written).contains("\"step\":7"), "{written:?}");
     }
 }
