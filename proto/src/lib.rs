@@ -48,6 +48,7 @@ pub mod table;
 pub mod term;
 pub mod tombstone;
 pub mod trace;
+pub mod weights;
 
 pub use dataset_spec::{
     Class, Color, DatasetSpec, Duplicates, ImageFormat, Limits, MultiLabel, Reencode, Resize, ResizeMode, SpecError,
@@ -59,7 +60,7 @@ pub use index::ShardIndex;
 pub use manifest::Manifest;
 pub use outcome_counts::OutcomeCounts;
 pub use rejection::{Outcome, Rejection};
-pub use run_spec::RunSpec;
+pub use run_spec::{RunSpec, network};
 pub use shard::Sample;
 
 /// Messages, clients and servers generated from the .proto files, and their descriptors.

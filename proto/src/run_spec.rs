@@ -1,10 +1,20 @@
 //! What a training run is: chosen once, at its submission, and stored as the run's `spec.json`.
 
+pub mod network;
+
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use self::network::{Network, is_within};
 use crate::dataset_spec::{SpecError, check};
+
+/// With fewer samples a lane's statistics are mostly noise ...
+const FEW_SAMPLES: u32 = 8;
+/// ... and lanes that nobody chose have this many.
+const GOOD_SAMPLES: u32 = 16;
+/// Lanes that nobody chose are no more than this.
+const MOST_LANES: u32 = 8;
 
 /// The description of a run, as a user writes it in TOML. Every field but `dataset` has a default; unknown keys are
 /// refused.
@@ -46,6 +56,13 @@ pub struct Model {
     pub width: f64,
     /// Probability that a unit before a fully-connected layer is dropped while training, 0 to 0.9.
     pub dropout: f64,
+}
+
+impl Model {
+    /// Whether lanes normalise their parts of a batch.
+    pub fn is_normalised(&self) -> bool {
+        matches!(self.arch, Arch::AlexnetBn | Arch::AlexnetSlim)
+    }
 }
 
 /// The networks.
@@ -122,6 +139,22 @@ pub struct Train {
     /// A rank computes a step in parts of so many samples at the most, and adds up their gradients, to need less
     /// memory: whole lanes, at least one at a time; 0: all at once.
     pub micro_batch: u32,
+    /// Parts of the network that stay as they begin, by the names of their tensors or what these begin with: `features`,
+    /// `classifier.1`. Running statistics of norms go on moving.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub freeze: Vec<String>,
+    /// The learning rate of the last layer, which is new when a network is taken from elsewhere, is so many times that of
+    /// the others.
+    pub head_factor: f64,
+    /// It ends early when so many epochs have brought no better validation; 0: never.
+    pub stop_after: u32,
+}
+
+impl Train {
+    /// Whether a tensor stays as it begins.
+    pub fn is_frozen(&self, tensor: &str) -> bool {
+        self.freeze.iter().any(|part| is_within(tensor, part))
+    }
 }
 
 /// How the learning rate falls after the warm-up.
@@ -142,10 +175,11 @@ pub enum Schedule {
 pub struct Ranks {
     /// With fewer the run waits.
     pub min: u32,
-    /// More are not used.
+    /// More are not used; 0: as many as there are lanes, up to 8.
     pub max: u32,
     /// Virtual ranks: the fixed parts of each global batch. The same numbers come out for any number of ranks up to
-    /// this.
+    /// this. Each normalises its part alone, so that a part should not be small; 0: up to 8, with 16 samples or more each,
+    /// but no fewer than `max` or `min` says.
     pub lanes: u32,
     /// Threads of each rank's tensor operations; 0: the machine's cores divided by the agent's devices.
     pub threads: u32,
@@ -230,6 +264,9 @@ impl Default for Train {
             step_epochs: 30.0,
             clip_norm: 0.0,
             micro_batch: 0,
+            freeze: Vec::new(),
+            head_factor: 1.0,
+            stop_after: 0,
         }
     }
 }
@@ -238,8 +275,8 @@ impl Default for Ranks {
     fn default() -> Self {
         Self {
             min: 1,
-            max: 8,
-            lanes: 8,
+            max: 0,
+            lanes: 0,
             threads: 0,
             failure_detection_seconds: 10.0,
             max_failures: 3,
@@ -258,16 +295,12 @@ impl Default for CheckpointSpec {
 impl RunSpec {
     /// Parses a user's TOML and checks every value.
     pub fn from_toml(toml: &str) -> Result<Self, SpecError> {
-        let spec: Self = toml::from_str(toml).map_err(|e| SpecError(format!("run spec: {e}")))?;
-        spec.check()?;
-        Ok(spec)
+        toml::from_str::<Self>(toml).map_err(|e| SpecError(format!("run spec: {e}")))?.resolved()
     }
 
     /// Parses JSON and checks every value.
     pub fn from_json(json: &str) -> Result<Self, SpecError> {
-        let spec: Self = serde_json::from_str(json).map_err(|e| SpecError(format!("run spec: {e}")))?;
-        spec.check()?;
-        Ok(spec)
+        serde_json::from_str::<Self>(json).map_err(|e| SpecError(format!("run spec: {e}")))?.resolved()
     }
 
     /// The stored form.
@@ -278,6 +311,33 @@ impl RunSpec {
     /// The one knob from which every deadline of training derives.
     pub fn failure_detection(&self) -> Duration {
         Duration::from_secs_f64(self.ranks.failure_detection_seconds)
+    }
+
+    /// For people: what is allowed, but hardly meant.
+    pub fn warnings(&self) -> Vec<String> {
+        let (batch, lanes) = (self.train.batch, self.ranks.lanes);
+        let few = self.model.is_normalised() && batch / lanes < FEW_SAMPLES;
+        let few = few.then(|| {
+            format!(
+                "each of ranks.lanes = {lanes} normalises {} of train.batch = {batch} samples alone, which are too few to tell their mean: \
+                 choose fewer lanes or a larger batch, so that each has 16 or more",
+                batch / lanes
+            )
+        });
+        few.into_iter().collect()
+    }
+
+    /// With what was left open, each value checked.
+    fn resolved(mut self) -> Result<Self, SpecError> {
+        let (batch, ranks) = (self.train.batch, &mut self.ranks);
+        if ranks.lanes == 0 {
+            ranks.lanes = (batch / GOOD_SAMPLES).clamp(1, MOST_LANES).max(ranks.max).max(ranks.min);
+        }
+        if ranks.max == 0 {
+            ranks.max = ranks.lanes.min(MOST_LANES.max(ranks.min));
+        }
+        self.check()?;
+        Ok(self)
     }
 
     fn check(&self) -> Result<(), SpecError> {
@@ -309,6 +369,23 @@ impl RunSpec {
         check("train.warmup_epochs", train.warmup_epochs, train.warmup_epochs >= 0.0, "0 or more")?;
         check("train.step_epochs", train.step_epochs, train.step_epochs > 0.0, "more than 0")?;
         check("train.clip_norm", train.clip_norm, train.clip_norm >= 0.0, "0 or more")?;
+        check("train.head_factor", train.head_factor, train.head_factor > 0.0, "more than 0")?;
+        let parameters = Network::new(model, 1, input.crop).parameters();
+        for part in &train.freeze {
+            let known = parameters.keys().any(|name| is_within(name, part));
+            check(
+                "train.freeze",
+                format!("{part:?}"),
+                known,
+                "a part of the network, such as \"features\" or \"classifier.1\"",
+            )?;
+        }
+        check(
+            "train.freeze",
+            format!("{:?}", train.freeze),
+            parameters.keys().any(|name| !train.is_frozen(name)),
+            "less than the whole network",
+        )?;
         check("ranks.lanes", ranks.lanes, (1..=4096).contains(&ranks.lanes), "1 to 4096")?;
         check("ranks.max", ranks.max, (1..=ranks.lanes).contains(&ranks.max), "1 to ranks.lanes")?;
         check("ranks.min", ranks.min, (1..=ranks.max).contains(&ranks.min), "1 to ranks.max")?;
@@ -334,12 +411,31 @@ mod tests {
     }
 
     #[test]
+    fn lanes_and_ranks_that_nobody_chose_follow_from_what_was_chosen() {
+        let resolved = |toml: &str| {
+            let spec = RunSpec::from_toml(&format!("dataset = \"b\"\n{toml}")).expect(toml);
+            (spec.ranks.lanes, spec.ranks.max, spec.warnings().len())
+        };
+        assert_eq!(resolved(""), (8, 8, 0));
+        assert_eq!(resolved("[train]\nbatch = 16"), (1, 1, 0));
+        assert_eq!(resolved("[train]\nbatch = 100"), (6, 6, 0));
+        assert_eq!(resolved("[ranks]\nlanes = 4"), (4, 4, 0));
+        assert_eq!(resolved("[ranks]\nlanes = 12"), (12, 8, 0));
+        assert_eq!(resolved("[ranks]\nmax = 1"), (8, 1, 0));
+        assert_eq!(resolved("[ranks]\nmax = 16"), (16, 16, 0));
+        assert_eq!(resolved("[train]\nbatch = 16\n[ranks]\nmin = 4"), (4, 4, 1));
+        assert_eq!(resolved("model = { arch = \"alexnet\" }\ntrain = { batch = 16 }\nranks = { min = 4 }"), (4, 4, 0));
+    }
+
+    #[test]
     fn unknown_keys_and_impossible_values_are_refused_by_name() {
         for (toml, said) in [
             ("dataset = \"b\"\n[train]\nlr = 1", "lr"),
             ("dataset = \"b\"\n[model]\narch = \"vgg\"", "alexnet-bn"),
-            ("dataset = \"b\"\n[train]\nbatch = 8", "2 x ranks.lanes"),
-            ("dataset = \"b\"\n[ranks]\nmax = 9", "1 to ranks.lanes"),
+            ("dataset = \"b\"\n[train]\nbatch = 8\n[ranks]\nlanes = 8", "2 x ranks.lanes"),
+            ("dataset = \"b\"\n[ranks]\nlanes = 8\nmax = 9", "1 to ranks.lanes"),
+            ("dataset = \"b\"\n[train]\nfreeze = [\"feature\"]", "\"feature\": must be a part of the network"),
+            ("dataset = \"b\"\n[train]\nfreeze = [\"features\", \"classifier\"]", "less than the whole"),
         ] {
             let error = RunSpec::from_toml(toml).expect_err(toml).to_string();
             assert!(error.contains(said), "{error}");
