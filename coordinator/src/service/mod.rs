@@ -2,6 +2,7 @@
 
 pub(crate) mod dataset;
 pub(crate) mod fetch;
+mod logs;
 pub(crate) mod run;
 pub(crate) mod scaler;
 pub(crate) mod trainer;

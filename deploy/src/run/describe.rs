@@ -29,8 +29,9 @@ fn description(run: &Run, now_millis: u64) -> Vec<String> {
     let ran = view::duration(run, now_millis).map_or(String::new(), |millis| {
         format!(", {} {}", if run.ended_millis > 0 { "ran for" } else { "running for" }, span(millis))
     });
+    let to_go = view::remaining(run).map_or(String::new(), |millis| format!(", about {} to go", span(millis)));
     let age = span(now_millis.saturating_sub(run.submitted_millis));
-    lines.push(format!("submitted {} ({age} ago){ran}", moment(run.submitted_millis)));
+    lines.push(format!("submitted {} ({age} ago){ran}{to_go}", moment(run.submitted_millis)));
     lines.push(format!("dataset {}, manifest version {}", run.dataset, run.manifest_version));
     lines.push(format!(
         "step {} of {} ({} epochs); generation {} with {} ranks; checkpoint at step {}",
@@ -84,6 +85,18 @@ mod tests {
         let text = description(&run, 240_000).join("\n");
         let expected = "birds-1 done\nsubmitted 1970-01-01T00:01:00Z (3m0s ago), ran for 1m0s\n";
         assert!(text.starts_with(expected), "{text}");
+        let step = Metric { samples: 32, images_per_second: 16.0, ..Metric::default() };
+        let running = Run {
+            state: RunState::Running.into(),
+            ended_millis: 0,
+            last_step: Some(step),
+            epochs: 10,
+            steps_per_epoch: 6,
+            step: 30,
+            ..run
+        };
+        let text = description(&running, 240_000).join("\n");
+        assert!(text.contains("running for 2m30s, about 1m0s to go"), "{text}");
         assert!(text.contains("   1  1970-01-01T00:00:00Z  cancelled"), "{text}");
     }
 }

@@ -14,15 +14,32 @@ pub(crate) struct Args {
     /// Only the newest N runs [default: all]
     #[arg(short = 'n', long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     limit: Option<u32>,
+    /// Only runs in this state; may be repeated
+    #[arg(long, value_name = "STATE", value_parser = ["waiting", "running", "cancelling", "done", "failed", "cancelled"])]
+    state: Vec<String>,
+    /// Only runs on this dataset
+    #[arg(long, value_name = "NAME")]
+    dataset: Option<String>,
     #[command(flatten)]
     cluster: ClusterArgs,
+}
+
+impl Args {
+    fn is_meant(&self, run: &Run) -> bool {
+        (self.state.is_empty() || self.state.contains(&view::state(run)))
+            && self.dataset.as_ref().is_none_or(|dataset| run.dataset == *dataset)
+    }
 }
 
 /// Runs the command.
 pub(super) async fn run(args: &Args) -> Result<()> {
     let mut client = Cluster::new(&args.cluster)?.runs;
-    let request = ListRunsRequest { limit: args.limit.unwrap_or(0) };
-    let runs = answer(client.list_runs(request)).await?.runs;
+    let limit = args.limit.unwrap_or(0);
+    let is_filtered = !args.state.is_empty() || args.dataset.is_some();
+    let request = ListRunsRequest { limit: if is_filtered { 0 } else { limit } };
+    let mut runs = answer(client.list_runs(request)).await?.runs;
+    runs.retain(|run| args.is_meant(run));
+    runs.truncate(if limit == 0 { runs.len() } else { limit as usize });
     if args.cluster.output == Format::Json {
         return say_json(&runs.iter().map(view::to_json).collect::<Result<Vec<_>>>()?);
     }

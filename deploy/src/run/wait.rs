@@ -11,6 +11,7 @@ use super::{NameArgs, view};
 use crate::client::{Cluster, answer, follow, wait_for};
 use crate::exit::{Ended, Exit};
 use crate::output::{Format, Progress, say, say_json};
+use crate::time::span;
 
 /// Waits for the end; with `curve` the learning curve is printed as it grows, as data.
 pub(super) async fn run(of: &NameArgs, timeout: Option<Duration>, curve: bool) -> Result<()> {
@@ -47,8 +48,9 @@ pub(super) async fn run(of: &NameArgs, timeout: Option<Duration>, curve: bool) -
                 }
             }
             let details = run.last_step.as_ref().map_or(String::new(), |metric| {
+                let to_go = view::remaining(&run).map_or(String::new(), |millis| format!(", {} to go", span(millis)));
                 format!(
-                    "epoch {}/{}, loss {:.3}, {:.0} images/s",
+                    "epoch {}/{}, loss {:.3}, {:.0} images/s{to_go}",
                     metric.epoch, run.epochs, metric.loss, metric.images_per_second
                 )
             });

@@ -197,7 +197,7 @@ fn generations(events: &[EventRecord]) -> Markup {
 /// What the run's ranks wrote, the newest lines.
 pub(super) async fn logs(State(source): State<Source>, Path(name): Path<String>) -> Result<Response, Failure> {
     let run = get(&source, &name).await?;
-    let request = GetLogsRequest { run: name.clone(), follow: false };
+    let request = GetLogsRequest { run: name.clone(), ..GetLogsRequest::default() };
     let mut stream = answer(source.cluster.runs.clone().get_logs(request)).await?;
     let mut newest: VecDeque<LogLine> = VecDeque::new();
     let read = async {
