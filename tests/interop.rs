@@ -230,6 +230,53 @@ fn one_step_of_each_network_is_pytorch_s() {
     }
 }
 
+#[test]
+fn a_run_begins_with_the_state_dict_of_torchvisions_network() {
+    let mut cluster = Cluster::start();
+    cluster.start_worker("worker");
+    dataset(&cluster);
+    cluster.start_trainer("trainer", 1);
+    let weights = cluster.path("alexnet.safetensors").display().to_string();
+    let script = root().join("tests/python/alexnet_weights.py");
+    let sums = printed(python("python").arg(script).args([&weights, "64"]));
+    let sets = [
+        "model.arch=alexnet",
+        "model.width=0.125",
+        "input.crop=64",
+        "train.epochs=1",
+        "train.batch=16",
+        "train.freeze=[\"features\", \"classifier.1\"]",
+        "train.head_factor=10",
+    ];
+    let sets = sets.iter().flat_map(|set| ["--set", set]);
+    let submit =
+        ["run", "submit", "--dataset", "small", "--name", "tuned", "--from", &weights, "--wait", "--timeout", "120s"];
+    cluster.gleaner(&submit.into_iter().chain(sets).collect::<Vec<_>>());
+    let folder = cluster.path("tuned");
+    cluster.gleaner(&["run", "model", "tuned", "--to", &folder.display().to_string()]);
+    let bytes = std::fs::read(folder.join("model.safetensors")).expect("it was fetched");
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).expect("safetensors");
+    let sum = |name: &str| -> f64 {
+        let data = tensors.tensor(name).expect("torchvision's name").data().as_chunks::<4>().0.to_vec();
+        data.into_iter().map(|bytes| f64::from(f32::from_le_bytes(bytes))).sum()
+    };
+    let mut taken = 0;
+    for (name, expected) in sums.lines().filter_map(|line| line.split_once(' ')) {
+        let expected: f64 = expected.parse().expect("a number");
+        let is_same = (sum(name) - expected).abs() < 1e-9 * expected.abs().max(1.0);
+        let is_frozen = name.starts_with("features.") || name.starts_with("classifier.1.");
+        assert_eq!(is_same, is_frozen, "{name}: {} of {expected}", sum(name));
+        taken += u32::from(is_same);
+    }
+    assert_eq!(taken, 12, "six layers of a weight and a bias");
+    assert_eq!(tensors.tensor("classifier.6.bias").expect("the last layer").shape(), [3]);
+    let refused = cluster.try_gleaner(&["run", "submit", "--dataset", "small", "--from", "alexnet.pth"]);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(refused.status.code() == Some(2) && said.contains("safetensors.torch"), "{said}");
+    let events = cluster.json(&["run", "describe", "tuned"])["events"].to_string();
+    assert!(events.contains("the weights of the file alexnet.safetensors; the last layer is new"), "{events}");
+}
+
 /// A free port P with P + 10000, which SeaweedFS takes too.
 fn with_grpc() -> [FreeAddress; 2] {
     loop {

@@ -152,11 +152,16 @@ impl Roster {
         actions
     }
 
-    /// Proposes that an ended run is queued again, from the checkpoint of this step or the newest.
-    pub(crate) fn resume(&mut self, name: &str, request_id: String, step: Option<u64>) -> Vec<Action> {
+    /// Proposes that an ended run is queued again, from the checkpoint of this step or the newest, perhaps with so many epochs.
+    pub(crate) fn resume(
+        &mut self,
+        name: &str,
+        request_id: String,
+        (step, epochs): (Option<u64>, Option<u32>),
+    ) -> Vec<Action> {
         let mut actions = Vec::new();
         if let Some(run) = self.ended.get_mut(name) {
-            run.propose(RunEvent::Resumed { request_id, step }, &mut actions);
+            run.propose(RunEvent::Resumed { request_id, step, epochs }, &mut actions);
         }
         actions
     }

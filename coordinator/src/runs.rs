@@ -1,12 +1,13 @@
 //! The runs: their stored history, the agents' connections, and the one task that feeds the roster and does what it says.
 //!
-//! `submit` makes new ones, `delete` removes them; `curve` and `history` hold and read what ranks have measured and stored; `view` is what readers see.
+//! `submit` makes new ones, with the `weights` that they begin with, `delete` removes them; `curve` and `history` hold and read what ranks have measured and stored; `view` is what readers see.
 
 mod curve;
 mod delete;
 mod history;
 mod submit;
 mod view;
+mod weights;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -45,7 +46,7 @@ fn sources(stored: &StoredRun) -> Sources {
         dataset: stored.dataset.to_string(),
         manifest_key: stored.manifest_key.clone(),
         manifest_sha256: stored.manifest_sha256.clone(),
-        start: stored.start.as_ref().map(StartWeights::checkpoint),
+        start: stored.start.as_ref().map(StartWeights::told),
         traceparent: stored.traceparent.clone(),
     }
 }
@@ -101,6 +102,7 @@ enum Request {
     Resume {
         request_id: String,
         step: Option<u64>,
+        epochs: Option<u32>,
     },
 }
 
@@ -285,7 +287,9 @@ impl Runs {
                         inner.roster.ended.remove(&name);
                         Vec::new()
                     }
-                    Request::Resume { request_id, step } => inner.roster.resume(&name, request_id, step),
+                    Request::Resume { request_id, step, epochs } => {
+                        inner.roster.resume(&name, request_id, (step, epochs))
+                    }
                 }
             }
         }
@@ -373,8 +377,14 @@ impl Runs {
         self.request(name, Request::Cancel).await
     }
 
-    /// Queues an ended run again, from the checkpoint of this step or the newest.
-    pub(crate) async fn resume(&self, name: &str, request_id: String, step: Option<u64>) -> Result<(), Error> {
+    /// Queues an ended run again, from the checkpoint of this step or the newest; one that is done only with more `epochs`.
+    pub(crate) async fn resume(
+        &self,
+        name: &str,
+        request_id: String,
+        step: Option<u64>,
+        epochs: Option<u32>,
+    ) -> Result<(), Error> {
         if request_id.is_empty() {
             return Err(Error::Invalid("request_id is empty".to_owned()));
         }
@@ -390,11 +400,18 @@ impl Runs {
             }
             match run.state() {
                 pb::RunState::Cancelled | pb::RunState::Failed => {}
-                pb::RunState::Done => return Err(Error::Precondition(format!("run {name:?} is done"))),
+                pb::RunState::Done if epochs.is_some() => {}
+                pb::RunState::Done => {
+                    let advice = "give it more epochs: gleaner run extend";
+                    return Err(Error::Precondition(format!("run {name:?} is done; {advice}")));
+                }
                 _ => return Err(Error::Precondition(format!("run {name:?} has not ended"))),
             }
-            if step.is_some() {
+            if step.is_some() || run.state() == pb::RunState::Done {
                 run.checkpoint(step)?;
+            }
+            if let Some(epochs) = epochs {
+                run.check_epochs(epochs)?;
             }
             run.dataset().to_owned()
         };
@@ -402,7 +419,7 @@ impl Runs {
             let gone = format!("run {name:?} cannot go on: its dataset {dataset:?} was deleted");
             return Err(Error::Precondition(gone));
         }
-        self.request(name, Request::Resume { request_id, step }).await
+        self.request(name, Request::Resume { request_id, step, epochs }).await
     }
 
     /// A new stream of an agent; the number tells it from later ones.

@@ -10,7 +10,7 @@ use futures::future::ready;
 use futures::{Stream, StreamExt, TryStreamExt};
 use object_store::path::Path;
 use object_store::{
-    Error as Cause, GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions,
+    Error as Cause, GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions, WriteMultipart,
 };
 use proto::StoredOnce;
 use sha2::{Digest, Sha256};
@@ -19,6 +19,10 @@ use tracing::warn;
 /// Further tries of one operation, with growing pauses: about three seconds in all, beside the client's own retries.
 const RETRIES: usize = 5;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
+
+/// Bytes of a part of a large object, and how many of them are written at once.
+const PART: usize = 8 << 20;
+const PARTS_AT_ONCE: usize = 4;
 
 /// Objects that are read at the same time.
 const PARALLEL: usize = 32;
@@ -67,6 +71,32 @@ pub(crate) fn nonce() -> String {
 pub(crate) fn wall_millis() -> u64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     since.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+}
+
+/// A large object that is being written; it is there once it is finished.
+pub(crate) struct Upload {
+    key: String,
+    parts: WriteMultipart,
+}
+
+impl Upload {
+    /// Adds bytes, as fast as the store takes them.
+    pub(crate) async fn push(&mut self, bytes: Bytes) -> Result<(), StoreError> {
+        self.parts.wait_for_capacity(PARTS_AT_ONCE).await.map_err(|error| StoreError::new("put", &self.key, error))?;
+        self.parts.put(bytes);
+        Ok(())
+    }
+
+    pub(crate) async fn finish(self) -> Result<(), StoreError> {
+        self.parts.finish().await.map(drop).map_err(|error| StoreError::new("put", &self.key, error))
+    }
+
+    /// Nothing is left of it, unless the store fails.
+    pub(crate) async fn abort(self) {
+        if let Err(error) = self.parts.abort().await {
+            warn!(key = self.key, %error, "what was written of an object cannot be removed");
+        }
+    }
 }
 
 impl Store {
@@ -144,6 +174,13 @@ impl Store {
     pub(crate) async fn put(&self, key: &str, bytes: Bytes) -> Result<(), StoreError> {
         let path = Path::from(key);
         retry("put", key, || async { self.0.put(&path, bytes.clone().into()).await.map(drop) }).await
+    }
+
+    /// Begins to write a large object, whatever is there, for a key that nobody else writes.
+    pub(crate) async fn upload(&self, key: &str) -> Result<Upload, StoreError> {
+        let path = Path::from(key);
+        let upload = retry("put", key, || self.0.put_multipart(&path)).await?;
+        Ok(Upload { key: key.to_owned(), parts: WriteMultipart::new_with_chunk_size(upload, PART) })
     }
 
     /// Put-if-absent.

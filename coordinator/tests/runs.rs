@@ -232,14 +232,14 @@ async fn a_run_goes_from_its_submission_to_its_end_over_a_restart_of_the_coordin
     let request = pb::GetMetricsRequest { run: "birds-1".to_owned(), kinds: vec![] };
     let points = runs(&cluster).get_metrics(request).await.expect("exists").into_inner().metrics;
     assert_eq!(points.iter().map(|p| (p.kind.as_str(), p.step)).collect::<Vec<_>>(), [("step", 1), ("test", 3)]);
-    let request = pb::GetLogsRequest { run: "birds-1".to_owned(), follow: false };
+    let request = pb::GetLogsRequest { run: "birds-1".to_owned(), ..pb::GetLogsRequest::default() };
     let mut logs = runs(&cluster).get_logs(request).await.expect("exists").into_inner();
     let mut lines = Vec::new();
     while let Some(line) = logs.message().await.expect("streams") {
         lines.push(line.line);
     }
     assert_eq!(lines, ["one", "two"]);
-    let done = pb::ResumeRunRequest { request_id: "x".to_owned(), run: "birds-1".to_owned(), step: None };
+    let done = pb::ResumeRunRequest { request_id: "x".to_owned(), run: "birds-1".to_owned(), step: None, epochs: None };
     assert_eq!(runs(&cluster).resume_run(done).await.expect_err("done").code(), Code::FailedPrecondition);
     let status = runs(&cluster).get_status(pb::GetStatusRequest {}).await.expect("answers").into_inner();
     assert_eq!((status.term, status.agents[0].devices[0].occupant.as_str()), (2, ""));
@@ -256,9 +256,11 @@ async fn a_cancelled_run_that_waits_ends_at_once_and_can_be_resumed() {
         let run = runs(&cluster).cancel_run(cancel()).await.expect("exists").into_inner();
         assert_eq!(run.state(), RunState::Cancelled);
     }
-    let nameless = pb::ResumeRunRequest { request_id: String::new(), run: "birds-1".to_owned(), step: None };
+    let nameless =
+        pb::ResumeRunRequest { request_id: String::new(), run: "birds-1".to_owned(), step: None, epochs: None };
     assert_eq!(runs(&cluster).resume_run(nameless).await.expect_err("no id").code(), Code::InvalidArgument);
-    let resume = || pb::ResumeRunRequest { request_id: "again".to_owned(), run: "birds-1".to_owned(), step: None };
+    let resume =
+        || pb::ResumeRunRequest { request_id: "again".to_owned(), run: "birds-1".to_owned(), step: None, epochs: None };
     for _ in 0..2 {
         let run = runs(&cluster).resume_run(resume()).await.expect("it was cancelled").into_inner();
         assert_eq!(run.state(), RunState::Waiting);
@@ -327,7 +329,8 @@ async fn a_dataset_is_not_deleted_while_a_run_reads_it_and_a_run_does_not_outliv
     assert!(refused.message().contains("gleaner run cancel birds-1"), "{}", refused.message());
     runs(&cluster).cancel_run(pb::CancelRunRequest { run: "birds-1".to_owned() }).await.expect("exists");
     cluster.datasets().delete_dataset(delete()).await.expect("nobody reads it");
-    let resume = pb::ResumeRunRequest { request_id: "again".to_owned(), run: "birds-1".to_owned(), step: None };
+    let resume =
+        pb::ResumeRunRequest { request_id: "again".to_owned(), run: "birds-1".to_owned(), step: None, epochs: None };
     let refused = runs(&cluster).resume_run(resume).await.expect_err("nothing to read");
     assert!(refused.message().contains("was deleted"), "{}", refused.message());
     cluster.stop().await;

@@ -92,6 +92,9 @@ pub enum RunEvent {
         /// From the checkpoint of this step instead; those that were made later no longer exist.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         step: Option<u64>,
+        /// With so many epochs in all, and without an early end.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        epochs: Option<u32>,
     },
     /// All epochs, the test and the model are done.
     Done {

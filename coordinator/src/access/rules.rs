@@ -83,6 +83,7 @@ const RULES: &[(&str, Who)] = &[
     ("/gleaner.v1.DatasetService/GetManifest", SEE),
     ("/gleaner.v1.DatasetService/ReadObject", SEE),
     ("/gleaner.v1.RunService/SubmitRun", CHANGE),
+    ("/gleaner.v1.RunService/SubmitRunWithWeights", CHANGE),
     ("/gleaner.v1.RunService/CancelRun", CHANGE),
     ("/gleaner.v1.RunService/ResumeRun", CHANGE),
     ("/gleaner.v1.RunService/DeleteRun", CHANGE),

@@ -28,7 +28,7 @@ pub(super) struct Recovered {
 impl Recovered {
     /// The folder of its model and the digests of that, once it is done.
     pub(super) fn model(&self) -> Option<(&String, &BTreeMap<String, String>)> {
-        self.events.iter().find_map(|record| match &record.event {
+        self.events.iter().rev().find_map(|record| match &record.event {
             RunEvent::Done { model, digests } => Some((model, digests)),
             _ => None,
         })

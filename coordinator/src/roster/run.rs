@@ -43,7 +43,7 @@ pub(crate) struct Sources {
     pub(crate) manifest_key: String,
     pub(crate) manifest_sha256: String,
     /// Another run's weights, which this one begins with.
-    pub(crate) start: Option<pb::Checkpointed>,
+    pub(crate) start: Option<pb::StartWeights>,
     /// The span of the request that submitted it.
     pub(crate) traceparent: String,
 }
@@ -180,7 +180,12 @@ impl Run {
             RunEvent::Cancelled => self.phase = RunPhase::Cancelled,
             RunEvent::Failed { reason } => self.phase = RunPhase::Failed(reason.clone()),
             RunEvent::Done { .. } => self.phase = RunPhase::Done,
-            RunEvent::Resumed { step, .. } => {
+            RunEvent::Resumed { step, epochs, .. } => {
+                if let Some(epochs) = epochs {
+                    // Who asks for so many wants so many.
+                    (self.spec.train.epochs, self.spec.train.stop_after) = (*epochs, 0);
+                    self.spec_json = self.spec.to_json();
+                }
                 if let Some(at) = step.and_then(|step| self.checkpoints.iter().rposition(|made| made.step == step)) {
                     self.checkpoints.truncate(at + 1);
                 }

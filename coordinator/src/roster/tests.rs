@@ -292,7 +292,7 @@ fn generations_that_fail_without_a_step_between_them_end_the_run() {
     assert!(
         matches!(scene.last(), RunEvent::Failed { reason } if reason.contains("CAUSE") || reason.contains("Error"))
     );
-    let actions = scene.roster.resume("r", "again".into(), None);
+    let actions = scene.roster.resume("r", "again".into(), (None, None));
     scene.take(actions);
     scene.wait(1.5, &["a"]);
     assert_eq!(scene.run().generation, 4);

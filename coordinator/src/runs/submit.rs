@@ -4,28 +4,69 @@ use std::sync::Arc;
 
 use proto::ids::IdError;
 use proto::manifest::Manifest;
-use proto::run_event::RunEvent;
-use proto::stored_run::{StartWeights, StoredRun};
+use proto::run_event::{EventRecord, RunEvent};
+use proto::stored_run::StoredRun;
 use proto::{RunName, RunSpec, Split, Stored, keys, pb};
 
+use super::weights::Sent;
 use super::{Request, Runs, sources};
 use crate::datasets::Stage;
 use crate::error::Error;
 use crate::roster::Run;
-use crate::store::{Created, nonce};
+use crate::store::{Created, nonce, wall_millis};
 
 impl Runs {
     /// Resolves a spec against the dataset, stores the run, and queues it. Returns its name.
-    pub(crate) async fn submit(self: &Arc<Self>, request: pb::SubmitRunRequest) -> Result<String, Error> {
-        let pb::SubmitRunRequest { request_id, name, spec_json, from_run, from_step } = request;
+    pub(crate) async fn submit(
+        self: &Arc<Self>,
+        request: pb::SubmitRunRequest,
+        sent: Option<Sent>,
+    ) -> Result<String, Error> {
+        let one = Arc::clone(&self.changing).lock_owned().await;
+        if let Some(name) = self.by_request(&request.request_id) {
+            return Ok(name);
+        }
+        let (name, stored) = self.resolve(request, sent).await?;
+        let this = Arc::clone(self);
+        // A caller that goes away must not cut this in the middle.
+        let tail = tokio::spawn(async move {
+            let _one = one;
+            this.commit(name, stored).await
+        });
+        tail.await.map_err(|error| Error::Local(error.to_string()))?
+    }
+
+    /// The run that would be submitted.
+    pub(crate) async fn preview(&self, request: pb::SubmitRunRequest) -> Result<pb::Run, Error> {
+        let (run, stored) = self.resolve(request, None).await?;
+        let StoredRun { spec, steps_per_epoch, request_id, start, .. } = stored;
+        let start = start.map(|start| start.to_string());
+        let event = RunEvent::Submitted { request_id, start };
+        let record =
+            EventRecord { format: 1, n: 1, term: self.term.number(), nonce: nonce(), at_millis: wall_millis(), event };
+        Ok(pb::Run {
+            run,
+            spec_json: spec.to_json(),
+            dataset: spec.dataset.clone(),
+            manifest_version: spec.manifest.unwrap_or(0),
+            epochs: spec.train.epochs.into(),
+            steps_per_epoch,
+            events: vec![String::from_utf8_lossy(&record.to_json()).into_owned()],
+            ..pb::Run::default()
+        })
+    }
+
+    /// The name of a run, and the run with all that its spec left open.
+    pub(super) async fn resolve(
+        &self,
+        request: pb::SubmitRunRequest,
+        sent: Option<Sent>,
+    ) -> Result<(String, StoredRun), Error> {
+        let pb::SubmitRunRequest { request_id, name, spec_json, from_run, from_step, from_file, .. } = request;
         if request_id.is_empty() {
             return Err(Error::Invalid("request_id is empty".to_owned()));
         }
         let mut spec = RunSpec::from_json(&spec_json)?;
-        let one = Arc::clone(&self.changing).lock_owned().await;
-        if let Some((name, _)) = self.lock().records.iter().find(|(_, record)| record.request_id == request_id) {
-            return Ok(name.clone());
-        }
         let (dataset, _) = self.datasets.find(&spec.dataset)?;
         let Some(latest) = dataset.trainable() else {
             let why = match &dataset.stage {
@@ -44,9 +85,13 @@ impl Runs {
         let json = self.store.get(&manifest_key).await?.ok_or_else(missing)?;
         let manifest = Manifest::from_json(&json).map_err(|e| Error::Local(format!("{manifest_key}: {e}")))?;
         let steps_per_epoch = check(&spec, &manifest)?;
-        let start = match from_run.as_str() {
-            "" => None,
-            from => Some(self.start(from, from_step, &spec, &manifest).await?),
+        let nonce = sent.as_ref().map_or_else(nonce, |sent| sent.nonce.clone());
+        let start = match (from_run.as_str(), sent) {
+            ("", sent) => sent.map(|sent| sent.start(from_file, &manifest)),
+            (from, None) => Some(self.start_from_run(from, from_step, &spec, &manifest).await?),
+            (_, Some(_)) => {
+                return Err(Error::Invalid("a run begins with the weights of a run or of a file".to_owned()));
+            }
         };
         let name = match name.as_str() {
             "" => self.free_name(&spec.dataset),
@@ -67,7 +112,7 @@ impl Runs {
         let dataset = dataset.id.clone();
         let stored = StoredRun {
             format: 1,
-            nonce: nonce(),
+            nonce,
             request_id,
             dataset,
             manifest_key,
@@ -77,22 +122,17 @@ impl Runs {
             traceparent: proto::trace::current(),
             spec,
         };
-        let this = Arc::clone(self);
-        // A caller that goes away must not cut this in the middle.
-        let tail = tokio::spawn(async move {
-            let _one = one;
-            this.commit(name, stored).await
-        });
-        tail.await.map_err(|error| Error::Local(error.to_string()))?
+        Ok((name, stored))
     }
 
     /// Stores a run and queues it. Returns its name.
     async fn commit(&self, name: String, mut stored: StoredRun) -> Result<String, Error> {
         self.term.check(&self.store).await?;
         if let Some(start) = &mut stored.start {
-            // Copied, since the other run goes on removing its old checkpoints.
+            // Copied, since the other run goes on removing its old checkpoints. A file that was sent is where it belongs, unless another run
+            // has got the name meanwhile.
             let folder = keys::start(&name, &stored.nonce);
-            for file in start.digests.keys() {
+            for file in start.digests.keys().filter(|_| start.key != folder) {
                 self.store.copy(&format!("{}/{file}", start.key), &format!("{folder}/{file}")).await?;
             }
             start.key = folder;
@@ -113,43 +153,17 @@ impl Runs {
         Ok(name)
     }
 
-    fn free_name(&self, dataset: &str) -> String {
+    /// The run that this request has made.
+    pub(crate) fn by_request(&self, request_id: &str) -> Option<String> {
+        let inner = self.lock();
+        inner.records.iter().find(|(_, record)| record.request_id == request_id).map(|(name, _)| name.clone())
+    }
+
+    pub(super) fn free_name(&self, dataset: &str) -> String {
         let inner = self.lock();
         let is_free = |name: &String| !inner.records.contains_key(name) && !inner.deleting.contains_key(name);
         let stem: String = dataset.chars().take(56).collect();
         (1u32..).map(|n| format!("{stem}-{n}")).find(is_free).unwrap_or(stem)
-    }
-
-    /// The checkpoint of run `from` to start from: that of `step`, or the newest.
-    async fn start(
-        &self,
-        from: &str,
-        step: Option<u64>,
-        spec: &RunSpec,
-        manifest: &Manifest,
-    ) -> Result<StartWeights, Error> {
-        let other = self.lock().roster.find(from).cloned();
-        let other = other.ok_or_else(|| Error::NotFound(format!("no run to start from is called {from:?}")))?;
-        let network = |spec: &RunSpec| (spec.model.arch, spec.model.width);
-        if network(&other.spec) != network(spec) {
-            let (theirs, width) = network(&other.spec);
-            return Err(Error::Invalid(format!(
-                "the run to start from, {from:?}, has another network: set model.arch = {} and model.width = {width}",
-                serde_json::to_string(&theirs).unwrap_or_default()
-            )));
-        }
-        let found = other.checkpoint(step)?;
-        let key = other.manifest_key();
-        let theirs = Manifest::from_json(&self.store.need(key).await?);
-        let theirs = theirs.map_err(|error| Error::Local(format!("{key}: {error}")))?;
-        Ok(StartWeights {
-            run: from.to_owned(),
-            step: found.step,
-            from_classes: theirs.classes.len() as u64,
-            classes: manifest.classes.len() as u64,
-            key: found.key.clone(),
-            digests: found.digests.clone().into_iter().collect(),
-        })
     }
 }
 
@@ -159,10 +173,12 @@ fn check(spec: &RunSpec, manifest: &Manifest) -> Result<u64, Error> {
     let (batch, lanes) = (u64::from(spec.train.batch), u64::from(spec.ranks.lanes));
     // Rounded to the nearest: an epoch has no short step at its end.
     let steps = (samples + batch / 2) / batch;
-    if steps == 0 || samples / (steps * lanes) < 2 {
+    // Of two normalised values one is as far above 0 as the other is below, whatever they were.
+    let least = if spec.model.is_normalised() { 3 } else { 2 };
+    if steps == 0 || samples / (steps * lanes) < least {
         return Err(Error::Invalid(format!(
             "train.batch = {batch} with ranks.lanes = {lanes}: the dataset has {samples} training images; \
-             each lane needs 2 in each step, and an epoch at least one step"
+             each lane needs {least} in each step, and an epoch at least one step"
         )));
     }
     if spec.input.crop > manifest.smallest_side {
@@ -185,5 +201,19 @@ impl Run {
             let wanted = step.map_or(String::new(), |step| format!(" at step {step}"));
             Error::NotFound(format!("run {:?} has no checkpoint{wanted}; there are: {there}", self.name))
         })
+    }
+
+    /// Whether it can be continued to so many epochs in all.
+    pub(super) fn check_epochs(&self, epochs: u32) -> Result<(), Error> {
+        let mut longer = self.spec.clone();
+        longer.train.epochs = epochs;
+        let RunSpec { train, .. } = RunSpec::from_json(&longer.to_json())?;
+        match u64::from(train.epochs) * self.steps_per_epoch > self.step {
+            true => Ok(()),
+            false => {
+                let done = self.step as f64 / self.steps_per_epoch as f64;
+                Err(Error::Invalid(format!("epochs = {epochs}: run {:?} has done {done:.1}: choose more", self.name)))
+            }
+        }
     }
 }

@@ -1,6 +1,5 @@
 //! `RunService`: for people.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,8 +9,9 @@ use proto::pb::run_service_server::RunService;
 use proto::pb::{self};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
+use super::logs;
 use crate::error::Error;
 use crate::runs::Runs;
 
@@ -20,12 +20,6 @@ const WATCH_PERIOD: Duration = Duration::from_millis(250);
 
 /// Bytes of a model's file in one message, at most.
 const MODEL_PIECE: usize = 1 << 20;
-
-/// How often the store is asked for more log lines.
-const LOG_PERIOD: Duration = Duration::from_secs(1);
-
-/// Agents store what ranks say every few seconds: after a run's end the last lines may still be on their way.
-const LAST_LINES: Duration = Duration::from_secs(4);
 
 /// See `run.proto`.
 pub(crate) struct RunApi(pub(crate) Arc<Runs>);
@@ -39,7 +33,30 @@ impl RunApi {
 #[tonic::async_trait]
 impl RunService for RunApi {
     async fn submit_run(&self, request: Request<pb::SubmitRunRequest>) -> Result<Response<pb::Run>, Status> {
-        let name = self.0.submit(request.into_inner()).await?;
+        let request = request.into_inner();
+        if request.dry_run {
+            return Ok(Response::new(self.0.preview(request).await?));
+        }
+        let name = self.0.submit(request, None).await?;
+        self.describe(&name).await
+    }
+
+    async fn submit_run_with_weights(
+        &self,
+        request: Request<Streaming<pb::SubmitRunWithWeightsRequest>>,
+    ) -> Result<Response<pb::Run>, Status> {
+        use pb::submit_run_with_weights_request::Part;
+        let mut stream = request.into_inner();
+        let Some(Part::Start(start)) = stream.message().await?.and_then(|message| message.part) else {
+            return Err(Status::invalid_argument("the first message must be `start`"));
+        };
+        let name = match self.0.by_request(&start.request_id) {
+            Some(name) => name,
+            None => {
+                let sent = self.0.receive_weights(&start, &mut stream).await?;
+                self.0.submit(start, Some(sent)).await?
+            }
+        };
         self.describe(&name).await
     }
 
@@ -66,12 +83,12 @@ impl RunService for RunApi {
     type GetLogsStream = ReceiverStream<Result<pb::LogLine, Status>>;
 
     async fn get_logs(&self, request: Request<pb::GetLogsRequest>) -> Result<Response<Self::GetLogsStream>, Status> {
-        let pb::GetLogsRequest { run, follow } = request.into_inner();
-        self.0.find(&run)?;
+        let request = request.into_inner();
+        self.0.find(&request.run)?;
         let (sender, receiver) = mpsc::channel(256);
         let runs = Arc::clone(&self.0);
         tokio::spawn(async move {
-            if let Err(error) = logs(&runs, &run, follow, &sender).await {
+            if let Err(error) = logs::send(&runs, &request, &sender).await {
                 // The caller may have gone, too.
                 let _ = sender.send(Err(error.into())).await;
             }
@@ -94,8 +111,8 @@ impl RunService for RunApi {
     }
 
     async fn resume_run(&self, request: Request<pb::ResumeRunRequest>) -> Result<Response<pb::Run>, Status> {
-        let pb::ResumeRunRequest { request_id, run, step } = request.into_inner();
-        self.0.resume(&run, request_id, step).await?;
+        let pb::ResumeRunRequest { request_id, run, step, epochs } = request.into_inner();
+        self.0.resume(&run, request_id, step, epochs).await?;
         self.describe(&run).await
     }
 
@@ -188,49 +205,4 @@ async fn watch(runs: &Runs, name: &str, sender: &mpsc::Sender<Result<pb::Run, St
             () = tokio::time::sleep(WATCH_PERIOD) => {}
         }
     }
-}
-
-/// Sends the stored lines, and with `follow` those that are stored later, until a while after the run's end. Lines come
-/// from the store alone, so none is doubled, and they are there after death and cancel.
-async fn logs(
-    runs: &Runs,
-    run: &str,
-    follow: bool,
-    sender: &mpsc::Sender<Result<pb::LogLine, Status>>,
-) -> Result<(), Error> {
-    let mut sent = HashSet::new();
-    let mut ended: Option<tokio::time::Instant> = None;
-    loop {
-        if runs.is_over(run) {
-            ended.get_or_insert_with(tokio::time::Instant::now);
-        } else {
-            ended = None;
-        }
-        for key in runs.store.list(&proto::keys::logs_of(run)).await? {
-            if sent.contains(&key) {
-                continue;
-            }
-            let (generation, rank) = log_of(&key).unwrap_or_default();
-            let bytes = runs.store.need(&key).await?;
-            sent.insert(key);
-            for line in String::from_utf8_lossy(&bytes).lines() {
-                if sender.send(Ok(pb::LogLine { generation, rank, line: line.to_owned() })).await.is_err() {
-                    return Ok(());
-                }
-            }
-        }
-        if !follow || ended.is_some_and(|at| at.elapsed() >= LAST_LINES) {
-            return Ok(());
-        }
-        tokio::select! {
-            () = sender.closed() => return Ok(()),
-            () = tokio::time::sleep(LOG_PERIOD) => {}
-        }
-    }
-}
-
-/// Generation and rank of `.../000001-0002-000003.log`.
-fn log_of(key: &str) -> Option<(u64, u32)> {
-    let mut parts = key.rsplit('/').next()?.split('-');
-    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }

@@ -4,13 +4,15 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use proto::RunSpec;
+use proto::network::Network;
 use proto::pb::{Run, SubmitRunRequest};
 use proto::run_event::EventRecord;
 use uuid::Uuid;
 
-use super::{NameArgs, view, wait};
+use super::{NameArgs, view, wait, weights};
 use crate::client::{Cluster, ClusterArgs, TimeoutArgs, answer, insist};
-use crate::output::{Format, note, say};
+use crate::exit::is_outage;
+use crate::output::{Format, note, say, say_json};
 use crate::settings;
 
 /// Arguments of `gleaner run submit`.
@@ -29,11 +31,11 @@ pub(crate) struct Args {
     /// The run's name; DATASET-N if left out
     #[arg(long)]
     name: Option<String>,
-    /// Begin with the weights of this run's newest checkpoint, or of that at a step: --from birds-1@1200. The networks must be the same; if
-    /// the classes differ in number, the last layer begins anew
-    #[arg(long, value_name = "RUN[@STEP]", value_parser = from)]
-    from: Option<(String, Option<u64>)>,
-    /// Print the resolved spec and submit nothing
+    /// Begin with the weights of this run's newest checkpoint, of that at a step (--from birds-1@1200), or of a .safetensors
+    /// file with tensors named as in torchvision. The networks must be the same. Of the last layer those classes that are known there keep their rows
+    #[arg(long, value_name = "RUN[@STEP]|FILE", value_parser = from)]
+    from: Option<Begin>,
+    /// Submit nothing; print the resolved spec, how many steps it makes, and what memory a rank needs
     #[arg(long)]
     dry_run: bool,
     /// Wait until the run has ended
@@ -51,23 +53,30 @@ pub(crate) struct Args {
 /// Runs the command.
 pub(super) async fn run(args: Args) -> Result<()> {
     let spec = spec(&args)?;
+    spec.warnings().iter().for_each(|warning| note(format!("warning: {warning}")));
     if args.dry_run {
-        match args.cluster.output {
-            Format::Json => say(spec.to_json()),
-            Format::Table => say(toml::to_string(&spec)?.trim_end()),
-        }
-        return Ok(());
+        return dry_run(&args, &spec).await;
     }
-    let (from_run, from_step) = args.from.unwrap_or_default();
-    let request = SubmitRunRequest {
+    let mut request = SubmitRunRequest {
         request_id: Uuid::new_v4().to_string(),
         name: args.name.unwrap_or_default(),
         spec_json: spec.to_json(),
-        from_run,
-        from_step,
+        ..SubmitRunRequest::default()
     };
-    let client = Cluster::new(&args.cluster)?.runs;
-    let run = insist(async || answer(client.clone().submit_run(request.clone())).await).await?;
+    let cluster = Cluster::new(&args.cluster)?;
+    let run = match args.from {
+        Some(Begin::File(path)) => {
+            request.from_file = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+            let weights = weights::read(&path)?;
+            insist(async || weights::send(&cluster, request.clone(), weights.clone()).await).await?
+        }
+        from => {
+            if let Some(Begin::Run(run, step)) = from {
+                (request.from_run, request.from_step) = (run, step);
+            }
+            insist(async || answer(cluster.runs.clone().submit_run(request.clone())).await).await?
+        }
+    };
     let of = NameArgs { run: run.run.clone(), cluster: args.cluster };
     if args.wait || args.follow {
         note(format!("{}: {}", run.run, submitted(&run)));
@@ -80,19 +89,85 @@ pub(super) async fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
+/// What would be submitted. Without a coordinator that is what the spec alone says.
+async fn dry_run(args: &Args, spec: &RunSpec) -> Result<()> {
+    let (from_run, from_step) = match &args.from {
+        Some(Begin::Run(run, step)) => (run.clone(), *step),
+        _ => Default::default(),
+    };
+    let request = SubmitRunRequest {
+        request_id: Uuid::new_v4().to_string(),
+        name: args.name.clone().unwrap_or_default(),
+        spec_json: spec.to_json(),
+        from_run,
+        from_step,
+        dry_run: true,
+        ..SubmitRunRequest::default()
+    };
+    let run = match answer(Cluster::new(&args.cluster)?.runs.submit_run(request)).await {
+        Ok(run) => Some(run),
+        Err(status) if is_outage(&status) => {
+            note("no coordinator answers, so that nothing was held against the dataset");
+            None
+        }
+        Err(status) => return Err(status.into()),
+    };
+    let spec = run.as_ref().map_or_else(|| Ok(spec.clone()), |run| RunSpec::from_json(&run.spec_json))?;
+    let memory = [spec.ranks.min, spec.ranks.max].map(|ranks| (ranks, memory(&spec, ranks)));
+    if args.cluster.output == Format::Json {
+        let memory: serde_json::Map<_, _> =
+            memory.iter().map(|(ranks, bytes)| (ranks.to_string(), (*bytes).into())).collect();
+        let steps = run.as_ref().map(|run| run.steps_per_epoch);
+        return say_json(&serde_json::json!({"spec": spec, "steps_per_epoch": steps, "memory_bytes_by_ranks": memory}));
+    }
+    say(toml::to_string(&spec)?.trim_end());
+    say("");
+    if let Some(run) = &run {
+        say(format!("# {}: {}", run.run, submitted(run)));
+        say(format!("# {} steps in an epoch, {} in all", run.steps_per_epoch, run.steps_per_epoch * run.epochs));
+    }
+    for (ranks, bytes) in memory.iter().skip(usize::from(memory[0] == memory[1])) {
+        let many = if *ranks == 1 { "one rank needs".to_owned() } else { format!("of {ranks} ranks each needs") };
+        say(format!("# {many} about {} beside the images that it keeps", bytesize::ByteSize(*bytes)));
+    }
+    Ok(())
+}
+
+/// Bytes that each of so many ranks needs, beside the program and the cache of images: a step's, and two batches ahead.
+fn memory(spec: &RunSpec, ranks: u32) -> u64 {
+    // The classes of an unknown dataset weigh little.
+    let network = Network::new(&spec.model, 1000, spec.input.crop);
+    let (batch, lanes) = (spec.train.batch, spec.ranks.lanes);
+    let own = batch.div_ceil(lanes) * lanes.div_ceil(ranks);
+    let most =
+        if spec.train.micro_batch == 0 { own } else { own.min(spec.train.micro_batch.max(batch.div_ceil(lanes))) };
+    let ahead = 2 * u64::from(own) * 3 * u64::from(spec.input.crop * spec.input.crop);
+    network.memory(spec.input.crop, most.into()) + ahead
+}
+
 /// What was submitted, with what its weights are from.
 fn submitted(run: &Run) -> String {
     let first = run.events.first().and_then(|json| serde_json::from_str::<EventRecord>(json).ok());
     first.map_or_else(|| "submitted".to_owned(), |record| view::happened(&record.event))
 }
 
-/// `RUN` or `RUN@STEP`.
-fn from(text: &str) -> Result<(String, Option<u64>), String> {
+/// What a run begins with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Begin {
+    Run(String, Option<u64>),
+    File(PathBuf),
+}
+
+/// `RUN`, `RUN@STEP`, or a file by its ending or its folder.
+fn from(text: &str) -> Result<Begin, String> {
+    if weights::is_file(text) {
+        return Ok(Begin::File(text.into()));
+    }
     match text.rsplit_once('@') {
-        None => Ok((text.to_owned(), None)),
+        None => Ok(Begin::Run(text.to_owned(), None)),
         Some((run, step)) => match step.parse() {
-            Ok(step) if !run.is_empty() => Ok((run.to_owned(), Some(step))),
-            _ => Err("must be a run's name, or RUN@STEP as in birds-1@1200".to_owned()),
+            Ok(step) if !run.is_empty() => Ok(Begin::Run(run.to_owned(), Some(step))),
+            _ => Err("must be a run's name, RUN@STEP as in birds-1@1200, or a file".to_owned()),
         },
     }
 }
@@ -125,6 +200,17 @@ mod tests {
     fn parse(args: &[&str]) -> Result<RunSpec> {
         let cli: Cli = clap::Parser::try_parse_from([&["submit"], args].concat())?;
         spec(&cli.submit)
+    }
+
+    #[test]
+    fn a_run_begins_with_another_one_or_with_a_file() {
+        let of = |run: &str, step| Ok(Begin::Run(run.to_owned(), step));
+        assert_eq!(from("birds-1"), of("birds-1", None));
+        assert_eq!(from("birds-1@1200"), of("birds-1", Some(1200)));
+        assert!(from("birds-1@last").is_err());
+        for file in ["alexnet.pth", "./weights", "model.safetensors"] {
+            assert_eq!(from(file), Ok(Begin::File(file.into())));
+        }
     }
 
     #[test]

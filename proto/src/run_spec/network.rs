@@ -128,7 +128,10 @@ impl Network {
     /// # Errors
     /// The first tensor that does not fit.
     pub fn takes(&self, theirs: &Shapes) -> Result<(), String> {
-        for (name, shape) in self.tensors() {
+        let tensors = self.tensors();
+        // The last layer's misfits mostly follow from others.
+        let (last, others): (Vec<_>, Vec<_>) = tensors.into_iter().partition(|(name, _)| is_of_output(name));
+        for (name, shape) in others.into_iter().chain(last) {
             let Some(found) = theirs.get(&name) else { return Err(format!("there is no tensor {name}")) };
             let rows_differ = is_of_output(&name) && !found.is_empty();
             if *found != shape && !(rows_differ && found[1..] == shape[1..]) {

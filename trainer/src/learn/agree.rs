@@ -6,7 +6,7 @@ use proto::run_ledger::Line;
 use tch::Tensor;
 use tracing::{info, warn};
 
-use super::checkpoint::{self, Progress};
+use super::checkpoint::{self, Best, Progress, Rows};
 use super::failure::Failure;
 use super::history::Sums;
 use super::job::{Job, fresh};
@@ -62,26 +62,30 @@ fn load(job: &mut Job, join: &pb::Join) -> Result<Vec<pb::Damaged>> {
             Err(error) => return Err(error),
         }
     }
-    if let Some(pb::Checkpointed { key, digests, .. }) = &join.start {
-        let (_, tensors) = job.context.runtime.block_on(checkpoint::read(&job.context.store, key, digests))?;
-        let new = checkpoint::take_weights(&job.weights(), &tensors, job.manifest.classes.len() as i64);
-        let new = new.with_context(|| key.clone())?;
-        info!(key, new_layers = new.join(", "), "begins with the weights of another run");
+    if let Some(pb::StartWeights { key, digests, rows, by_class }) = &join.start {
+        let tensors = job.context.runtime.block_on(checkpoint::read_tensors(&job.context.store, key, digests))?;
+        let rows = if *by_class { Rows::OfClasses(rows) } else { Rows::AllOrNone };
+        checkpoint::take_weights(&job.weights(), &tensors, &rows).with_context(|| key.clone())?;
+        info!(key, "begins with other weights");
     }
     Ok(damaged)
 }
 
+/// How a state is sent of which none was measured.
+const NO_BEST: Best = Best { step: 0, top1: -1.0, epoch: 0 };
+
 /// The largest over all ranks of each of these.
-fn largest<const N: usize>(group: &Group, mine: [i64; N]) -> Result<[i64; N], Failure> {
+pub(super) fn largest<const N: usize>(group: &Group, mine: [i64; N]) -> Result<[i64; N], Failure> {
     let values = Tensor::from_slice(&mine);
     group.all_reduce(&values, Op::Max)?.wait(group.timeout())?;
     Ok(std::array::from_fn(|i| values.int64_value(&[i as i64])))
 }
 
 fn broadcast_progress(group: &Group, mine: &Progress, root: usize) -> Result<Progress, Failure> {
-    let Progress { step, validated, sums, tail } = mine;
-    let head = Tensor::from_slice(&[*step as i64, *validated as i64, tail.len() as i64]);
-    let totals = Tensor::from_slice(&[sums.loss, sums.top1, sums.top5, sums.samples]);
+    let Progress { step, validated, sums, tail, best } = mine;
+    let Best { step: best_step, top1, epoch } = best.unwrap_or(NO_BEST);
+    let head = Tensor::from_slice(&[*step, *validated, tail.len() as u64, best_step, epoch].map(|n| n as i64));
+    let totals = Tensor::from_slice(&[sums.loss, sums.top1, sums.top5, sums.samples, top1]);
     group.broadcast(&[head.shallow_clone()], root)?;
     group.broadcast(&[totals.shallow_clone()], root)?;
     let head = |i| head.int64_value(&[i]);
@@ -102,5 +106,6 @@ fn broadcast_progress(group: &Group, mine: &Progress, root: usize) -> Result<Pro
         validated: head(1) as u64,
         sums: Sums { loss: total(0), top1: total(1), top5: total(2), samples: total(3) },
         tail: (0..head(2)).map(line).collect(),
+        best: (total(4) >= 0.0).then(|| Best { step: head(3) as u64, top1: total(4), epoch: head(4) as u64 }),
     })
 }

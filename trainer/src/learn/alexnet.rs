@@ -20,6 +20,9 @@
 
 mod formats;
 
+use std::mem::MaybeUninit;
+
+use proto::network::{self, Network};
 use proto::run_spec::{Arch, Model};
 use tch::{Device, Kind, Tensor};
 
@@ -35,9 +38,6 @@ const RESPONSE_CHANNELS: i64 = 5;
 const RESPONSE_ALPHA: f64 = 1e-4;
 const RESPONSE_BIAS: f64 = 2.0;
 
-/// Crops under this have a first convolution of stride 2 instead of 4: the maps behind it would be too small to tell shapes apart.
-const SMALL_CROP: i64 = 96;
-
 /// A network with its weights.
 ///
 /// Tensors are named as in torchvision (`features.0.weight`, `classifier.1.bias`), a layer's norm as `features.0.norm.weight`.
@@ -48,6 +48,7 @@ pub(crate) struct AlexNet {
     output: Layer,
     /// As the paper of 2012 has it.
     paper: bool,
+    groups: [u64; network::CONVOLUTIONS],
     stride: i64,
     /// Side of the map that the features are averaged to.
     grid: i64,
@@ -83,43 +84,22 @@ impl AlexNet {
     /// A network for images of `crop` x `crop` pixels, with fresh weights: uniform within 1 / sqrt(fan in), as PyTorch's layers have by
     /// default (Kaiming's with a = sqrt 5), the same for a seed on every machine and for every `kind`.
     pub(crate) fn new(model: &Model, classes: i64, crop: i64, seed: u64, kind: Kind, device: Device) -> Self {
-        // Multiples of 8 fill the vector registers of convolution kernels.
-        let wide = |channels: i64| (((channels as f64 * model.width / 8.0).round() as i64) * 8).max(8);
         let paper = model.arch == Arch::Alexnet2012;
-        let normed = matches!(model.arch, Arch::AlexnetBn | Arch::AlexnetSlim);
-        let slim = model.arch == Arch::AlexnetSlim;
-        let stride = if crop < SMALL_CROP { 2 } else { 4 };
-        let pooled = |side: i64| (side - 3) / 2 + 1;
-        let side = pooled(pooled(pooled((crop + 4 - 11) / stride + 1)));
-        let grid = if slim { 1 } else { side.min(6) };
-
-        let mut stream = 0;
-        let mut layer = |name: String, shape: &[i64], norm: bool| {
-            stream += 1;
+        let network = Network::new(model, classes as u64, crop as u32);
+        let layer = |(stream, of): (u64, &network::Layer)| {
             // The paper's second, fourth and fifth convolution and its hidden layers.
             let first = match paper {
                 true => Init::Normal(if matches!(stream, 2 | 4..=7) { 1.0 } else { 0.0 }),
                 false => Init::Uniform,
             };
-            Layer::new(name, shape, norm, first, random::key(&[seed, stream]), kind, device)
+            let shape: Vec<i64> = of.shape.iter().map(|&n| n as i64).collect();
+            Layer::new(of.name.clone(), &shape, of.norm, first, random::key(&[seed, stream]), kind, device)
         };
-        let mut features = Vec::new();
-        let mut inputs = 3;
-        let channels = if paper { [96, 256, 384, 384, 256] } else { [64, 192, 384, 256, 256] };
-        let sizes = [(0, 11), (3, 5), (6, 3), (8, 3), (10, 3)];
-        for (((index, size), channels), groups) in sizes.into_iter().zip(channels).zip(groups(paper)) {
-            let shape = [wide(channels), inputs / groups, size, size];
-            features.push(layer(format!("features.{index}"), &shape, normed));
-            inputs = wide(channels);
-        }
-        inputs *= grid * grid;
-        let mut hidden = Vec::new();
-        for index in if slim { &[][..] } else { &[1, 4] } {
-            hidden.push(layer(format!("classifier.{index}"), &[wide(4096), inputs], normed));
-            inputs = wide(4096);
-        }
-        let output = layer("classifier.6".to_owned(), &[classes, inputs], false);
-        Self { features, hidden, output, paper, stride, grid, dropout: model.dropout }
+        let mut layers: Vec<Layer> = (1..).zip(&network.layers).map(layer).collect();
+        let output = layers.pop().expect("a network has layers");
+        let hidden = layers.split_off(network::CONVOLUTIONS);
+        let (stride, grid) = (network.stride.into(), network.grid.into());
+        Self { features: layers, hidden, output, paper, groups: network.groups, stride, grid, dropout: model.dropout }
     }
 
     /// The forward pass in training on this rank's part of a batch: `images` [samples, 3, crop, crop], normalised, lane after lane;
@@ -170,6 +150,24 @@ impl AlexNet {
         named
     }
 
+    /// Those parameters that are not frozen.
+    pub(crate) fn trained(&self) -> Named {
+        self.parameters().into_iter().filter(|(_, parameter)| parameter.requires_grad()).collect()
+    }
+
+    /// Leaves these parameters as they are from now on.
+    pub(crate) fn freeze(&self, is_frozen: impl Fn(&str) -> bool) {
+        for (_, parameter) in self.parameters().into_iter().filter(|(name, _)| is_frozen(name)) {
+            let _ = parameter.set_requires_grad(false);
+        }
+    }
+
+    /// Parameters and running statistics, without what belongs to gradients.
+    pub(crate) fn weights(&self) -> Named {
+        let parameters = self.parameters().into_iter().map(|(name, parameter)| (name, parameter.detach()));
+        parameters.chain(self.buffers()).collect()
+    }
+
     /// The running statistics of the norms, in the order of [`Forward::statistics`].
     pub(crate) fn buffers(&self) -> Named {
         let mut named = Vec::new();
@@ -188,13 +186,13 @@ impl AlexNet {
 
     /// What each convolution is like, and what follows.
     fn stages(&self) -> [Stage; 5] {
-        let groups = groups(self.paper);
+        let groups = self.groups;
         [(self.stride, 2, true), (1, 2, true), (1, 1, false), (1, 1, false), (1, 1, true)].map({
             let mut index = 0;
             move |(stride, padding, pools)| {
                 index += 1;
                 let lrn = self.paper && index <= 2;
-                Stage { stride, padding, groups: groups[index - 1], lrn, pools }
+                Stage { stride, padding, groups: groups[index - 1] as i64, lrn, pools }
             }
         })
     }
@@ -246,13 +244,13 @@ impl AlexNet {
         }
         let units = x.size()[1] as usize;
         let scale = (65536.0 / (65536 - threshold) as f64) as f32;
-        let mask = tensor::filled(&[keys.len() as i64, units as i64], |mask: &mut [f32]| {
+        let mask = tensor::filled(&[keys.len() as i64, units as i64], |mask: &mut [MaybeUninit<f32>]| {
             for (key, row) in keys.iter().zip(mask.chunks_mut(units)) {
                 let key = random::key(&[*key, layer]);
                 for (index, four) in row.chunks_mut(4).enumerate() {
                     let bits = random::bits(key, index as u64);
                     for (part, unit) in four.iter_mut().enumerate() {
-                        *unit = if (bits >> (16 * part)) & 0xffff < threshold { 0.0 } else { scale };
+                        unit.write(if (bits >> (16 * part)) & 0xffff < threshold { 0.0 } else { scale });
                     }
                 }
             }
@@ -270,11 +268,6 @@ struct Stage {
     groups: i64,
     lrn: bool,
     pools: bool,
-}
-
-/// In how many groups each convolution is computed, none of which sees the channels of another.
-fn groups(paper: bool) -> [i64; 5] {
-    if paper { [1, 2, 1, 2, 2] } else { [1; 5] }
 }
 
 /// Divides each response by what its neighbours across channels have, at the same place.
@@ -307,8 +300,10 @@ impl Layer {
                 Init::Uniform => bound * (2.0 * random::uniform(key, i) - 1.0),
                 Init::Normal(_) => (0.01 * random::normal(key, i)) as f32,
             };
-            tensor::filled(shape, |values: &mut [f32]| {
-                values.iter_mut().zip(from..).for_each(|(place, i)| *place = value(i));
+            tensor::filled(shape, |values: &mut [MaybeUninit<f32>]| {
+                for (place, i) in values.iter_mut().zip(from..) {
+                    place.write(value(i));
+                }
             })
         };
         let weight = leaf(values(0, shape), shape);

@@ -109,7 +109,7 @@ impl Job {
     pub(crate) fn gradient_bytes(&self) -> u64 {
         let sizes = self
             .model
-            .parameters()
+            .trained()
             .into_iter()
             .map(|(_, parameter)| parameter.numel() * parameter.kind().elt_size_in_bytes());
         let halves = if self.spec.ranks.compress == Compress::None { 1 } else { 2 };
@@ -124,8 +124,7 @@ impl Job {
 
     /// Parameters and running statistics by name.
     pub(crate) fn weights(&self) -> Named {
-        let parameters = self.model.parameters().into_iter().map(|(name, parameter)| (name, parameter.detach()));
-        parameters.chain(self.model.buffers()).collect()
+        self.model.weights()
     }
 }
 
@@ -143,6 +142,7 @@ fn cache(setup: &Setup) -> Result<Cache> {
 pub(super) fn fresh(spec: &RunSpec, manifest: &Manifest, device: Device) -> (AlexNet, Sgd) {
     let (classes, crop) = (manifest.classes.len() as i64, i64::from(spec.input.crop));
     let model = AlexNet::new(&spec.model, classes, crop, spec.seed, step::kind(spec.ranks.precision), device);
+    model.freeze(|name| spec.train.is_frozen(name));
     let sgd = step::optimizer(&model, &spec.train);
     (model, sgd)
 }

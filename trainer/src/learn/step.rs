@@ -105,7 +105,7 @@ pub(crate) fn correct(logits: &Tensor, labels: &Tensor) -> Tensor {
 
 /// The optimizer of a network, as a spec has it.
 pub(crate) fn optimizer(model: &AlexNet, train: &Train) -> Sgd {
-    Sgd::new(model.parameters(), train.momentum, train.weight_decay, train.clip_norm)
+    Sgd::new(model.trained(), train)
 }
 
 /// One whole step on one rank from the seed's weights, for comparison with another implementation.

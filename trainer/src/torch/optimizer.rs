@@ -1,8 +1,10 @@
 //! Stochastic gradient descent.
 
+use proto::network::is_of_output;
+use proto::run_spec::Train;
 use tch::Tensor;
 
-use super::error::{Error, Result};
+use super::error::Result;
 use super::ffi::{self, check, pointers};
 use super::tensor::Named;
 
@@ -11,18 +13,24 @@ use super::tensor::Named;
 pub(crate) struct Sgd {
     parameters: Vec<Tensor>,
     momenta: Named,
+    /// How many of them are not of the last layer, which stands last.
+    body: usize,
+    /// The learning rate of the last layer in multiples of that of the others.
+    head_factor: f64,
     momentum: f64,
     weight_decay: f64,
     clip_norm: f64,
 }
 
 impl Sgd {
-    /// For these parameters, with momenta of zero. Gradients are scaled down to a norm of `clip_norm`, unless that is 0.
-    pub(crate) fn new(parameters: Named, momentum: f64, weight_decay: f64, clip_norm: f64) -> Self {
+    /// For these parameters, from input to output, with momenta of zero, as a spec has it.
+    pub(crate) fn new(parameters: Named, train: &Train) -> Self {
         let momenta = parameters.iter().map(|(name, parameter)| (name.clone(), parameter.detach().zeros_like()));
         let momenta = momenta.collect();
+        let body = parameters.iter().take_while(|(name, _)| !is_of_output(name)).count();
         let parameters = parameters.into_iter().map(|(_, parameter)| parameter).collect();
-        Self { parameters, momenta, momentum, weight_decay, clip_norm }
+        let &Train { momentum, weight_decay, clip_norm, head_factor, .. } = train;
+        Self { parameters, momenta, body, head_factor, momentum, weight_decay, clip_norm }
     }
 
     /// Applies the gradients that the parameters hold, scaled down to the norm's limit if there is one.
@@ -32,7 +40,15 @@ impl Sgd {
             clip(&gradients, self.clip_norm);
         }
         let momenta: Vec<Tensor> = self.momenta.iter().map(|(_, momentum)| momentum.shallow_clone()).collect();
-        fused_sgd(&self.parameters, &gradients, &momenta, learning_rate, self.momentum, self.weight_decay)
+        // One kernel for all if it can be.
+        let body = if self.head_factor == 1.0 { self.parameters.len() } else { self.body };
+        for (part, factor) in [(0..body, 1.0), (body..self.parameters.len(), self.head_factor)] {
+            if !part.is_empty() {
+                let (p, g, m) = (&self.parameters[part.clone()], &gradients[part.clone()], &momenta[part]);
+                fused_sgd(p, g, m, learning_rate * factor, self.momentum, self.weight_decay)?;
+            }
+        }
+        Ok(())
     }
 
     /// The momenta by their parameters' names.
@@ -68,12 +84,25 @@ fn fused_sgd(
     check(unsafe {
         ffi::c10d_fused_sgd(p.as_ptr(), g.as_ptr(), m.as_ptr(), p.len(), learning_rate, momentum, weight_decay)
     })
-    .map_err(Error::Other)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_last_layer_has_a_learning_rate_of_its_own_also_without_momentum() {
+        let parameter = |name: &str| (name.to_owned(), Tensor::from_slice(&[1.0_f64]).set_requires_grad(true));
+        let named = [parameter("features.0.weight"), parameter("classifier.6.weight")];
+        let train = Train { momentum: 0.0, weight_decay: 0.0, head_factor: 10.0, ..Train::default() };
+        let mut sgd =
+            Sgd::new(named.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect(), &train);
+        let sum = &named[0].1 + &named[1].1;
+        sum.sum(tch::Kind::Double).backward();
+        sgd.step(0.01).expect("sound gradients");
+        let values: Vec<f64> = named.iter().map(|(_, tensor)| tensor.double_value(&[0])).collect();
+        assert!((values[0] - 0.99).abs() < 1e-12 && (values[1] - 0.9).abs() < 1e-12, "{values:?}");
+    }
 
     #[test]
     fn clipped_gradients_have_the_limits_norm_and_small_ones_are_left_alone() {

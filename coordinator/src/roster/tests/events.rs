@@ -120,7 +120,7 @@ fn a_run_that_is_resumed_at_a_step_forgets_what_came_after_it() {
     scene.take(actions);
     // Its agent is away, and will come back with the training state of step 30.
     scene.leave("a", 1, 0, 0, Cause::Asked, 30);
-    let actions = scene.roster.resume("r", "again".into(), Some(20));
+    let actions = scene.roster.resume("r", "again".into(), (Some(20), None));
     scene.take(actions);
     let held = scene.occupied(&device("a", 0), 1, 0, false);
     scene.hello("a", 1, vec![held]);
@@ -145,7 +145,7 @@ fn a_run_whose_loss_is_not_finite_is_not_tried_again_until_somebody_resumes_it()
     assert!(
         matches!(scene.last(), RunEvent::Failed { reason } if reason.contains("rank 1") && reason.contains("Diverged"))
     );
-    let actions = scene.roster.resume("r", "again".into(), None);
+    let actions = scene.roster.resume("r", "again".into(), (None, None));
     scene.take(actions);
     scene.wait(1.5, &["a"]);
     assert_eq!(scene.run().generation, 2);

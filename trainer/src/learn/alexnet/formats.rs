@@ -18,6 +18,7 @@ impl AlexNet {
             hidden: fold(&self.hidden),
             output: self.output.folded(),
             paper: self.paper,
+            groups: self.groups,
             stride: self.stride,
             grid: self.grid,
             dropout: 0.0,
