@@ -132,8 +132,8 @@ mod tests {
     fn the_flags_are_these_and_no_more() {
         Cli::command().debug_assert();
         #[rustfmt::skip]
-        let expected: [(&[&str], &str); 39] = [
-            (&["local"], "store listen insecure web-listen workers ranks allow-net exit-with-stdin"),
+        let expected: [(&[&str], &str); 40] = [
+            (&["local"], "store listen insecure web-listen workers ranks leave-seconds allow-net exit-with-stdin"),
             (&["dataset", "create"], "urls store-key format synset-column url-column columns limit dry-run unlabelled multi-label keep-columns verify synsets url-template class-names \
                 size resize no-upscale encode-format reencode quality validation test seed slice-urls per-class min-bytes spec set wait timeout"),
             (&["dataset", "refresh"], "urls store-key format synset-column url-column columns limit accept-damage wait timeout"),
@@ -151,18 +151,19 @@ mod tests {
             (&["dataset", "manifest"], "version"),
             (&["dataset", "delete"], "yes"),
             (&["run", "submit"], "file set dataset name from dry-run wait follow timeout"),
-            (&["run", "list"], "limit"),
+            (&["run", "list"], "limit state dataset"),
             (&["run", "describe"], ""),
             (&["run", "watch"], ""),
             (&["run", "wait"], "timeout"),
-            (&["run", "logs"], "follow"),
+            (&["run", "logs"], "follow rank tail since"),
             (&["run", "metrics"], "kind csv"),
-            (&["run", "model"], "to format"),
+            (&["run", "model"], "to format weights"),
             (&["run", "evaluate"], "dataset split version csv"),
             (&["run", "compare"], ""),
             (&["run", "explain"], ""),
             (&["run", "cancel"], ""),
             (&["run", "resume"], "at wait timeout"),
+            (&["run", "extend"], "epochs wait timeout"),
             (&["run", "delete"], "yes"),
             (&["classify"], ""),
             (&["status"], ""),

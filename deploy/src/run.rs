@@ -8,6 +8,7 @@ mod delete;
 mod describe;
 pub(crate) mod evaluate;
 pub(crate) mod explain;
+mod extend;
 mod int8;
 mod list;
 mod logs;
@@ -19,6 +20,7 @@ mod resume;
 mod submit;
 pub(crate) mod view;
 mod wait;
+mod weights;
 
 use anyhow::Result;
 
@@ -59,6 +61,8 @@ pub(crate) enum Command {
     Cancel(NameArgs),
     /// Queue a cancelled or failed run again, from its last checkpoint
     Resume(resume::Args),
+    /// Train a run that has ended for more epochs, from its last checkpoint
+    Extend(extend::Args),
     /// Delete a run that has ended, with its checkpoints and its model
     Delete(delete::Args),
 }
@@ -89,6 +93,7 @@ pub(crate) async fn run(command: Command) -> Result<()> {
         Command::Explain(of) => explain::run(&of).await,
         Command::Cancel(of) => cancel::run(&of).await,
         Command::Resume(args) => resume::run(&args).await,
+        Command::Extend(args) => extend::run(&args).await,
         Command::Delete(args) => delete::run(&args).await,
     }
 }

@@ -2,6 +2,7 @@
 
 mod agree;
 pub(crate) mod alexnet;
+mod best;
 pub(crate) mod checkpoint;
 pub(crate) mod context;
 pub(crate) mod control;

@@ -23,6 +23,6 @@ mod torch;
 #[cfg(test)]
 mod tests;
 
-pub use agent::{CacheConfig, Config, RANK_ENVIRONMENT, describe, devices, metrics, run};
+pub use agent::{CacheConfig, Config, RANK_ENVIRONMENT, describe, devices, metrics, problem, run};
 pub use learn::step::reference_step;
 pub use rank::run_rank;

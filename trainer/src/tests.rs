@@ -227,6 +227,7 @@ impl Outcome {
     fn assert_equals(&self, other: &Self) {
         assert_eq!(self.ledger, other.ledger);
         assert_eq!(self.ledger.len(), 20);
+        assert_eq!(self.tensors.len(), other.tensors.len());
         for ((name, mine), (other_name, others)) in self.tensors.iter().zip(&other.tensors) {
             assert_eq!(name, other_name);
             let (difference, size) = ((mine - others).norm().double_value(&[]), mine.norm().double_value(&[]));
@@ -244,7 +245,8 @@ impl Outcome {
                     .collect();
                 newest
             };
-            assert_eq!(points(self), points(other), "{kind}");
+            let (own, theirs) = (points(self), points(other));
+            assert!(own == theirs && !own.is_empty(), "{kind}: {own:?}, {theirs:?}");
         }
     }
 }
@@ -312,6 +314,7 @@ fn one_two_and_three_ranks_have_the_same_gradients_in_single_precision() {
     let one = gradients("one", 1);
     assert!(one.len() > 20, "{} parameters", one.len());
     for others in [gradients("two", 2), gradients("three", 3)] {
+        assert_eq!(one.len(), others.len());
         for ((name, mine), (_, others)) in one.iter().zip(&others) {
             let (difference, size) = ((mine - others).norm().double_value(&[]), mine.norm().double_value(&[]));
             assert!(size > 0.0 && difference <= 1e-5 * size, "{name}: {difference:e} of {size:e}");
@@ -374,22 +377,28 @@ fn a_step_whose_reduction_is_late_and_then_fails_on_one_rank_is_applied_by_none_
 fn a_run_that_left_with_a_checkpoint_resumes_in_the_middle_of_an_epoch_as_if_nothing_had_been() {
     let world = World::new();
     let undisturbed = world.whole("undisturbed", &spec("f64"), 1);
-    let (a, b) = (world.rank(), world.rank());
-    let first = world.generation("run", &spec("f64"), 1, &[&a, &b], &[]);
-    a.wait_for_step(6);
-    // One rank is told; both leave after the same step.
-    first.flags[1].obey(&pb::Leave { run: "run".into(), generation: 1, checkpoint: true, abort: false });
-    let steps = [a.left(Cause::Asked).step, b.left(Cause::Asked).step];
-    assert!(steps[0] == steps[1] && steps[0] % 5 != 0, "in the middle of an epoch: {steps:?}");
-    let checkpoint = last_checkpoint(&a.all()).expect("a checkpoint was asked for");
-    assert_eq!(checkpoint.step, steps[0]);
+    // A crowded machine may let them leave late, at the end of an epoch: then once more.
+    let left = (1..).find_map(|attempt| {
+        let run = format!("run-{attempt}");
+        let (a, b) = (world.rank(), world.rank());
+        let first = world.generation(&run, &spec("f64"), 1, &[&a, &b], &[]);
+        a.wait_for_step(6);
+        // One rank is told; both leave after the same step.
+        first.flags[1].obey(&pb::Leave { run: run.clone(), generation: 1, checkpoint: true, abort: false });
+        let steps = [a.left(Cause::Asked).step, b.left(Cause::Asked).step];
+        assert_eq!(steps[0], steps[1]);
+        let checkpoint = last_checkpoint(&a.all()).expect("a checkpoint was asked for");
+        assert_eq!(checkpoint.step, steps[0]);
+        (steps[0] % 5 != 0).then_some((run, a, b, checkpoint))
+    });
+    let (run, a, b, checkpoint) = left.expect("in the middle of an epoch");
     let fresh: Vec<Rank> = (0..3).map(|_| world.rank()).collect();
-    let _second = world.generation("run", &spec("f64"), 2, &fresh.iter().collect::<Vec<_>>(), &[checkpoint]);
+    let _second = world.generation(&run, &spec("f64"), 2, &fresh.iter().collect::<Vec<_>>(), &[checkpoint]);
     for rank in &fresh {
         rank.left(Cause::Finished);
     }
     let ranks: Vec<Rank> = [a, b].into_iter().chain(fresh).collect();
-    undisturbed.assert_equals(&world.outcome("run", &ranks));
+    undisturbed.assert_equals(&world.outcome(&run, &ranks));
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! `gleaner run model`: a trained model out of the cluster's store into a folder.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -26,6 +27,9 @@ pub(crate) struct Args {
     /// What the model is to be for; may be repeated
     #[arg(long, value_enum, default_values = ["safetensors", "onnx", "torchscript"])]
     format: Vec<ModelFormat>,
+    /// The weights with the best validation, or those after the last step
+    #[arg(long, value_enum, default_value_t = Weights::Best)]
+    weights: Weights,
     #[command(flatten)]
     cluster: ClusterArgs,
 }
@@ -46,12 +50,29 @@ enum ModelFormat {
     Page,
 }
 
+/// Which of a run's weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Weights {
+    /// With the best validation
+    Best,
+    /// After the last step
+    Last,
+}
+
+impl Weights {
+    /// The file that has them, of those that a run's model has. Where the last weights are the best there are no others.
+    fn file(self, file: &str, digests: &BTreeMap<String, String>) -> String {
+        let last = file.replacen("model.", "last.", 1);
+        if self == Self::Last && digests.contains_key(&last) { last } else { file.to_owned() }
+    }
+}
+
 /// Writes a done run's model in the forms that are asked for, with model.json and README.md, which say what it is.
 pub(super) async fn run(args: Args) -> Result<()> {
     let cluster = Cluster::new(&args.cluster)?;
     let (run, digests) = done(&cluster, &args.run).await?;
     let wants = |format| args.format.contains(&format);
-    let stored = async |file: &str| of_run(&cluster, &args.run, &digests, file).await;
+    let stored = async |file: &str| of_run(&cluster, &args.run, &digests, &args.weights.file(file, &digests)).await;
     std::fs::create_dir_all(&args.to).with_context(|| format!("failed to make {}", args.to.display()))?;
     let description = stored("model.json").await?;
     let mut files = vec![("README.md", card::text(&run, &description)?), ("model.json", description)];
@@ -96,4 +117,18 @@ fn put(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     part.push(".part");
     std::fs::write(&part, bytes)?;
     std::fs::rename(&part, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_weights_have_files_of_their_own_only_where_others_are_better() {
+        let of = |names: &[&str]| names.iter().map(|name| ((*name).to_owned(), String::new())).collect();
+        let (one, both) = (of(&["model.onnx"]), of(&["model.onnx", "last.onnx"]));
+        assert_eq!(Weights::Best.file("model.onnx", &both), "model.onnx");
+        assert_eq!(Weights::Last.file("model.onnx", &both), "last.onnx");
+        assert_eq!(Weights::Last.file("model.onnx", &one), "model.onnx");
+    }
 }

@@ -26,7 +26,8 @@ pub(crate) struct Args {
 pub(super) async fn run(args: &Args) -> Result<()> {
     let Args { of, .. } = args;
     let client = Cluster::new(&of.cluster)?.runs;
-    let request = ResumeRunRequest { request_id: Uuid::new_v4().to_string(), run: of.run.clone(), step: args.at };
+    let request =
+        ResumeRunRequest { request_id: Uuid::new_v4().to_string(), run: of.run.clone(), step: args.at, epochs: None };
     let run = insist(async || answer(client.clone().resume_run(request.clone())).await).await?;
     if args.wait {
         return wait::run(of, args.timeout.timeout, false).await;

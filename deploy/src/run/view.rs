@@ -1,7 +1,7 @@
 //! A run as people and programs see it.
 
 use anyhow::Result;
-use proto::pb::{Metric, Run};
+use proto::pb::{Metric, Run, RunState};
 use proto::run_event::RunEvent;
 use serde_json::Value;
 
@@ -44,8 +44,11 @@ pub(crate) fn happened(event: &RunEvent) -> String {
         RunEvent::Cancelling => "cancelling".to_owned(),
         RunEvent::Cancelled => "cancelled".to_owned(),
         RunEvent::Failed { reason } => format!("failed: {reason}"),
-        RunEvent::Resumed { step: None, .. } => "resumed".to_owned(),
-        RunEvent::Resumed { step: Some(step), .. } => format!("resumed at step {step}"),
+        RunEvent::Resumed { step, epochs, .. } => {
+            let at = step.map_or(String::new(), |step| format!(" at step {step}"));
+            let to = epochs.map_or(String::new(), |epochs| format!(", for {epochs} epochs in all"));
+            format!("resumed{at}{to}")
+        }
         RunEvent::Done { model, .. } => format!("done; the model is in {model}"),
     }
 }
@@ -54,6 +57,14 @@ pub(crate) fn happened(event: &RunEvent) -> String {
 pub(crate) fn duration(run: &Run, now_millis: u64) -> Option<u64> {
     let end = if run.ended_millis > 0 { run.ended_millis } else { now_millis };
     (run.began_millis > 0).then(|| end.saturating_sub(run.began_millis))
+}
+
+/// For how many milliseconds more a run will train, at the pace of its newest step; None if that is not known.
+pub(crate) fn remaining(run: &Run) -> Option<u64> {
+    let pace = run.last_step.as_ref().filter(|step| step.images_per_second > 0.0 && step.samples > 0)?;
+    let steps = (run.epochs * run.steps_per_epoch).saturating_sub(run.step);
+    let of_a_step = pace.samples as f64 / pace.images_per_second;
+    (run.state() == RunState::Running).then_some((steps as f64 * of_a_step * 1000.0) as u64)
 }
 
 /// The message as JSON: the state by its name, spec and events as objects.

@@ -63,10 +63,11 @@ pub(crate) async fn put(store: &Arc<dyn ObjectStore>, key: &str, bytes: Bytes) -
 pub(crate) async fn put_files<const N: usize>(
     store: &Arc<dyn ObjectStore>,
     folder: &str,
-    files: [(&str, Vec<u8>); N],
+    files: [(impl AsRef<str>, Vec<u8>); N],
 ) -> Result<HashMap<String, String>> {
     let mut digests = HashMap::new();
     for (name, bytes) in files {
+        let name = name.as_ref();
         let bytes = Bytes::from(bytes);
         let copy = bytes.clone();
         let digest = tokio::task::spawn_blocking(move || sha256_hex(&copy)).await?;

@@ -1,5 +1,6 @@
 //! Reports, learning curve and checkpoints of a generation.
 
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use proto::metric::{MetricKind, MetricPoint};
@@ -34,10 +35,20 @@ pub(super) struct Records<'a> {
     interval: u64,
     /// The step of the newest checkpoint that is in the store.
     saved_step: u64,
-    /// The step of the checkpoint that is being written, and the task that returns whether it was.
-    writing: Option<(u64, tokio::task::JoinHandle<bool>)>,
+    /// The checkpoints that there are.
+    known: Vec<pb::Checkpointed>,
+    /// The step of the checkpoint that is being written, and the task that returns it once it is.
+    writing: Option<(u64, tokio::task::JoinHandle<Option<pb::Checkpointed>>)>,
+    /// The next one.
+    copied: Option<Copied>,
     /// The step and top-1 accuracy of the newest validation.
     validated: Option<(u64, f64)>,
+}
+
+/// A state on its way into a checkpoint, with its top-1 accuracy on the validation split if that was measured.
+struct Copied {
+    snapshot: Snapshot,
+    top1: Option<f64>,
 }
 
 impl<'a> Records<'a> {
@@ -57,7 +68,9 @@ impl<'a> Records<'a> {
             interval: (job.spec.checkpoint.every_epochs * job.steps_per_epoch as f64).round().max(1.0) as u64,
             // A state older than the newest checkpoint was read from an older one, because the newest is damaged.
             saved_step: join.checkpoints.first().map_or(0, |newest| newest.step.min(job.progress.step)),
+            known: join.checkpoints.clone(),
             writing: None,
+            copied: None,
             validated: None,
         }
     }
@@ -138,42 +151,68 @@ impl<'a> Records<'a> {
         self.history.flush(&job.progress.tail, true);
     }
 
-    /// Starts a checkpoint if one is due; at the end of the run writes the last one. One is written at a time, while training goes on after
-    /// the state has been copied. A checkpoint that is due while another is being written, or while the coordinator is away, comes later.
+    /// Starts a checkpoint if one is due, or if the state is the best so far; at the end of the run the last one. One is written at a time,
+    /// while training goes on after the state has been copied. A checkpoint that is due while another is being written, or while the
+    /// coordinator is away, comes later; the best state waits as a copy.
     pub(super) fn checkpoint_if_due(&mut self, job: &Job, flags: &ControlFlags, over: bool) -> Result<(), Failure> {
         if self.membership.rank != 0 {
             return Ok(());
         }
         if over {
-            return self.last_checkpoint(job, flags);
+            // The other ranks do not wait for the store: the test goes on meanwhile.
+            self.written(job);
+            return self.begin_last_checkpoint(job, flags);
         }
         if self.writing.as_ref().is_some_and(|(_, writing)| writing.is_finished()) {
             self.written(job);
         }
-        let due = job.progress.step / self.interval > self.saved_step / self.interval;
-        if due && self.writing.is_none() && flags.in_contact(job.spec.failure_detection()) {
+        let step = job.progress.step;
+        let is_free = self.writing.is_none() && flags.in_contact(job.spec.failure_detection());
+        let due = step / self.interval > self.saved_step / self.interval;
+        let is_best = job.progress.best.is_some_and(|best| best.step == step) && !self.has(step);
+        if is_best || due && is_free {
             flags.set_activity(Activity::Checkpointing);
-            self.begin_checkpoint(job)?;
+            self.copied = Some(self.copy(job)?);
+        }
+        if is_free && let Some(copied) = self.copied.take() {
+            self.write(job, copied);
             self.history.flush(&job.progress.tail, true);
         }
         Ok(())
     }
 
+    /// Whether there is a checkpoint of this step, or will be.
+    fn has(&self, step: u64) -> bool {
+        let coming = self.writing.as_ref().map(|(step, _)| *step);
+        let copied = self.copied.as_ref().map(|copied| copied.snapshot.step());
+        self.known.iter().map(|made| made.step).chain(coming).chain(copied).any(|made| made == step)
+    }
+
     /// Writes a checkpoint of the current state and waits for it, unless there is one or the coordinator is away.
     pub(super) fn last_checkpoint(&mut self, job: &Job, flags: &ControlFlags) -> Result<(), Failure> {
         self.written(job);
-        if self.membership.rank == 0
-            && self.saved_step < job.progress.step
-            && flags.in_contact(job.spec.failure_detection())
-        {
-            self.begin_checkpoint(job)?;
+        self.begin_last_checkpoint(job, flags)?;
+        self.written(job);
+        Ok(())
+    }
+
+    fn begin_last_checkpoint(&mut self, job: &Job, flags: &ControlFlags) -> Result<(), Failure> {
+        if self.membership.rank != 0 || !flags.in_contact(job.spec.failure_detection()) {
+            return Ok(());
+        }
+        if let Some(copied) = self.copied.take() {
+            self.write(job, copied);
             self.written(job);
+        }
+        if self.saved_step < job.progress.step {
+            let copied = self.copy(job)?;
+            self.write(job, copied);
         }
         Ok(())
     }
 
-    /// Copies the state and starts to write it. A state that is not finite is refused, so that it never replaces a sound checkpoint.
-    fn begin_checkpoint(&mut self, job: &Job) -> Result<(), Failure> {
+    /// Copies the state. One that is not finite is refused, so that it never replaces a sound checkpoint.
+    fn copy(&self, job: &Job) -> Result<Copied, Failure> {
         let step = job.progress.step;
         let tensors = job.tensors();
         for (name, tensor) in &tensors {
@@ -185,29 +224,50 @@ impl<'a> Records<'a> {
         }
         let snapshot =
             Snapshot::take(&job.run, self.membership.generation, job.steps_per_epoch, &job.progress, &tensors)?;
-        let top1 = self.validated.filter(|(at, _)| *at == step).map(|(_, top1)| top1);
+        let best = job.progress.best.map(|best| (best.step, best.top1));
+        let top1 = [self.validated, best].into_iter().flatten().find(|(at, _)| *at == step).map(|(_, top1)| top1);
+        Ok(Copied { snapshot, top1 })
+    }
+
+    /// Starts to write a copy.
+    fn write(&mut self, job: &Job, Copied { snapshot, top1 }: Copied) {
+        let step = snapshot.step();
         let (store, reports) = (job.context.store.clone(), self.reports.clone());
         let write = async move {
             match snapshot.write(store).await {
-                Ok(made) => reports.checkpointed(pb::Checkpointed { top1, ..made }),
+                Ok(made) => {
+                    let made = pb::Checkpointed { top1, ..made };
+                    reports.checkpointed(made.clone());
+                    Some(made)
+                }
                 Err(error) => {
                     tracing::error!(step, error = format!("{error:#}"), "checkpoint not written");
-                    return false;
+                    None
                 }
             }
-            true
         };
         self.writing = Some((step, job.context.runtime.spawn(write)));
-        Ok(())
     }
 
     /// Waits for the checkpoint that is being written.
     fn written(&mut self, job: &Job) {
         if let Some((step, writing)) = self.writing.take()
-            && job.context.runtime.block_on(writing).unwrap_or(false)
+            && let Some(made) = job.context.runtime.block_on(writing).unwrap_or(None)
         {
             self.saved_step = step;
+            self.known.push(made);
         }
+    }
+
+    /// The checkpoint of this step, once what is being written is there.
+    pub(super) fn checkpoint(&mut self, job: &Job, step: u64) -> Option<&pb::Checkpointed> {
+        self.written(job);
+        self.known.iter().rfind(|made| made.step == step)
+    }
+
+    /// Says that the run is complete, with its model's folder and files.
+    pub(super) fn finished(&self, key: String, digests: HashMap<String, String>) {
+        self.reports.finished(key, digests);
     }
 
     /// Waits until everything is in the store.

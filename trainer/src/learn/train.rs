@@ -4,7 +4,8 @@
 //! **Parameters are touched only after every collective of the step has completed without error on this rank**, so after a failure the
 //! state stands at the last step that was applied, and the next generation does the failed one again with the same samples.
 
-use std::time::Instant;
+use std::ops::Range;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 use proto::metric::MetricKind;
@@ -15,9 +16,11 @@ use tch::Tensor;
 use tracing::info;
 
 use super::agree::agree;
+use super::alexnet::AlexNet;
+use super::best::best_weights;
 use super::control::ControlFlags;
 use super::evaluate::evaluate;
-use super::export::export;
+use super::export::{Weights, export};
 use super::failure::Failure;
 use super::history::{Sums, digest};
 use super::job::Job;
@@ -58,7 +61,7 @@ pub(crate) fn generation(
 
     let own_lanes = lanes_of(join.rank, join.world_size, job.spec.ranks.lanes);
     let mut batches = job.loader(Split::Train).train(&job.spec, own_lanes.clone(), job.progress.step)?;
-    let parameters: Vec<Tensor> = job.model.parameters().into_iter().map(|(_, parameter)| parameter).collect();
+    let parameters: Vec<Tensor> = job.model.trained().into_iter().map(|(_, parameter)| parameter).collect();
     let compress = step::compression(job.spec.ranks.compress, membership.world);
     let reducer = Reducer::new(&membership.group, &parameters, BUCKET_BYTES, compress)?;
     let mut records = Records::new(job, join, &membership, reports);
@@ -68,12 +71,14 @@ pub(crate) fn generation(
         if job.progress.step.is_multiple_of(job.steps_per_epoch) && job.progress.validated < epoch {
             records.epoch(job);
             flags.set_activity(Activity::Evaluating);
-            if let Some(sums) = evaluate(job, Split::Validation, own_lanes.clone(), &membership, flags)? {
+            let (network, lanes) = (&job.model, own_lanes.clone());
+            if let Some(sums) = evaluate(job, network, Split::Validation, lanes, &membership, flags)? {
+                job.progress.note_validation(epoch, sums.0.mean().top1);
                 records.evaluated(job, MetricKind::Validation, &sums);
             }
             job.progress.validated = epoch;
         }
-        let over = job.progress.step == job.steps();
+        let over = job.progress.step == job.steps() || is_stale(job);
         // After the validation, because a checkpoint carries its result.
         records.checkpoint_if_due(job, flags, over)?;
         if over {
@@ -96,19 +101,42 @@ pub(crate) fn generation(
         }
     }
 
+    finish(job, own_lanes, &membership, flags, records)
+}
+
+/// Whether the run ends here although it has epochs left. Every rank knows, since all measure the same.
+fn is_stale(job: &Job) -> bool {
+    let epoch = job.progress.step / job.steps_per_epoch;
+    job.progress.step.is_multiple_of(job.steps_per_epoch) && job.progress.is_stale(epoch, job.spec.train.stop_after)
+}
+
+/// After the last step: the test, and the model. Tested and exported are the weights with the best validation; the last ones are exported
+/// beside them if they are others.
+fn finish(
+    job: &Job,
+    own_lanes: Range<u32>,
+    membership: &Membership,
+    flags: &ControlFlags,
+    mut records: Records<'_>,
+) -> Result<Ending, Failure> {
     flags.set_activity(Activity::Evaluating);
-    let test = evaluate(job, Split::Test, own_lanes, &membership, flags)?;
-    if let Some(sums) = &test {
+    let best = best_weights(job, membership, &mut records)?;
+    let test = |network: &AlexNet| evaluate(job, network, Split::Test, own_lanes.clone(), membership, flags);
+    let of_last = test(&job.model)?;
+    let of_best = best.as_ref().map(|(network, _)| test(network)).transpose()?;
+    if let Some(sums) = of_best.as_ref().unwrap_or(&of_last) {
         records.evaluated(job, MetricKind::Test, sums);
     }
     flags.set_activity(Activity::Exporting);
     records.finish(job);
     if membership.rank == 0 {
-        let test = test.map(|(sums, _)| sums);
-        let (run, model) = ((job.run.as_str(), membership.generation), &job.model);
-        let export = export(&job.context.store, run, &job.spec, &job.manifest, model, test);
+        let sums = |test: Option<(Sums, Duration)>| test.map(|(sums, _)| sums);
+        let last = Weights { network: &job.model, step: job.progress.step, test: sums(of_last) };
+        let best = best.as_ref().zip(of_best);
+        let best = best.map(|((network, step), test)| Weights { network, step: *step, test: sums(test) });
+        let export = export(job, membership.generation, best.as_ref(), &last);
         let (key, digests) = job.context.runtime.block_on(export)?;
-        reports.finished(key, digests);
+        records.finished(key, digests);
     }
     Ok(Ending::Finished)
 }
