@@ -1,6 +1,8 @@
 //! Random numbers as pure functions of what they are for, so that they are the same on any machine, for any number of ranks, in any
 //! order, and after any crash. Counter-based: a key names a stream, a counter a place in it.
 
+use tch::Tensor;
+
 /// The key of the stream that these words name.
 pub(crate) fn key(words: &[u64]) -> u64 {
     words.iter().fold(GOLDEN, |state, &word| bits(state, word))
@@ -11,6 +13,17 @@ pub(crate) fn bits(key: u64, index: u64) -> u64 {
     let mut z = key ^ mix(index.wrapping_add(GOLDEN));
     z = z.wrapping_add(GOLDEN);
     mix(z)
+}
+
+/// [`bits`] of each key and each index, on their device: its 64-bit integers wrap as ours do, and only their shifts keep the sign.
+pub(crate) fn bits_on(keys: &Tensor, indexes: &Tensor) -> Tensor {
+    let shifted = |z: &Tensor, by: i64| z.bitwise_right_shift_tensor_scalar(by).bitwise_and((1_i64 << (64 - by)) - 1);
+    let mix = |z: Tensor| {
+        let z = z.bitwise_xor_tensor(&shifted(&z, 30)) * MIX_1 as i64;
+        let z = z.bitwise_xor_tensor(&shifted(&z, 27)) * MIX_2 as i64;
+        z.bitwise_xor_tensor(&shifted(&z, 31))
+    };
+    mix(keys.bitwise_xor_tensor(&mix(indexes + GOLDEN as i64)) + GOLDEN as i64)
 }
 
 /// The `index`-th number of a stream in [0, 1): the first 24 bits, which an f32 holds exactly.
@@ -38,9 +51,11 @@ pub(crate) fn shuffle<T>(items: &mut [T], key: u64) {
 }
 
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+const MIX_1: u64 = 0xbf58_476d_1ce4_e5b9;
+const MIX_2: u64 = 0x94d0_49bb_1331_11eb;
 
 fn mix(mut z: u64) -> u64 {
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z = (z ^ (z >> 30)).wrapping_mul(MIX_1);
+    z = (z ^ (z >> 27)).wrapping_mul(MIX_2);
     z ^ (z >> 31)
 }

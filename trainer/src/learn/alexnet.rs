@@ -18,6 +18,7 @@
 //! alone. So the numbers are the same on any number of ranks, and nothing need be sent in forward or backward. With it a layer has no bias of
 //! its own, since the norm would take it out again.
 
+mod dropout;
 mod formats;
 
 use std::mem::MaybeUninit;
@@ -107,7 +108,7 @@ impl AlexNet {
     pub(crate) fn train(&self, images: &Tensor, shares: &[i64], keys: &[u64]) -> Forward {
         let mut statistics = Vec::new();
         let mut norm = |norm: &Norm, x: &Tensor| norm.train(x, shares, &mut statistics);
-        let dropout = |layer: u64, x: Tensor| self.drop_units(x, layer, keys);
+        let dropout = |layer: u64, x: Tensor| dropout::drop_units(&x, self.dropout, layer, keys);
         let logits = self.forward(images, &mut norm, &dropout);
         let statistics = match statistics.is_empty() {
             true => Tensor::zeros([0], (Kind::Double, images.device())),
@@ -234,29 +235,6 @@ impl AlexNet {
             x = dropout(0, x);
         }
         x.linear(&self.output.weight, self.output.bias.as_ref())
-    }
-
-    /// Drops units and scales up the rest, by 16 random bits per unit.
-    fn drop_units(&self, x: Tensor, layer: u64, keys: &[u64]) -> Tensor {
-        let threshold = (self.dropout * 65536.0).round() as u64;
-        if threshold == 0 {
-            return x;
-        }
-        let units = x.size()[1] as usize;
-        let scale = (65536.0 / (65536 - threshold) as f64) as f32;
-        let mask = tensor::filled(&[keys.len() as i64, units as i64], |mask: &mut [MaybeUninit<f32>]| {
-            for (key, row) in keys.iter().zip(mask.chunks_mut(units)) {
-                let key = random::key(&[*key, layer]);
-                for (index, four) in row.chunks_mut(4).enumerate() {
-                    let bits = random::bits(key, index as u64);
-                    for (part, unit) in four.iter_mut().enumerate() {
-                        unit.write(if (bits >> (16 * part)) & 0xffff < threshold { 0.0 } else { scale });
-                    }
-                }
-            }
-        });
-        let mask = mask.to_device(x.device()).to_kind(x.kind());
-        x * mask
     }
 }
 
@@ -435,19 +413,6 @@ mod tests {
         let norm = first.norm.as_ref().expect("a slim network is normed");
         assert!((&norm.mean - mean * 0.1).abs().max().double_value(&[]) < 1e-12);
         assert!((&norm.variance - (variance * 0.1 + 0.9)).abs().max().double_value(&[]) < 1e-12);
-    }
-
-    #[test]
-    fn dropout_depends_on_the_sample_and_not_on_its_place() {
-        let network = network(Arch::Alexnet, 0.125, 5, 64);
-        let ones = Tensor::ones([3, 1001], (Kind::Double, Device::Cpu));
-        let masks = network.drop_units(ones.shallow_clone(), 0, &[7, 8, 7]);
-        assert_eq!(masks.get(0), masks.get(2));
-        assert_ne!(masks.get(0), masks.get(1));
-        assert_ne!(masks, network.drop_units(ones, 1, &[7, 8, 7]));
-        let kept = masks.count_nonzero(None).int64_value(&[]) as f64 / 3003.0;
-        assert!((kept - 0.5).abs() < 0.05, "{kept} kept");
-        assert_eq!(masks.max().double_value(&[]), 2.0);
     }
 
     #[test]
