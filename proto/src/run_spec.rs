@@ -222,9 +222,10 @@ pub enum Compress {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct CheckpointSpec {
-    /// A checkpoint is written each time this many epochs have passed (0.5: twice an epoch), and at the end.
+    /// A checkpoint is written each time this many epochs have passed (0.5: twice an epoch), whenever the validation is as
+    /// good as never before, and at the end.
     pub every_epochs: f64,
-    /// So many of the newest are kept.
+    /// So many of the newest are kept, and the best.
     pub keep: u32,
 }
 

@@ -170,7 +170,8 @@ impl<'a> Records<'a> {
         let is_free = self.writing.is_none() && flags.in_contact(job.spec.failure_detection());
         let due = step / self.interval > self.saved_step / self.interval;
         let is_best = job.progress.best.is_some_and(|best| best.step == step) && !self.has(step);
-        if is_best || due && is_free {
+        // A best state that waits is not given up for one that is only due.
+        if is_best || due && is_free && self.copied.is_none() {
             flags.set_activity(Activity::Checkpointing);
             self.copied = Some(self.copy(job)?);
         }
