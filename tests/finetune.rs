@@ -1,5 +1,7 @@
 //! Runs that begin with weights which are there, the best of their own, and runs that end earlier or go on for longer.
 
+#![allow(clippy::print_stdout, reason = "the accuracies are what people run these tests for, too")]
+
 mod small;
 
 use std::collections::BTreeMap;
@@ -95,6 +97,27 @@ fn classes_keep_their_rows_of_the_last_layer_whatever_their_places_and_unknown_o
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(refused.status.code() == Some(2) && said.contains("is no safetensors file"), "{said}");
     cluster.gleaner(&["fsck"]);
+}
+
+#[test]
+fn three_epochs_from_weights_that_are_there_are_worth_more_than_three_from_none() {
+    let mut cluster = Cluster::start();
+    dataset(&mut cluster);
+    // Other pictures of the same classes, in other places.
+    other_dataset(&cluster, &[4, 3, 2, 1, 0]);
+    cluster.start_trainer("trainer", 1);
+    submit(&cluster, "base", 40, &["ranks.max=1"]);
+    wait(&cluster, "base");
+    let sets = ["dataset=other", "ranks.max=1"];
+    submit_from(&cluster, "scratch", 3, &sets, &[]);
+    submit_from(&cluster, "tuned", 3, &sets, &["--from", "base"]);
+    let top1 = |run: &str| {
+        wait(&cluster, run);
+        describe(&cluster, run)["last_validation"]["top1"].as_f64().expect("a share")
+    };
+    let (scratch, tuned) = (top1("scratch"), top1("tuned"));
+    println!("validation top-1 after three epochs: {tuned:.3}, from scratch {scratch:.3}");
+    assert!(tuned > scratch + 0.1, "{tuned} after three epochs, {scratch} from scratch");
 }
 
 #[test]
