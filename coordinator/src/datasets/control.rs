@@ -82,8 +82,11 @@ impl Datasets {
         let id = &dataset.id;
         let decision = match wanted {
             Wanted::Decision(decision) => decision,
-            // Sealing may open another round, which is not fetched then; and the call may be a repeated one.
+            // Sealing may open another round, which is not fetched then; and a repeated call finds what the first has done.
             Wanted::FinishAfter(_) if !matches!(dataset.stage, Stage::Fetching | Stage::Sealing) => {
+                if dataset.is_finished() {
+                    return Ok(());
+                }
                 let stage = dataset.stage.name();
                 return Err(Error::Precondition(format!("dataset {name:?} is {stage}: there is nothing to finish")));
             }
