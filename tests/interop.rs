@@ -186,6 +186,21 @@ fn classify_sees_what_onnxruntime_sees_and_is_as_right_as_the_runs_own_test() {
         assert!(named.contains("train split"), "{named}");
         assert_eq!(cluster.try_gleaner(&["run", "evaluate", &folder]).status.code(), Some(2), "of which dataset?");
     }
+    let curves = cluster.path("curves").display().to_string();
+    cluster.gleaner(&["run", "export", "bn", "slim", "--tensorboard", &curves]);
+    let read = printed(python("python").arg(root().join("tests/python/tensorboard_curves.py")).arg(&curves));
+    let read: serde_json::Value = serde_json::from_str(&read).expect("JSON");
+    for run in ["bn", "slim"] {
+        let points = cluster.json(&["run", "metrics", run, "--kind", "validation"]);
+        let points = points.as_array().expect("points");
+        let theirs = read[format!("{run}/validation/loss")].as_array().expect("a curve");
+        assert!(points.len() == 6 && theirs.len() == points.len(), "{run}: {read}");
+        for (ours, theirs) in points.iter().zip(theirs) {
+            let difference = ours["loss"].as_f64().expect("a number") - theirs[1].as_f64().expect("a number");
+            assert!(ours["step"] == theirs[0] && difference.abs() < 1e-6, "{ours} {theirs}");
+        }
+        assert!(read[format!("{run}/step/learning_rate")].as_array().is_some_and(|curve| !curve.is_empty()), "{read}");
+    }
     let refused = cluster.try_gleaner(&["classify", "slim", "no-such-file.jpg"]);
     assert_eq!(refused.status.code(), Some(1));
     assert_eq!(cluster.try_gleaner(&["classify", "none", "x.jpg"]).status.code(), Some(3), "there is no such run");

@@ -132,7 +132,7 @@ mod tests {
     fn the_flags_are_these_and_no_more() {
         Cli::command().debug_assert();
         #[rustfmt::skip]
-        let expected: [(&[&str], &str); 40] = [
+        let expected: [(&[&str], &str); 41] = [
             (&["local"], "store listen insecure web-listen workers ranks leave-seconds allow-net exit-with-stdin"),
             (&["dataset", "create"], "urls store-key format synset-column url-column columns limit dry-run unlabelled multi-label keep-columns verify synsets url-template class-names \
                 size resize no-upscale encode-format reencode quality validation test seed slice-urls per-class min-bytes spec set wait timeout"),
@@ -157,6 +157,7 @@ mod tests {
             (&["run", "wait"], "timeout"),
             (&["run", "logs"], "follow rank tail since"),
             (&["run", "metrics"], "kind csv"),
+            (&["run", "export"], "tensorboard"),
             (&["run", "model"], "to format weights"),
             (&["run", "evaluate"], "dataset split version csv"),
             (&["run", "compare"], ""),

@@ -8,6 +8,7 @@ mod delete;
 mod describe;
 pub(crate) mod evaluate;
 pub(crate) mod explain;
+mod export;
 mod extend;
 mod int8;
 mod list;
@@ -49,6 +50,8 @@ pub(crate) enum Command {
     Logs(logs::Args),
     /// Print the learning curve
     Metrics(metrics::Args),
+    /// Write the learning curves of runs for TensorBoard
+    Export(export::Args),
     /// Fetch a done run's model, for PyTorch, phones, or as a page for browsers
     Model(model::Args),
     /// Try a trained model on a split of a dataset: accuracy by class, and what it takes for what
@@ -87,6 +90,7 @@ pub(crate) async fn run(command: Command) -> Result<()> {
         Command::Wait { of, timeout } => wait::run(&of, timeout.timeout, false).await,
         Command::Logs(args) => logs::run(&args).await,
         Command::Metrics(args) => metrics::run(args).await,
+        Command::Export(args) => export::run(args).await,
         Command::Model(args) => model::run(args).await,
         Command::Evaluate(args) => evaluate::run(args).await,
         Command::Compare(args) => compare::run(&args).await,
