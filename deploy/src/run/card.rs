@@ -27,7 +27,7 @@ struct Test {
     top5: f64,
 }
 
-/// The README.md of a run's model, of which `description` is the model.json.
+/// What is told of a run's model, of which `description` is the model.json, as Markdown.
 pub(super) fn text(run: &Run, description: &[u8]) -> Result<Vec<u8>> {
     let Description { model, crop, resize, mean, std, classes, dataset, manifest_version, epochs, test } =
         serde_json::from_slice(description).context("model.json")?;

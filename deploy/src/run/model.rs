@@ -12,6 +12,7 @@ use super::model_files::{done, of_run};
 use super::{calibration, card, int8};
 use crate::client::{Cluster, ClusterArgs};
 use crate::complete;
+use crate::exit::Ended;
 use crate::output::{Format, say, say_json};
 use crate::try_it;
 
@@ -67,15 +68,18 @@ impl Weights {
     }
 }
 
-/// Writes a done run's model in the forms that are asked for, with model.json and README.md, which say what it is.
+/// Writes a done run's model in the forms that are asked for, with model.json and model.md, which say what it is.
 pub(super) async fn run(args: Args) -> Result<()> {
+    let wants = |format| args.format.contains(&format);
+    if wants(ModelFormat::Page) && args.to == Path::new(".") {
+        return Err(Ended::usage("a page is an index.html and more: --to FOLDER says where it may be written"));
+    }
     let cluster = Cluster::new(&args.cluster)?;
     let (run, digests) = done(&cluster, &args.run).await?;
-    let wants = |format| args.format.contains(&format);
     let stored = async |file: &str| of_run(&cluster, &args.run, &digests, &args.weights.file(file, &digests)).await;
     std::fs::create_dir_all(&args.to).with_context(|| format!("failed to make {}", args.to.display()))?;
     let description = stored("model.json").await?;
-    let mut files = vec![("README.md", card::text(&run, &description)?), ("model.json", description)];
+    let mut files = vec![("model.md", card::text(&run, &description)?), ("model.json", description)];
     for (format, file) in [(ModelFormat::Safetensors, "model.safetensors"), (ModelFormat::Torchscript, "model.pt")] {
         if wants(format) {
             files.push((file, stored(file).await?));
