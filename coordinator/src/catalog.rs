@@ -16,7 +16,7 @@ use proto::outcomes::OutcomeRow;
 use proto::round::{Cause, LargeSite, Round, Slice};
 use proto::site::{self, Sites};
 use proto::slice::{SliceWriter, split_tail};
-use proto::{DatasetSpec, MultiLabel, OutcomeCounts, Rejection, columns, pb};
+use proto::{DatasetSpec, MultiLabel, OutcomeCounts, Rejection, columns, files, pb};
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -260,8 +260,8 @@ impl Catalog {
                 let site = self.sites.place(host).site;
                 (site_hash(self.seed, site), most_of_site(self.sites.budget(site), dealing.slice_urls))
             }
-            // It will never be fetched, and may be anywhere.
-            None => (hash, dealing.slice_urls),
+            // Rows of a Parquet file are read together. All else may be anywhere: files, and what will never be fetched.
+            None => (files::span(url).map_or(hash, |span| site_hash(self.seed, span)), dealing.slice_urls),
         };
         let pool = self.pools.entry(dealing).or_insert_with(|| Spool::new(self.folder.clone()));
         Ok(dealing::Entry { site, most, hash, key, synset, tail }.spool(pool)?)

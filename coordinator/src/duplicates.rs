@@ -11,11 +11,11 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 
-use proto::Duplicates;
 use proto::columns::has_several_classes;
 use proto::findings::Finding;
 use proto::manifest::{Skip, Skips};
 use proto::outcomes::OutcomeRow;
+use proto::{DatasetSpec, Duplicates};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::near;
@@ -99,6 +99,8 @@ pub(crate) struct Findings {
 pub(crate) struct Finder {
     rules: Duplicates,
     per_class: u32,
+    /// Where the list says the splits, a picture that others validate or test by is not trained on; else the reverse.
+    published_splits: bool,
     folder: Option<PathBuf>,
     contents: Spool,
     findings: Unsorted,
@@ -124,9 +126,12 @@ impl Unsorted {
 }
 
 impl Finder {
-    pub(crate) fn new(rules: Duplicates, per_class: u32, folder: Option<PathBuf>) -> Self {
+    /// As the dataset's spec wants it; `folder` is where samples are spooled.
+    pub(crate) fn new(spec: &DatasetSpec, folder: Option<PathBuf>) -> Self {
+        let DatasetSpec { duplicates: rules, per_class, .. } = *spec;
+        let published_splits = !spec.splits.column.is_empty();
         let findings = Unsorted { skips: BTreeMap::new(), spool: Spool::new(folder.clone()) };
-        Self { rules, per_class, contents: Spool::new(folder.clone()), findings, folder }
+        Self { rules, per_class, published_splits, contents: Spool::new(folder.clone()), findings, folder }
     }
 
     /// Takes in a kept sample; `latest`: its URL was not fetched again later. The inner error is a row that cannot be
@@ -165,13 +170,14 @@ impl Finder {
     }
 
     pub(crate) fn find(self) -> io::Result<Findings> {
-        let Self { rules, per_class, folder, contents, mut findings } = self;
+        let Self { rules, per_class, published_splits, folder, contents, mut findings } = self;
         let bands: Vec<u64> = near::bands(u64::MAX, rules.near_bits + 1).collect();
         let mut pictures = Spool::new(folder.clone());
         let mut classes = Spool::new(folder.clone());
         for partition in contents.into_partitions() {
             let mut contents: Vec<Content> = records(&partition?);
-            contents.sort_unstable_by_key(|content| (content.sha256, content.label, content.sample));
+            // Unless the list says the splits, the same bytes are of the same one.
+            contents.sort_unstable_by_key(|content| (content.sha256, content.label, content.train, content.sample));
             for same in contents.chunk_by(|a, b| a.sha256 == b.sha256) {
                 let (reason, from) = skip_of_same(same, rules.many_urls as usize);
                 for content in &same[from..] {
@@ -191,7 +197,7 @@ impl Finder {
                 }
             }
         }
-        find_near(pictures, &bands, rules.near_bits, &folder, &mut findings)?;
+        find_near(pictures, &bands, rules.near_bits, published_splits, &folder, &mut findings)?;
         for partition in classes.into_partitions() {
             let mut members: Vec<Member> = records(&partition?);
             members.retain(|member| !findings.is_skipped(member.sample));
@@ -235,6 +241,7 @@ fn find_near(
     mut pictures: Spool,
     bands: &[u64],
     bits: u32,
+    published_splits: bool,
     folder: &Option<PathBuf>,
     findings: &mut Unsorted,
 ) -> io::Result<()> {
@@ -260,11 +267,12 @@ fn find_near(
             });
             for (group, alike) in groups.iter().zip(alike) {
                 for &Picture { sample, train, .. } in *group {
-                    let (skip, like) = match (train != 0, alike.train) {
-                        (false, Some(like)) => (Some(Skip::NearTraining), Some(like)),
-                        (false, None) => (None, alike.other),
-                        (true, like) => (None, like),
+                    let (same, other, reason) = match train != 0 {
+                        true => (alike.train, alike.other, Skip::NearHeldOut),
+                        false => (alike.other, alike.train, Skip::NearTraining),
                     };
+                    let skip = other.filter(|_| (train != 0) == published_splits).map(|_| reason);
+                    let like = if skip.is_some() { other } else { same };
                     // Of two that count, the second one is told of.
                     if let Some(like) = like.filter(|like| skip.is_some() || like.key < sample.key) {
                         findings.push(sample, skip, Some(like))?;

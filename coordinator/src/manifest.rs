@@ -74,7 +74,7 @@ pub(crate) fn seal(handle: &Handle, store: &Store, sealing: &Sealing) -> Result<
     };
 
     let mut totals = Totals::new(spec.classes.len());
-    let mut finder = Finder::new(spec.duplicates, spec.per_class, sealing.folder.clone());
+    let mut finder = Finder::new(spec, sealing.folder.clone());
     history.latest_first(&indexes, |index, rows| -> Result<(), SealError> {
         for (row, _) in rows.iter().filter(|(_, latest)| *latest) {
             let outcome = row.outcome().map_err(|error| corrupt(&name(dataset, index), error))?;

@@ -120,7 +120,7 @@ async fn pictures_that_look_alike_are_told_and_never_stand_in_train_and_test_bot
     let alone =
         (0..20u64).map(|i| format!("n0\thttp://h{i}/b{i}~{:016x}\n", (i + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)));
     let spec = DatasetSpec {
-        splits: proto::Splits { validation: 0.2, test: 0.2, salt: String::new() },
+        splits: proto::Splits { validation: 0.2, test: 0.2, ..proto::Splits::default() },
         slice_urls: 25,
         ..DatasetSpec::default()
     };

@@ -132,11 +132,13 @@ mod tests {
     fn the_flags_are_these_and_no_more() {
         Cli::command().debug_assert();
         #[rustfmt::skip]
-        let expected: [(&[&str], &str); 41] = [
-            (&["local"], "store listen insecure web-listen workers ranks leave-seconds allow-net exit-with-stdin"),
+        let expected: [(&[&str], &str); 42] = [
+            (&["local"], "store listen insecure web-listen workers ranks leave-seconds allow-net import-root exit-with-stdin"),
             (&["dataset", "create"], "urls store-key format synset-column url-column columns limit dry-run unlabelled multi-label keep-columns verify synsets url-template class-names \
                 size resize no-upscale encode-format reencode quality validation test seed slice-urls per-class min-bytes spec set wait timeout"),
-            (&["dataset", "refresh"], "urls store-key format synset-column url-column columns limit accept-damage wait timeout"),
+            (&["dataset", "import"], "class-column image-column splits dry-run unlabelled keep-columns multi-label synsets class-names limit \
+                size resize no-upscale encode-format reencode quality validation test seed slice-urls per-class min-bytes spec set wait timeout"),
+            (&["dataset", "refresh"], "urls store-key format synset-column url-column columns limit import class-column image-column accept-damage wait timeout"),
             (&["dataset", "outcomes"], "store outcome synset limit version"),
             (&["dataset", "diff"], "store"),
             (&["dataset", "export"], "store to as split version"),

@@ -4,9 +4,11 @@ mod control;
 mod create;
 mod diff;
 pub(crate) mod export;
+mod import;
 mod outcomes;
 mod preview;
 pub(crate) mod reader;
+mod spec;
 
 use std::ops::ControlFlow;
 use std::time::Duration;
@@ -34,6 +36,8 @@ use crate::status::troubles;
 pub(crate) enum Command {
     /// Create a dataset out of lists of URLs; the workers begin at once
     Create(Box<CreateArgs>),
+    /// Create a dataset out of pictures that are there already: folders, tars, Parquet files
+    Import(Box<import::ImportArgs>),
     /// Fetch again what may come back, and new URLs: a new version of the dataset, which keeps all that it has
     Refresh(Box<RefreshArgs>),
     /// List all datasets
@@ -104,6 +108,7 @@ pub(crate) struct NameArgs {
 pub(crate) async fn run(command: Command) -> Result<()> {
     match command {
         Command::Create(args) => create::create(*args).await,
+        Command::Import(args) => import::import(*args).await,
         Command::Refresh(args) => create::refresh(*args).await,
         Command::List(args) => list(&args).await,
         Command::Describe(of) => describe(&of).await,

@@ -16,6 +16,7 @@ use tokio::sync::mpsc;
 use url::Url;
 
 use crate::exit::Ended;
+use crate::imports::Files;
 
 /// Bytes in one message.
 const PIECE: usize = 256 << 10;
@@ -40,6 +41,8 @@ pub(crate) enum Source {
         /// What is asked for.
         synsets: Vec<String>,
     },
+    /// Pictures that are there already, a JSON object for each.
+    Files(Box<Files>),
 }
 
 /// What is sent up; the last is `None`. A stream that ends without it broke off, and must never be taken for a whole list.
@@ -94,6 +97,7 @@ impl Source {
             }
             Self::Http(url) => send_http(url, pieces).await,
             Self::Template { address, synsets } => send_template(address, synsets, pieces).await,
+            Self::Files(files) => send_files(files, pieces).await,
         }
     }
 }
@@ -165,6 +169,26 @@ async fn send_template(address: &str, synsets: &[String], pieces: &mpsc::Sender<
         }
     }
     Ok(())
+}
+
+async fn send_files(files: &Files, pieces: &mpsc::Sender<Piece>) -> Result<()> {
+    send_head("files", pieces).await?;
+    let (files, pieces) = (files.clone(), pieces.clone());
+    let send = move || {
+        let mut text = Vec::with_capacity(2 * PIECE);
+        let send = |text: &mut Vec<u8>| {
+            let part = Part::Data(std::mem::replace(text, Vec::with_capacity(2 * PIECE)).into());
+            let sent = pieces.blocking_send(Some(CreateDatasetRequest { part: Some(part) }));
+            sent.context("the upload was refused")
+        };
+        files.each(&mut |line| {
+            serde_json::to_writer(&mut text, line)?;
+            text.push(b'\n');
+            if text.len() < PIECE { Ok(()) } else { send(&mut text) }
+        })?;
+        send(&mut text)
+    };
+    tokio::task::spawn_blocking(send).await?
 }
 
 /// `synset<TAB>url` for each URL of an answer.

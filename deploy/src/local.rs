@@ -4,6 +4,7 @@
 
 use std::fs::{File, TryLockError};
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -68,6 +69,9 @@ pub(crate) struct Args {
     /// Nets (CIDR) that workers may reach although they are private; loopback is always among them here
     #[arg(long, env = "GLEANER_ALLOW_NET", value_name = "CIDR", value_delimiter = ',')]
     allow_net: Vec<IpNet>,
+    /// Folders below which datasets may be imported from [default: all, as long as only this user reaches the cluster]
+    #[arg(long, env = "GLEANER_IMPORT_ROOT", value_name = "FOLDER", value_delimiter = ',')]
+    import_root: Vec<PathBuf>,
     #[command(flatten)]
     end: ShutdownArgs,
 }
@@ -120,8 +124,10 @@ pub(crate) async fn run(args: Args, telemetry: TelemetryArgs) -> Result<()> {
     if started.is_ok() && !shutdown.is_cancelled() {
         let nets: Vec<String> = args.allow_net.iter().map(IpNet::to_string).collect();
         let nets = [&["127.0.0.0/8".to_owned(), "::1/128".to_owned()], &nets[..]].concat().join(",");
+        let roots = import_roots(args.import_root, token.is_some());
+        let roots: Vec<&str> = roots.iter().flat_map(|root| ["--import-root", root]).collect();
         for n in 1..=args.workers {
-            let arguments = [&["worker"], &store[..], &to[..], &["--allow-net", &nets]].concat();
+            let arguments = [&["worker"], &store[..], &to[..], &["--allow-net", &nets], &roots].concat();
             clients.spawn(child(&format!("worker-{n}"), &arguments).run(stop_clients.clone()));
         }
         if cfg!(feature = "trainer") && args.ranks != Some(0) {
@@ -155,6 +161,13 @@ pub(crate) async fn run(args: Args, telemetry: TelemetryArgs) -> Result<()> {
     stop_coordinator.cancel();
     coordinator.join_all().await;
     started
+}
+
+/// Whoever shows the token of this cluster is the user who started it, and may read every file that the workers may.
+fn import_roots(chosen: Vec<PathBuf>, alone: bool) -> Vec<String> {
+    let all = alone.then(|| "/".to_owned());
+    let chosen: Vec<String> = chosen.iter().map(|root| root.display().to_string()).collect();
+    if chosen.is_empty() { all.into_iter().collect() } else { chosen }
 }
 
 /// The listener of the pages: where somebody chose, or else where they usually are, or on a free port.

@@ -27,6 +27,7 @@ mod doctor;
 mod exit;
 mod fsck;
 mod gc;
+mod imports;
 mod lists;
 mod local;
 mod metered;

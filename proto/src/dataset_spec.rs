@@ -25,6 +25,9 @@ pub struct DatasetSpec {
     /// [`UNLABELLED`], and nothing can be trained on them.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub unlabelled: bool,
+    /// Whether the list names [files](crate::files), which workers read where their operator lets them, and no URLs.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub files: bool,
     /// What is done with pictures that the list has under several classes. Left out: such a list is refused.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub multi_label: Option<MultiLabel>,
@@ -172,7 +175,7 @@ pub enum Reencode {
 }
 
 /// Shares of the splits; what is left over trains. An image's split is a pure function of its bytes (see
-/// [`Splits::split_of`]).
+/// [`Splits::split_of`]), unless the list says it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Splits {
@@ -182,6 +185,9 @@ pub struct Splits {
     pub test: f64,
     /// Goes into the hash, so that two datasets can be split differently.
     pub salt: String,
+    /// The column of the list that says the split; it is kept. Empty: there is none. Where it says nothing, the bytes do.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub column: String,
 }
 
 /// What is refused, and how long is waited.
@@ -240,6 +246,7 @@ impl Default for DatasetSpec {
         Self {
             classes: Vec::new(),
             unlabelled: false,
+            files: false,
             multi_label: None,
             keep_columns: Vec::new(),
             verify: None,
@@ -276,7 +283,7 @@ impl Default for Duplicates {
 
 impl Default for Splits {
     fn default() -> Self {
-        Self { validation: 0.05, test: 0.05, salt: String::new() }
+        Self { validation: 0.05, test: 0.05, salt: String::new(), column: String::new() }
     }
 }
 
@@ -308,6 +315,12 @@ impl DatasetSpec {
     /// The stored form.
     pub fn to_json(&self) -> String {
         serde_json::to_string_pretty(self).expect("strings and numbers only")
+    }
+
+    /// Columns of the list that travel with the samples, those among them that the spec needs.
+    pub fn kept_columns(&self) -> impl Iterator<Item = &str> {
+        let needed = self.verify.iter().map(|verify| &verify.column).chain([&self.splits.column]);
+        self.keep_columns.iter().chain(needed).filter(|name| !name.is_empty()).map(String::as_str)
     }
 
     fn check(&self) -> Result<(), SpecError> {
@@ -426,7 +439,28 @@ impl Splits {
     }
 }
 
+impl Splits {
+    /// The split that the list says, by the columns that travel with an image.
+    pub fn published(&self, columns: Option<&str>) -> Option<Split> {
+        if self.column.is_empty() {
+            return None;
+        }
+        let columns: serde_json::Map<String, serde_json::Value> = serde_json::from_str(columns?).ok()?;
+        Split::published(columns.get(&crate::columns::member(&self.column))?.as_str()?)
+    }
+}
+
 impl Split {
+    /// What a split of a published dataset is called there.
+    pub fn published(name: &str) -> Option<Self> {
+        match name.trim().to_ascii_lowercase().as_str() {
+            "train" | "training" => Some(Split::Train),
+            "val" | "valid" | "validation" | "dev" => Some(Split::Validation),
+            "test" | "testing" => Some(Split::Test),
+            _ => None,
+        }
+    }
+
     /// All three, in the order in which a shard's samples are counted.
     pub const ALL: [Split; 3] = [Split::Train, Split::Validation, Split::Test];
 

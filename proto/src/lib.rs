@@ -3,7 +3,7 @@
 //! - [`pb`]: the gRPC services, generated from `proto/gleaner/v1/*.proto`, which are their specification; [`keda`]: the
 //!   one that KEDA asks;
 //! - [`ids`], [`keys`]: names of what lasts, and the keys of its objects, built and parsed here alone;
-//! - [`site`]: what has a budget;
+//! - [`site`]: what has a budget; [`files`]: addresses of pictures that are there already;
 //! - [`dataset_spec`], [`run_spec`]: what people ask for;
 //! - [`columns`]: what of a list travels with its pictures;
 //! - [`format`], [`table`]: what stored objects have in common: numbered JSON documents, and rows as Parquet;
@@ -24,6 +24,7 @@ pub mod columns;
 pub mod control;
 pub mod dataset_spec;
 pub mod dial;
+pub mod files;
 pub mod findings;
 pub mod format;
 pub mod handover;

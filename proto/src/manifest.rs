@@ -62,14 +62,23 @@ pub enum Skip {
     Duplicate,
     /// A picture that validates or tests, but looks like one that trains.
     NearTraining,
+    /// A picture that trains, but looks like one that validates or tests, where the list says the splits.
+    NearHeldOut,
     /// Beyond the first `per_class` of its class by key.
     ClassFull,
 }
 
 impl Skip {
     /// Every reason, the first one first.
-    pub const ALL: [Skip; 6] =
-        [Skip::Superseded, Skip::ManyUrls, Skip::SeveralClasses, Skip::Duplicate, Skip::NearTraining, Skip::ClassFull];
+    pub const ALL: [Skip; 7] = [
+        Skip::Superseded,
+        Skip::ManyUrls,
+        Skip::SeveralClasses,
+        Skip::Duplicate,
+        Skip::NearTraining,
+        Skip::NearHeldOut,
+        Skip::ClassFull,
+    ];
 
     /// The stable name.
     pub fn name(self) -> &'static str {
@@ -79,6 +88,7 @@ impl Skip {
             Skip::SeveralClasses => "several_classes",
             Skip::Duplicate => "duplicate",
             Skip::NearTraining => "near_training",
+            Skip::NearHeldOut => "near_held_out",
             Skip::ClassFull => "class_full",
         }
     }

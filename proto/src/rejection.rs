@@ -56,7 +56,7 @@ macro_rules! rejections {
 }
 
 rejections! {
-    /// The line has no URL that can be parsed, its scheme is neither http nor https, or its port is one of those that
+    /// The line has no URL that can be parsed, its scheme is neither http nor https (of imported files: file), or its port is one of those that
     /// browsers do not ask because something else is spoken there (22, 25 ...).
     BadUrl = "bad_url",
     /// Its class had enough samples already, so it was not fetched.
@@ -66,7 +66,7 @@ rejections! {
     /// The host's name does not resolve.
     Dns = "dns",
     /// The host's name, or a redirect's, resolves to an address that workers may not reach (private, loopback, metadata
-    /// ...).
+    /// ...); or a file is in none of the folders that they may import from, or behind a link.
     BlockedAddress = "blocked_address",
     /// No connection: refused, unreachable, or not established in time.
     Connect = "connect",
@@ -78,8 +78,10 @@ rejections! {
     Protocol = "protocol",
     /// More redirects than allowed, or a loop.
     RedirectLimit = "redirect_limit",
-    /// 404 or 410: the picture is gone.
+    /// 404 or 410, or no such file: the picture is gone.
     NotFound = "not_found",
+    /// The file, or what of it is the picture, cannot be read.
+    Unreadable = "unreadable",
     /// Any other status than 200.
     HttpStatus = "http_status",
     /// The owner opted out of machine learning (`X-Robots-Tag`).
@@ -127,6 +129,7 @@ impl Rejection {
             | Self::Timeout
             | Self::Protocol
             | Self::BlockedAddress
+            | Self::Unreadable
             | Self::Unfetched
             | Self::SliceFailed => true,
             // Request Timeout, Too Early, Too Many Requests, and all that the server blames on itself (RFC 9110, 8470,

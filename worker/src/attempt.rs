@@ -202,7 +202,7 @@ async fn fetch_and_upload<T: Send>(
     };
     let (full, entries): (Vec<_>, _) = entries.into_iter().partition(&is_full);
     rows.extend(full.into_iter().map(reject_full));
-    let mut batch = tools.dispatcher.batch(entries, &spec.limits, assignment.once, assignment.large);
+    let mut batch = tools.dispatcher.batch(entries, &spec.limits, assignment.once, assignment.large, spec.files);
     let mut all_started = std::pin::pin!(batch.all_started());
     let mut start_permit = Some(start_permit);
     let mut validating = JoinSet::new();
@@ -413,7 +413,8 @@ async fn append_sample(
     sha256: &[u8; 32],
     row: &mut OutcomeRow,
 ) -> anyhow::Result<()> {
-    let split = assignment.spec.splits.split_of(sha256);
+    let splits = &assignment.spec.splits;
+    let split = splits.published(row.columns.as_deref()).unwrap_or_else(|| splits.split_of(sha256));
     let tar = files.tar(assignment, split);
     let side = |pixels: Option<i32>| pixels.and_then(|n| u32::try_from(n).ok()).unwrap_or(0);
     let columns = row.columns.clone().unwrap_or_default();

@@ -5,7 +5,9 @@
 //! its host or for a backoff holds no connection meanwhile.
 
 mod batch;
+mod files;
 
+use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -102,8 +104,16 @@ impl Dispatcher {
     }
 
     /// Takes up URLs, which are fetched in this order as far as their hosts and sites allow, and before others if they
-    /// are of one `large` site. `once`: all have failed in an earlier round, so that each is tried just once.
-    pub(crate) fn batch(self: &Arc<Self>, entries: Vec<SliceEntry>, limits: &Limits, once: bool, large: bool) -> Batch {
+    /// are of one `large` site. `once`: all have failed in an earlier round, so that each is tried just once. `local`:
+    /// they are files.
+    pub(crate) fn batch(
+        self: &Arc<Self>,
+        entries: Vec<SliceEntry>,
+        limits: &Limits,
+        once: bool,
+        large: bool,
+        local: bool,
+    ) -> Batch {
         let (results, receiver) = mpsc::unbounded_channel();
         let id = self.batches.fetch_add(1, Ordering::Relaxed);
         let shared = Arc::new(Shared {
@@ -112,6 +122,7 @@ impl Dispatcher {
             way_out: Arc::clone(&self.way_out),
             results,
             unstarted: AtomicUsize::new(entries.len()),
+            files: Mutex::new(VecDeque::new()),
             all_started: CancellationToken::new(),
             ending: AtomicBool::new(false),
             cut: CancellationToken::new(),
@@ -120,6 +131,10 @@ impl Dispatcher {
             shared.all_started.cancel();
         }
         self.is_fed.store(true, Ordering::Release);
+        if local {
+            self.read_files(entries, &shared);
+            return Batch { dispatcher: Arc::clone(self), id, results: receiver, shared };
+        }
         let now = Instant::now();
         let mut hosts = self.hosts();
         for entry in entries {

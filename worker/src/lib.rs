@@ -7,7 +7,7 @@
 //! - `attempt`: one attempt at a shard, from its slice in the store to the index that commits it.
 //! - `dispatch`, `hosts`: which URL is fetched next; each waits until its host has room.
 //! - `fetch`: a URL to its body under limits; a file each for the HTTP client, redirects, retries, the memory of
-//!   bodies, compressed bodies, opt-outs, name look-ups and permitted addresses.
+//!   bodies, compressed bodies, opt-outs, name look-ups and permitted addresses; and for files that are there already.
 //! - `decode_pool`, `decode_memory`, `validate`, `format`, `placeholder`: a body to a stored picture or a rejection, on threads of their
 //!   own.
 //! - `pixels`: JPEG, scaling to the stored size, measuring. `prepare` does the same for pictures that a trained network is to see.
@@ -70,7 +70,7 @@ use decode_pool::DecodePool;
 use dispatch::Dispatcher;
 use failure::FaultOf;
 pub use fetch::NameServer;
-use fetch::{AddressRules, FetchConfig, Fetcher};
+use fetch::{AddressRules, FetchConfig, Fetcher, Roots};
 use lease::{Coordinator, LeaseId};
 pub use placeholder::PLACEHOLDERS_KEY;
 pub use prepare::{Pixels, Preparer};
@@ -133,6 +133,10 @@ pub struct Config {
     /// or the status 204. May be repeated. Sites that lately gave pictures to other workers are asked in any case.
     #[arg(long, env = "GLEANER_PROBE", value_delimiter = ',', value_name = "URL", value_parser = parse_probe)]
     pub probe: Vec<String>,
+
+    /// Also read datasets' files below this folder, for whoever may create datasets; may be repeated. Links are not followed.
+    #[arg(long, env = "GLEANER_IMPORT_ROOT", value_delimiter = ',', value_name = "FOLDER")]
+    pub import_root: Vec<PathBuf>,
 
     /// Fetch what its owner marked with `X-Robots-Tag: noai` and the like all the same.
     #[arg(long, env = "GLEANER_IGNORE_OPT_OUTS")]
@@ -278,6 +282,7 @@ fn tools(config: &Config, store: Arc<dyn ObjectStore>, worker: String, way_out: 
     };
     let fetcher = Fetcher::new(FetchConfig {
         rules: AddressRules { allowed: config.allow_net.clone() },
+        roots: Roots::new(&config.import_root)?,
         name_servers: config.dns.clone(),
         user_agent,
         honour_opt_outs: !config.ignore_opt_outs,

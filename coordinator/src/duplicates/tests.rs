@@ -7,7 +7,11 @@ fn find(
     per_class: u32,
     samples: &[(u8, u32, Split, Option<u64>)],
 ) -> Vec<(i64, String, Option<i64>)> {
-    let mut finder = Finder::new(rules, per_class, None);
+    found(&DatasetSpec { duplicates: rules, per_class, ..DatasetSpec::default() }, samples)
+}
+
+fn found(spec: &DatasetSpec, samples: &[(u8, u32, Split, Option<u64>)]) -> Vec<(i64, String, Option<i64>)> {
+    let mut finder = Finder::new(spec, None);
     for (key, &(content, label, split, hash)) in (0u64..).zip(samples) {
         let row = OutcomeRow {
             key: key as i64,
@@ -72,6 +76,28 @@ fn a_test_picture_that_looks_like_a_training_one_is_skipped_and_other_likenesses
     ];
     let found = find(Duplicates { many_urls: 20, near_bits: 3 }, 0, &samples);
     assert_eq!(found, [finding(0, "near_training", Some(1)), finding(4, "looks like", Some(3))]);
+}
+
+#[test]
+fn where_the_list_says_the_splits_it_is_the_training_picture_that_is_skipped() {
+    let hash = 0x0123_4567_89ab_cdef;
+    let samples = [
+        (1, 0, Split::Train, None),
+        (1, 0, Split::Test, None),
+        (1, 0, Split::Validation, None),
+        (2, 0, Split::Train, Some(hash)),
+        (3, 1, Split::Test, Some(hash ^ 0x11)),
+        (4, 1, Split::Train, Some(!hash)),
+        (5, 1, Split::Train, Some(!hash)),
+    ];
+    let splits = proto::Splits { column: "split".to_owned(), ..proto::Splits::default() };
+    let expected = [
+        finding(0, "duplicate", Some(1)),
+        finding(2, "duplicate", Some(0)),
+        finding(3, "near_held_out", Some(4)),
+        finding(6, "looks like", Some(5)),
+    ];
+    assert_eq!(found(&DatasetSpec { splits, ..DatasetSpec::default() }, &samples), expected);
 }
 
 #[test]

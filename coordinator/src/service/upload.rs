@@ -311,7 +311,7 @@ fn read_lists(
         url_column: start.url_column.clone(),
         columns: start.columns.clone(),
         unlabelled: spec.unlabelled,
-        keep: spec.keep_columns.iter().chain(spec.verify.as_ref().map(|verify| &verify.column)).cloned().collect(),
+        keep: spec.kept_columns().map(str::to_owned).collect(),
         folder,
     };
     let mut lists = 0;

@@ -5,18 +5,18 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use bytesize::ByteSize;
-use clap::ValueEnum;
 use proto::DatasetSpec;
 use proto::pb::create_dataset_request::{Part, Start};
-use proto::pb::{CreateDatasetRequest, CreateDatasetResponse, ListFormat};
+use proto::pb::{CreateDatasetRequest, CreateDatasetResponse, GetDatasetRequest, ListFormat};
 use tokio::sync::mpsc;
 use tonic::Status;
 use uuid::Uuid;
 
+use super::spec::{SpecArgs, classes};
 use super::{NameArgs, preview};
-use crate::client::{Cluster, ClusterArgs, TimeoutArgs, insist};
+use crate::client::{Cluster, ClusterArgs, TimeoutArgs, answer, insist};
 use crate::exit::Ended;
+use crate::imports::{self, Files};
 use crate::lists::{self, Source};
 use crate::output::{Format, note, say, say_json};
 use crate::settings;
@@ -56,48 +56,8 @@ pub(crate) struct CreateArgs {
     /// Names of classes: a file like that of --synsets, or Open Images' class descriptions; chooses nothing
     #[arg(long, value_name = "FILE")]
     class_names: Option<PathBuf>,
-    /// In pixels; which side has it, --resize says [default: 256]
-    #[arg(long)]
-    size: Option<u32>,
-    /// How images are brought to SIZE [default: cover]
-    #[arg(long, value_enum)]
-    resize: Option<ResizeForm>,
-    /// Leave images that are smaller as they are
-    #[arg(long)]
-    no_upscale: bool,
-    /// What stored images are: jpg or png [default: jpg]
-    #[arg(long, value_name = "FORMAT")]
-    encode_format: Option<String>,
-    /// Which images are encoded again: always, or only as needed, when they are not as they would be stored [default: always]
-    #[arg(long, value_name = "WHEN")]
-    reencode: Option<String>,
-    /// JPEG quality of stored images, 1 to 100 [default: 95]
-    #[arg(long)]
-    quality: Option<u8>,
-    /// Share of the images that validate [default: 0.05]
-    #[arg(long, value_name = "SHARE")]
-    validation: Option<f64>,
-    /// Share of the images that test [default: 0.05]
-    #[arg(long, value_name = "SHARE")]
-    test: Option<f64>,
-    /// Seed of the shuffle that deals URLs to slices [default: 0]
-    #[arg(long)]
-    seed: Option<u64>,
-    /// URLs in one slice; a slice is fetched by one worker and becomes one shard [default: 10000]
-    #[arg(long, value_name = "N")]
-    slice_urls: Option<u32>,
-    /// Stop fetching a class that has so many images; the dataset keeps the first N of it [default: all]
-    #[arg(long, value_name = "N")]
-    per_class: Option<u32>,
-    /// Smaller files are no photos: 5000, 5kB, 8KiB [default: 5000]
-    #[arg(long, value_name = "SIZE")]
-    min_bytes: Option<ByteSize>,
-    /// A dataset spec in TOML; the flags here are put over it
-    #[arg(long, value_name = "FILE")]
-    spec: Option<PathBuf>,
-    /// Any value of the spec: --set limits.timeout_seconds=10
-    #[arg(long, value_name = "KEY=VALUE")]
-    set: Vec<String>,
+    #[command(flatten)]
+    spec: SpecArgs,
     /// Wait until the dataset is ready
     #[arg(long)]
     wait: bool,
@@ -114,6 +74,11 @@ pub(crate) struct RefreshArgs {
     name: String,
     #[command(flatten)]
     lists: ListArgs,
+    /// Also take what is new in these folders, tars and Parquet files; for datasets that were imported
+    #[arg(long, value_name = "PATH", num_args = 1..)]
+    import: Vec<PathBuf>,
+    #[command(flatten)]
+    columns: FileColumns,
     /// Go on although so many shards are damaged that the store itself may be wrong: leave them out, and fetch their URLs
     /// again
     #[arg(long)]
@@ -172,21 +137,6 @@ pub(crate) enum ListForm {
     Parquet,
 }
 
-/// How images are brought to their size.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub(crate) enum ResizeForm {
-    /// The shorter side to SIZE, the centre cut out: a square (img2dataset: center_crop)
-    Cover,
-    /// The longer side to SIZE (img2dataset: keep_ratio_largest)
-    Fit,
-    /// As fit, on a white square (img2dataset: border)
-    Pad,
-    /// The shorter side to SIZE (img2dataset: keep_ratio)
-    KeepRatio,
-    /// Not at all (img2dataset: no)
-    None,
-}
-
 impl From<ListForm> for ListFormat {
     fn from(form: ListForm) -> Self {
         match form {
@@ -217,15 +167,58 @@ pub(super) async fn create(args: CreateArgs) -> Result<()> {
 
 /// Opens another round of a dataset.
 pub(super) async fn refresh(args: RefreshArgs) -> Result<()> {
-    let sources = args.lists.urls.iter().map(|text| Source::parse(text)).collect::<Result<Vec<_>>>()?;
-    let start = Start { accept_damage: args.accept_damage, ..args.lists.start(&args.name) };
+    let mut sources = args.lists.urls.iter().map(|text| Source::parse(text)).collect::<Result<Vec<_>>>()?;
+    let mut start = Start { accept_damage: args.accept_damage, ..args.lists.start(&args.name) };
     let of = NameArgs { name: args.name, cluster: args.cluster };
+    if !args.import.is_empty() {
+        let mut client = Cluster::new(&of.cluster)?.datasets;
+        let dataset = answer(client.get_dataset(GetDatasetRequest { name: of.name.clone() })).await?;
+        let spec = DatasetSpec::from_json(&dataset.spec_json)?;
+        if !spec.files || !sources.is_empty() || !start.store_keys.is_empty() {
+            let name = &of.name;
+            return Err(Ended::usage(format!(
+                "--import is for datasets that were imported ({name}), and for no lists beside"
+            )));
+        }
+        sources.push(Source::Files(Box::new(args.columns.files(&args.import, &spec)?)));
+        start = of_files(start);
+    }
     let round = open_round(&of, Call::Refresh, &start, &sources).await?;
     report(&of, &round, "refreshed", args.wait, &args.timeout).await
 }
 
+/// The request for a list that is made of files.
+pub(super) fn of_files(start: Start) -> Start {
+    let (format, url_column, synset_column) = (ListFormat::Jsonl.into(), imports::URL.into(), imports::CLASS.into());
+    Start { format, url_column, synset_column, ..start }
+}
+
+/// Where tars and Parquet files say what.
+#[derive(Debug, clap::Args)]
+pub(super) struct FileColumns {
+    /// The column of the class in Parquet files, or the member of KEY.json in tars, if it is not the usual one
+    #[arg(long, value_name = "NAME")]
+    class_column: Option<String>,
+    /// The column of the picture in Parquet files, if it has another name than usual (image, img, jpg ...)
+    #[arg(long, value_name = "NAME")]
+    image_column: Option<String>,
+}
+
+impl FileColumns {
+    /// What is to be read for a dataset.
+    pub(super) fn files(&self, paths: &[PathBuf], spec: &DatasetSpec) -> Result<Files> {
+        Ok(Files {
+            paths: Files::whole(paths)?,
+            unlabelled: spec.unlabelled,
+            class_column: self.class_column.clone(),
+            image_column: self.image_column.clone(),
+            keep: spec.keep_columns.clone(),
+        })
+    }
+}
+
 /// Says what the round is, and waits for it.
-async fn report(
+pub(super) async fn report(
     of: &NameArgs,
     round: &CreateDatasetResponse,
     verb: &str,
@@ -253,12 +246,18 @@ async fn report(
 
 /// Which of the calls that stream lists up.
 #[derive(Debug, Clone, Copy)]
-enum Call {
+pub(super) enum Call {
     Create,
     Refresh,
 }
 
-async fn open_round(of: &NameArgs, call: Call, start: &Start, sources: &[Source]) -> Result<CreateDatasetResponse> {
+/// Streams the lists up; the answer.
+pub(super) async fn open_round(
+    of: &NameArgs,
+    call: Call,
+    start: &Start,
+    sources: &[Source],
+) -> Result<CreateDatasetResponse> {
     let cluster = Cluster::new(&of.cluster)?;
     let round = if sources.iter().all(Source::repeats) {
         // The request id makes repetition safe; a list that fails is our own failure and ends it.
@@ -281,7 +280,8 @@ async fn open_round(of: &NameArgs, call: Call, start: &Start, sources: &[Source]
     round.with_context(|| format!("dataset {}", of.name))
 }
 
-fn summary(name: &str, verb: &str, round: &CreateDatasetResponse) -> String {
+/// What the round is, in a line.
+pub(super) fn summary(name: &str, verb: &str, round: &CreateDatasetResponse) -> String {
     let CreateDatasetResponse { urls, shards, not_chosen, bad_lines, retried, known, .. } = round;
     let retried: u64 = retried.values().sum();
     let mut line = match shards {
@@ -320,22 +320,22 @@ impl ListArgs {
     }
 }
 
+/// Refuses what can be no dataset's name.
+pub(super) fn check_name(name: &str) -> Result<()> {
+    let rule = "1 to 63 of a-z 0-9 - . , beginning and ending with a letter or digit";
+    match proto::ids::is_name(name) {
+        true => Ok(()),
+        false => Err(Ended::usage(format!("{name:?} is no name: {rule}"))),
+    }
+}
+
 /// The request and the lists, checked as far as they can be without the cluster.
 fn prepare(args: &CreateArgs) -> Result<(Start, Vec<Source>)> {
-    if !proto::ids::is_name(&args.name) {
-        let rule = "1 to 63 of a-z 0-9 - . , beginning and ending with a letter or digit";
-        return Err(Ended::usage(format!("{:?} is no name: {rule}", args.name)));
-    }
-    let classes = |flag: &str, path: &Option<PathBuf>| match path {
-        Some(path) => {
-            let text = std::fs::read_to_string(path);
-            lists::parse_synsets(flag, &text.map_err(|e| Ended::usage(format!("{flag} {}: {e}", path.display())))?)
-        }
-        None => Ok(Vec::new()),
-    };
-    let names = classes("--class-names", &args.class_names)?.into_iter().map(|class| (class.synset, class.name));
+    check_name(&args.name)?;
+    let names =
+        classes("--class-names", args.class_names.as_ref())?.into_iter().map(|class| (class.synset, class.name));
     let class_names = names.filter(|(_, name)| !name.is_empty()).collect();
-    let classes = classes("--synsets", &args.synsets)?;
+    let classes = classes("--synsets", args.synsets.as_ref())?;
     let mut sources = args.lists.urls.iter().map(|text| Source::parse(text)).collect::<Result<Vec<_>>>()?;
     if let Some(template) = &args.url_template {
         sources.push(Source::template(template, &classes)?);
@@ -352,27 +352,13 @@ fn prepare(args: &CreateArgs) -> Result<(Start, Vec<Source>)> {
 
 /// The spec's file with `--set` and the flags over it.
 fn spec(args: &CreateArgs) -> Result<DatasetSpec> {
-    let mut table = match &args.spec {
-        Some(path) => settings::read(path)?,
-        None => toml::Table::new(),
-    };
-    let flags = [
-        ("resize.size", args.size.map(|v| v.to_string())),
-        ("resize.mode", args.resize.and_then(|form| Some(form.to_possible_value()?.get_name().to_owned()))),
-        ("resize.upscale", args.no_upscale.then(|| false.to_string())),
-        ("resize.format", args.encode_format.clone()),
-        ("resize.reencode", args.reencode.clone()),
-        ("resize.quality", args.quality.map(|v| v.to_string())),
-        // {:?} writes whole numbers with their point, as TOML wants floats.
-        ("splits.validation", args.validation.map(|v| format!("{v:?}"))),
-        ("splits.test", args.test.map(|v| format!("{v:?}"))),
-        ("unlabelled", args.unlabelled.then(|| true.to_string())),
-        ("multi_label", args.multi_label.clone()),
-        ("seed", args.seed.map(|v| v.to_string())),
-        ("slice_urls", args.slice_urls.map(|v| v.to_string())),
-        ("per_class", args.per_class.map(|v| v.to_string())),
-        ("limits.min_bytes", args.min_bytes.map(|v| v.as_u64().to_string())),
-    ];
+    let mut table = args.spec.table()?;
+    if args.unlabelled {
+        settings::set(&mut table, "unlabelled=true")?;
+    }
+    if let Some(multi_label) = &args.multi_label {
+        settings::set(&mut table, &format!("multi_label={multi_label}"))?;
+    }
     if let Some(verify) = &args.verify {
         let wrong = || Ended::usage(format!("--verify {verify}: sha256:COLUMN or md5-base64:COLUMN is wanted"));
         let (digest, column) = verify.split_once(':').filter(|(_, column)| !column.is_empty()).ok_or_else(wrong)?;
@@ -380,14 +366,6 @@ fn spec(args: &CreateArgs) -> Result<DatasetSpec> {
         let table = table.as_table_mut().ok_or_else(wrong)?;
         table.insert("digest".to_owned(), digest.into());
         table.insert("column".to_owned(), column.into());
-    }
-    for assignment in &args.set {
-        settings::set(&mut table, assignment)?;
-    }
-    for (key, value) in flags {
-        if let Some(value) = value {
-            settings::set(&mut table, &format!("{key}={value}"))?;
-        }
     }
     let mut spec = DatasetSpec::from_json(&serde_json::to_string(&table)?)?;
     if !args.keep_columns.is_empty() {

@@ -54,3 +54,22 @@ fn the_split_depends_on_content_and_salt_alone_and_keeps_the_shares() {
     let other = Splits { salt: "x".into(), ..splits.clone() };
     assert!((0..64).any(|i| splits.split_of(&[i; 32]) != other.split_of(&[i; 32])));
 }
+
+#[test]
+fn a_list_says_the_splits_by_the_names_that_published_datasets_use() {
+    let splits = Splits { column: "split".into(), ..Splits::default() };
+    for (row, split) in [
+        (r#"{"split":"train"}"#, Some(Split::Train)),
+        (r#"{"a":1,"split":"VAL"}"#, Some(Split::Validation)),
+        (r#"{"split":"dev"}"#, Some(Split::Validation)),
+        (r#"{"split":"test"}"#, Some(Split::Test)),
+        (r#"{"split":"train2"}"#, None),
+        (r#"{"split":1}"#, None),
+        (r#"{"other":"test"}"#, None),
+        ("", None),
+    ] {
+        assert_eq!(splits.published(Some(row)), split, "{row}");
+    }
+    assert_eq!(splits.published(None), None);
+    assert_eq!(Splits::default().published(Some(r#"{"split":"test","":"test"}"#)), None);
+}

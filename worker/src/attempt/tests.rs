@@ -19,7 +19,7 @@ use tonic::async_trait;
 
 pub(crate) use self::origin::origin;
 use super::*;
-use crate::fetch::{AddressRules, FetchConfig, Fetcher};
+use crate::fetch::{AddressRules, FetchConfig, Fetcher, Roots};
 use crate::lease::Coordinator;
 use crate::tests::CoordinatorDouble;
 
@@ -43,6 +43,7 @@ pub(crate) async fn tools(store: Arc<dyn ObjectStore>) -> Arc<Tools> {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let fetcher = Fetcher::new(FetchConfig {
         rules: AddressRules { allowed: vec!["127.0.0.0/8".parse().expect("a net")] },
+        roots: Roots::default(),
         name_servers: Vec::new(),
         user_agent: "Gleaner/test".into(),
         honour_opt_outs: true,

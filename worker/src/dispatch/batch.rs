@@ -1,7 +1,8 @@
 //! The URLs of one attempt, from their slice to a result for each.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use proto::outcomes::OutcomeRow;
@@ -76,6 +77,8 @@ pub(super) struct Shared {
     pub(super) way_out: Arc<WayOut>,
     pub(super) results: mpsc::UnboundedSender<FetchResult>,
     pub(super) unstarted: AtomicUsize,
+    /// Files that nobody has begun with; those that are read together stand together.
+    pub(super) files: Mutex<VecDeque<Vec<SliceEntry>>>,
     /// Cancelled when every URL has been started.
     pub(super) all_started: CancellationToken,
     /// Nothing more is started or tried again.
@@ -90,7 +93,7 @@ impl Shared {
     }
 
     pub(super) fn start(&self, urls: usize) {
-        if self.unstarted.fetch_sub(urls, Ordering::AcqRel) == urls {
+        if urls > 0 && self.unstarted.fetch_sub(urls, Ordering::AcqRel) == urls {
             self.all_started.cancel();
         }
     }
@@ -156,9 +159,10 @@ impl Batch {
 
     /// Takes out the URLs that wait and match; they get no result.
     pub(crate) fn take_out(&self, matches: impl Fn(&SliceEntry) -> bool) -> Vec<SliceEntry> {
+        let files = self.shared.take_out_files(&matches);
         let matches = |job: &Job| job.batch.id == self.id && matches(&job.entry);
         let jobs = self.dispatcher.hosts().take_out(Instant::now(), matches);
-        jobs.into_iter().map(Job::withdraw).collect()
+        jobs.into_iter().map(Job::withdraw).chain(files).collect()
     }
 
     /// Starts nothing more and tries nothing again; those that wait get no result, and are returned.
@@ -188,6 +192,7 @@ impl Drop for Batch {
     fn drop(&mut self) {
         self.shared.ending.store(true, Ordering::Release);
         self.shared.cut.cancel();
+        drop(self.shared.take_out_files(|_| true));
         drop(self.dispatcher.hosts().take_out(Instant::now(), |job| job.batch.id == self.id));
     }
 }

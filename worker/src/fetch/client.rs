@@ -17,6 +17,7 @@ use url::{Host, Url};
 use super::body::{Body, BodyBudget, FREE_BYTES, RATE_WINDOW};
 use super::dns::{GuardedResolver, NameServer};
 use super::error;
+use super::files::Roots;
 use super::gzip;
 use super::net::{AddressRules, permits_port};
 use super::opt_out::opted_out;
@@ -40,6 +41,8 @@ const ACCEPT_IMAGES: &str = "image/jpeg,image/png,image/webp,image/gif,image/bmp
 #[derive(Debug, Clone)]
 pub(crate) struct FetchConfig {
     pub(crate) rules: AddressRules,
+    /// Which files are read.
+    pub(crate) roots: Roots,
     /// Instead of the system's, if there are any.
     pub(crate) name_servers: Vec<NameServer>,
     pub(crate) user_agent: String,
@@ -98,6 +101,22 @@ impl Fetcher {
                 Err(_) => return request.info.status == Some(204),
             }
         }
+    }
+
+    /// Below which files are read.
+    pub(crate) fn roots(&self) -> Roots {
+        self.config.roots.clone()
+    }
+
+    /// Room for a body of known length that comes from no host.
+    pub(crate) async fn room(&self, length: u64, limits: &Limits) -> Result<Body, Rejection> {
+        let length = usize::try_from(length).ok().filter(|length| *length as u64 <= limits.max_bytes);
+        let length = length.ok_or(Rejection::TooLarge)?;
+        let (mut body, mut deadline) = (Body::new(), Instant::now() + limits.timeout());
+        let room = self.budget.reserve(&mut body, length, limits, &mut deadline).await;
+        room.map_err(|error| error.rejection)?;
+        body.bytes.reserve_exact(length);
+        Ok(body)
     }
 
     /// Forgets what name servers have said.

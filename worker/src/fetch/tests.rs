@@ -7,6 +7,7 @@ use reqwest::Certificate;
 use tokio::time::{Instant, timeout};
 
 use super::client::{FetchConfig, Fetched, Fetcher};
+use super::files::Roots;
 use super::net::AddressRules;
 use super::request::Request;
 use super::retry::Retry;
@@ -16,6 +17,7 @@ use crate::hosts::HostSignal;
 fn config() -> FetchConfig {
     FetchConfig {
         rules: AddressRules::default(),
+        roots: Roots::default(),
         name_servers: Vec::new(),
         user_agent: "Gleaner/test".into(),
         honour_opt_outs: true,
