@@ -93,8 +93,8 @@ fn a_folder_becomes_a_dataset_with_one_outcome_for_each_file_and_its_own_splits(
     let tars = cluster.path("tars");
     cluster.gleaner(&["dataset", "export", "birds", "--to", &tars.display().to_string(), "--as", "webdataset"]);
     let refused = import(&cluster, "elsewhere", &tars, &["--wait"]);
-    let outcomes = cluster.gleaner(&["dataset", "outcomes", "elsewhere", "--outcome", "blocked_address"]);
-    assert_eq!(outcomes.lines().filter(|line| line.contains("blocked_address")).count(), 21, "{}", said(&refused));
+    let blocked = cluster.gleaner(&["dataset", "outcomes", "elsewhere", "--outcome", "blocked_address"]);
+    assert_eq!(blocked.lines().filter(|line| line.contains("blocked_address")).count(), 21, "{}", said(&refused));
     std::fs::rename(&tars, root.join("tars")).expect("the same disk");
     let again = imported(&cluster, "again", &root.join("tars"), &["--splits", "content", "--keep-columns", "sha256"]);
     let classes = |manifest: &Manifest| {
@@ -104,6 +104,17 @@ fn a_folder_becomes_a_dataset_with_one_outcome_for_each_file_and_its_own_splits(
     assert_eq!(samples(&again).iter().sum::<u64>(), 21);
     let kept = imported(&cluster, "kept", &root.join("tars"), &[]);
     assert_eq!(samples(&kept), samples(&second), "their folders say the splits");
+
+    let rows = root.join("rows");
+    cluster.gleaner(&["dataset", "export", "birds", "--to", &rows.display().to_string(), "--as", "parquet"]);
+    for (split, files) in Split::ALL.into_iter().zip([1, 1, 2]) {
+        let named = |n| format!("{split}-{n:05}-of-{files:05}.parquet");
+        assert!((0..files).all(|n| rows.join(named(n)).is_file()), "{split}");
+    }
+    // Slices of few rows: what stands together is read together, whoever reads it.
+    let back = imported(&cluster, "back", &rows, &["--slice-urls", "5", "--keep-columns", "list_url,sha256"]);
+    assert_eq!((samples(&back), classes(&back)), (samples(&second), classes(&second)));
+    assert_eq!(outcomes(&back), [("kept", 21)].into());
 }
 
 #[test]

@@ -82,7 +82,7 @@ pub(crate) enum Command {
     Outcomes(outcomes::Args),
     /// Compare two versions: samples added and removed, outcomes by class
     Diff(diff::Args),
-    /// Write the dataset as a folder tree, a plain list, or clean tars
+    /// Write the dataset as a folder tree, a plain list, clean tars, or Parquet
     Export(export::Args),
     /// Delete a dataset with all its images
     Delete {

@@ -27,6 +27,9 @@ pub(crate) const SPLIT: &str = "split";
 /// Endings of what has to be unpacked first.
 const PACKED: [&str; 9] = ["tgz", "gz", "zst", "bz2", "xz", "zip", "7z", "rar", "arrow"];
 
+/// Columns that are named at the most where one is missing.
+const COLUMNS: usize = 50;
+
 /// What is to be imported.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Files {
@@ -61,6 +64,8 @@ struct Lines<'a> {
     no_class_example: String,
     /// Of the columns that are to be kept, those that were there.
     there: BTreeSet<String>,
+    /// Some of those that could be.
+    others: BTreeSet<String>,
 }
 
 impl Files {
@@ -93,8 +98,8 @@ impl Files {
     /// If something cannot be read, if there is no picture, or if `take` fails.
     pub(crate) fn each(&self, take: &mut dyn FnMut(&Map<String, Value>) -> Result<()>) -> Result<()> {
         let (taken, links, packed, no_class) = (0, 0, 0, 0);
-        let (no_class_example, there) = (String::new(), BTreeSet::new());
-        let mut lines = Lines { files: self, take, taken, links, packed, no_class, no_class_example, there };
+        let (no_class_example, there, others) = (String::new(), BTreeSet::new(), BTreeSet::new());
+        let mut lines = Lines { files: self, take, taken, links, packed, no_class, no_class_example, there, others };
         for path in &self.paths {
             match path.is_dir() {
                 true => lines.folder(path)?,
@@ -243,6 +248,9 @@ impl Lines<'_> {
                     self.there.insert(wanted.clone());
                 }
             } else {
+                if self.others.len() < COLUMNS {
+                    self.others.extend(line.keys().cloned());
+                }
                 line.insert(wanted.clone(), Value::Null);
             }
         }
@@ -258,7 +266,9 @@ impl Lines<'_> {
     fn finish(self) -> Result<()> {
         let missing = self.files.keep.iter().find(|wanted| *wanted != "all" && !self.there.contains(*wanted));
         if let (Some(missing), true) = (missing, self.taken > 0) {
-            bail!(Ended::usage(format!("--keep-columns {missing}: no picture has it")));
+            let there: Vec<&str> = self.others.iter().take(COLUMNS).map(String::as_str).collect();
+            let there = if there.is_empty() { "nothing else".to_owned() } else { there.join(", ") };
+            bail!(Ended::usage(format!("--keep-columns {missing}: no picture has it; there is {there}")));
         }
         if self.no_class > 0 {
             let (n, example) = (self.no_class, &self.no_class_example);

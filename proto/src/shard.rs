@@ -264,6 +264,18 @@ pub struct RawSample {
     pub members: Bytes,
 }
 
+impl RawSample {
+    /// The bytes of its member with this ending; None: it has none.
+    pub fn member(&self, ending: &str) -> Option<Bytes> {
+        let mut archive = tar::Archive::new(self.members.as_ref());
+        let mut members = archive.entries().ok()?.filter_map(Result::ok);
+        let found = members.find(|member| member.path_bytes().ends_with(format!(".{ending}").as_bytes()))?;
+        let start = usize::try_from(found.raw_file_position()).ok()?;
+        let end = start.checked_add(usize::try_from(found.size()).ok()?)?;
+        (end <= self.members.len()).then(|| self.members.slice(start..end))
+    }
+}
+
 /// Cuts a block into its samples, in order, without copying anything.
 ///
 /// # Errors
@@ -350,6 +362,8 @@ mod tests {
                 let raw = split_block(&bytes).expect("a whole block");
                 let same = |(raw, sample): (&RawSample, &Sample)| (raw.key, raw.label, &raw.image) == (sample.key, sample.label, &sample.image);
                 prop_assert!(raw.len() == found.len() && raw.iter().zip(&found).all(same));
+                prop_assert!(raw.iter().all(|raw| raw.member(&raw.ending).as_ref() == Some(&raw.image)));
+                prop_assert!(raw.iter().all(|raw| raw.member("json").is_some() && raw.member("txt").is_none()));
                 prop_assert_eq!(raw.iter().map(|raw| raw.members.len()).sum::<usize>(), bytes.len());
                 prop_assert_eq!(found.len(), block.samples as usize);
                 read.extend(found);

@@ -1,5 +1,7 @@
 //! `gleaner dataset export`: the samples that count, for other tools.
 
+mod parquet;
+
 use std::collections::{BTreeMap, HashSet};
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -56,6 +58,8 @@ pub(crate) enum Form {
     List,
     /// SPLIT/NUMBER.tar in WebDataset's layout, without the samples that the dataset's own tars hold but skip
     Webdataset,
+    /// SPLIT-NUMBER-of-NUMBER.parquet, as Hugging Face's `datasets` loads it
+    Parquet,
 }
 
 /// Writes everything; what was written last is the list of classes, so that a folder with it is complete.
@@ -66,12 +70,16 @@ pub(super) async fn run(args: Args) -> Result<()> {
     let splits = if args.split.is_empty() { Split::ALL.to_vec() } else { args.split.clone() };
     let total = splits.iter().map(|&split| manifest.samples(split)).sum();
     let mut progress = Progress::new("images");
+    // Pictures of several classes count as samples of none, but other tools can use them.
+    let several = manifest.skipped.contains_key(&Skip::SeveralClasses);
     let written = match args.form {
         Form::List => list(&reader, &manifest, &splits, &target).await?,
+        Form::Parquet => {
+            let told = |written| progress.update(written, total, &args.from.name, "exported");
+            parquet::write(&reader, &manifest, &splits, several, &target, told).await?
+        }
         form => {
             let mut written = 0;
-            // Pictures of several classes count as samples of none, but other tools can use them.
-            let several = form == Form::Webdataset && manifest.skipped.contains_key(&Skip::SeveralClasses);
             let folders = folders(manifest.classes.iter().map(|class| class.synset.as_str()));
             for shard in &manifest.shards {
                 for (split, tar) in shard.tars.iter().filter(|(split, _)| splits.contains(split)) {
