@@ -306,10 +306,12 @@ impl Store {
             .await
             .map_err(|_| anyhow::anyhow!("the store {self_} does not answer", self_ = self.name()))?;
         let winners = results.iter().filter(|result| result.is_ok()).count();
+        // The winner's answer may be lost: it tries again, and is told that somebody, itself, was first.
+        let has_one = winners == 1 || winners == 0 && self.get(path.as_ref()).await?.is_some();
         let cleaned = self.delete_all(vec![path.to_string()]).await;
         let broken = results.into_iter().filter_map(Result::err).find(|e| !lost(e));
         match (winners, broken) {
-            (1, None) => Ok(cleaned?),
+            (_, None) if has_one => Ok(cleaned?),
             (2.., _) => anyhow::bail!(
                 "the store {} has no put-if-absent: {winners} of {RACERS} racing puts of one key won, where one must. \
                  Use a store that honours `If-None-Match: *` (S3, GCS, Azure, a local folder)",
@@ -370,52 +372,77 @@ mod tests {
         Result,
     };
 
-    /// Takes every put, whatever its condition: what some S3 servers do.
+    /// What a store answers to a put-if-absent.
     #[derive(Debug)]
-    struct Careless(InMemory);
+    enum Odd {
+        /// Takes every put, whatever its condition: what some S3 servers do.
+        Careless(InMemory),
+        /// Tells the winner that somebody was first: what a client hears that tries again, since the first answer was lost.
+        Deaf(InMemory),
+    }
 
-    impl std::fmt::Display for Careless {
+    impl Odd {
+        fn store(&self) -> &InMemory {
+            let (Self::Careless(store) | Self::Deaf(store)) = self;
+            store
+        }
+    }
+
+    impl std::fmt::Display for Odd {
         fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-            f.write_str("Careless")
+            f.write_str("Odd")
         }
     }
 
     #[tonic::async_trait]
-    impl ObjectStore for Careless {
-        async fn put_opts(&self, location: &Path, payload: PutPayload, _: PutOptions) -> Result<PutResult> {
-            self.0.put_opts(location, payload, PutOptions::default()).await
+    impl ObjectStore for Odd {
+        async fn put_opts(&self, location: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
+            match self {
+                Self::Careless(store) => store.put_opts(location, payload, PutOptions::default()).await,
+                Self::Deaf(store) => {
+                    store.put_opts(location, payload, options).await?;
+                    Err(Cause::AlreadyExists { path: location.to_string(), source: "it is there".into() })
+                }
+            }
         }
 
         async fn put_multipart_opts(&self, at: &Path, how: PutMultipartOptions) -> Result<Box<dyn MultipartUpload>> {
-            self.0.put_multipart_opts(at, how).await
+            self.store().put_multipart_opts(at, how).await
         }
 
         async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
-            self.0.get_opts(location, options).await
+            self.store().get_opts(location, options).await
         }
 
         fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
-            self.0.delete_stream(locations)
+            self.store().delete_stream(locations)
         }
 
         fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
-            self.0.list(prefix)
+            self.store().list(prefix)
         }
 
         async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
-            self.0.list_with_delimiter(prefix).await
+            self.store().list_with_delimiter(prefix).await
         }
 
         async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
-            self.0.copy_opts(from, to, options).await
+            self.store().copy_opts(from, to, options).await
         }
     }
 
     #[tokio::test]
     async fn a_store_that_ignores_put_if_absent_is_refused_with_the_way_out() {
-        let refusal = Store::new(Arc::new(Careless(InMemory::new()))).check().await.expect_err("all puts win");
+        let refusal = Store::new(Arc::new(Odd::Careless(InMemory::new()))).check().await.expect_err("all puts win");
         let said = refusal.to_string();
         assert!(said.contains("16 of 16 racing puts") && said.contains("If-None-Match"), "{said}");
+    }
+
+    #[tokio::test]
+    async fn a_race_whose_winner_hears_that_it_has_lost_proves_as_much() {
+        let store = Store::new(Arc::new(Odd::Deaf(InMemory::new())));
+        store.check().await.expect("one of them is there");
+        assert!(store.list("coordinator").await.expect("lists").is_empty());
     }
 
     #[tokio::test]
