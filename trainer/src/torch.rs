@@ -28,6 +28,6 @@ pub(crate) use autocast::{Half, autocast};
 pub(crate) use device::{FAKE, Fake};
 pub(crate) use error::{Error, Result};
 pub(crate) use group::{Aborter, Group, Member, NCCL_ENVIRONMENT, Op};
-pub(crate) use optimizer::Sgd;
+pub(crate) use optimizer::{Settings as SgdSettings, Sgd};
 pub(crate) use reducer::Reducer;
 pub(crate) use store::Store;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use proto::RunSpec;
+use proto::network::is_of_output;
 use proto::pb::rank_heartbeat::Activity;
 use proto::run_spec::{Compress, Precision, Train};
 use tch::{Device, Kind, Reduction, Tensor};
@@ -15,7 +16,7 @@ use crate::data::batch::Batch;
 use crate::data::normalise::Normalise;
 use crate::data::random;
 use crate::torch::tensor::Named;
-use crate::torch::{self, Half, Reducer, Sgd};
+use crate::torch::{self, Half, Reducer, Sgd, SgdSettings};
 
 /// What one rank's forward and backward gave, beside the gradients.
 #[derive(Debug)]
@@ -105,7 +106,10 @@ pub(crate) fn correct(logits: &Tensor, labels: &Tensor) -> Tensor {
 
 /// The optimizer of a network, as a spec has it.
 pub(crate) fn optimizer(model: &AlexNet, train: &Train) -> Sgd {
-    Sgd::new(model.trained(), train)
+    let parameters = model.trained();
+    let head = parameters.iter().take_while(|(name, _)| !is_of_output(name)).count();
+    let &Train { momentum, weight_decay, clip_norm, head_factor, .. } = train;
+    Sgd::new(parameters, SgdSettings { momentum, weight_decay, clip_norm, head, head_factor })
 }
 
 /// One whole step on one rank from the seed's weights, for comparison with another implementation.

@@ -1,7 +1,5 @@
 //! Stochastic gradient descent.
 
-use proto::network::is_of_output;
-use proto::run_spec::Train;
 use tch::Tensor;
 
 use super::error::Result;
@@ -13,39 +11,45 @@ use super::tensor::Named;
 pub(crate) struct Sgd {
     parameters: Vec<Tensor>,
     momenta: Named,
-    /// How many of them are not of the last layer, which stands last.
-    body: usize,
-    /// The learning rate of the last layer in multiples of that of the others.
-    head_factor: f64,
-    momentum: f64,
-    weight_decay: f64,
-    clip_norm: f64,
+    settings: Settings,
+}
+
+/// How it learns.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Settings {
+    pub momentum: f64,
+    pub weight_decay: f64,
+    /// Gradients are scaled down to this norm, unless it is 0.
+    pub clip_norm: f64,
+    /// Parameters from this one on have ...
+    pub head: usize,
+    /// ... so many times the learning rate of those before.
+    pub head_factor: f64,
 }
 
 impl Sgd {
-    /// For these parameters, from input to output, with momenta of zero, as a spec has it.
-    pub(crate) fn new(parameters: Named, train: &Train) -> Self {
+    /// For these parameters, with momenta of zero.
+    pub(crate) fn new(parameters: Named, settings: Settings) -> Self {
         let momenta = parameters.iter().map(|(name, parameter)| (name.clone(), parameter.detach().zeros_like()));
         let momenta = momenta.collect();
-        let body = parameters.iter().take_while(|(name, _)| !is_of_output(name)).count();
         let parameters = parameters.into_iter().map(|(_, parameter)| parameter).collect();
-        let &Train { momentum, weight_decay, clip_norm, head_factor, .. } = train;
-        Self { parameters, momenta, body, head_factor, momentum, weight_decay, clip_norm }
+        Self { parameters, momenta, settings }
     }
 
     /// Applies the gradients that the parameters hold, scaled down to the norm's limit if there is one.
     pub(crate) fn step(&mut self, learning_rate: f64) -> Result<()> {
+        let Settings { momentum, weight_decay, clip_norm, head, head_factor } = self.settings;
         let gradients: Vec<Tensor> = self.parameters.iter().map(Tensor::grad).collect();
-        if self.clip_norm > 0.0 {
-            clip(&gradients, self.clip_norm);
+        if clip_norm > 0.0 {
+            clip(&gradients, clip_norm);
         }
         let momenta: Vec<Tensor> = self.momenta.iter().map(|(_, momentum)| momentum.shallow_clone()).collect();
         // One kernel for all if it can be.
-        let body = if self.head_factor == 1.0 { self.parameters.len() } else { self.body };
-        for (part, factor) in [(0..body, 1.0), (body..self.parameters.len(), self.head_factor)] {
+        let head = if head_factor == 1.0 { self.parameters.len() } else { head };
+        for (part, factor) in [(0..head, 1.0), (head..self.parameters.len(), head_factor)] {
             if !part.is_empty() {
                 let (p, g, m) = (&self.parameters[part.clone()], &gradients[part.clone()], &momenta[part]);
-                fused_sgd(p, g, m, learning_rate * factor, self.momentum, self.weight_decay)?;
+                fused_sgd(p, g, m, learning_rate * factor, momentum, weight_decay)?;
             }
         }
         Ok(())
@@ -91,12 +95,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_layer_has_a_learning_rate_of_its_own_also_without_momentum() {
+    fn a_head_has_a_learning_rate_of_its_own_also_without_momentum() {
         let parameter = |name: &str| (name.to_owned(), Tensor::from_slice(&[1.0_f64]).set_requires_grad(true));
-        let named = [parameter("features.0.weight"), parameter("classifier.6.weight")];
-        let train = Train { momentum: 0.0, weight_decay: 0.0, head_factor: 10.0, ..Train::default() };
-        let mut sgd =
-            Sgd::new(named.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect(), &train);
+        let named = [parameter("first"), parameter("last")];
+        let settings = Settings { momentum: 0.0, weight_decay: 0.0, clip_norm: 0.0, head: 1, head_factor: 10.0 };
+        let own = named.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone()));
+        let mut sgd = Sgd::new(own.collect(), settings);
         let sum = &named[0].1 + &named[1].1;
         sum.sum(tch::Kind::Double).backward();
         sgd.step(0.01).expect("sound gradients");
