@@ -275,6 +275,39 @@ async fn a_cancelled_run_that_waits_ends_at_once_and_can_be_resumed() {
 }
 
 #[tokio::test]
+async fn logs_are_of_one_rank_their_end_or_new() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cluster = with_dataset(folder.path()).await;
+    runs(&cluster).submit_run(submit(32)).await.expect("a good spec");
+    for (generation, rank, file, text) in [(1, 0, 1, "a\nb\n"), (1, 0, 2, "c\n"), (1, 1, 1, "d\ne\n"), (2, 1, 1, "f\n")]
+    {
+        put(&*cluster.store, &keys::logs("birds-1", generation, rank, file), text).await;
+    }
+    let lines = async |request: pb::GetLogsRequest| {
+        let request = pb::GetLogsRequest { run: "birds-1".to_owned(), ..request };
+        let mut stream = runs(&cluster).get_logs(request).await.expect("exists").into_inner();
+        let mut lines = Vec::new();
+        while let Some(line) = stream.message().await.expect("streams") {
+            lines.push(format!("{}/{} {} {}", line.generation, line.rank, line.number, line.line));
+        }
+        lines
+    };
+    let all = ["1/0 1 a", "1/0 2 b", "1/0 3 c", "1/1 1 d", "1/1 2 e", "2/1 1 f"];
+    assert_eq!(lines(pb::GetLogsRequest::default()).await, all);
+    assert_eq!(lines(pb::GetLogsRequest { rank: Some(1), ..Default::default() }).await, all[3..]);
+    let tail = pb::GetLogsRequest { tail: 2, ..Default::default() };
+    assert_eq!(lines(tail.clone()).await, ["1/0 2 b", "1/0 3 c", "1/1 2 e", "2/1 1 f"]);
+    assert_eq!(lines(pb::GetLogsRequest { rank: Some(0), tail: 1, ..tail }).await, ["1/0 3 c"]);
+    assert_eq!(lines(pb::GetLogsRequest { since_seconds: 3600, ..Default::default() }).await, all);
+    // What was stored long ago, by the folder's clock.
+    let old = folder.path().join(keys::logs("birds-1", 1, 0, 1));
+    let long_ago = std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
+    std::fs::File::options().write(true).open(old).expect("a file").set_modified(long_ago).expect("it can be old");
+    assert_eq!(lines(pb::GetLogsRequest { since_seconds: 3600, ..Default::default() }).await, all[2..]);
+    cluster.stop().await;
+}
+
+#[tokio::test]
 async fn an_event_that_cannot_be_written_shows_nothing_of_its_run_and_holds_up_nobody_else() {
     let folder = tempfile::tempdir().expect("a folder");
     let inner = LocalFileSystem::new_with_prefix(folder.path()).expect("the folder exists");

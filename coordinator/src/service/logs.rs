@@ -34,7 +34,9 @@ pub(super) async fn send(runs: &Runs, request: &pb::GetLogsRequest, sender: &Lin
         } else {
             ended = None;
         }
-        for object in runs.store.objects(&keys::logs_of(run)).await? {
+        let mut objects = runs.store.objects(&keys::logs_of(run)).await?;
+        objects.sort_by(|one, other| one.location.cmp(&other.location));
+        for object in objects {
             let key = object.location.to_string();
             let (generation, of) = log_of(&key).unwrap_or_default();
             if read.contains(&key) || rank.is_some_and(|rank| rank != of) {
