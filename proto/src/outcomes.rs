@@ -65,6 +65,8 @@ pub struct OutcomeRow {
     pub millis: i64,
     /// What of the list travels with the picture: a JSON object.
     pub columns: Option<String>,
+    /// More about the outcome, in a word: the format that is not supported.
+    pub detail: Option<String>,
 }
 
 impl OutcomeRow {
@@ -130,6 +132,7 @@ impl Row for OutcomeRow {
             "fetched_at" => self.fetched_at = value.long().unwrap_or_default(),
             "millis" => self.millis = value.long().unwrap_or_default(),
             "columns" => self.columns = value.text(),
+            "detail" => self.detail = value.text(),
             _ => {}
         }
     }
@@ -172,7 +175,8 @@ mod tests {
             ..OutcomeRow::default()
         };
         kept.set_moments(&Moments { pixels: 1, sum: [2, 3, 4], sum_of_squares: [5, 6, 7] });
-        let dead = OutcomeRow { key: 8, outcome: Rejection::Dns.name().into(), ..OutcomeRow::default() };
+        let detail = Some("heic".to_owned());
+        let dead = OutcomeRow { key: 8, outcome: Rejection::Dns.name().into(), detail, ..OutcomeRow::default() };
         let rows = [kept, dead];
         let file = Bytes::from(table::write(&rows).expect("encodes"));
         let back = table::read::<OutcomeRow>(file.clone()).expect("own output");

@@ -92,6 +92,8 @@ rejections! {
     TooSmall = "too_small",
     /// The bytes are no image of a known format.
     NotAnImage = "not_an_image",
+    /// A picture in a format that is not read: HEIC, AVIF, JPEG XL, JPEG 2000 or SVG.
+    UnsupportedFormat = "unsupported_format",
     /// The bytes are not those that the list names by their digest.
     Changed = "changed",
     /// The bytes or the pixels are those of a known "no longer available" picture.
@@ -143,6 +145,7 @@ impl Rejection {
             | Self::TooLarge
             | Self::TooSmall
             | Self::NotAnImage
+            | Self::UnsupportedFormat
             | Self::Changed
             | Self::Placeholder
             | Self::TooManyPixels

@@ -385,6 +385,7 @@ async fn validate(tools: &Tools, rules: Arc<Rules>, result: FetchResult) -> anyh
             row.bytes = Some(body.bytes.len() as i64);
             let validation = tools.pool.validate(body, rules).await?;
             row.sha256 = Some(hex::encode(validation.sha256));
+            row.detail = validation.detail.map(str::to_owned);
             row.phash = validation.phash.map(|hash| format!("{hash:016x}"));
             row.width = validation.size.and_then(|(width, _)| i32::try_from(width).ok());
             row.height = validation.size.and_then(|(_, height)| i32::try_from(height).ok());

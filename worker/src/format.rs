@@ -11,6 +11,50 @@ pub(crate) fn format_of(bytes: &[u8]) -> Option<Format> {
     image::guess_format(bytes).ok().filter(|format| matches!(format, Jpeg | Png | Gif | Bmp | Tiff | WebP))
 }
 
+/// The name of a format that pictures of the web have and that is not decoded here, if the body is in one.
+pub(crate) fn unsupported(bytes: &[u8]) -> Option<&'static str> {
+    // ISO/IEC 14496-12: the file's brand, a version, and the brands that it is compatible with.
+    let brands = || {
+        let length = bytes.get(..4).and_then(|four| <[u8; 4]>::try_from(four).ok()).map_or(0, u32::from_be_bytes);
+        let end = bytes.len().min(length as usize);
+        let others = bytes.get(16..end).unwrap_or_default().chunks_exact(4);
+        bytes.get(8..12).into_iter().chain(others)
+    };
+    match bytes {
+        [_, _, _, _, b'f', b't', b'y', b'p', ..] => {
+            let has = |known: &[&[u8]]| brands().any(|brand| known.contains(&brand));
+            let heic: [&[u8]; 8] = [b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"];
+            match has(&[b"avif", b"avis"]) {
+                true => Some("avif"),
+                false => has(&heic).then_some("heic"),
+            }
+        }
+        [0xff, 0x0a, ..] | [0, 0, 0, 12, b'J', b'X', b'L', b' ', 13, 10, 0x87, 10, ..] => Some("jpeg-xl"),
+        [0xff, 0x4f, 0xff, 0x51, ..] | [0, 0, 0, 12, b'j', b'P', b' ', b' ', 13, 10, 0x87, 10, ..] => Some("jpeg-2000"),
+        _ => is_svg(bytes).then_some("svg"),
+    }
+}
+
+/// Whether a text is an SVG, behind whatever XML allows before its first element.
+fn is_svg(bytes: &[u8]) -> bool {
+    let mut text = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
+    let behind =
+        |text: &[u8], end: &[u8]| text.windows(end.len()).position(|part| part == end).map(|at| at + end.len());
+    // A generator's comments may be long, and there may be several.
+    for _ in 0..8 {
+        text = text.trim_ascii_start();
+        let end: &[u8] = match text {
+            [b'<', b's', b'v', b'g', next, ..] => return matches!(next, b'>' | b':') || next.is_ascii_whitespace(),
+            [b'<', b'?', ..] => b"?>",
+            [b'<', b'!', b'-', b'-', ..] => b"-->",
+            _ => return text.get(..13).is_some_and(|start| start.eq_ignore_ascii_case(b"<!doctype svg")),
+        };
+        let Some(at) = behind(text.get(..4 << 10).unwrap_or(text), end) else { return false };
+        text = &text[at..];
+    }
+    false
+}
+
 /// Whether a RIFF file is shorter than it says. A last byte of padding may be missing.
 pub(crate) fn is_cut_riff(bytes: &[u8]) -> bool {
     let length = bytes.get(4..8).and_then(|four| <[u8; 4]>::try_from(four).ok()).map_or(0, u32::from_le_bytes);
@@ -46,4 +90,41 @@ pub(crate) fn webp_fits(bytes: &[u8], (width, height): (u32, u32)) -> bool {
         at = at.saturating_add(8 + length + length % 2);
     }
     true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn formats_that_are_not_decoded_are_told_by_name_and_web_pages_are_none() {
+        for (bytes, name) in [
+            (&b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"[..], "heic"),
+            (b"\0\0\0\x1cftypmif1\0\0\0\0mif1miafavif", "avif"),
+            (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "heic"),
+            (b"\0\0\0\x20ftypavif\0\0\0\0", "avif"),
+            (b"\xff\x0a\xfa\x1f", "jpeg-xl"),
+            (b"\0\0\0\x0cJXL \r\n\x87\n", "jpeg-xl"),
+            (b"\0\0\0\x0cjP  \r\n\x87\n", "jpeg-2000"),
+            (b"\xff\x4f\xff\x51\0\x2f", "jpeg-2000"),
+            (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "svg"),
+            (b"\xef\xbb\xbf<?xml version='1.0'?>\n<!-- Inkscape -->\n<svg\n", "svg"),
+            (b"<!DOCTYPE svg PUBLIC '-//W3C//DTD SVG 1.1//EN'>", "svg"),
+        ] {
+            assert_eq!((unsupported(bytes), format_of(bytes)), (Some(name), None), "{}", bytes.escape_ascii());
+        }
+        for none in [
+            &b""[..],
+            b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom",
+            b"\xff\xff\xff\xffftyp",
+            b"<html><svg></svg></html>",
+            b"<!doctype html><svg>",
+            b"<!-- page --><body><svg>",
+            b"<svgs>",
+            b"<?xml version='1.0'",
+            b"\xff\xd8\xff\xe0",
+        ] {
+            assert_eq!(unsupported(none), None, "{}", none.escape_ascii());
+        }
+    }
 }

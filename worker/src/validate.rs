@@ -17,7 +17,7 @@ use proto::{Color, ImageFormat, Limits, Reencode, Rejection, Resize};
 use sha2::{Digest, Sha256};
 
 use crate::decode_memory::Room;
-use crate::format::{format_of, is_cut_riff, webp_fits};
+use crate::format::{format_of, is_cut_riff, unsupported, webp_fits};
 use crate::mend;
 use crate::pixels::{Codec, Colours, Conversions, DecodeAs, Frame, Hasher, Picture, Pixels, Shrinker, ToSrgb};
 use crate::pixels::{is_flat, moments, png_gamma};
@@ -44,12 +44,14 @@ pub(crate) struct Validation {
     pub(crate) size: Option<(u32, u32)>,
     pub(crate) phash: Option<u64>,
     pub(crate) outcome: Result<Stored, Rejection>,
+    /// More about the outcome.
+    pub(crate) detail: Option<&'static str>,
 }
 
 impl Validation {
     /// Of a body that could not be read as a picture.
     pub(crate) fn undecodable(sha256: [u8; 32]) -> Self {
-        Self { sha256, size: None, phash: None, outcome: Err(Rejection::Undecodable) }
+        Self { sha256, size: None, phash: None, outcome: Err(Rejection::Undecodable), detail: None }
     }
 }
 
@@ -147,7 +149,11 @@ impl Validator {
             return Err(Rejection::TooLarge.into());
         }
         let mut keep_bytes = false;
-        let format = format_of(bytes).ok_or(Rejection::NotAnImage)?;
+        validation.detail = format_of(bytes).map_or_else(|| unsupported(bytes), |_| None);
+        let format = format_of(bytes).ok_or(match validation.detail {
+            Some(_) => Rejection::UnsupportedFormat,
+            None => Rejection::NotAnImage,
+        })?;
         let frame = if format == Format::Jpeg {
             let header = self.codec.header(bytes)?;
             let size = upright(header.width, header.height, header.orientation);

@@ -86,7 +86,10 @@ fn line(row: &OutcomeRow, finding: Option<&Finding>) -> String {
             format!("{}, {what}{like}", row.outcome)
         }
         (None, Some(status)) if row.outcome == Rejection::HttpStatus.name() => format!("{} {status}", row.outcome),
-        _ => row.outcome.clone(),
+        _ => match &row.detail {
+            Some(detail) => format!("{} {detail}", row.outcome),
+            None => row.outcome.clone(),
+        },
     };
     format!("{:>9}  {outcome:<16}  {:<10}  {}", row.key, row.synset, row.url)
 }
@@ -99,6 +102,7 @@ fn object(row: &OutcomeRow, finding: Option<&Finding>) -> serde_json::Value {
         "final_url": row.final_url,
         "outcome": row.outcome,
         "http_status": row.http_status,
+        "detail": row.detail,
         "bytes": row.bytes,
         "width": row.width,
         "height": row.height,
@@ -133,7 +137,9 @@ mod tests {
         let near = Finding { skipped: None, ..finding };
         assert_eq!(object(&row, Some(&near))["like"], 3);
         assert!(line(&row, Some(&near)).contains("kept, near_duplicate of 3"));
-        let refused = OutcomeRow { outcome: "http_status".into(), http_status: Some(503), ..row };
+        let refused = OutcomeRow { outcome: "http_status".into(), http_status: Some(503), ..row.clone() };
         assert!(line(&refused, None).contains("http_status 503"));
+        let foreign = OutcomeRow { outcome: "unsupported_format".into(), detail: Some("heic".into()), ..row };
+        assert!(line(&foreign, None).contains("unsupported_format heic"));
     }
 }

@@ -9,7 +9,7 @@ use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout};
 
 use super::retry::{FetchError, Retry};
-use crate::format::{MAGIC_BYTES, format_of};
+use crate::format::{MAGIC_BYTES, format_of, unsupported};
 
 /// What each body may hold before it draws on the budget: most photos of the web are smaller and wait for nothing.
 pub(super) const FREE_BYTES: usize = 256 << 10;
@@ -54,7 +54,7 @@ impl Body {
     pub(super) fn is_large_non_image(&mut self) -> bool {
         let check = !self.format_checked && self.capacity > FREE_BYTES && self.bytes.len() >= MAGIC_BYTES;
         self.format_checked |= check;
-        check && format_of(&self.bytes).is_none()
+        check && format_of(&self.bytes).is_none() && unsupported(&self.bytes).is_none()
     }
 
     /// Whether it holds a part of the budget and brought too few bytes in the window that has just ended.

@@ -35,7 +35,8 @@ const MOST_HEADERS: usize = 1000;
 /// Bytes of a response's head over HTTP/2.
 const LONGEST_HTTP2_HEAD: u32 = 256 << 10;
 
-const ACCEPT_IMAGES: &str = "image/jpeg,image/png,image/webp,image/gif,image/bmp,image/tiff,image/*;q=0.8,*/*;q=0.1";
+/// What can be read. Servers that choose a format by this must not choose AVIF or the like.
+const ACCEPT_IMAGES: &str = "image/jpeg,image/png,image/webp,image/gif,image/bmp,image/tiff,*/*;q=0.1";
 
 /// How a worker's requests look and what they may reach.
 #[derive(Debug, Clone)]

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use super::body::{Body, BodyBudget, FREE_BYTES};
 use super::retry::FetchError;
-use crate::format::{MAGIC_BYTES, format_of};
+use crate::format::{MAGIC_BYTES, format_of, unsupported};
 
 /// Whether a `Content-Encoding` is gzip.
 pub(super) fn is_gzip(coding: &[u8]) -> bool {
@@ -33,7 +33,9 @@ pub(super) async fn decompress(
             // Large ones one at a time, and only if they begin as a picture does.
             Err(Rejection::TooLarge) if allowed < max => {
                 let start = gunzip_start(&compressed).map_err(FetchError::of_url)?;
-                format_of(&start).ok_or(FetchError::of_url(Rejection::NotAnImage))?;
+                if format_of(&start).is_none() && unsupported(&start).is_none() {
+                    return Err(FetchError::of_url(Rejection::NotAnImage));
+                }
                 budget.go_beyond(&mut body, limits, &mut Instant::now()).await?;
                 allowed = max;
             }

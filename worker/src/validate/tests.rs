@@ -275,6 +275,9 @@ fn what_is_no_photo_is_told_apart() {
     assert_eq!(rejection(b""), Rejection::TooSmall);
     assert_eq!(rejection(&encoded(RgbImage::new(1, 1), ImageFormat::Gif)), Rejection::TooSmall);
     assert_eq!(rejection(&b"<!DOCTYPE html><html>".repeat(20)), Rejection::NotAnImage);
+    let svg = [&b"<svg xmlns='http://www.w3.org/2000/svg'>"[..], &b"<path d='M0 0'/>".repeat(40)].concat();
+    let validation = validate(&svg);
+    assert_eq!((validation.outcome.map(drop), validation.detail), (Err(Rejection::UnsupportedFormat), Some("svg")));
     let noise: Vec<u8> = (0..5000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
     assert_eq!(rejection(&noise), Rejection::NotAnImage);
     assert_eq!(rejection(&[&[0xff, 0xd8, 0xff, 0xe0][..], &noise, &[0xff, 0xd9]].concat()), Rejection::Undecodable);
