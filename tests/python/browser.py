@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update
---disable-sync --remote-debugging-pipe""".split()
+--disable-sync --disable-dev-shm-usage --remote-debugging-pipe""".split()
 DEADLINE = 60.0
 PHONE, DESK = 360, 1280
 
