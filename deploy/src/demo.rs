@@ -95,7 +95,9 @@ pub(crate) async fn run(args: Args) -> Result<()> {
         begun.elapsed().as_secs_f64(),
     ));
     if std::io::stdout().is_terminal() && std::env::var_os("DEMO_EXIT").is_none() {
-        say(format!("\nLook at what it made: http://{}   (Ctrl-C ends it)", cluster.pages));
+        let pages = &cluster.pages;
+        say(format!("\nLook at what it made: http://{pages}   (Ctrl-C ends it)"));
+        say(format!("Try the network on a picture of yours: http://{pages}/runs/demo/try"));
         tokio::signal::ctrl_c().await?;
     }
     cluster.stop().await
