@@ -8,6 +8,7 @@ use axum::Extension;
 use axum::extract::{Path, RawQuery, State};
 use axum::response::{IntoResponse, Response};
 use maud::{Markup, html};
+use proto::manifest::ManifestClass;
 use proto::pb::{Run, RunState};
 use proto::shard::RawSample;
 use proto::{Class, Split};
@@ -110,14 +111,18 @@ async fn run_over(source: &Source, run: &Run, seen: &Mutex<Look>) -> Result<()> 
         seen.evaluation = Evaluation::new(network.classes.clone());
         (seen.split, seen.total) = (Some(split), pictures.min(MOST));
     }
+    // By the model's classes: a dataset of that name may have been made anew since.
+    let place_of = |class: &ManifestClass| network.classes.iter().position(|known| known.synset == class.synset);
+    let labels: Vec<Option<usize>> = manifest.classes.iter().map(place_of).collect();
     let places: Vec<_> = places(&manifest).into_iter().filter(|place| place.split == split).collect();
     for place in places.iter().step_by(usize::try_from(pictures.div_ceil(MOST).max(1))?) {
-        let samples = read(source, &run.dataset, &manifest, place).await?;
+        let of_known = |(found, sample): (Found, RawSample)| Some((*labels.get(found.label)?.as_ref()?, found, sample));
+        let samples = read(source, &run.dataset, &manifest, place).await?.into_iter().filter_map(of_known).collect();
         let network = Arc::clone(&network);
         let guesses = tokio::task::spawn_blocking(move || guesses(&network, samples)).await??;
         let mut seen = lock(seen);
-        for (found, logits) in guesses {
-            let (is, taken_for, sure) = (found.label, best(&logits), softmax_of_best(&logits));
+        for (is, found, logits) in guesses {
+            let (taken_for, sure) = (best(&logits), softmax_of_best(&logits));
             seen.evaluation.count(is, &logits);
             if taken_for != is {
                 seen.wrong.push(Wrong { found, is, taken_for, sure });
@@ -129,14 +134,14 @@ async fn run_over(source: &Source, run: &Run, seen: &Mutex<Look>) -> Result<()> 
     Ok(())
 }
 
-fn guesses(network: &Network, samples: Vec<(Found, RawSample)>) -> Result<Vec<(Found, Vec<f32>)>> {
+fn guesses(network: &Network, samples: Vec<(usize, Found, RawSample)>) -> Result<Vec<(usize, Found, Vec<f32>)>> {
     let mut preparer = Preparer::new(network.resize)?;
-    let look = |(found, sample): (Found, RawSample)| {
+    let look = |(is, found, sample): (usize, Found, RawSample)| {
         let pixels = preparer.prepare(&sample.image);
         let pixels = pixels.map_err(|rejection| anyhow::anyhow!("picture {}: {rejection}", found.key))?;
-        Ok((found, network.look(&pixels)?))
+        Ok((is, found, network.look(&pixels)?))
     };
-    samples.into_iter().filter(|(found, _)| found.label < network.classes.len()).map(look).collect()
+    samples.into_iter().map(look).collect()
 }
 
 fn best(logits: &[f32]) -> usize {
