@@ -245,7 +245,7 @@ fn pictures(look: &Look, is: Option<usize>, taken: Option<usize>) -> Markup {
             h2 { "The mistakes of which it is surest" @if let Some(is) = of(is) { ": " (is) } @if let Some(taken) = of(taken) { ", taken for " (taken) } }
             @if is.is_some() || taken.is_some() { p { a href="?#pictures" { "all classes" } } }
             @if found.is_empty() { p { "None." } }
-            ul .sheet {
+            ul .sheet .told {
                 @for Wrong { found, is, taken_for, sure } in found {
                     li { figure {
                         img src=(found.address) loading="lazy" alt={ (name(&classes[*is])) ", sample " (found.key) } width="128" height="128";
