@@ -135,6 +135,10 @@ def look(browser, address, axe, shots, number):
         ".filter((violation) => ['serious', 'critical'].includes(violation.impact))"
         ".map((violation) => violation.id + ': ' + violation.nodes.map((node) => node.html).slice(0, 3).join(' ')))"
     )
+    # Pictures are loaded when they come into view; here all at once.
+    browser.evaluate("document.querySelectorAll('img').forEach((image) => { image.loading = 'eager'; })")
+    browser.eventually("all pictures", "[...document.images].every((image) => image.complete)")
+    pictures = browser.evaluate("[...document.querySelectorAll('.sheet img')].filter((image) => image.naturalWidth > 0).length")
     charts = browser.evaluate(
         "[...document.querySelectorAll('.chart > svg')].map((svg) => [...svg.querySelectorAll('polyline')].filter((line) => line.getTotalLength() > 0).length)"
     )
@@ -153,7 +157,7 @@ def look(browser, address, axe, shots, number):
         "bytes": loaded,
         "title": browser.evaluate("document.title"),
         "verdict": browser.evaluate("(document.querySelector('.verdict') || document.body).innerText"),
-        "pictures": browser.evaluate("[...document.querySelectorAll('.sheet img')].filter((image) => image.naturalWidth > 0).length"),
+        "pictures": pictures,
         "charts": charts,
         "focused": focused,
     }
