@@ -13,7 +13,7 @@ use crate::client::ClusterArgs;
 use crate::complete;
 use crate::exit::{Ended, Exit};
 use crate::output::{Format, say, say_json};
-use crate::run::network::Network;
+use crate::run::network::{Network, softmax};
 
 /// The guesses that are told.
 const GUESSES: usize = 5;
@@ -124,14 +124,12 @@ async fn read(picture: &str) -> Result<Vec<u8>> {
 
 /// The likeliest classes by softmax.
 fn guesses(network: &Network, logits: &[f32]) -> Vec<Guess> {
-    let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let powers: Vec<f32> = logits.iter().map(|logit| (logit - most).exp()).collect();
-    let sum: f32 = powers.iter().sum();
+    let probabilities = softmax(logits);
     let mut order: Vec<usize> = (0..logits.len()).collect();
     order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
     let guess = |&class: &usize| {
         let Class { synset, name } = network.classes[class].clone();
-        Guess { synset, name, probability: powers[class] / sum }
+        Guess { synset, name, probability: probabilities[class] }
     };
     order.iter().take(GUESSES).map(guess).collect()
 }

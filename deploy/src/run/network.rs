@@ -46,6 +46,14 @@ impl Network {
     }
 }
 
+/// How likely each class is, by a network's outputs.
+pub(crate) fn softmax(logits: &[f32]) -> Vec<f32> {
+    let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let powers: Vec<f32> = logits.iter().map(|logit| (logit - most).exp()).collect();
+    let sum: f32 = powers.iter().sum();
+    powers.iter().map(|power| power / sum).collect()
+}
+
 /// The bytes of a model.onnx: on this machine, or of a run.
 async fn bytes_of(model: &str, cluster: &ClusterArgs) -> Result<Vec<u8>> {
     let path = Path::new(model);

@@ -21,7 +21,7 @@ use super::source::Source;
 use crate::output::percent;
 use crate::run::evaluate::Evaluation;
 use crate::run::model_files;
-use crate::run::network::Network;
+use crate::run::network::{Network, softmax};
 
 /// Pictures that are looked at, from all over the split.
 const MOST: u64 = 2000;
@@ -122,7 +122,8 @@ async fn run_over(source: &Source, run: &Run, seen: &Mutex<Look>) -> Result<()> 
         let guesses = tokio::task::spawn_blocking(move || guesses(&network, samples)).await??;
         let mut seen = lock(seen);
         for (is, found, logits) in guesses {
-            let (taken_for, sure) = (best(&logits), softmax_of_best(&logits));
+            let taken_for = best(&logits);
+            let sure = softmax(&logits)[taken_for];
             seen.evaluation.count(is, &logits);
             if taken_for != is {
                 seen.wrong.push(Wrong { found, is, taken_for, sure });
@@ -146,12 +147,6 @@ fn guesses(network: &Network, samples: Vec<(usize, Found, RawSample)>) -> Result
 
 fn best(logits: &[f32]) -> usize {
     (0..logits.len()).rev().max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap_or(0)
-}
-
-/// The probability of the likeliest class.
-fn softmax_of_best(logits: &[f32]) -> f32 {
-    let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    1.0 / logits.iter().map(|logit| (logit - most).exp()).sum::<f32>()
 }
 
 pub(super) async fn page(
