@@ -50,8 +50,9 @@ fn a_browser_shows_every_page_and_sees_in_pictures_what_classify_sees() {
     let mut cluster = Cluster::start();
     dataset(&mut cluster);
     cluster.start_trainer("trainer", 1);
-    for (name, rate) in [("one", "0.02"), ("two", "0.01")] {
-        submit(&cluster, name, 4, &["ranks.max=1", &format!("train.learning_rate={rate}")]);
+    // Steps are reported four times a second: the first run lasts long enough for lines.
+    for (name, rate, epochs) in [("one", "0.02", 24), ("two", "0.01", 4)] {
+        submit(&cluster, name, epochs, &["ranks.max=1", &format!("train.learning_rate={rate}")]);
         wait(&cluster, name);
     }
     let serve = |cluster: &mut Cluster, what: &str, command: &[&str]| {
