@@ -76,7 +76,7 @@ fn first_steps() -> Markup {
         section #first {
             h2 { "Nothing here yet" }
             p { "A dataset begins with a list of URLs, a run with a dataset:" }
-            pre { "gleaner dataset create birds --urls birds.txt --wait\ngleaner run submit --dataset birds --name birds-1 --follow" }
+            pre tabindex="0" { "gleaner dataset create birds --urls birds.txt --wait\ngleaner run submit --dataset birds --name birds-1 --follow" }
         }
     }
 }

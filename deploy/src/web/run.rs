@@ -44,7 +44,7 @@ pub(super) async fn page(State(source): State<Source>, Path(name): Path<String>)
             h2 { "More" }
             @if run.state() == RunState::Done { p { a href={ "/runs/" (run.run) "/mistakes" } { "What it gets wrong" } " · " a href={ "/runs/" (run.run) "/try" } { "Try it on a picture" } } }
             p { a href={ "/runs/" (run.run) "/logs" } { "What its ranks wrote" } " · " a href={ "/datasets/" (run.dataset) } { "Its dataset, " (run.dataset) } " (version " (run.manifest_version) ")" }
-            details #spec { summary { "Its spec" } pre { (spec(&run)) } }
+            details #spec { summary { "Its spec" } pre tabindex="0" { (spec(&run)) } }
         }
     };
     let command = format!("gleaner run describe {name}; gleaner run explain {name}");
@@ -221,7 +221,7 @@ pub(super) async fn logs(State(source): State<Source>, Path(name): Path<String>)
                 @if !whole { " The log is too long to be read to its end here." }
             }
         }
-        section #lines { pre .log { @for line in &newest { (line.generation) "/" (line.rank) "  " (line.line) "\n" } } }
+        section #lines { pre .log tabindex="0" { @for line in &newest { (line.generation) "/" (line.rank) "  " (line.line) "\n" } } }
     };
     let live = matches!(run.state(), RunState::Running | RunState::Cancelling) && whole;
     let command = format!("gleaner run logs {name}");
