@@ -67,6 +67,8 @@ pub struct OutcomeRow {
     pub columns: Option<String>,
     /// More about the outcome, in a word: the format that is not supported.
     pub detail: Option<String>,
+    /// A small picture of what was rejected, as a JPEG: of a few in each shard.
+    pub thumbnail: Option<Vec<u8>>,
 }
 
 impl OutcomeRow {
@@ -133,6 +135,7 @@ impl Row for OutcomeRow {
             "millis" => self.millis = value.long().unwrap_or_default(),
             "columns" => self.columns = value.text(),
             "detail" => self.detail = value.text(),
+            "thumbnail" => self.thumbnail = value.bytes(),
             _ => {}
         }
     }
@@ -176,7 +179,8 @@ mod tests {
         };
         kept.set_moments(&Moments { pixels: 1, sum: [2, 3, 4], sum_of_squares: [5, 6, 7] });
         let detail = Some("heic".to_owned());
-        let dead = OutcomeRow { key: 8, outcome: Rejection::Dns.name().into(), detail, ..OutcomeRow::default() };
+        let (outcome, thumbnail) = (Rejection::Dns.name().to_owned(), Some(vec![0xFF, 0xD8, 0]));
+        let dead = OutcomeRow { key: 8, outcome, detail, thumbnail, ..OutcomeRow::default() };
         let rows = [kept, dead];
         let file = Bytes::from(table::write(&rows).expect("encodes"));
         let back = table::read::<OutcomeRow>(file.clone()).expect("own output");

@@ -40,6 +40,11 @@ impl Value<'_> {
     pub fn text(self) -> Option<String> {
         if let Field::Str(value) = self.0 { Some(value.clone()) } else { None }
     }
+
+    /// Bytes.
+    pub fn bytes(self) -> Option<Vec<u8>> {
+        if let Field::Bytes(value) = self.0 { Some(value.data().to_vec()) } else { None }
+    }
 }
 
 /// The rows as a Parquet file.

@@ -29,6 +29,7 @@ use crate::metrics;
 use crate::placeholder::Placeholders;
 use crate::progress::Progress;
 use crate::store;
+use crate::thumbnail::Thumbnails;
 use crate::upload::{self, TarUpload};
 use crate::validate::{Rules, Stored};
 use crate::verify;
@@ -188,8 +189,14 @@ async fn fetch_and_upload<T: Send>(
     let spec = &assignment.spec;
     let mut early = std::pin::pin!(early_end(&tools.way_out, leave));
     let placeholders = Placeholders::load(&*tools.store).await?;
-    let rules =
-        Arc::new(Rules { resize: spec.resize, limits: spec.limits.clone(), placeholders, verify: spec.verify.clone() });
+    let rules = Arc::new(Rules {
+        resize: spec.resize,
+        limits: spec.limits.clone(),
+        placeholders,
+        verify: spec.verify.clone(),
+        flat: false,
+        thumbnails: Thumbnails::of_shard(),
+    });
     let labels: HashMap<&str, u32> =
         (0..).zip(&spec.classes).map(|(label, class)| (class.synset.as_str(), label)).collect();
     let entries = read_slice(&*tools.store, assignment).await?;
@@ -386,6 +393,7 @@ async fn validate(tools: &Tools, rules: Arc<Rules>, result: FetchResult) -> anyh
             let validation = tools.pool.validate(body, rules).await?;
             row.sha256 = Some(hex::encode(validation.sha256));
             row.detail = validation.detail.map(str::to_owned);
+            row.thumbnail = validation.thumbnail.map(Vec::from);
             row.phash = validation.phash.map(|hash| format!("{hash:016x}"));
             row.width = validation.size.and_then(|(width, _)| i32::try_from(width).ok());
             row.height = validation.size.and_then(|(_, height)| i32::try_from(height).ok());

@@ -9,7 +9,7 @@
 //! - `fetch`: a URL to its body under limits; a file each for the HTTP client, redirects, retries, the memory of
 //!   bodies, compressed bodies, opt-outs, name look-ups and permitted addresses; and for files that are there already.
 //! - `decode_pool`, `decode_memory`, `validate`, `format`, `placeholder`: a body to a stored picture or a rejection, on threads of their
-//!   own.
+//!   own; `thumbnail`: a few of the rejected ones, to be looked at.
 //! - `pixels`: JPEG, scaling to the stored size, measuring. `prepare` does the same for pictures that a trained network is to see.
 //! - `way_out`: whether the worker reaches the web at all, or takes its own trouble for the world's.
 //! - `upload`, `store`: tars that are uploaded while they grow, and the index, put last and only if there is none;
@@ -37,6 +37,7 @@ mod placeholder;
 mod prepare;
 mod progress;
 mod store;
+mod thumbnail;
 mod upload;
 mod validate;
 mod verify;

@@ -5,6 +5,7 @@ use anyhow::Context;
 use proto::{ImageFormat, Limits, Reencode, Rejection, Resize};
 
 use crate::placeholder::Placeholders;
+use crate::thumbnail::Thumbnails;
 use crate::validate::{Rules, Validator};
 
 /// An upright picture: three bytes a pixel (red, green, blue), row by row.
@@ -27,7 +28,7 @@ pub struct Preparer {
 }
 
 impl Preparer {
-    /// One for pictures that are stored as `resize` says; small and odd ones are let through.
+    /// One for pictures that are stored as `resize` says; small, odd and flat ones are let through.
     ///
     /// # Errors
     /// If libjpeg-turbo cannot be had.
@@ -35,7 +36,14 @@ impl Preparer {
         let limits = Limits { min_bytes: 0, min_side: 1, max_aspect: f64::INFINITY, ..Limits::default() };
         // What is stored already is not encoded once more.
         let resize = Resize { reencode: Reencode::Needed, ..resize };
-        let rules = Rules { resize, limits, placeholders: Placeholders::default(), verify: None };
+        let rules = Rules {
+            resize,
+            limits,
+            placeholders: Placeholders::default(),
+            verify: None,
+            flat: true,
+            thumbnails: Thumbnails::none(),
+        };
         let decoder = turbojpeg::Decompressor::new().context("libjpeg-turbo")?;
         Ok(Self { validator: Validator::new()?, decoder, rules })
     }

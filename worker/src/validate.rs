@@ -22,6 +22,7 @@ use crate::mend;
 use crate::pixels::{Codec, Colours, Conversions, DecodeAs, Frame, Hasher, Picture, Pixels, Shrinker, ToSrgb};
 use crate::pixels::{is_flat, moments, png_gamma};
 use crate::placeholder::Placeholders;
+use crate::thumbnail::{self, Thumbnails};
 
 /// What decoders may hold beside a picture's pixels.
 const DECODERS_OWN: u64 = 16 << 20;
@@ -34,6 +35,9 @@ pub(crate) struct Rules {
     pub(crate) placeholders: Placeholders,
     /// What the list says of each picture's bytes.
     pub(crate) verify: Option<Verify>,
+    /// Whether a picture of one colour is stored.
+    pub(crate) flat: bool,
+    pub(crate) thumbnails: Thumbnails,
 }
 
 /// What was learned of a body.
@@ -46,12 +50,14 @@ pub(crate) struct Validation {
     pub(crate) outcome: Result<Stored, Rejection>,
     /// More about the outcome.
     pub(crate) detail: Option<&'static str>,
+    /// A small picture of what is rejected, as a JPEG.
+    pub(crate) thumbnail: Option<Bytes>,
 }
 
 impl Validation {
     /// Of a body that could not be read as a picture.
     pub(crate) fn undecodable(sha256: [u8; 32]) -> Self {
-        Self { sha256, size: None, phash: None, outcome: Err(Rejection::Undecodable), detail: None }
+        Self { sha256, size: None, phash: None, outcome: Err(Rejection::Undecodable), detail: None, thumbnail: None }
     }
 }
 
@@ -114,24 +120,41 @@ impl Validator {
         rules: &Rules,
     ) -> Option<Validation> {
         let mut validation = Validation::undecodable(sha256);
-        if rules.placeholders.contains(&sha256) {
-            validation.outcome = Err(Rejection::Placeholder);
-            return Some(validation);
-        }
-        // A decoder that panics on somebody's bytes costs this picture, not the thread.
-        match catch_unwind(AssertUnwindSafe(|| self.store(bytes, rules, room, &mut validation))) {
-            Ok(Ok(stored)) => validation.outcome = Ok(stored),
-            Ok(Err(Refusal::Rejected(rejection))) => validation.outcome = Err(rejection),
-            Ok(Err(Refusal::Alone)) => return None,
-            Err(_) => {
-                if let Ok(fresh) = Self::new() {
-                    *self = fresh;
-                }
-            }
+        validation.outcome = match rules.placeholders.contains(&sha256) {
+            true => Err(Rejection::Placeholder),
+            false => match self.try_store(bytes, rules, room, &mut validation) {
+                Ok(stored) => Ok(stored),
+                Err(Refusal::Rejected(rejection)) => Err(rejection),
+                Err(Refusal::Alone) => return None,
+            },
+        };
+        if let Err(rejection) = validation.outcome
+            && rules.thumbnails.take(rejection)
+        {
+            let mut of_thumbnail = Validation::undecodable(sha256);
+            let thumbnail = self.try_store(bytes, &thumbnail::RULES, room, &mut of_thumbnail);
+            validation.thumbnail = thumbnail.ok().map(|stored| stored.image);
         }
         self.pixels.release();
         self.shrinker.release();
         Some(validation)
+    }
+
+    /// Stores a picture. A decoder that panics on somebody's bytes costs this picture, not the thread.
+    fn try_store(
+        &mut self,
+        bytes: &[u8],
+        rules: &Rules,
+        room: FindRoom<'_>,
+        validation: &mut Validation,
+    ) -> Result<Stored, Refusal> {
+        let stored = catch_unwind(AssertUnwindSafe(|| self.store(bytes, rules, room, validation)));
+        stored.unwrap_or_else(|_| {
+            if let Ok(fresh) = Self::new() {
+                *self = fresh;
+            }
+            Err(Rejection::Undecodable.into())
+        })
     }
 
     fn store(
@@ -180,7 +203,7 @@ impl Validator {
         let converted = self.conversion.as_ref().and_then(|conversion| conversion.convert(picture.values));
         picture.values = converted.as_deref().unwrap_or(picture.values);
         let moments = moments(&picture);
-        if is_flat(&without_margins(moments, &frame)) {
+        if !rules.flat && is_flat(&without_margins(moments, &frame)) {
             return Err(Rejection::Flat.into());
         }
         let image = match resize.format {

@@ -17,6 +17,8 @@ pub(crate) fn rules() -> Rules {
         limits,
         placeholders: Placeholders::default(),
         verify: None,
+        flat: false,
+        thumbnails: Thumbnails::none(),
     }
 }
 
@@ -291,6 +293,31 @@ fn a_known_placeholder_is_named_before_any_other_reason() {
     let rules = Rules { placeholders: Placeholders::parse(&listed).expect("a list"), ..rules() };
     let validation = Validator::new().expect("libjpeg-turbo").validate(&bytes, &rules);
     assert_eq!(validation.outcome.expect_err("listed"), Rejection::Placeholder);
+}
+
+#[test]
+fn a_few_of_those_that_are_rejected_for_what_is_seen_are_kept_small() {
+    let listed = encoded(RgbImage::from_pixel(30, 20, Rgb([200, 0, 0])), ImageFormat::Png);
+    let line = format!("{} a red card", proto::shard::sha256_hex(&listed));
+    let placeholders = Placeholders::parse(&line).expect("a list");
+    let rules = Rules { placeholders, thumbnails: Thumbnails::of_shard(), ..rules() };
+    let mut validator = Validator::new().expect("libjpeg-turbo");
+    let mut seen = |bytes: &[u8]| {
+        let Validation { outcome, thumbnail, .. } = validator.validate(bytes, &rules);
+        let size = thumbnail.map(|jpeg| turbojpeg::read_header(&jpeg).expect("a JPEG")).map(|it| (it.width, it.height));
+        (outcome.map(drop), size)
+    };
+    assert_eq!(seen(&listed), (Err(Rejection::Placeholder), Some((30, 20))));
+    let flat = jpeg(&RgbImage::from_pixel(500, 250, Rgb([90, 100, 110])));
+    for _ in 0..4 {
+        assert_eq!(seen(&flat), (Err(Rejection::Flat), Some((128, 64))));
+    }
+    assert_eq!(seen(&flat), (Err(Rejection::Flat), None), "there are enough");
+    assert_eq!(seen(&encoded(RgbImage::new(1, 1), ImageFormat::Gif)), (Err(Rejection::TooSmall), Some((1, 1))));
+    assert_eq!(seen(&b"<html>".repeat(5)), (Err(Rejection::TooSmall), None), "there is nothing to be seen");
+    let whole = jpeg(&photo(200, 100));
+    assert_eq!(seen(&whole[..whole.len() / 2]), (Err(Rejection::Truncated), None));
+    assert_eq!(seen(&whole), (Ok(()), None));
 }
 
 #[test]
