@@ -341,7 +341,8 @@ impl Datasets {
     pub(crate) fn find(&self, name: &str) -> Result<(Dataset, Counts), Error> {
         let state = self.state();
         let found = state.live.values().find(|dataset| dataset.id.name() == name || &*dataset.id == name);
-        let dataset = found.ok_or_else(|| Error::NotFound(format!("no dataset is called {name:?}")))?;
+        let known = || state.live.values().map(|dataset| dataset.id.name());
+        let dataset = found.ok_or_else(|| Error::unknown("dataset", name, known()))?;
         Ok((dataset.clone(), state.ledger.counts(&dataset.id)))
     }
 

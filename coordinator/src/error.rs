@@ -42,6 +42,18 @@ pub(crate) enum Error {
     Local(String),
 }
 
+impl Error {
+    /// Nothing of this kind has that name; says which of the `known` ones may have been meant.
+    pub(crate) fn unknown<'a>(kind: &str, name: &str, known: impl IntoIterator<Item = &'a str>) -> Self {
+        // A letter too many, too few, another or at the wrong place; two in long names.
+        let most = 1 + usize::from(name.chars().count() > 5);
+        let near = known.into_iter().map(|known| (strsim::osa_distance(known, name), known)).min();
+        let meant =
+            near.filter(|(distance, _)| *distance <= most).map(|(_, known)| format!("; did you mean {known:?}?"));
+        Self::NotFound(format!("no {kind} is called {name:?}{}", meant.unwrap_or_default()))
+    }
+}
+
 impl From<std::io::Error> for Error {
     fn from(error: std::io::Error) -> Self {
         Self::Local(format!("temporary file: {error}"))
@@ -67,5 +79,19 @@ impl From<Error> for Status {
             Error::Store(_) | Error::HeardHigher { .. } => Status::unavailable(message),
             Error::Local(_) => Status::internal(message),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_that_is_nearly_right_is_answered_with_the_right_one() {
+        let said = |name: &str| Error::unknown("dataset", name, ["demo", "birds-1", "birds-2"]).to_string();
+        assert_eq!(said("dmo"), "no dataset is called \"dmo\"; did you mean \"demo\"?");
+        assert_eq!(said("brids-1"), "no dataset is called \"brids-1\"; did you mean \"birds-1\"?");
+        assert_eq!(said("cats"), "no dataset is called \"cats\"");
+        assert_eq!(Error::unknown("run", "a", []).to_string(), "no run is called \"a\"");
     }
 }

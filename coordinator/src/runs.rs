@@ -30,7 +30,6 @@ use crate::store::{Created, Store, StoreError, nonce, wall_millis};
 use crate::term::Term;
 use curve::Curve;
 use delete::LATE_WRITES;
-use view::no_run;
 
 /// How often the roster is asked what time calls for.
 const TICK: Duration = Duration::from_millis(100);
@@ -392,7 +391,7 @@ impl Runs {
         let dataset = {
             let inner = self.lock();
             let (Some(run), Some(record)) = (inner.roster.find(name), inner.records.get(name)) else {
-                return Err(no_run(name));
+                return Err(inner.no_run(name));
             };
             let same = |record: &EventRecord| matches!(&record.event, RunEvent::Resumed { request_id: id, .. } if *id == request_id);
             if record.events.iter().any(same) {
@@ -440,6 +439,11 @@ impl Runs {
 }
 
 impl Inner {
+    /// There is no run of that name.
+    fn no_run(&self, name: &str) -> Error {
+        Error::unknown("run", name, self.records.keys().map(String::as_str))
+    }
+
     /// Whether this is the newest stream of the agent.
     fn is_current(&self, agent: &str, connection: u64) -> bool {
         self.connections.get(agent).is_some_and(|current| current.number == connection)

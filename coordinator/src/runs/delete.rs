@@ -8,7 +8,7 @@ use proto::tombstone::Tombstone;
 use tokio::sync::watch;
 use tracing::{info, warn};
 
-use super::{Request, Runs, no_run};
+use super::{Request, Runs};
 use crate::error::Error;
 use crate::store::{StoreError, nonce, wall_millis};
 
@@ -38,7 +38,7 @@ impl Runs {
         let late = {
             let inner = self.lock();
             let (Some(run), Some(record)) = (inner.roster.find(name), inner.records.get(name)) else {
-                return Err(no_run(name));
+                return Err(inner.no_run(name));
             };
             if !run.phase.is_over() {
                 let advice = format!("cancel it first: gleaner run cancel {name}");

@@ -20,10 +20,13 @@ impl Runs {
 
     /// Reads what the store has of the run's curve, once.
     pub(super) async fn load_curve(&self, name: &str) -> Result<(), Error> {
-        match self.lock().records.get(name) {
-            None => return Err(Error::NotFound(format!("no run is called {name:?}"))),
-            Some(record) if record.loaded => return Ok(()),
-            Some(_) => {}
+        {
+            let inner = self.lock();
+            match inner.records.get(name) {
+                None => return Err(inner.no_run(name)),
+                Some(record) if record.loaded => return Ok(()),
+                Some(_) => {}
+            }
         }
         let mut stored = Curve::default();
         for (key, lines) in self.store.get_all(self.store.list(&keys::metrics_of(name)).await?).await? {

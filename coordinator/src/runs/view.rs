@@ -21,8 +21,8 @@ const FIGURES_PERIOD: Duration = Duration::from_secs(1);
 impl Runs {
     /// An error unless there is a run of that name.
     pub(crate) fn find(&self, name: &str) -> Result<(), Error> {
-        let known = self.lock().records.contains_key(name);
-        if known { Ok(()) } else { Err(no_run(name)) }
+        let inner = self.lock();
+        if inner.records.contains_key(name) { Ok(()) } else { Err(inner.no_run(name)) }
     }
 
     /// Whether the run has ended.
@@ -56,7 +56,7 @@ impl Runs {
         self.load_curve(name).await?;
         let inner = self.lock();
         let (Some(run), Some(record)) = (inner.roster.find(name), inner.records.get(name)) else {
-            return Err(no_run(name));
+            return Err(inner.no_run(name));
         };
         let reason = match &run.phase {
             RunPhase::Failed(reason) => reason.clone(),
@@ -90,7 +90,7 @@ impl Runs {
     /// The folder of a done run's model, and the digests of its files by name.
     pub(crate) fn model(&self, name: &str) -> Result<(String, BTreeMap<String, String>), Error> {
         let inner = self.lock();
-        let record = inner.records.get(name).ok_or_else(|| no_run(name))?;
+        let record = inner.records.get(name).ok_or_else(|| inner.no_run(name))?;
         let done = record.events.iter().rev().find_map(|record| match &record.event {
             RunEvent::Done { model, digests } => Some((model.clone(), digests.clone())),
             _ => None,
@@ -191,9 +191,4 @@ fn is_free(device: &pb::DeviceStatus) -> bool {
 
 fn newest_checkpoint(run: &Run) -> u64 {
     run.checkpoints.last().map_or(0, |checkpoint| checkpoint.step)
-}
-
-/// There is no run of that name.
-pub(super) fn no_run(name: &str) -> Error {
-    Error::NotFound(format!("no run is called {name:?}"))
 }
