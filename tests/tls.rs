@@ -1,6 +1,8 @@
 //! A cluster over TLS, with real processes: who is let in, and certificates and authorities that are replaced meanwhile.
 #![allow(clippy::print_stdout, reason = "measured figures")]
 
+mod small;
+
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::process::{Command, Output, Stdio};
@@ -156,50 +158,50 @@ fn flags_that_would_let_in_anybody_are_refused() {
     refused(&tls[..2], "--tls-cert");
 }
 
-#[test]
-fn certificates_and_authorities_are_replaced_under_a_running_fetch_without_a_failed_call_or_a_restart() {
-    let (old, new) = (Authority::new("old"), Authority::new("new"));
-    let mut cluster = cluster_of(&old);
-    let metrics = FreeAddress::loopback();
-    // Each side has a file of authorities, for they are replaced at different times.
+/// A cluster of which coordinator, caller and command line know the authority `old`, with the coordinator's flags. Each side has a
+/// file of authorities, for they are replaced at different times.
+fn cluster_to_rotate(old: &Authority, metrics: &FreeAddress) -> (Cluster, Vec<String>) {
+    let mut cluster = cluster_of(old);
     let client_ca = cluster.write("client-ca.pem", &old.pem());
     // Certificate and key in one file, which is replaced at once: a command line that reads them between would fail.
-    let whole = |Pair { cert, key }: Pair| cert + &key;
-    let worker = cluster.write("worker.pem", &whole(old.issue("one.workers")));
-    cluster.set_env("GLEANER_TLS_CERT", &worker);
-    cluster.set_env("GLEANER_TLS_KEY", &worker);
+    let pair = cluster.write("caller.pem", &whole(old.issue("one.callers")));
+    cluster.set_env("GLEANER_TLS_CERT", &pair);
+    cluster.set_env("GLEANER_TLS_KEY", &pair);
     let mut flags = flags(&cluster, "require");
-    flags.extend([
-        "--tls-client-ca".into(),
-        client_ca,
-        "--tls-client-names".into(),
-        "worker=*.workers,admin=*.workers".into(),
-    ]);
+    let names = ["worker", "trainer", "admin"].map(|role| format!("{role}=*.callers")).join(",");
+    flags.extend(["--tls-client-ca".into(), client_ca, "--tls-client-names".into(), names]);
     flags.extend(["--metrics-listen".into(), metrics.to_string()]);
     start_coordinator(&mut cluster, &flags);
-    cluster.start_worker_with("worker", &["--connections", "4"]);
-    let pids = ["coordinator", "worker"].map(|name| cluster.pid(name));
-    let origin = Origin::serve(Options { seed: 3, delay: Duration::from_millis(300), ..Options::default() });
-    let origin = origin.expect("loopback");
-    let urls = cluster.write("urls.txt", &pictures(400, &origin));
-    cluster.gleaner(&["dataset", "create", "many", "--urls", &urls, "--size", "64", "--slice-urls", "20"]);
+    (cluster, flags)
+}
 
+fn whole(Pair { cert, key }: Pair) -> String {
+    cert + &key
+}
+
+/// Replaces every certificate and the authority itself, while `role` works and `call` calls, over and over: none of its calls may fail.
+fn rotate(
+    cluster: &Cluster,
+    role: &'static str,
+    metrics: &FreeAddress,
+    (old, new): (&Authority, &Authority),
+    call: impl Fn() -> Result<(), String> + Sync,
+) {
+    let pids = ["coordinator", role].map(|name| cluster.pid(name));
     let reloads = |role: &str| cluster.log(role).matches("files were read again").count();
     let reloaded = |role: &'static str, change: &dyn Fn()| {
         let before = reloads(role);
         change();
-        cluster.eventually("the change is noticed", |cluster| {
-            cluster.log(role).matches("files were read again").count() > before
-        });
+        cluster.eventually("the change is noticed", |_| reloads(role) > before);
     };
     let (over, calls, failed) = (AtomicBool::new(false), AtomicU32::new(0), AtomicU32::new(0));
     std::thread::scope(|scope| {
         scope.spawn(|| {
             while !over.load(Ordering::Relaxed) {
-                let output = cluster.try_gleaner(&["status"]);
+                let called = call();
                 calls.fetch_add(1, Ordering::Relaxed);
-                if !output.status.success() {
-                    println!("{}", String::from_utf8_lossy(&output.stderr));
+                if let Err(error) = called {
+                    println!("{error}");
                     failed.fetch_add(1, Ordering::Relaxed);
                 }
             }
@@ -210,48 +212,92 @@ fn certificates_and_authorities_are_replaced_under_a_running_fetch_without_a_fai
         cluster.eventually("the half pair is refused", |cluster| {
             cluster.log("coordinator").contains("do not belong together")
         });
-        let before = calls.load(Ordering::Relaxed);
-        cluster.eventually("calls go on", |_| calls.load(Ordering::Relaxed) > before + 2);
+        let go_on = || {
+            let before = calls.load(Ordering::Relaxed);
+            cluster.eventually("calls go on", |_| calls.load(Ordering::Relaxed) > before + 2);
+        };
+        go_on();
         // Both authorities are trusted before anything is signed by the new one, and the old one goes last.
         let both = old.pem() + &new.pem();
-        reloaded("worker", &|| drop(cluster.write("ca.pem", &both)));
+        reloaded(role, &|| drop(cluster.write("ca.pem", &both)));
         reloaded("coordinator", &|| {
             cluster.write("client-ca.pem", &both);
             cluster.write("server.pem", &next.cert);
         });
-        reloaded("worker", &|| {
-            let next = cluster.write("worker.pem.next", &whole(new.issue("two.workers")));
-            std::fs::rename(next, &worker).expect("same folder");
+        reloaded(role, &|| {
+            let next = cluster.write("caller.pem.next", &whole(new.issue("two.callers")));
+            std::fs::rename(next, cluster.path("caller.pem")).expect("same folder");
         });
-        reloaded("worker", &|| drop(cluster.write("ca.pem", &new.pem())));
+        reloaded(role, &|| drop(cluster.write("ca.pem", &new.pem())));
         reloaded("coordinator", &|| drop(cluster.write("client-ca.pem", &new.pem())));
-        // The worker's connection is older than its new certificate: it is ended, and the next one is made with that.
+        // The caller's connection is older than its new certificate: it is ended, and the next one is made with that.
         let replaced = std::time::Instant::now();
         cluster.eventually("who was trusted for the old authority is put out", |_| {
-            scraped(&metrics).contains("gleaner_connections_refused_total{reason=\"distrusted\"}")
+            scraped(metrics).contains("gleaner_connections_refused_total{reason=\"distrusted\"}")
         });
-        println!("TLS: put_out_seconds={:.1}", replaced.elapsed().as_secs_f64());
+        println!("TLS: role={role} put_out_seconds={:.1}", replaced.elapsed().as_secs_f64());
         assert!(replaced.elapsed() < Duration::from_secs(5), "{:?}", replaced.elapsed());
-        let before = calls.load(Ordering::Relaxed);
-        cluster.eventually("calls go on", |_| calls.load(Ordering::Relaxed) > before + 2);
+        go_on();
         over.store(true, Ordering::Relaxed);
     });
     let (calls, failed) = (calls.into_inner(), failed.into_inner());
-    println!("TLS: rotation_calls={calls} rotation_failed={failed}");
-    assert_eq!((failed, pids), (0, ["coordinator", "worker"].map(|name| cluster.pid(name))));
-    assert!(["coordinator", "worker"].iter().all(|name| cluster.is_alive(name)));
-    assert_eq!(
-        cluster.json(&["dataset", "describe", "many"])["state"],
-        "fetching",
-        "all of that was under a running fetch"
-    );
+    println!("TLS: role={role} rotation_calls={calls} rotation_failed={failed}");
+    assert_eq!((failed, pids), (0, ["coordinator", role].map(|name| cluster.pid(name))));
+    assert!(["coordinator", role].iter().all(|name| cluster.is_alive(name)));
+}
+
+#[test]
+fn certificates_and_authorities_are_replaced_under_a_running_fetch_without_a_failed_call_or_a_restart() {
+    let (old, new) = (Authority::new("old"), Authority::new("new"));
+    let metrics = FreeAddress::loopback();
+    let (mut cluster, flags) = cluster_to_rotate(&old, &metrics);
+    cluster.start_worker_with("worker", &["--connections", "4"]);
+    let worker = cluster.pid("worker");
+    let origin = Origin::serve(Options { seed: 3, delay: Duration::from_millis(300), ..Options::default() });
+    let origin = origin.expect("loopback");
+    let urls = cluster.write("urls.txt", &pictures(400, &origin));
+    cluster.gleaner(&["dataset", "create", "many", "--urls", &urls, "--size", "64", "--slice-urls", "20"]);
+    rotate(&cluster, "worker", &metrics, (&old, &new), || {
+        let output = cluster.try_gleaner(&["status"]);
+        if output.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&output.stderr).into_owned()) }
+    });
+    let state = cluster.json(&["dataset", "describe", "many"])["state"].clone();
+    assert_eq!(state, "fetching", "all of that was under a running fetch");
 
     // A new connection of the same worker: nothing is left of the old authority.
     cluster.kill("coordinator");
     start_coordinator(&mut cluster, &flags);
     cluster.gleaner(&["dataset", "wait", "many", "--timeout", "120s"]);
     assert_eq!(cluster.json(&["dataset", "describe", "many"])["outcomes"]["kept"], 400);
-    assert_eq!(cluster.pid("worker"), pids[1]);
+    assert_eq!(cluster.pid("worker"), worker);
+}
+
+#[test]
+fn certificates_and_authorities_are_replaced_under_a_running_training_and_an_open_page() {
+    let (old, new) = (Authority::new("old"), Authority::new("new"));
+    let metrics = FreeAddress::loopback();
+    let (mut cluster, _) = cluster_to_rotate(&old, &metrics);
+    small::dataset(&mut cluster);
+    cluster.terminate("worker");
+    cluster.start_trainer("trainer", 2);
+    small::submit(&cluster, "run", 400, &["ranks.max=2"]);
+    cluster.eventually("it trains", |cluster| small::step(cluster, "run") > 5);
+    let page = FreeAddress::loopback().to_string();
+    cluster.spawn("web", &["web", "--web-listen", &page]);
+    cluster.eventually("the pages are served", |_| TcpStream::connect(&page).is_ok());
+    rotate(&cluster, "trainer", &metrics, (&old, &new), || {
+        let mut socket = TcpStream::connect(&page).map_err(|error| error.to_string())?;
+        write!(socket, "GET /runs/run HTTP/1.1\r\nHost: {page}\r\nConnection: close\r\n\r\n")
+            .map_err(|error| error.to_string())?;
+        let mut answer = Vec::new();
+        socket.read_to_end(&mut answer).map_err(|error| error.to_string())?;
+        let answer = String::from_utf8_lossy(&answer).into_owned();
+        if answer.starts_with("HTTP/1.1 200") { Ok(()) } else { Err(answer) }
+    });
+    let (before, run) = (small::step(&cluster, "run"), cluster.json(&["run", "describe", "run"]));
+    assert_eq!((&run["state"], &run["generation"]), (&"running".into(), &1.into()), "no rank was lost: {run}");
+    cluster.eventually("it still trains", |cluster| small::step(cluster, "run") > before + 5);
+    cluster.gleaner(&["run", "cancel", "run"]);
 }
 
 /// What a role says of itself.
