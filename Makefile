@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test test-nccl soak soak-train bench-train bench-fetch bench-scale fuzz engine images try-cluster libtorch pytorch clean
+.PHONY: help setup build demo test test-nccl soak soak-train bench-train bench-fetch bench-scale fuzz engine images dist try-cluster libtorch pytorch clean
 
 tools := target/tools
 export PATH := $(CURDIR)/$(tools)/bin:$(PATH)
@@ -23,6 +23,8 @@ help:
 	@echo "make setup                libtorch and the build's tools, into target/; every other target does it first"
 	@echo "make images               both container images, as archives in target/images; needs buildah. PROFILE=dev: quicker, if"
 	@echo "                          tests were run; IMAGES=gleaner: the small one alone"
+	@echo "make dist                 the small binary for any Linux of the last ten years, as archives and Python wheels in target/dist"
+	@echo "                          [ARCHS=x86_64: without the one for aarch64]"
 	@echo "make try-cluster          the pods of overlays/local-urls, through kills and replacements, on the cluster that kubectl talks to, in"
 	@echo "                          namespaces that it makes and removes; needs the images of 'make images' on its node. ARGS=--help"
 	@echo "make libtorch CUDA=1      libtorch with CUDA and NCCL, into target/libtorch-cuda; to build with it:"
@@ -60,8 +62,8 @@ soak-train: setup
 	@grep '^soak-train:' target/soak-train.log
 
 bench-train: setup pytorch $(tools)/torchvision/ready
-	cargo build --locked -p gleaner-trainer --features bench --example bench
-	PYTHONPATH=$(tools)/torchvision $(tools)/pytorch/bin/python tests/bench/train/train.py --bench target/debug/examples/bench $(ARGS)
+	cargo build --locked --release -p gleaner-trainer --features bench --example bench
+	PYTHONPATH=$(tools)/torchvision $(tools)/pytorch/bin/python tests/bench/train/train.py --bench target/release/examples/bench $(ARGS)
 
 # The build of `make images`, as fetch workers are deployed.
 bench-fetch: $(tools)/ready $(tools)/img2dataset/ready
@@ -70,6 +72,9 @@ bench-fetch: $(tools)/ready $(tools)/img2dataset/ready
 
 bench-scale: $(tools)/ready
 	cargo bench --locked -p gleaner --bench scale --no-default-features --features demo
+
+dist: $(tools)/ready
+	deploy/setup/dist.sh $(ARCHS)
 
 engine:
 	deploy/setup/engine.sh
