@@ -9,7 +9,7 @@ mod small;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use small::{compare, dataset, step, submit, wait, wait_for};
+use small::{dataset, step, submit, verify, wait, wait_for};
 use support::Cluster;
 use support::net::Net;
 use support::process::{parent, signal};
@@ -140,7 +140,7 @@ fn assert_same_samples(cluster: &Cluster, disturbed: &str) {
         steps.div_ceil(cluster.json(&["run", "describe", disturbed])["steps_per_epoch"].as_u64().expect("a number"));
     submit(cluster, "undisturbed", epochs as u32, &["ranks.max=1"]);
     wait(cluster, "undisturbed");
-    let found = compare(cluster, disturbed, "undisturbed");
+    let found = verify(cluster, disturbed, "undisturbed");
     assert_eq!((found["steps_a"].as_u64(), found["steps_equal"].as_u64()), (Some(steps), Some(steps)), "{found}");
     println!("{disturbed}: {steps} steps on the same samples as undisturbed");
     cluster.gleaner(&["fsck"]);
@@ -286,7 +286,7 @@ fn soak() {
     }
     wait_for(&cluster, "killed", Duration::from_secs(1800));
     let run = cluster.json(&["run", "describe", "killed"]);
-    let found = compare(&cluster, "killed", "undisturbed");
+    let found = verify(&cluster, "killed", "undisturbed");
     let (generations, equal) = (&run["generation"], u8::from(found["equal"] == true));
     let (steps, seconds) = (&found["steps_equal"], begun.elapsed().as_secs());
     println!(

@@ -66,9 +66,9 @@ pub fn step(cluster: &Cluster, run: &str) -> u64 {
     cluster.json(&["run", "describe", run])["step"].as_u64().unwrap_or(0)
 }
 
-/// What `run compare` says, whether they are equal or not.
-pub fn compare(cluster: &Cluster, a: &str, b: &str) -> Value {
-    let output = cluster.try_gleaner(&["run", "compare", a, b, "-o", "json"]);
+/// What `run verify` says, whether they are equal or not.
+pub fn verify(cluster: &Cluster, a: &str, b: &str) -> Value {
+    let output = cluster.try_gleaner(&["run", "verify", a, b, "-o", "json"]);
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let found: Value = serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"));
     assert_eq!(output.status.code(), Some(i32::from(found["equal"] != true)), "{found}");

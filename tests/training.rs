@@ -4,7 +4,7 @@ mod small;
 
 use std::path::Path;
 
-use small::{compare, dataset, step, submit, submit_from, wait};
+use small::{dataset, step, submit, submit_from, verify, wait};
 use support::{Cluster, process::kill};
 
 #[test]
@@ -35,7 +35,7 @@ fn ledgers_are_equal_whatever_the_ranks_and_whoever_is_killed() {
         submit(&cluster, run, 60, &[&format!("ranks.min={world}"), &format!("ranks.max={world}")]);
         wait(&cluster, run);
     }
-    let found = compare(&cluster, "one", "three");
+    let found = verify(&cluster, "one", "three");
     assert!(found["equal"] == true && found["steps_a"].as_u64() >= Some(60 * 5), "{found}");
 
     submit(&cluster, "killed", 60, &["ranks.min=2"]);
@@ -45,7 +45,7 @@ fn ledgers_are_equal_whatever_the_ranks_and_whoever_is_killed() {
         kill(*ranks.first().expect("ranks run"));
     }
     wait(&cluster, "killed");
-    let found = compare(&cluster, "killed", "one");
+    let found = verify(&cluster, "killed", "one");
     assert!(found["equal"] == true, "{found}");
     let events = cluster.json(&["run", "describe", "killed"])["events"].to_string();
     assert!(events.contains("failure"), "the kills were noticed: {events}");
@@ -78,7 +78,7 @@ fn a_run_survives_its_coordinator_and_its_agent_and_a_cancel() {
     });
     cluster.gleaner(&["run", "resume", "disturbed"]);
     wait(&cluster, "disturbed");
-    let found = compare(&cluster, "disturbed", "undisturbed");
+    let found = verify(&cluster, "disturbed", "undisturbed");
     assert!(found["equal"] == true, "{found}");
     let test = |run| cluster.json(&["run", "describe", run])["test"].clone();
     let (disturbed, undisturbed) = (test("disturbed"), test("undisturbed"));
@@ -113,7 +113,7 @@ fn a_run_goes_on_from_an_older_checkpoint_than_a_damaged_one_and_another_begins_
     let run = cluster.json(&["run", "describe", "run"]);
     let events = run["events"].to_string();
     assert!(events.contains("damaged") && events.contains("SHA-256"), "{events}");
-    let found = compare(&cluster, "run", "undisturbed");
+    let found = verify(&cluster, "run", "undisturbed");
     assert!(found["equal"] == true, "{found}");
     // The newest two and the best are kept.
     let best = run["best_checkpoint_step"].as_u64().expect("a number");

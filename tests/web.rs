@@ -2,10 +2,16 @@
 
 mod small;
 
+use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
+use demo_origin::list;
+use demo_origin::origin::{Options, Origin};
+use demo_origin::pictures::CLASSES;
+use demo_origin::rot::Rot;
 use small::{dataset, submit, wait};
 use support::{Cluster, FreeAddress};
 
@@ -142,6 +148,107 @@ fn pages_say_what_the_command_line_says_and_show_the_stored_pictures() {
     for missing in ["/datasets/none", "/runs/none", "/nothing"] {
         assert_eq!(get_as(&pages, &pages, missing).status(), "404", "{missing}");
     }
+
+    // Once the cluster is gone, its store alone says the same, and stays as it is.
+    let shown = ["/datasets/small", "/datasets/small/urls?outcome=kept", "/runs/one", "/runs/one/logs"];
+    let before = shown.map(|path| get(&pages, path));
+    for role in ["web", "trainer", "worker", "coordinator"] {
+        cluster.terminate(role);
+    }
+    let stored = objects(Path::new(cluster.store()));
+    let address = FreeAddress::loopback().to_string();
+    let store = cluster.store().to_owned();
+    cluster.spawn("after", &["web", "--web-listen", &address, "--store", &store]);
+    cluster.eventually("the store is shown", |_| {
+        TcpStream::connect(&address).is_ok() && get_as(&address, &address, "/").status() == "200"
+    });
+    // A running coordinator may know newer points of a curve than were stored.
+    let told = |page: &str| page.split("<section id=\"curves\"").next().map(str::to_owned);
+    for (path, before) in shown.iter().zip(&before) {
+        assert!(told(&get(&address, path)) == told(before), "{path}");
+    }
+    assert_eq!(get_as(&address, &address, pictures[0]).status(), "200");
+    cluster.terminate("after");
+    assert_eq!(objects(Path::new(cluster.store())), stored);
+    let none = cluster.try_gleaner(&["web", "--store", "/nowhere"]);
+    assert!(String::from_utf8_lossy(&none.stderr).contains("there is no such folder"), "{none:?}");
+}
+
+/// All files below a folder, with what says whether one was written again.
+fn objects(folder: &Path) -> BTreeMap<PathBuf, (u64, SystemTime)> {
+    let entries = std::fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry"));
+    let each = entries.flat_map(|entry| {
+        let (path, about) = (entry.path(), entry.metadata().expect("it is there"));
+        match about.is_dir() {
+            true => objects(&path).into_iter().collect(),
+            false => vec![(path, (about.len(), about.modified().expect("a time")))],
+        }
+    });
+    each.collect()
+}
+
+#[test]
+fn rejected_pictures_copies_and_changes_between_versions_can_be_looked_at() {
+    let mut cluster = Cluster::start();
+    let pages = start_pages(&mut cluster).to_string();
+    cluster.start_worker("worker");
+    let origin = Origin::serve(Options { seed: 5, ..Options::default() }).expect("loopback");
+    let line = |(rot, picture, n): (Rot, u64, u64)| {
+        let class = picture as usize % 2;
+        format!("{}\t{}\n", CLASSES[class].synset, list::url(rot, (class, picture), n, &origin))
+    };
+    let good = (0..20).map(|n| (Rot::Good, n, n));
+    let rotted = (20..26).map(|n| (Rot::Placeholder, n, n)).chain([(Rot::Copy, 3, 26), (Rot::NotFound, 27, 27)]);
+    let urls = cluster.write("urls.txt", &good.chain(rotted).map(line).collect::<String>());
+    let flags = ["--size", "72", "--validation", "0", "--test", "0", "--wait", "--timeout", "60s"];
+    cluster.gleaner(&[&["dataset", "create", "rotted", "--urls", &urls], &flags[..]].concat());
+
+    let images = |page: &str| -> Vec<String> {
+        let sources = page.split("<img src=\"").skip(1).filter_map(|rest| rest.split('"').next());
+        sources.map(str::to_owned).collect()
+    };
+    let picture = |path: &String| {
+        let answer = get_as(&pages, &pages, path);
+        assert!(answer.status() == "200" && answer.head.contains("image/jpeg"), "{path}: {}", answer.head);
+        answer.body
+    };
+    let small = images(&get(&pages, "/datasets/rotted/urls?outcome=too_small"));
+    assert_eq!(small.len(), 4, "a few are enough: {small:?}");
+    for address in &small {
+        let header = turbojpeg::read_header(&picture(address)).expect("a JPEG");
+        assert!(address.contains("/rejected/1/") && header.width.max(header.height) <= 128, "{address}");
+    }
+    assert!(images(&get(&pages, "/datasets/rotted/urls?outcome=not_found")).is_empty());
+    let copies = get(&pages, "/datasets/rotted/urls?outcome=duplicate");
+    let [copy, original] = &images(&copies)[..] else { panic!("side by side: {copies}") };
+    assert!(copy.contains("/k26.jpg") && original.contains("/k3.jpg") && copies.contains("like 3"), "{copies}");
+    assert_eq!(picture(copy), picture(original));
+    let all = get(&pages, "/datasets/rotted/urls");
+    for section in ["id=\"ended\"", "id=\"hosts\"", "id=\"sizes\"", "id=\"times\""] {
+        assert!(all.contains(section), "{section}: {all}");
+    }
+
+    let more: String = (30..35).map(|n| (Rot::Good, n, n)).map(line).collect();
+    let more = cluster.write("more.txt", &more);
+    cluster.gleaner(&["dataset", "refresh", "rotted", "--urls", &more, "--wait", "--timeout", "60s"]);
+    assert!(get(&pages, "/datasets/rotted").contains("/datasets/rotted/changes/1/2"));
+    let changes = get(&pages, "/datasets/rotted/changes/1/2");
+    assert!(changes.contains("5 samples added, 0 removed"), "{changes}");
+    assert_eq!(get_as(&pages, &pages, "/datasets/rotted/changes/1/7").status(), "404");
+
+    let sheet = cluster.path("sheet.png");
+    let rows = cluster.json(&["dataset", "sample", "rotted", "--to", &sheet.display().to_string()]);
+    let rows: Vec<(&str, u64)> = rows
+        .as_array()
+        .expect("rows")
+        .iter()
+        .map(|row| (row["synset"].as_str().expect("a synset"), row["pictures"].as_u64().expect("a count")))
+        .collect();
+    assert_eq!(rows, [(CLASSES[0].synset, 8), (CLASSES[1].synset, 8)]);
+    let size = image::image_dimensions(&sheet).expect("a PNG");
+    assert_eq!(size, (8 * 132 + 4, 2 * 132 + 4));
+    let unknown = cluster.try_gleaner(&["dataset", "sample", "rotted", "--to", "x.png", "--synset", "n0"]);
+    assert!(String::from_utf8_lossy(&unknown.stderr).contains("has no such class"), "{unknown:?}");
 }
 
 #[test]

@@ -1,12 +1,14 @@
 //! The command tree. Flags are few, and a new one is a decision: a test holds the list.
 
+mod help;
+
 use anyhow::Result;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::client::ClusterArgs;
 use crate::dial::contexts;
 use crate::telemetry::{Spans, TelemetryArgs};
-use crate::{classify, dataset, doctor, fsck, gc, local, roles, run, secrets, status, token, web};
+use crate::{classify, dataset, doctor, fsck, gc, local, man, roles, run, secrets, status, token, web};
 
 /// A distributed data-and-training cluster for image classification
 ///
@@ -16,8 +18,16 @@ use crate::{classify, dataset, doctor, fsck, gc, local, roles, run, secrets, sta
 pub(crate) struct Cli {
     #[command(flatten)]
     pub(crate) telemetry: TelemetryArgs,
+    /// Say nothing but data and errors: no progress, no advice
+    #[arg(short, long, global = true)]
+    pub(crate) quiet: bool,
     #[command(subcommand)]
     pub(crate) command: Command,
+}
+
+/// The command tree with its help.
+pub(crate) fn command() -> clap::Command {
+    help::told(Cli::command())
 }
 
 /// All commands.
@@ -55,6 +65,8 @@ pub(crate) enum Command {
     /// Prepare what a cluster needs
     #[command(subcommand)]
     Cluster(secrets::Command),
+    /// Write a manual page for each command
+    Man(man::Args),
     /// Run the coordinator, which decides who does what
     Coordinator(roles::CoordinatorArgs),
     /// Run a fetch worker
@@ -102,6 +114,7 @@ impl Command {
             Command::Config(command) => contexts::run(command),
             Command::Token(command) => token::run(command),
             Command::Cluster(command) => secrets::run(command),
+            Command::Man(args) => man::run(&args),
             Command::Coordinator(args) => roles::coordinator(args).await,
             Command::Worker(args) => roles::worker(args).await,
             #[cfg(feature = "trainer")]
@@ -115,15 +128,14 @@ impl Command {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     /// The long flags of a command, without those that every command has.
     fn flags(path: &[&str]) -> Vec<String> {
-        let mut command = Cli::command();
+        let mut command = command();
         command.build();
         let found = path.iter().fold(&command, |command, name| command.find_subcommand(name).expect("a command"));
         #[rustfmt::skip]
-        let every = ["help", "log-format", "otlp-endpoint", "coordinator", "token-file", "context", "tls-ca", "tls-cert", "tls-key", "output"];
+        let every = ["help", "quiet", "log-format", "otlp-endpoint", "coordinator", "token-file", "context", "tls-ca", "tls-cert", "tls-key", "output"];
         let longs = found.get_arguments().filter_map(|arg| arg.get_long());
         longs.filter(|long| !every.contains(long)).map(str::to_owned).collect()
     }
@@ -132,7 +144,7 @@ mod tests {
     fn the_flags_are_these_and_no_more() {
         Cli::command().debug_assert();
         #[rustfmt::skip]
-        let expected: [(&[&str], &str); 42] = [
+        let expected: [(&[&str], &str); 44] = [
             (&["local"], "store listen insecure web-listen workers ranks leave-seconds allow-net import-root exit-with-stdin"),
             (&["dataset", "create"], "urls store-key format synset-column url-column columns limit dry-run unlabelled multi-label keep-columns verify synsets url-template class-names \
                 size resize no-upscale encode-format reencode quality validation test seed slice-urls per-class min-bytes spec set wait timeout"),
@@ -140,6 +152,7 @@ mod tests {
                 size resize no-upscale encode-format reencode quality validation test seed slice-urls per-class min-bytes spec set wait timeout"),
             (&["dataset", "refresh"], "urls store-key format synset-column url-column columns limit import class-column image-column accept-damage wait timeout"),
             (&["dataset", "outcomes"], "store outcome synset limit version"),
+            (&["dataset", "sample"], "store to synset each split version"),
             (&["dataset", "diff"], "store"),
             (&["dataset", "export"], "store to as split version"),
             (&["dataset", "list"], ""),
@@ -158,11 +171,12 @@ mod tests {
             (&["run", "watch"], ""),
             (&["run", "wait"], "timeout"),
             (&["run", "logs"], "follow rank tail since"),
-            (&["run", "metrics"], "kind csv"),
+            (&["run", "metrics"], "kind csv plot"),
             (&["run", "export"], "tensorboard"),
             (&["run", "model"], "to format weights"),
             (&["run", "evaluate"], "dataset split version csv"),
             (&["run", "compare"], ""),
+            (&["run", "verify"], ""),
             (&["run", "explain"], ""),
             (&["run", "cancel"], ""),
             (&["run", "resume"], "at wait timeout"),
@@ -170,7 +184,7 @@ mod tests {
             (&["run", "delete"], "yes"),
             (&["classify"], ""),
             (&["status"], ""),
-            (&["web"], "web-listen exit-with-stdin"),
+            (&["web"], "web-listen store exit-with-stdin"),
             (&["doctor"], "store"),
             (&["fsck"], "store deep"),
             (&["gc"], "store dry-run grace"),

@@ -2,12 +2,13 @@
 
 mod control;
 mod create;
-mod diff;
+pub(crate) mod diff;
 pub(crate) mod export;
 mod import;
 mod outcomes;
 mod preview;
 pub(crate) mod reader;
+mod sample;
 mod spec;
 
 use std::ops::ControlFlow;
@@ -80,6 +81,8 @@ pub(crate) enum Command {
     },
     /// List the URLs with what became of each
     Outcomes(outcomes::Args),
+    /// Write some of its pictures onto one sheet, a row for each class
+    Sample(sample::Args),
     /// Compare two versions: samples added and removed, outcomes by class
     Diff(diff::Args),
     /// Write the dataset as a folder tree, a plain list, clean tars, or Parquet
@@ -120,6 +123,7 @@ pub(crate) async fn run(command: Command) -> Result<()> {
         Command::Priority { of, share } => control::priority(of, share).await,
         Command::Manifest { name, version, cluster } => manifest(name, version, &cluster).await,
         Command::Outcomes(args) => outcomes::run(args).await,
+        Command::Sample(args) => sample::run(args).await,
         Command::Diff(args) => diff::run(args).await,
         Command::Export(args) => export::run(args).await,
         Command::Delete { of, yes } => delete(of, yes).await,

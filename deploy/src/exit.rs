@@ -51,7 +51,7 @@ impl Ended {
 /// Says on standard error what went wrong.
 pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
     let (exit, message) = explain(error);
-    crate::output::note(format!("gleaner: {message}"));
+    crate::output::complain(format!("gleaner: {message}"));
     ExitCode::from(exit as u8)
 }
 

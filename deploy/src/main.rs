@@ -3,14 +3,14 @@
 //!
 //! - [`cli`]: the command tree; [`exit`]: how a command ends; [`output`]: what it prints;
 //! - [`roles`]: `coordinator`, `worker`, `trainer`, `rank`; [`local`]: all of them as one process tree; [`store`]: opens the store,
-//!   [`metered`] counts its requests, [`metrics`] serves the counts over HTTP; [`process`]: sockets and the signal to end;
+//!   [`metered`] counts its requests, [`overlay`] keeps what is written out of it, [`metrics`] serves the counts over HTTP; [`process`]: sockets and the signal to end;
 //! - [`dial`], [`credentials`], [`client`]: the way to the coordinator, and what is shown to it; [`token`] makes tokens,
 //!   [`secrets`] certificates; [`tls`]: certificates that are read, and [`watched`]; [`private`] files are for oneself alone;
 //! - [`dataset`], [`lists`], [`run`], [`settings`], [`status`], [`doctor`]: for people; [`web`]: the same for a browser;
 //!   [`classify`]: what a trained model sees in pictures;
 //!   [`fsck`], [`gc`]: what in a store does not add up, and what nobody needs any more, without a coordinator;
 //!   [`confirm`] asks before something is deleted, [`time`] writes moments and spans;
-//! - `demo`: the whole job, shown on one machine; [`allocator`]: how a worker's process uses memory.
+//! - [`man`] writes manual pages; `demo`: the whole job, shown on one machine; [`allocator`]: how a worker's process uses memory.
 
 mod allocator;
 mod classify;
@@ -30,9 +30,11 @@ mod gc;
 mod imports;
 mod lists;
 mod local;
+mod man;
 mod metered;
 mod metrics;
 mod output;
+mod overlay;
 mod private;
 mod process;
 mod roles;
@@ -52,14 +54,17 @@ mod web;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{ArgMatches, CommandFactory, FromArgMatches};
+use clap::{ArgMatches, FromArgMatches};
 use tracing::{Instrument, Span};
 
 fn main() -> ExitCode {
     complete::answer_shell::<cli::Cli>();
-    let matches = cli::Cli::command().get_matches();
+    let matches = cli::command().get_matches();
     let cli = cli::Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     let name = name(&matches);
+    if cli.quiet {
+        output::be_quiet();
+    }
     if matches.subcommand_name() == Some("worker") {
         allocator::give_buffers_back();
     }

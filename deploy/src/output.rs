@@ -2,6 +2,7 @@
 
 use std::fmt::Display;
 use std::io::{ErrorKind, IsTerminal, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressStyle};
@@ -26,14 +27,29 @@ pub(crate) fn say(line: impl Display) {
         // Whoever read it has gone (`| head`): there is nobody left to work for. As a shell reports a SIGPIPE.
         Err(error) if error.kind() == ErrorKind::BrokenPipe => std::process::exit(141),
         Err(error) => {
-            note(format!("gleaner: cannot write to standard output: {error}"));
+            complain(format!("gleaner: cannot write to standard output: {error}"));
             std::process::exit(1);
         }
     }
 }
 
+/// Whether nothing is said but data and errors.
+static QUIET: AtomicBool = AtomicBool::new(false);
+
+/// Nothing is said from now on but data and errors.
+pub(crate) fn be_quiet() {
+    QUIET.store(true, Ordering::Relaxed);
+}
+
 /// One line of chatter.
 pub(crate) fn note(line: impl Display) {
+    if !QUIET.load(Ordering::Relaxed) {
+        complain(line);
+    }
+}
+
+/// One line that is said in any case.
+pub(crate) fn complain(line: impl Display) {
     // Without standard error there is no place to complain to.
     let _ = writeln!(std::io::stderr().lock(), "{line}");
 }
@@ -95,12 +111,14 @@ pub(crate) struct Progress {
 impl Progress {
     /// `unit` is what is counted ("URLs", "steps").
     pub(crate) fn new(unit: &str) -> Self {
-        let target = match std::io::stderr().is_terminal() {
+        let target = match std::io::stderr().is_terminal() && !QUIET.load(Ordering::Relaxed) {
             true => ProgressDrawTarget::stderr(),
             false => ProgressDrawTarget::hidden(),
         };
-        let style = ProgressStyle::with_template(&format!("{{wide_bar}} {{pos}}/{{len}} {unit}  {{msg}}"))
-            .expect("a template of known parts");
+        let style = ProgressStyle::with_template(&format!(
+            "{{wide_bar}} {{pos}}/{{len}} {unit} {{per_sec}}, {{eta}} left  {{msg}}"
+        ))
+        .expect("a template of known parts");
         let bar = ProgressBar::with_draw_target(Some(0), target).with_style(style);
         Self { bar: bar.with_finish(ProgressFinish::AndClear), reported: None, phase: String::new() }
     }

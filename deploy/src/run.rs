@@ -3,7 +3,7 @@
 mod calibration;
 mod cancel;
 mod card;
-mod compare;
+pub(crate) mod compare;
 mod delete;
 mod describe;
 pub(crate) mod evaluate;
@@ -17,8 +17,10 @@ mod metrics;
 mod model;
 pub(crate) mod model_files;
 pub(crate) mod network;
+mod plot;
 mod resume;
 mod submit;
+mod verify;
 pub(crate) mod view;
 mod wait;
 mod weights;
@@ -56,8 +58,10 @@ pub(crate) enum Command {
     Model(model::Args),
     /// Try a trained model on a split of a dataset: accuracy by class, and what it takes for what
     Evaluate(evaluate::Args),
+    /// Say what was changed from one run to another, what came of it, and what `verify` says; ends as that does
+    Compare(verify::Args),
     /// Say whether two runs were trained on the same samples in each step; ends with 1 if not
-    Compare(compare::Args),
+    Verify(verify::Args),
     /// Say what bounds the run: data, compute, network, or one of its ranks
     Explain(NameArgs),
     /// End a run after the step it is at, with a checkpoint
@@ -94,6 +98,7 @@ pub(crate) async fn run(command: Command) -> Result<()> {
         Command::Model(args) => model::run(args).await,
         Command::Evaluate(args) => evaluate::run(args).await,
         Command::Compare(args) => compare::run(&args).await,
+        Command::Verify(args) => verify::run(&args).await,
         Command::Explain(of) => explain::run(&of).await,
         Command::Cancel(of) => cancel::run(&of).await,
         Command::Resume(args) => resume::run(&args).await,

@@ -2,14 +2,16 @@
 //!
 //! Whatever a page shows, it asks the coordinator for, as the command line does, so that both always say the same; nothing can be changed
 //! here. A page is rendered on the server and readable without a script; the script asks for it again while it is looked at.
-//! `gleaner local` serves the pages too.
+//! `gleaner local` serves the pages too. Once a cluster is gone, `gleaner web --store` shows what it has left: a coordinator in this
+//! process answers then, whose store is [`crate::overlay`]'s, so that nothing of the store changes.
 //!
-//! - [`home`], [`dataset`], [`run`], [`mistakes`], [`compare`], [`try_it`]: one page each;
+//! - [`home`], [`dataset`], [`urls`], [`changes`], [`run`], [`mistakes`], [`compare`], [`try_it`]: one page each;
 //! - [`entry`]: who is shown them, where other machines reach them;
 //! - [`page`]: the frame around each of them, and what is told when there is none;
 //! - [`chart`]: lines and bars as SVG; [`progress`]: how far a dataset is; [`pictures`]: the stored pictures of a dataset; [`source`]: what is
 //!   kept of the coordinator's answers.
 
+mod changes;
 mod chart;
 mod compare;
 mod dataset;
@@ -22,12 +24,13 @@ mod progress;
 mod run;
 mod source;
 mod try_it;
+mod urls;
 
 use std::future::ready;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use axum::body::Body;
 use axum::extract::Request;
 use axum::http::header::{
@@ -39,19 +42,31 @@ use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Extension, Router};
+use coordinator::SiteBudgets;
+use object_store::ObjectStoreExt;
+use object_store::path::Path;
+use proto::dial::Dial;
+use proto::keys;
 use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use self::entry::{Admission, Entry};
 use self::source::Source;
 use crate::client::Cluster;
 use crate::dial::DialArgs;
+use crate::exit::{Ended, Exit};
 use crate::output::note;
+use crate::overlay::Overlay;
 use crate::process::{self, ShutdownArgs};
+use crate::store;
 use crate::try_it::STYLE;
 
 /// Where the pages are served unless somebody says otherwise.
 pub(crate) const DEFAULT_LISTEN: &str = "127.0.0.1:7071";
+
+/// No worker asks a coordinator for a lease that serves the pages alone.
+const LEASE_SECONDS: f64 = 30.0;
 
 /// Nothing comes from anywhere else, and no script but our own runs.
 const POLICY: &str = "default-src 'none'; style-src 'self'; script-src 'self' 'wasm-unsafe-eval'; worker-src 'self'; img-src 'self'; \
@@ -64,6 +79,10 @@ pub(crate) struct Args {
     /// here. Whoever is let in sees all of the cluster, but can change nothing
     #[arg(long, env = "GLEANER_WEB_LISTEN", value_name = "ADDRESS:PORT", default_value = DEFAULT_LISTEN)]
     web_listen: SocketAddr,
+    /// Show what lies in this store (a folder, s3://, gs:// or az://), as it is now, and ask no coordinator: nothing in it is
+    /// changed
+    #[arg(long, value_name = "STORE")]
+    store: Option<String>,
     #[command(flatten)]
     dial: DialArgs,
     #[command(flatten)]
@@ -74,9 +93,48 @@ pub(crate) struct Args {
 pub(crate) async fn run(args: Args) -> Result<()> {
     let shutdown = process::shutdown_signal(args.end.exit_with_stdin)?;
     let listener = process::bind(args.web_listen, "--web-listen").await?;
-    let dial = args.dial.dial()?;
-    note(format!("pages of {dial} at http://{}; Ctrl-C ends them", listener.local_addr()?));
-    serve(listener, Cluster::over(&dial), shutdown).await
+    let at = listener.local_addr()?;
+    let Some(location) = args.store else {
+        let dial = args.dial.dial()?;
+        note(format!("pages of {dial} at http://{at}; Ctrl-C ends them"));
+        return serve(listener, Cluster::over(&dial), shutdown).await;
+    };
+    let (dial, coordinator) = coordinator_of(&location, &shutdown).await?;
+    note(format!("pages of {location}, as it is now, at http://{at}; Ctrl-C ends them"));
+    tokio::select! {
+        served = serve(listener, Cluster::over(&dial), shutdown.clone()) => served,
+        ended = coordinator => match ended? {
+            Err(error) => Err(error.context(format!("--store {location}"))),
+            Ok(()) => Ok(()),
+        },
+    }
+}
+
+/// A coordinator in this process that knows what is in a store and leaves it as it is.
+async fn coordinator_of(location: &str, shutdown: &CancellationToken) -> Result<(Dial, JoinHandle<Result<()>>)> {
+    let below = store::open_existing(location)?;
+    match below.head(&Path::from(keys::CLUSTER)).await {
+        Ok(_) => {}
+        Err(object_store::Error::NotFound { .. }) => {
+            let text = format!("--store {location}: no cluster has its store there: {} is missing", keys::CLUSTER);
+            return Err(Ended::error(Exit::NotFound, text));
+        }
+        Err(error) => return Err(error).with_context(|| format!("--store {location} cannot be read")),
+    }
+    let listener = process::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), "--web-listen").await?;
+    let dial = Dial::new(&format!("http://{}", listener.local_addr()?))?;
+    let config = coordinator::Config {
+        lease_seconds: LEASE_SECONDS,
+        spool_folder: None,
+        tokens: None,
+        tls_client_names: Vec::new(),
+        insecure: false,
+        largest_list: 0,
+        sites: SiteBudgets::default(),
+    };
+    let store = Arc::new(Overlay::new(below));
+    let running = tokio::spawn(coordinator::run(config, store, listener, None, shutdown.clone()));
+    Ok((dial, running))
 }
 
 /// Serves the pages of a cluster at `listener` until `shutdown`.
@@ -109,7 +167,9 @@ fn router(source: Source, at: SocketAddr, entry: Option<Arc<Entry>>) -> Router {
     Router::new()
         .route("/", get(home::page))
         .route("/datasets/{name}", get(dataset::page))
-        .route("/datasets/{name}/urls", get(dataset::urls))
+        .route("/datasets/{name}/urls", get(urls::page))
+        .route("/datasets/{name}/rejected/{version}/{shard}/{file}", get(urls::rejected))
+        .route("/datasets/{name}/changes/{from}/{to}", get(changes::page))
         .route("/datasets/{name}/pictures/{version}/{shard}/{split}/{block}/{file}", get(pictures::picture))
         .route("/runs/{name}", get(run::page))
         .route("/runs/{name}/logs", get(run::logs))
@@ -147,7 +207,7 @@ async fn guard(request: Request<Body>, next: Next, at: SocketAddr, entry: Option
         (StatusCode::METHOD_NOT_ALLOWED, [(ALLOW, "GET, HEAD")], "nothing can be changed here\n").into_response()
     } else {
         match (admission(&request), entry) {
-            (Admission::Page, _) => next.run(request).await,
+            (Admission::Page, _) => answer(request, next).await,
             (Admission::Cookie(cookie), entry) => {
                 entry.into_iter().for_each(|entry| tell_code(at, entry));
                 (StatusCode::SEE_OTHER, [(SET_COOKIE, cookie), (LOCATION, request.uri().path().to_owned())])
@@ -165,6 +225,20 @@ async fn guard(request: Request<Body>, next: Next, at: SocketAddr, entry: Option
     set(X_CONTENT_TYPE_OPTIONS, "nosniff");
     set(REFERRER_POLICY, "no-referrer");
     response
+}
+
+/// A page. The connection to the coordinator may have ended in between, because certificates were replaced or the coordinator was: then
+/// another try has another one.
+async fn answer(request: Request<Body>, next: Next) -> Response {
+    let mut again = Request::new(Body::empty());
+    request.method().clone_into(again.method_mut());
+    request.uri().clone_into(again.uri_mut());
+    request.headers().clone_into(again.headers_mut());
+    request.extensions().clone_into(again.extensions_mut());
+    match next.clone().run(request).await {
+        lost if lost.status() == StatusCode::SERVICE_UNAVAILABLE => next.run(again).await,
+        answer => answer,
+    }
 }
 
 /// Whether a request names no host but this machine: by an address or as localhost. Any other name may be one that its owner has

@@ -21,6 +21,10 @@ use crate::lists::{self, Source};
 use crate::output::{Format, note, say, say_json};
 use crate::settings;
 
+/// Headings of flags in `--help`.
+const LIST: &str = "The list";
+pub(super) const PICTURES: &str = "What is stored";
+
 /// For the coordinator to shuffle and cut a list of any length, once it has it.
 const CUTTING: Duration = Duration::from_secs(3600);
 
@@ -30,33 +34,33 @@ const CUTTING: Duration = Duration::from_secs(3600);
 pub(crate) struct CreateArgs {
     /// Its name: a-z, 0-9, - and .
     name: String,
-    #[command(flatten)]
+    #[command(flatten, next_help_heading = LIST)]
     lists: ListArgs,
     /// Read everything and say what the dataset would be, but create nothing
     #[arg(long)]
     dry_run: bool,
     /// The list has no classes: gather, store and export its pictures, and train on none
-    #[arg(long, conflicts_with_all = ["synsets", "synset_column", "class_names", "url_template", "multi_label"])]
+    #[arg(long, help_heading = LIST, conflicts_with_all = ["synsets", "synset_column", "class_names", "url_template", "multi_label"])]
     unlabelled: bool,
     /// Pictures under several classes: the first of these, all (stored, but not trained on), or drop such pictures
-    #[arg(long, value_name = "first|all|drop")]
+    #[arg(long, help_heading = LIST, value_name = "first|all|drop")]
     multi_label: Option<String>,
     /// Columns that travel with the pictures, such as caption,license; all: every one
-    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    #[arg(long, help_heading = LIST, value_name = "NAMES", value_delimiter = ',')]
     keep_columns: Vec<String>,
     /// Take only pictures whose bytes have the digest in this column: sha256:COLUMN (hex) or md5-base64:COLUMN
-    #[arg(long, value_name = "DIGEST:COLUMN")]
+    #[arg(long, help_heading = LIST, value_name = "DIGEST:COLUMN")]
     verify: Option<String>,
     /// Which synsets to keep, and their names: lines of SYNSET and a name; all of the list if left out
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, help_heading = LIST, value_name = "FILE")]
     synsets: Option<PathBuf>,
     /// An address that answers the URLs of one synset, one a line: http://host/api?wnid={synset}; needs --synsets
-    #[arg(long, value_name = "URL", requires = "synsets", conflicts_with_all = ["format", "synset_column", "url_column"])]
+    #[arg(long, help_heading = LIST, value_name = "URL", requires = "synsets", conflicts_with_all = ["format", "synset_column", "url_column"])]
     url_template: Option<String>,
     /// Names of classes: a file like that of --synsets, or Open Images' class descriptions; chooses nothing
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, help_heading = LIST, value_name = "FILE")]
     class_names: Option<PathBuf>,
-    #[command(flatten)]
+    #[command(flatten, next_help_heading = PICTURES)]
     spec: SpecArgs,
     /// Wait until the dataset is ready
     #[arg(long)]

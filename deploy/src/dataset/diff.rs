@@ -24,36 +24,36 @@ pub(crate) struct Args {
 
 /// A number in the one version and in the other.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-struct Change {
-    from: u64,
-    to: u64,
+pub(crate) struct Change {
+    pub(crate) from: u64,
+    pub(crate) to: u64,
 }
 
 /// What became of one class, or of all.
 #[derive(Debug, Default, PartialEq, Eq, Serialize)]
-struct ClassDiff {
-    synset: String,
-    name: String,
+pub(crate) struct ClassDiff {
+    pub(crate) synset: String,
+    pub(crate) name: String,
     /// Samples that count in the other version alone.
-    added: u64,
+    pub(crate) added: u64,
     /// Samples that count in the one version alone.
-    removed: u64,
-    samples: Change,
+    pub(crate) removed: u64,
+    pub(crate) samples: Change,
     /// Outcomes whose number of URLs has changed.
     outcomes: BTreeMap<String, Change>,
 }
 
 /// Two versions compared.
 #[derive(Debug, Serialize)]
-struct Diff {
+pub(crate) struct Diff {
     dataset: DatasetId,
-    from: u32,
-    to: u32,
-    added: u64,
-    removed: u64,
-    outcomes: BTreeMap<String, Change>,
+    pub(crate) from: u32,
+    pub(crate) to: u32,
+    pub(crate) added: u64,
+    pub(crate) removed: u64,
+    pub(crate) outcomes: BTreeMap<String, Change>,
     /// Those that have changed.
-    classes: Vec<ClassDiff>,
+    pub(crate) classes: Vec<ClassDiff>,
 }
 
 /// Compares and prints.
@@ -72,7 +72,7 @@ pub(super) async fn run(args: Args) -> Result<()> {
 }
 
 /// Samples added and removed, by synset. Only shards that are not the same in both versions are read.
-async fn moved(reader: &Reader, one: &Manifest, other: &Manifest) -> Result<HashMap<String, (u64, u64)>> {
+pub(crate) async fn moved(reader: &Reader, one: &Manifest, other: &Manifest) -> Result<HashMap<String, (u64, u64)>> {
     let by_number = |manifest: &Manifest| -> HashMap<u32, ManifestShard> {
         let sound = manifest.shards.iter().filter(|shard| !manifest.is_damaged(shard.shard));
         sound.map(|shard| (shard.shard, shard.clone())).collect()
@@ -110,7 +110,8 @@ async fn moved(reader: &Reader, one: &Manifest, other: &Manifest) -> Result<Hash
     Ok(moved)
 }
 
-fn diff(one: &Manifest, other: &Manifest, moved: &HashMap<String, (u64, u64)>) -> Diff {
+/// Compares two versions, of which is known what `moved`.
+pub(crate) fn diff(one: &Manifest, other: &Manifest, moved: &HashMap<String, (u64, u64)>) -> Diff {
     let classes = one.classes.iter().zip(&other.classes).map(|(before, after)| {
         let (added, removed) = moved.get(&after.synset).copied().unwrap_or_default();
         ClassDiff {

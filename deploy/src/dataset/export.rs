@@ -256,11 +256,11 @@ async fn list(reader: &Reader, manifest: &Manifest, splits: &[Split], target: &T
     let head = "key,split,synset,label,url,final_url,width,height,sha256,tar,offset,length,columns\n";
     writer.put(Bytes::from_static(head.as_bytes())).await?;
     let mut written = 0;
-    let write = reader.each_url(manifest, async |row, finding| {
-        let skipped = finding.is_some_and(|finding| finding.skipped.is_some());
-        if row.split().is_some_and(|split| splits.contains(&split)) && !skipped {
+    let write = reader.each_url(manifest, async |found| {
+        let row = &found.row;
+        if row.split().is_some_and(|split| splits.contains(&split)) && found.skipped().is_none() {
             let label = labels.get(row.synset.as_str()).copied();
-            writer.put(entry(&row, label)?).await?;
+            writer.put(entry(row, label)?).await?;
             written += 1;
         }
         Ok(ControlFlow::Continue(()))

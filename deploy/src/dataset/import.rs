@@ -7,7 +7,7 @@ use proto::DatasetSpec;
 use proto::pb::create_dataset_request::Start;
 use uuid::Uuid;
 
-use super::create::{Call, FileColumns, check_name, of_files, open_round, report, summary};
+use super::create::{Call, FileColumns, PICTURES, check_name, of_files, open_round, report, summary};
 use super::spec::{SpecArgs, classes};
 use super::{NameArgs, preview};
 use crate::client::{ClusterArgs, TimeoutArgs};
@@ -50,7 +50,7 @@ pub(crate) struct ImportArgs {
     /// Take a sample of so many pictures, which the seed chooses
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     limit: u64,
-    #[command(flatten)]
+    #[command(flatten, next_help_heading = PICTURES)]
     spec: SpecArgs,
     /// Wait until the dataset is ready
     #[arg(long)]

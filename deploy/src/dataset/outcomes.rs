@@ -10,7 +10,7 @@ use proto::outcomes::OutcomeRow;
 use proto::rejection::KEPT;
 use serde_json::json;
 
-use super::reader::{DatasetArgs, Reader};
+use super::reader::{DatasetArgs, Found, Reader};
 use crate::output::{Format, say};
 
 /// What a sample is called that counts although it looks like another one.
@@ -54,7 +54,7 @@ pub(super) async fn run(args: Args) -> Result<()> {
     let as_json = args.from.cluster.output == Format::Json;
     let mut left = args.limit.unwrap_or(u64::MAX);
     reader
-        .each_url(&manifest, async |row, finding| {
+        .each_url(&manifest, async |Found { row, finding, .. }| {
             if left == 0 {
                 return Ok(ControlFlow::Break(()));
             }

@@ -43,6 +43,26 @@ pub(super) struct DatasetArgs {
     pub(super) cluster: ClusterArgs,
 }
 
+/// What became of one URL.
+#[derive(Debug, Clone)]
+pub(crate) struct Found {
+    pub(crate) shard: u32,
+    pub(crate) row: OutcomeRow,
+    pub(crate) finding: Option<Finding>,
+}
+
+impl Found {
+    /// Why it does not count although it was kept.
+    pub(crate) fn skipped(&self) -> Option<&String> {
+        self.finding.as_ref()?.skipped.as_ref()
+    }
+
+    /// The key of the one whose picture it is or looks like.
+    pub(crate) fn like(&self) -> Option<i64> {
+        self.finding.as_ref()?.like
+    }
+}
+
 /// Reads the objects of one dataset.
 #[derive(Debug, Clone)]
 pub(crate) enum Reader {
@@ -170,7 +190,7 @@ impl Reader {
     pub(crate) async fn each_url(
         &self,
         manifest: &Manifest,
-        mut each: impl AsyncFnMut(OutcomeRow, Option<Finding>) -> Result<ControlFlow<()>>,
+        mut each: impl AsyncFnMut(Found) -> Result<ControlFlow<()>>,
     ) -> Result<()> {
         let mut shards: Vec<&ManifestShard> = manifest.shards.iter().collect();
         shards.sort_by_key(|shard| (std::cmp::Reverse(shard.round), shard.shard));
@@ -179,15 +199,15 @@ impl Reader {
                 Some(file) => table::read::<Finding>(self.file(file).await?)?,
                 None => Vec::new(),
             };
-            anyhow::Ok((shard.round, self.rows(manifest, shard).await?, found))
+            anyhow::Ok((shard, self.rows(manifest, shard).await?, found))
         });
         let mut files = std::pin::pin!(files.buffered(AHEAD));
         // Keys of later rounds, and those of the round that is being read.
         let (mut later, mut current, mut round) = (HashSet::new(), Vec::new(), 0);
-        while let Some((of, rows, found)) = files.try_next().await? {
-            if of != round {
+        while let Some((shard, rows, found)) = files.try_next().await? {
+            if shard.round != round {
                 later.extend(current.drain(..));
-                round = of;
+                round = shard.round;
             }
             let mut found: HashMap<i64, Finding> = found.into_iter().map(|finding| (finding.key, finding)).collect();
             for row in rows {
@@ -198,7 +218,7 @@ impl Reader {
                     current.push(row.key);
                 }
                 let finding = found.remove(&row.key);
-                if each(row, finding).await?.is_break() {
+                if each(Found { shard: shard.shard, row, finding }).await?.is_break() {
                     return Ok(());
                 }
             }

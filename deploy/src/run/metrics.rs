@@ -4,6 +4,7 @@ use anyhow::Result;
 use proto::pb::{GetMetricsRequest, Metric};
 
 use super::NameArgs;
+use super::plot::{self, Curve};
 use crate::client::{Cluster, answer};
 use crate::output::{Format, Table, say, say_json};
 
@@ -18,15 +19,22 @@ pub(crate) struct Args {
     /// All columns, as CSV with a header
     #[arg(long)]
     csv: bool,
+    /// Draw loss and top-1 instead
+    #[arg(long, conflicts_with = "csv")]
+    plot: bool,
 }
 
 /// Runs the command.
 pub(super) async fn run(args: Args) -> Result<()> {
-    let Args { of, kind: kinds, csv } = args;
+    let Args { of, kind: kinds, csv, plot } = args;
     let mut client = Cluster::new(&of.cluster)?.runs;
     let metrics = answer(client.get_metrics(GetMetricsRequest { run: of.run.clone(), kinds })).await?.metrics;
     if of.cluster.output == Format::Json {
         return say_json(&metrics);
+    }
+    if plot {
+        curves(&metrics).iter().for_each(say);
+        return Ok(());
     }
     const HEADINGS: [&str; 16] = [
         "kind",
@@ -75,4 +83,26 @@ pub(super) async fn run(args: Args) -> Result<()> {
         table.say();
     }
     Ok(())
+}
+
+/// Loss and top-1 of each kind of points, drawn.
+fn curves(metrics: &[Metric]) -> Vec<String> {
+    const KINDS: [(char, &str); 4] = [('.', "step"), ('t', "train"), ('v', "validation"), ('x', "test")];
+    let chart = |title: &str, kinds: &[(char, &str)], value: fn(&Metric) -> f64| {
+        let of = |&(letter, kind): &(char, &str)| -> Curve {
+            let points = metrics.iter().filter(|metric| metric.kind == kind);
+            (letter, points.map(|metric| (metric.step as f64, value(metric))).collect())
+        };
+        plot::chart(title, &kinds.iter().map(of).collect::<Vec<_>>(), plot::SIZE)
+    };
+    let mut lines = chart("loss, by step", &KINDS, |metric| metric.loss);
+    if lines.is_empty() {
+        return vec!["no step has been measured yet".to_owned()];
+    }
+    lines.push(String::new());
+    lines.extend(chart("top-1, by step", &KINDS[1..], |metric| metric.top1));
+    let there = KINDS.iter().filter(|(_, kind)| metrics.iter().any(|metric| metric.kind == *kind));
+    let names: Vec<String> = there.map(|(letter, kind)| format!("{letter} {kind}")).collect();
+    lines.push(format!("{}; * several", names.join(", ")));
+    lines
 }

@@ -1,33 +1,25 @@
-//! A dataset's page: what did I get, why is the rest missing, is it good enough to train on. And its URLs, by outcome or by text.
+//! A dataset's page: what did I get, why is the rest missing, is it good enough to train on.
 
 use std::collections::BTreeMap;
-use std::ops::ControlFlow;
-use std::time::{Duration, Instant};
 
 use axum::extract::{Path, RawQuery, State};
 use axum::response::{IntoResponse, Response};
 use maud::{Markup, html};
-use proto::findings::Finding;
 use proto::manifest::Skip;
-use proto::outcomes::OutcomeRow;
 use proto::pb::{Dataset, DatasetState};
 use proto::rejection::KEPT;
-use proto::{DatasetSpec, Manifest, Rejection, Split};
+use proto::{DatasetSpec, Rejection, Split};
 
 use super::chart::bar;
 use super::page::{Failure, Page, number, query, troubles};
 use super::pictures::sheet;
 use super::progress::{YIELD, comes_back, progress, shares};
 use super::source::Source;
-use crate::dataset::reader::Reader;
 use crate::output::percent;
 
 /// Pictures of one sheet.
 const SHEET: usize = 48;
-/// URLs that are listed.
-const LISTED: usize = 200;
-/// A search may take so long; then it says how far it came.
-const SEARCH: Duration = Duration::from_secs(8);
+
 pub(super) async fn page(
     State(source): State<Source>,
     Path(name): Path<String>,
@@ -56,7 +48,9 @@ pub(super) async fn page(
         }
         (pictures)
         (outcomes_section(&dataset))
+        (sites_section(&dataset))
         (classes_section(&dataset))
+        (versions_section(&dataset))
     };
     let command = format!("gleaner dataset describe {name}");
     Ok(Page { title: &dataset.name, live, command: &command, sections }.into_response())
@@ -116,8 +110,41 @@ fn outcomes_section(dataset: &Dataset) -> Markup {
                     label { "What became of a URL? " input name="url" type="search" placeholder="a part of it"; }
                     button { "Search" }
                 }
+                p { a href={ "/datasets/" (dataset.name) "/urls" } { "All URLs" } ": when they were asked, by host, by size and by time." }
             }
         }
+    }
+}
+
+/// Sites that have so many URLs that the cluster has to pace itself.
+fn sites_section(dataset: &Dataset) -> Markup {
+    html! {
+        @if !dataset.large_sites.is_empty() { section #sites {
+            h2 { "Large sites that are not done" }
+            div .scroll { table {
+                thead { tr { th { "site" } th .n { "URLs" } th .n { "waiting" } th .n { "a second" } th .n { "at once" } } }
+                tbody { @for site in &dataset.large_sites { tr {
+                    td { (site.site) }
+                    td .n { (number(site.urls)) } td .n { (number(site.left)) }
+                    td .n { @if site.requests_per_second > 0.0 { (format!("{:.1}", site.requests_per_second)) } @else { "no limit" } @if site.known { small { " it bears no more" } } }
+                    td .n { (site.slots_lent) " of " (site.slots) }
+                } } }
+            } }
+        } }
+    }
+}
+
+/// The ways to what changed from one version to the next, the newest first.
+fn versions_section(dataset: &Dataset) -> Markup {
+    const MOST: u32 = 20;
+    let newest = dataset.manifest_version;
+    html! {
+        @if newest > 1 { section #versions {
+            h2 { "Versions" }
+            ul { @for version in (2..=newest).rev().take(MOST as usize) {
+                li { a href={ "/datasets/" (dataset.name) "/changes/" (version - 1) "/" (version) } { "From version " (version - 1) " to " (version) } }
+            } }
+        } }
     }
 }
 
@@ -190,108 +217,4 @@ async fn sheet_section(
 
 fn numbers(values: &[f64]) -> String {
     values.iter().map(|value| format!("{value:.3}")).collect::<Vec<_>>().join(" ")
-}
-
-/// URLs with one outcome, or with a text in them.
-pub(super) async fn urls(
-    State(source): State<Source>,
-    Path(name): Path<String>,
-    RawQuery(raw): RawQuery,
-) -> Result<Response, Failure> {
-    let query = query(raw);
-    let (outcome, text) = (query.get("outcome").cloned(), query.get("url").cloned());
-    let dataset = source.dataset(&name).await?;
-    let manifest = source.manifest(&dataset, dataset.manifest_version).await?;
-    // The reader's futures stay on one thread.
-    let (reader, runtime) = (source.reader(&name), tokio::runtime::Handle::current());
-    let (wanted, of) = ((outcome.clone(), text.clone()), manifest.clone());
-    let search = tokio::task::spawn_blocking(move || runtime.block_on(search(&reader, &of, wanted)));
-    let Search { looked, matching, found, hosts } = search.await??;
-    let mut hosts: Vec<(String, u64)> = hosts.into_iter().collect();
-    hosts.sort_by_key(|(host, urls)| (std::cmp::Reverse(*urls), host.clone()));
-    let what = match (&outcome, &text) {
-        (Some(outcome), _) => format!("with outcome {outcome}"),
-        (None, Some(text)) => format!("with {text:?} in them"),
-        (None, None) => "of the dataset".to_owned(),
-    };
-    let sections = html! {
-        section #verdict {
-            h1 { a href={ "/datasets/" (name) } { (name) } ": URLs " (what) }
-            p .verdict {
-                (number(matching)) " of " (number(looked)) " URLs"
-                @if looked < dataset.urls { " (looked at in " (SEARCH.as_secs()) " s, of " (number(dataset.urls)) ")" }
-                @if matching as usize > found.len() { "; the first " (found.len()) " are listed" }
-                "."
-            }
-        }
-        @if hosts.len() > 1 { section #hosts {
-            h2 { "Hosts" }
-            div .scroll { table {
-                thead { tr { th { "host" } th .n { "URLs" } } }
-                tbody { @for (host, urls) in hosts.iter().take(25) { tr { td { (host) } td .n { (number(*urls)) } } } }
-            } }
-            @if hosts.len() > 25 { p { "and " (number(hosts.len() as u64 - 25)) " more" } }
-        } }
-        section #urls {
-            h2 { "URLs" }
-            div .scroll { table {
-                thead { tr { th .n { "key" } th { "class" } th { "outcome" } th { "URL" } th { "size" } th .n { "ms" } } }
-                tbody { @for (row, skipped) in &found { (url_row(row, skipped.as_deref())) } }
-            } }
-        }
-    };
-    let flag = outcome.map(|outcome| format!(" --outcome {outcome}")).unwrap_or_default();
-    let command = format!("gleaner dataset outcomes {name}{flag}");
-    Ok(Page { title: &name, live: false, command: &command, sections }.into_response())
-}
-
-/// What a search has come to.
-#[derive(Default)]
-struct Search {
-    looked: u64,
-    matching: u64,
-    /// The first ones, each with why it does not count.
-    found: Vec<(OutcomeRow, Option<String>)>,
-    /// URLs that match, by host.
-    hosts: BTreeMap<String, u64>,
-}
-
-/// Looks through a dataset's URLs for those with an outcome and with a text in them, for a moment.
-async fn search(
-    reader: &Reader,
-    manifest: &Manifest,
-    (outcome, text): (Option<String>, Option<String>),
-) -> anyhow::Result<Search> {
-    let (begun, mut search) = (Instant::now(), Search::default());
-    let each = async |row: OutcomeRow, finding: Option<Finding>| {
-        search.looked += 1;
-        let skipped = finding.and_then(|finding| finding.skipped);
-        let is = |outcome: &String| row.outcome == *outcome || skipped.as_ref() == Some(outcome);
-        if outcome.as_ref().is_none_or(is) && text.as_ref().is_none_or(|text| row.url.contains(text.as_str())) {
-            search.matching += 1;
-            if let Some(host) = url::Url::parse(&row.url).ok().and_then(|url| url.host_str().map(str::to_owned)) {
-                *search.hosts.entry(host).or_default() += 1;
-            }
-            if search.found.len() < LISTED {
-                search.found.push((row, skipped));
-            }
-        }
-        Ok(if begun.elapsed() > SEARCH { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
-    };
-    reader.each_url(manifest, each).await?;
-    Ok(search)
-}
-
-fn url_row(row: &OutcomeRow, skipped: Option<&str>) -> Markup {
-    html! {
-        tr {
-            td .n { (row.key) }
-            td { (row.synset) }
-            td { (row.outcome) @if let Some(status) = row.http_status.filter(|_| row.outcome == Rejection::HttpStatus.name()) { " " (status) } @if let Some(skipped) = skipped { ", " (skipped) } }
-            // No link: these pages send nobody to the pages of strangers.
-            td .url { (row.url) @if let Some(to) = row.final_url.as_ref().filter(|to| **to != row.url) { br; small { "→ " (to) } } }
-            td { @if let (Some(width), Some(height)) = (row.width, row.height) { (width) "×" (height) } }
-            td .n { (row.millis) }
-        }
-    }
 }

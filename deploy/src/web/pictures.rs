@@ -108,10 +108,13 @@ pub(super) async fn picture(
     };
     let Some((tar, block)) = place() else { return Ok(missing("there is no such picture")) };
     let samples = source.block(&name, &tar.key, block.offset, block.length).await?;
-    let (n, _) = file.split_once('.').context("a picture's name has an ending")?;
-    let Some(sample) = n.parse::<usize>().ok().and_then(|n| samples.get(n)) else {
-        return Ok(missing("there is no such picture"));
+    // By its place in the block, or by the key of its URL.
+    let (name, _) = file.split_once('.').context("a picture's name has an ending")?;
+    let sample = match name.strip_prefix('k') {
+        Some(key) => samples.iter().find(|sample| key.parse() == Ok(sample.key)),
+        None => name.parse::<usize>().ok().and_then(|n| samples.get(n)),
     };
+    let Some(sample) = sample else { return Ok(missing("there is no such picture")) };
     let kind = match sample.ending.as_str() {
         "jpg" => "image/jpeg",
         "png" => "image/png",

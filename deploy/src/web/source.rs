@@ -1,15 +1,16 @@
 //! What pages need of the coordinator's answers, and what is kept of them between two pages: manifests and blocks of pictures, which never
 //! change, and a run's points for a moment, because a page is asked for again and again.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use bytes::Bytes;
+use proto::outcomes::OutcomeRow;
 use proto::pb::{Dataset, GetDatasetRequest, GetMetricsRequest, Metric, ReadObjectRequest, Run};
 use proto::shard::{RawSample, split_block};
-use proto::{Manifest, Stored};
+use proto::{Manifest, Stored, table};
 
 use crate::client::{Cluster, answer};
 use crate::dataset::manifest_json;
@@ -18,6 +19,8 @@ use crate::dataset::reader::{Reader, read_object};
 /// Blocks of pictures that are kept; a block is some hundred kilobytes.
 const BLOCKS: usize = 64;
 const MANIFESTS: usize = 4;
+/// Shards whose thumbnails are kept; of each they are some dozen kilobytes.
+const THUMBNAILS: usize = 64;
 const RUNS: usize = 8;
 /// A run's points are asked for again after so long.
 const FRESH: Duration = Duration::from_secs(5);
@@ -35,6 +38,7 @@ pub(super) struct Source {
 struct Kept {
     manifests: Recent<(String, u32), Arc<Manifest>>,
     blocks: Recent<(String, u64), Arc<Vec<RawSample>>>,
+    thumbnails: Recent<String, Arc<HashMap<i64, Bytes>>>,
     points: Recent<String, Points>,
     speeds: Recent<String, VecDeque<(Instant, u64)>>,
 }
@@ -115,6 +119,19 @@ impl Source {
         let samples = Arc::new(split_block(&self.object(name, tar, offset, length).await?)?);
         self.kept().blocks.put(of, samples.clone(), BLOCKS);
         Ok(samples)
+    }
+
+    /// The small pictures of what was rejected that a file of outcomes has, by the URL's key.
+    pub(super) async fn thumbnails(&self, name: &str, outcomes: &str) -> Result<Arc<HashMap<i64, Bytes>>> {
+        if let Some(known) = self.kept().thumbnails.get(&outcomes.to_owned()) {
+            return Ok(known);
+        }
+        let file = self.object(name, outcomes, 0, 0).await?;
+        let rows = tokio::task::spawn_blocking(move || table::read::<OutcomeRow>(file)).await??;
+        let of = |row: OutcomeRow| Some((row.key, Bytes::from(row.thumbnail?)));
+        let found = Arc::new(rows.into_iter().filter_map(of).collect::<HashMap<_, _>>());
+        self.kept().thumbnails.put(outcomes.to_owned(), found.clone(), THUMBNAILS);
+        Ok(found)
     }
 
     /// All points of a run's curve.
