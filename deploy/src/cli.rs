@@ -114,7 +114,7 @@ impl Command {
             Command::Config(command) => contexts::run(command),
             Command::Token(command) => token::run(command),
             Command::Cluster(command) => secrets::run(command),
-            Command::Man(args) => man::run(&args),
+            Command::Man(args) => man::run(&args, command()),
             Command::Coordinator(args) => roles::coordinator(args).await,
             Command::Worker(args) => roles::worker(args).await,
             #[cfg(feature = "trainer")]

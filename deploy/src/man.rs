@@ -4,7 +4,6 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
-use crate::cli;
 use crate::output::say;
 
 /// Arguments of `gleaner man`.
@@ -16,10 +15,10 @@ pub(crate) struct Args {
 }
 
 /// Writes the pages.
-pub(crate) fn run(args: &Args) -> Result<()> {
+pub(crate) fn run(args: &Args, command: clap::Command) -> Result<()> {
     let folder = args.to.display();
     std::fs::create_dir_all(&args.to).with_context(|| format!("cannot make {folder}"))?;
-    clap_mangen::generate_to(cli::command(), &args.to).with_context(|| format!("cannot write to {folder}"))?;
+    clap_mangen::generate_to(command, &args.to).with_context(|| format!("cannot write to {folder}"))?;
     let pages = std::fs::read_dir(&args.to).with_context(|| format!("cannot read {folder}"))?.count();
     say(format!("{pages} pages in {folder}; read one with: man {folder}/gleaner.1"));
     Ok(())

@@ -1,12 +1,8 @@
 //! Small pictures of what is rejected, a few for each reason in each shard: so that somebody can see whether the reason holds.
 
-use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use proto::{Limits, Reencode, Rejection, Resize, ResizeMode};
-
-use crate::placeholder::Placeholders;
-use crate::validate::Rules;
+use proto::Rejection;
 
 /// So many for each reason in each shard.
 const EACH: u8 = 4;
@@ -14,23 +10,6 @@ const EACH: u8 = 4;
 /// The reasons at which there is a picture to be seen. One whose owner opted out is not kept in any size.
 const SEEN: [Rejection; 5] =
     [Rejection::TooSmall, Rejection::Placeholder, Rejection::TooFewPixels, Rejection::Aspect, Rejection::Flat];
-
-/// How a thumbnail is made: of at most 128 pixels a side.
-pub(crate) static RULES: LazyLock<Rules> = LazyLock::new(|| Rules {
-    resize: Resize {
-        size: 128,
-        mode: ResizeMode::Fit,
-        upscale: false,
-        quality: 75,
-        reencode: Reencode::Always,
-        ..Resize::default()
-    },
-    limits: Limits { min_bytes: 0, min_side: 1, max_aspect: f64::INFINITY, ..Limits::default() },
-    placeholders: Placeholders::default(),
-    verify: None,
-    flat: true,
-    thumbnails: Thumbnails::none(),
-});
 
 /// How many are still to be made, by reason.
 #[derive(Debug)]

@@ -5,6 +5,7 @@
 use std::borrow::Cow;
 use std::io::{Cursor, ErrorKind};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::LazyLock;
 
 use anyhow::Context;
 use bytes::Bytes;
@@ -13,7 +14,7 @@ use image::metadata::Orientation;
 use image::{ColorType, DynamicImage, ExtendedColorType, ImageDecoder, ImageEncoder, ImageError, ImageReader};
 use proto::dataset_spec::Verify;
 use proto::shard::Moments;
-use proto::{Color, ImageFormat, Limits, Reencode, Rejection, Resize};
+use proto::{Color, ImageFormat, Limits, Reencode, Rejection, Resize, ResizeMode};
 use sha2::{Digest, Sha256};
 
 use crate::decode_memory::Room;
@@ -22,7 +23,7 @@ use crate::mend;
 use crate::pixels::{Codec, Colours, Conversions, DecodeAs, Frame, Hasher, Picture, Pixels, Shrinker, ToSrgb};
 use crate::pixels::{is_flat, moments, png_gamma};
 use crate::placeholder::Placeholders;
-use crate::thumbnail::{self, Thumbnails};
+use crate::thumbnail::Thumbnails;
 
 /// What decoders may hold beside a picture's pixels.
 const DECODERS_OWN: u64 = 16 << 20;
@@ -39,6 +40,16 @@ pub(crate) struct Rules {
     pub(crate) flat: bool,
     pub(crate) thumbnails: Thumbnails,
 }
+
+/// How a thumbnail is made: of at most 128 pixels a side, of whatever can be decoded.
+static THUMBNAIL: LazyLock<Rules> = LazyLock::new(|| Rules {
+    resize: Resize { size: 128, mode: ResizeMode::Fit, upscale: false, quality: 75, ..Resize::default() },
+    limits: Limits { min_bytes: 0, min_side: 1, max_aspect: f64::INFINITY, ..Limits::default() },
+    placeholders: Placeholders::default(),
+    verify: None,
+    flat: true,
+    thumbnails: Thumbnails::none(),
+});
 
 /// What was learned of a body.
 #[derive(Debug)]
@@ -132,7 +143,7 @@ impl Validator {
             && rules.thumbnails.take(rejection)
         {
             let mut of_thumbnail = Validation::undecodable(sha256);
-            let thumbnail = self.try_store(bytes, &thumbnail::RULES, room, &mut of_thumbnail);
+            let thumbnail = self.try_store(bytes, &THUMBNAIL, room, &mut of_thumbnail);
             validation.thumbnail = thumbnail.ok().map(|stored| stored.image);
         }
         self.pixels.release();
