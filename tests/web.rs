@@ -145,6 +145,12 @@ fn pages_say_what_the_command_line_says_and_show_the_stored_pictures() {
     assert!(compared.contains("train.learning_rate") && !compared.contains("model.width"), "{compared}");
     assert_eq!(get_as(&pages, &pages, "/compare?a=one").status(), "400");
 
+    // A third run like these would take as long.
+    let spec = cluster.path("one.toml").display().to_string();
+    let planned = cluster.json(&["run", "submit", "-f", &spec, "--name", "three", "--dry-run"]);
+    let seconds = planned["seconds"].as_f64().expect("it is known");
+    assert!((0.1..600.0).contains(&seconds) && planned["steps_per_epoch"] == run["steps_per_epoch"], "{planned}");
+
     for missing in ["/datasets/none", "/runs/none", "/nothing"] {
         assert_eq!(get_as(&pages, &pages, missing).status(), "404", "{missing}");
     }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use proto::RunSpec;
 use proto::network::Network;
-use proto::pb::{Run, SubmitRunRequest};
+use proto::pb::{ListRunsRequest, Run, SubmitRunRequest};
 use proto::run_event::EventRecord;
 use uuid::Uuid;
 
@@ -14,6 +14,10 @@ use crate::client::{Cluster, ClusterArgs, TimeoutArgs, answer, insist};
 use crate::exit::is_outage;
 use crate::output::{Format, note, say, say_json};
 use crate::settings;
+use crate::time::span;
+
+/// So many of the newest runs are looked at for one that tells how long another will take.
+const OTHERS: u32 = 50;
 
 /// Arguments of `gleaner run submit`.
 #[derive(Debug, clap::Args)]
@@ -35,7 +39,8 @@ pub(crate) struct Args {
     /// file with tensors named as in torchvision. The networks must be the same. Of the last layer those classes that are known there keep their rows
     #[arg(long, value_name = "RUN[@STEP]|FILE", value_parser = from)]
     from: Option<Begin>,
-    /// Submit nothing; print the resolved spec, how many steps it makes, and what memory a rank needs
+    /// Submit nothing; print the resolved spec, how many steps it makes, what memory a rank needs, and how long it takes if a run of
+    /// the same network tells
     #[arg(long)]
     dry_run: bool,
     /// Wait until the run has ended
@@ -104,7 +109,8 @@ async fn dry_run(args: &Args, spec: &RunSpec) -> Result<()> {
         dry_run: true,
         ..SubmitRunRequest::default()
     };
-    let run = match answer(Cluster::new(&args.cluster)?.runs.submit_run(request)).await {
+    let mut client = Cluster::new(&args.cluster)?.runs;
+    let run = match answer(client.submit_run(request)).await {
         Ok(run) => Some(run),
         Err(status) if is_outage(&status) => {
             note("no coordinator answers, so that nothing was held against the dataset");
@@ -113,12 +119,26 @@ async fn dry_run(args: &Args, spec: &RunSpec) -> Result<()> {
         Err(status) => return Err(status.into()),
     };
     let spec = run.as_ref().map_or_else(|| Ok(spec.clone()), |run| RunSpec::from_json(&run.spec_json))?;
+    let others = match &run {
+        Some(_) => answer(client.list_runs(ListRunsRequest { limit: OTHERS })).await?.runs,
+        None => Vec::new(),
+    };
+    let pace = pace(&spec, &others);
+    let seconds = |run: &Run, images_per_second: f64| {
+        (run.steps_per_epoch * run.epochs) as f64 * f64::from(spec.train.batch) / images_per_second
+    };
     let memory = [spec.ranks.min, spec.ranks.max].map(|ranks| (ranks, memory(&spec, ranks)));
     if args.cluster.output == Format::Json {
         let memory: serde_json::Map<_, _> =
             memory.iter().map(|(ranks, bytes)| (ranks.to_string(), (*bytes).into())).collect();
         let steps = run.as_ref().map(|run| run.steps_per_epoch);
-        return say_json(&serde_json::json!({"spec": spec, "steps_per_epoch": steps, "memory_bytes_by_ranks": memory}));
+        let seconds = run.as_ref().zip(pace).map(|(run, other)| seconds(run, images_per_second(other)));
+        return say_json(&serde_json::json!({
+            "spec": spec,
+            "steps_per_epoch": steps,
+            "memory_bytes_by_ranks": memory,
+            "seconds": seconds,
+        }));
     }
     say(toml::to_string(&spec)?.trim_end());
     say("");
@@ -126,11 +146,29 @@ async fn dry_run(args: &Args, spec: &RunSpec) -> Result<()> {
         say(format!("# {}: {}", run.run, submitted(run)));
         say(format!("# {} steps in an epoch, {} in all", run.steps_per_epoch, run.steps_per_epoch * run.epochs));
     }
+    if let Some((run, other)) = run.as_ref().zip(pace) {
+        let rate = images_per_second(other);
+        let took = span((1000.0 * seconds(run, rate)) as u64);
+        say(format!("# about {took} at the {rate:.0} images a second of {} on {} ranks", other.run, other.world_size));
+    }
     for (ranks, bytes) in memory.iter().skip(usize::from(memory[0] == memory[1])) {
         let many = if *ranks == 1 { "one rank needs".to_owned() } else { format!("of {ranks} ranks each needs") };
         say(format!("# {many} about {} beside the images that it keeps", bytesize::ByteSize(*bytes)));
     }
     Ok(())
+}
+
+/// The newest run that had the same network and the same crop, and so tells how fast this one will be on as many ranks.
+fn pace<'a>(spec: &RunSpec, others: &'a [Run]) -> Option<&'a Run> {
+    let is_alike = |other: &&Run| {
+        let of = RunSpec::from_json(&other.spec_json);
+        of.is_ok_and(|of| of.model == spec.model && of.input.crop == spec.input.crop) && images_per_second(other) > 0.0
+    };
+    others.iter().find(is_alike)
+}
+
+fn images_per_second(run: &Run) -> f64 {
+    run.last_step.as_ref().map_or(0.0, |point| point.images_per_second)
 }
 
 /// Bytes that each of so many ranks needs, beside the program and the cache of images: a step's, and two batches ahead.
