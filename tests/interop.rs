@@ -1,10 +1,10 @@
 //! Formats and numbers against independent implementations: Python's webdataset and Pillow, PyTorch, a real S3 server.
 
+mod seaweed;
+
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
 
 use bytes::Bytes;
 use demo_origin::list;
@@ -12,7 +12,8 @@ use demo_origin::origin::{Options, Origin};
 use demo_origin::rot::Rot;
 use proto::{Manifest, RunSpec, Stored, shard};
 use safetensors::{Dtype, tensor::TensorView};
-use support::{Cluster, FreeAddress, PATIENCE, root, s3_environment};
+use seaweed::SeaweedFs;
+use support::{Cluster, root, s3_environment};
 
 /// A program of the environment that `make pytorch` makes.
 fn python(program: &str) -> Command {
@@ -292,79 +293,9 @@ fn a_run_begins_with_the_state_dict_of_torchvisions_network() {
     assert!(events.contains("the weights of the file alexnet.safetensors; the last layer is new"), "{events}");
 }
 
-/// A free port P with P + 10000, which SeaweedFS takes too.
-fn with_grpc() -> [FreeAddress; 2] {
-    loop {
-        let http = FreeAddress::loopback();
-        let grpc = http.port().checked_add(10_000).map(|port| FreeAddress::bind((Ipv4Addr::LOCALHOST, port).into()));
-        if let Some(Ok(grpc)) = grpc {
-            return [http, grpc];
-        }
-    }
-}
-
-/// SeaweedFS, which speaks S3 and checks signatures; ended when dropped.
-struct SeaweedFs {
-    child: Child,
-    _dir: tempfile::TempDir,
-    s3: u16,
-    filer: u16,
-}
-
-impl SeaweedFs {
-    fn start() -> Self {
-        let dir = tempfile::tempdir().expect("a temporary folder");
-        let identities = r#"{"identities":[{"name":"t","credentials":[{"accessKey":"K","secretKey":"S"}],"actions":["Admin","Read","Write","List","Tagging"]}]}"#;
-        let config = dir.path().join("s3.json");
-        std::fs::write(&config, identities).expect("a folder to write to");
-        let reserved = [(); 4].map(|()| with_grpc());
-        let [master, volume, filer, s3] = reserved.each_ref().map(|ports| ports[0].port());
-        let child = python("weed")
-            .args([
-                "server",
-                "-ip=127.0.0.1",
-                "-ip.bind=127.0.0.1",
-                "-master.volumeSizeLimitMB=64",
-                "-volume.max=20",
-                "-s3",
-            ])
-            .arg(format!("-dir={}", dir.path().display()))
-            .arg(format!("-s3.config={}", config.display()))
-            .args([format!("-master.port={master}"), format!("-volume.port={volume}")])
-            .args([format!("-filer.port={filer}"), format!("-s3.port={s3}")])
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("weed starts");
-        let server = Self { child, _dir: dir, s3, filer };
-        let begun = Instant::now();
-        while [s3, filer].iter().any(|&port| TcpStream::connect(("127.0.0.1", port)).is_err()) {
-            assert!(begun.elapsed() < PATIENCE, "SeaweedFS does not come up");
-            std::thread::sleep(Duration::from_millis(100));
-        }
-        server
-    }
-
-    /// A bucket is a folder of the filer.
-    fn make_bucket(&self, name: &str) {
-        let url = format!("http://127.0.0.1:{}/buckets/{name}/", self.filer);
-        let script = "import sys, urllib.request as u; u.urlopen(u.Request(sys.argv[1], method='POST'), timeout=30)";
-        printed(python("python").args(["-c", script, &url]));
-    }
-}
-
-impl Drop for SeaweedFs {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
 #[test]
 fn the_whole_job_runs_on_a_real_s3_server() {
-    let s3 = SeaweedFs::start();
+    let s3 = SeaweedFs::start(&[("K", "S", &["Admin", "Read", "Write", "List", "Tagging"])]);
     let mut cluster = Cluster::new(Some("s3://gleaner/cluster"), s3_environment(s3.s3));
     s3.make_bucket("gleaner");
     cluster.start_coordinator();
@@ -394,6 +325,47 @@ fn the_whole_job_runs_on_a_real_s3_server() {
             let difference: f64 = difference.parse().expect("a number");
             assert!(difference < 1e-4, "{arch}: TorchScript, ONNX: {differences}");
         }
+    }
+}
+
+#[test]
+fn workers_and_trainers_need_no_more_of_the_store_than_their_own_parts() {
+    let s3 = SeaweedFs::start(&[
+        ("coordinator", "one", &["Admin", "Read", "Write", "List", "Tagging"]),
+        ("worker", "two", &["Read:gleaner", "List:gleaner", "Write:gleaner/cluster/datasets/*"]),
+        ("trainer", "three", &["Read:gleaner", "List:gleaner", "Write:gleaner/cluster/runs/*"]),
+    ]);
+    let mut cluster = Cluster::new(Some("s3://gleaner/cluster"), s3_environment(s3.s3));
+    s3.make_bucket("gleaner");
+    let act_as = |cluster: &mut Cluster, key: &str, secret: &str| {
+        cluster.set_env("AWS_ACCESS_KEY_ID", key);
+        cluster.set_env("AWS_SECRET_ACCESS_KEY", secret);
+    };
+    act_as(&mut cluster, "coordinator", "one");
+    cluster.start_coordinator();
+    act_as(&mut cluster, "worker", "two");
+    cluster.start_worker("worker");
+    act_as(&mut cluster, "trainer", "three");
+    cluster.start_trainer("trainer", 1);
+    dataset(&cluster);
+    let small = ["--set", "model.arch=\"alexnet-slim\"", "--set", "model.width=0.25", "--set", "input.crop=64"];
+    let run =
+        ["run", "submit", "--dataset", "small", "--name", "run", "--set", "train.epochs=2", "--set", "train.batch=16"];
+    cluster.gleaner(&[&run[..], &small, &["--wait", "--timeout", "120s"]].concat());
+    assert_eq!(cluster.json(&["run", "describe", "run"])["state"], "done");
+
+    // Neither writes into the other's part: each tries to export there.
+    let mut export = |key: &str, secret: &str, to: &str| {
+        act_as(&mut cluster, key, secret);
+        let to = format!("s3://gleaner/cluster/{to}/of-{key}");
+        let output = cluster.try_gleaner(&["dataset", "export", "small", "--as", "list", "--to", &to]);
+        (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    for (key, secret, own, other) in [("worker", "two", "datasets", "runs"), ("trainer", "three", "runs", "datasets")] {
+        let (allowed, said) = export(key, secret, own);
+        assert!(allowed, "{key}: {said}");
+        let (allowed, said) = export(key, secret, other);
+        assert!(!allowed && (said.contains("403") || said.contains("denied")), "{key}: {said}");
     }
 }
 
