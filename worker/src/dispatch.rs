@@ -313,13 +313,13 @@ impl HostSlot {
             // The process may have stood still for long: then nothing is begun.
             biased;
             () = dispatcher.ended(&site) => {
-                return self.give_back(HostSignal::Unknown, |hosts, now| queue(hosts, now, None, job));
+                return self.cut(|hosts, now| queue(hosts, now, None, job));
             }
             fetched = fetch => fetched,
         };
         match fetched {
             None => {
-                self.give_back(HostSignal::Unknown, |_, _| {});
+                self.cut(|_, _| {});
                 job.finish(Err(Rejection::Unfetched));
             }
             Some(Ok(Fetched::Body(body))) => {
@@ -367,18 +367,31 @@ impl HostSlot {
 
     /// Gives the pass back; then `then`, under the same lock.
     fn give_back(&mut self, signal: HostSignal, then: impl FnOnce(&mut Hosts<Job>, Instant)) {
+        self.end(|hosts, now, pass| {
+            hosts.finish(now, pass, signal);
+            then(hosts, now);
+        });
+    }
+
+    /// The same of a request that was dropped before it had an answer.
+    fn cut(&mut self, then: impl FnOnce(&mut Hosts<Job>, Instant)) {
+        self.end(|hosts, now, pass| {
+            hosts.cut(now, pass);
+            then(hosts, now);
+        });
+    }
+
+    fn end(&mut self, end: impl FnOnce(&mut Hosts<Job>, Instant, Pass)) {
         let Some(pass) = self.pass.take() else { return };
-        let now = Instant::now();
         let mut hosts = self.dispatcher.hosts();
-        hosts.finish(now, pass, signal);
-        then(&mut hosts, now);
+        end(&mut hosts, Instant::now(), pass);
         self.dispatcher.wake(hosts);
     }
 }
 
 impl Drop for HostSlot {
     fn drop(&mut self) {
-        self.give_back(HostSignal::Unknown, |_, _| {});
+        self.cut(|_, _| {});
     }
 }
 

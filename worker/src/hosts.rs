@@ -27,6 +27,8 @@ use self::site::{Ask, FORGET, Site, UNUSED};
 const HALVINGS: u32 = 6;
 /// A host that wants to be left alone for longer is given up.
 const LONGEST_COOLDOWN: Duration = Duration::from_secs(300);
+/// A server that a request was cut hears of that late, if at all: it still counts for so long.
+const CUT_COUNTS: Duration = Duration::from_secs(1);
 /// How often idle ones are looked for.
 const SWEEP: Duration = Duration::from_secs(60);
 /// Sites of which it has parts, for each connection: most of them have to wait for their pace.
@@ -53,7 +55,7 @@ pub(crate) enum HostSignal {
     Throttled(Duration),
     /// It has no time for this URL now (503 with `Retry-After`).
     Busy,
-    /// Nothing: the request was dropped, or never begun.
+    /// Nothing.
     Unknown,
 }
 
@@ -81,6 +83,8 @@ pub(crate) struct Hosts<T> {
     /// URLs with a pause of their own.
     paused: BTreeMap<(Instant, u64), (Arc<str>, T)>,
     given_up: VecDeque<T>,
+    /// Requests that were cut, and until when each counts.
+    cut: VecDeque<(Instant, Pass)>,
     /// Sites whose part is to be asked for, prolonged or given back, by the time for it.
     due: BTreeSet<(Instant, Arc<str>)>,
     /// Sites that were not asked for yet, by the age of their oldest URL.
@@ -121,6 +125,7 @@ impl<T> Hosts<T> {
             timed: BTreeSet::new(),
             paused: BTreeMap::new(),
             given_up: VecDeque::new(),
+            cut: VecDeque::new(),
             due: BTreeSet::new(),
             wanting: BTreeSet::new(),
             parts: 0,
@@ -180,12 +185,14 @@ impl<T> Hosts<T> {
     /// Which parts are to be asked for, prolonged and given back now. What it says is held is not exceeded from now on,
     /// whether or not there is an answer; [`Hosts::lend`] or [`Hosts::unanswered`] comes before the next demands.
     pub(crate) fn demands(&mut self, now: Instant) -> Vec<SiteDemand> {
+        self.end_cut(now);
         self.parts = self.sites.values().filter(|site| site.is_lent(now)).count();
         let soon = now + UNUSED / 2;
         let due = self.due.iter().take_while(|(at, _)| *at <= soon).map(|(_, name)| name);
         let room = self.most_parts.saturating_sub(self.parts);
         let wanting = self.wanting.iter().take(room).map(|(_, name)| name);
-        self.asking = due.chain(wanting).take(MOST_DEMANDS).cloned().map(|name| (name, 0)).collect();
+        let may = |name: &&Arc<str>| self.sites.get(*name).is_some_and(|site| site.may_ask(now));
+        self.asking = due.chain(wanting).filter(may).take(MOST_DEMANDS).cloned().map(|name| (name, 0)).collect();
         let names: Vec<Arc<str>> = self.asking.iter().map(|(name, _)| Arc::clone(name)).collect();
         let mut demands = Vec::with_capacity(names.len());
         for (n, name) in names.iter().enumerate() {
@@ -235,6 +242,7 @@ impl<T> Hosts<T> {
     /// What to do with a free connection.
     pub(crate) fn next(&mut self, now: Instant) -> Next<T> {
         self.sweep(now);
+        self.end_cut(now);
         while let Some(entry) = self.paused.first_entry().filter(|entry| entry.key().0 <= now) {
             let ((_, ticket), (host, item)) = entry.remove_entry();
             if let Some(at) = self.hosts.get_mut(&host) {
@@ -272,7 +280,8 @@ impl<T> Hosts<T> {
             return Next::Begin(Pass { host, site: name, begun: now }, item);
         }
         let timed = self.timed.first().map(|(from, ..)| *from);
-        Next::Wait(timed.into_iter().chain(self.paused.keys().next().map(|(from, _)| *from)).min())
+        let paused = self.paused.keys().next().map(|(from, _)| *from);
+        Next::Wait([timed, paused, self.cut.front().map(|(until, _)| *until)].into_iter().flatten().min())
     }
 
     /// Gives a pass back.
@@ -315,6 +324,19 @@ impl<T> Hosts<T> {
         self.settle_host(now, &host);
         if self.hosts.get(&host).is_some_and(Host::is_blank) {
             self.hosts.remove(&host);
+        }
+    }
+
+    /// The same of a request that was cut. It keeps its place until its server can have heard of that.
+    pub(crate) fn cut(&mut self, now: Instant, pass: Pass) {
+        self.settle_site(now, &pass.site);
+        self.cut.push_back((now + CUT_COUNTS, pass));
+    }
+
+    fn end_cut(&mut self, now: Instant) {
+        while self.cut.front().is_some_and(|(until, _)| *until <= now) {
+            let Some((_, pass)) = self.cut.pop_front() else { return };
+            self.finish(now, pass, HostSignal::Unknown);
         }
     }
 

@@ -84,6 +84,11 @@ impl Site {
         if self.is_lent(now) { self.slots.max(self.in_flight) } else { 0 }
     }
 
+    /// What was cut as a part ended counts for a while: until then another part cannot be asked for.
+    pub(super) fn may_ask(&self, now: Instant) -> bool {
+        self.is_lent(now) || self.in_flight == 0
+    }
+
     pub(super) fn place(&self, now: Instant) -> Place {
         let Some(&(ticket, _)) = self.waiting.first() else { return Place::Nowhere };
         if !self.is_lent(now) || self.in_flight >= self.slots {
@@ -96,7 +101,7 @@ impl Site {
     }
 
     pub(super) fn ask(&self, now: Instant) -> Ask {
-        if self.asking {
+        if self.asking || !self.may_ask(now) {
             return Ask::Never;
         }
         match (self.is_lent(now), self.queued > 0) {

@@ -123,6 +123,39 @@ fn a_part_is_prolonged_in_time_and_ends_by_the_workers_clock() {
 }
 
 #[test]
+fn a_request_that_was_cut_counts_until_its_server_can_have_heard_of_that() {
+    let mut table = Table::new();
+    table.push("big.com", 0..20);
+    table.ask(ALL);
+    let mut begun = table.begin();
+    let (cut, _) = begun.pop().expect("four");
+    table.hosts.cut(table.now(), cut);
+    assert!(table.begin().is_empty());
+    table.end(begun, HostSignal::Answered);
+    assert_eq!(table.begin().len(), 3);
+    table.millis = 999;
+    assert!(table.begin().is_empty());
+    table.millis = 1_000;
+    assert_eq!(table.begin().len(), 1);
+}
+
+#[test]
+fn what_is_cut_as_a_part_ends_is_over_before_another_part_is_asked_for() {
+    let mut table = Table::new();
+    table.push("big.com", 0..20);
+    table.ask(ALL);
+    let begun = table.begin();
+    table.millis = 30_000;
+    for (pass, _) in begun {
+        table.hosts.cut(table.now(), pass);
+    }
+    assert!(table.begin().is_empty() && table.ask(ALL).is_empty());
+    table.millis += 1_000;
+    assert_eq!(table.ask(ALL), [demand("big.com", 0, true)]);
+    assert_eq!(table.begin().len(), 4);
+}
+
+#[test]
 fn a_part_that_becomes_smaller_is_kept_until_what_is_in_flight_has_ended() {
     let mut table = Table::new();
     table.push("big.com", 0..20);
