@@ -266,17 +266,20 @@ impl Ledger {
             State::Leased { .. } => now,
             _ => now,
         };
-        let was_late = open.attempt.is_some() && !matches!(open.state, State::Leased { .. });
+        let was_leased = matches!(open.state, State::Leased { .. });
+        let was_late = open.attempt.is_some() && !was_leased;
         open.attempt = Some(attempt);
         if now.saturating_sub(since) >= STALLED {
             open.attempt = None;
             open.state = State::Unknown { until: now };
+            self.version += 1;
             self.fail(now, id, worker, FailureKind::Slice);
             return Renewal::Stalled;
         }
         let holder: Arc<str> = worker.into();
         open.holder = Some(Arc::clone(&holder));
         open.state = State::Leased { worker: holder, until: now + lease, finished, since };
+        self.version += u64::from(!was_leased);
         if was_late {
             self.forgive(|loss| &*loss.worker == worker && loss.id == *id);
         }
@@ -306,6 +309,7 @@ impl Ledger {
             }
             None => open.state = State::Pending { from: now },
         }
+        self.version += 1;
         true
     }
 
@@ -412,6 +416,7 @@ impl Ledger {
     /// Its index is in the store, put there by this worker; none: by a coordinator. True: it was not known before.
     pub(crate) fn commit(&mut self, id: &ShardId, worker: Option<&str>) -> bool {
         let new = self.shards(&id.dataset).is_some_and(|shards| shards.remove(&id.shard).is_some());
+        self.version += u64::from(new);
         if let Some(worker) = worker.filter(|_| new) {
             self.commits += 1;
             let record = self.workers.entry(worker.into()).or_default();
@@ -462,7 +467,6 @@ impl Ledger {
     }
 
     fn shards(&mut self, dataset: &DatasetId) -> Option<&mut BTreeMap<u32, Open>> {
-        self.version += 1;
         self.datasets.iter_mut().find(|queue| queue.id == *dataset).map(|queue| &mut queue.shards)
     }
 
