@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test test-nccl soak soak-train bench-train bench-fetch bench-scale fuzz engine images dist try-cluster libtorch pytorch clean
+.PHONY: help setup build demo test test-nccl sim soak soak-train bench-train bench-fetch bench-scale fuzz engine images dist try-cluster libtorch pytorch clean
 
 tools := target/tools
 export PATH := $(CURDIR)/$(tools)/bin:$(PATH)
@@ -13,6 +13,8 @@ help:
 	@echo "make build                the gleaner binary: target/debug/gleaner"
 	@echo "make test                 everything that has to hold, with the time of each stage"
 	@echo "make test-nccl            does the NCCL backend compile, link and start? (part of 'make test' when CI is set)"
+	@echo "make sim                  a cluster in one thread, with simulated store, clocks and network, of which everything goes wrong that a"
+	@echo "                          seed says: nothing may be lost, doubled or asked too often [SEED=1 SEEDS=100; TRACE=1: all that happens]"
 	@echo "make soak                 a cluster of which something is killed, stopped or confused every second, for MINUTES=5; each URL must have"
 	@echo "                          its outcome in the end, and fsck finds nothing [SEED=1]"
 	@echo "make soak-train           a run whose ranks and agents are killed every 10 s for SECONDS=300; its ledger must be an undisturbed one's"
@@ -52,6 +54,10 @@ images: setup
 
 try-cluster: $(tools)/ready
 	$(python) tests/k8s/cluster.py $(ARGS)
+
+sim: $(tools)/ready
+	SEED=$(or $(SEED),1) SEEDS=$(or $(SEEDS),1) \
+	    cargo test --locked --config 'profile.dev.package.gleaner-coordinator.opt-level=2' -p gleaner-coordinator --lib -- --ignored --exact --nocapture sim::$(or $(SIZE),small)
 
 soak: $(tools)/ready
 	SEED=$(or $(SEED),1) MINUTES=$(or $(MINUTES),5) cargo test --locked -p gleaner --test soak -- --ignored --exact --nocapture soak | tee target/soak.log

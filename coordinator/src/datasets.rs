@@ -16,7 +16,7 @@ mod wanted;
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use proto::handover::Handover;
 use proto::manifest::{DamagedShard, Manifest};
@@ -59,7 +59,6 @@ pub(crate) struct Datasets {
     pub(crate) inboxes: Arc<Inboxes>,
     /// What may be asked of which site.
     pub(crate) sites: Arc<Sites>,
-    started: Instant,
     state: Mutex<State>,
     /// Who has which part of which site's budget. Locked after the state, if
     /// together with it, and never held over an await.
@@ -76,7 +75,8 @@ struct State {
     ledger: Ledger,
     live: BTreeMap<DatasetId, Dataset>,
     slices: Slices,
-    workers: HashMap<String, Instant>,
+    /// When each was heard of last.
+    workers: HashMap<String, Now>,
     troubles: Troubles,
     probes: Probes,
 }
@@ -229,11 +229,12 @@ impl Datasets {
         before: &Handover,
     ) -> Arc<Self> {
         let ledger = Ledger::new(term.number(), lease);
+        let now = term.clock.now();
         let learned = before.sites.iter().map(|(name, site)| {
             let rate = (site.requests_per_second, site.known);
-            (name.clone(), Learned { rate, quiet_until: handover::quiet(site) })
+            (name.clone(), Learned { rate, quiet_until: now + handover::quiet(site) })
         });
-        let shares = Shares::new(Duration::ZERO, lease, before.all_back, learned);
+        let shares = Shares::new(now, lease, before.all_back, learned);
         Arc::new(Self {
             store,
             term,
@@ -241,7 +242,6 @@ impl Datasets {
             largest_list,
             inboxes: Arc::default(),
             sites: sites.into(),
-            started: Instant::now(),
             state: Mutex::new(State {
                 ledger,
                 live: BTreeMap::new(),
@@ -263,7 +263,7 @@ impl Datasets {
     }
 
     fn now(&self) -> Now {
-        self.started.elapsed()
+        self.term.clock.now()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -378,12 +378,14 @@ impl Datasets {
 
     /// Worker, its leases, and since when nothing was heard of it.
     pub(crate) fn workers(&self) -> Vec<(String, u32, Duration)> {
-        let state = self.state();
+        let (state, now) = (self.state(), self.now());
         let leases = state.ledger.workers();
         let mut workers: Vec<_> = state
             .workers
             .iter()
-            .map(|(name, seen)| (name.clone(), leases.get(name.as_str()).copied().unwrap_or(0), seen.elapsed()))
+            .map(|(name, seen)| {
+                (name.clone(), leases.get(name.as_str()).copied().unwrap_or(0), now.saturating_sub(*seen))
+            })
             .collect();
         workers.sort();
         workers

@@ -15,11 +15,12 @@
 //! - `service`: the gRPC face of all that; `access` stands in front of it: who may do what; [`door`]: the connections over
 //!   which it is reached, plain or over TLS;
 //! - [`audit`]: what in a store does not add up, and what is garbage, for commands that look at it without a coordinator;
-//! - [`metrics`], `store`, `cluster`, `term`, `handover`, `error`: what they stand on.
+//! - [`metrics`], `store`, `cluster`, `clock`, `term`, `handover`, `error`: what they stand on.
 
 mod access;
 pub mod audit;
 mod catalog;
+mod clock;
 mod cluster;
 mod damage;
 mod datasets;
@@ -46,6 +47,20 @@ mod store;
 mod term;
 mod trouble;
 
+// What `make sim` simulates (see tests/sim) is the code of this crate, and that of the worker which decides.
+#[cfg(test)]
+#[path = "../../tests/sim/mod.rs"]
+mod sim;
+#[cfg(test)]
+#[path = "../../worker/src"]
+#[allow(dead_code, reason = "whether there is a way out, and sites that are busy, are not simulated")]
+mod worker {
+    pub(crate) mod hosts;
+    pub(crate) mod pace;
+}
+#[cfg(test)]
+use worker::pace;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -68,6 +83,7 @@ use tracing::{info, warn};
 
 use crate::access::{Access, AccessLayer};
 pub use crate::access::{ClientName, NewToken, Protection, Role, may_listen};
+use crate::clock::Clock;
 use crate::cluster::Guard;
 use crate::datasets::Datasets;
 use crate::door::Tls;
@@ -158,7 +174,7 @@ pub async fn run(
     let store = Store::new(store);
     store.check().await?;
     let cluster = cluster::identify(&store).await.context("failed to read which cluster this is")?;
-    let term = Arc::new(Term::begin(&store).await.context("failed to begin a term")?);
+    let term = Arc::new(Term::begin(&store, Clock::machine()).await.context("failed to begin a term")?);
     let lease = Duration::from_secs_f64(config.lease_seconds);
     let before = handover::read(&store, term.number()).await.context("failed to read what is known of sites")?;
     let (term_of, sites, lists) = (Arc::clone(&term), config.sites.into(), (config.spool_folder, config.largest_list));

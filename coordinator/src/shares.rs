@@ -10,7 +10,7 @@
 //! A worker that is alone at a site has all of it. Others that come share it evenly, as long as each one's rate is worth
 //! it; at slow sites they take turns. What the holders learn of a site's rate is kept for those who come after them.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use proto::site::{Budget, FIRST_RATE, Sites};
@@ -89,7 +89,8 @@ pub(crate) struct Shares {
 
 #[derive(Debug, Default)]
 struct Site {
-    out: HashMap<String, Out>,
+    /// In an order that does not change: rates are added up.
+    out: BTreeMap<String, Out>,
     /// What all of it bears, as far as that is known.
     learned: Option<(f64, bool)>,
     /// When slots were last given back, or ended.

@@ -18,7 +18,7 @@ use tracing::warn;
 
 /// Further tries of one operation, with growing pauses: about three seconds in all, beside the client's own retries.
 const RETRIES: usize = 5;
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const FIRST_PAUSE: Duration = Duration::from_millis(if cfg!(test) { 1 } else { 100 });
 
 /// Bytes of a part of a large object, and how many of them are written at once.
 const PART: usize = 8 << 20;

@@ -3,7 +3,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Context;
 use proto::keys;
@@ -11,7 +11,9 @@ use proto::term::TermRecord;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
+use crate::clock::Clock;
 use crate::error::Error;
+use crate::ledger::Now;
 use crate::store::{Created, Store, StoreError, nonce, wall_millis};
 
 /// A store that was restored from a backup lacks the terms since then. Nobody has seen one that is further ahead.
@@ -21,25 +23,27 @@ const FURTHEST_AHEAD: u64 = 10_000;
 #[derive(Debug)]
 pub(crate) struct Term {
     number: AtomicU64,
+    pub(crate) clock: Clock,
     /// The highest one of which a caller has said that it has begun.
     heard: AtomicU64,
     heard_higher: Notify,
     over: CancellationToken,
     reason: OnceLock<String>,
     /// When the store was last asked about higher terms, and had none.
-    checked: Mutex<Instant>,
+    checked: Mutex<Now>,
 }
 
 impl Term {
     /// Creates the object of the next term. Whoever else starts at the same moment gets another number, and the higher
     /// one fences the lower.
-    pub(crate) async fn begin(store: &Store) -> anyhow::Result<Self> {
+    pub(crate) async fn begin(store: &Store, clock: Clock) -> anyhow::Result<Self> {
         let highest = highest(store).await.context("failed to list the terms")?;
         for number in highest + 1.. {
-            let asked = Instant::now();
+            let asked = clock.now();
             if create(store, number).await? {
                 return Ok(Self {
                     number: number.into(),
+                    clock,
                     heard: number.into(),
                     heard_higher: Notify::new(),
                     over: CancellationToken::new(),
@@ -101,7 +105,7 @@ impl Term {
 
     /// For how long a later term may have begun of which this coordinator does not know.
     pub(crate) fn unchecked(&self) -> Duration {
-        self.checked.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
+        self.clock.now().saturating_sub(*self.checked.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Ends this coordinator: the process exits with the reason.
@@ -118,7 +122,7 @@ impl Term {
 
     /// Ends the term if the store holds a higher one. Nothing new may be committed unless this is Ok.
     pub(crate) async fn check(&self, store: &Store) -> Result<(), Error> {
-        let (own, asked, seen) = (self.number(), Instant::now(), highest(store).await?);
+        let (own, asked, seen) = (self.number(), self.clock.now(), highest(store).await?);
         if seen <= own {
             let mut checked = self.checked.lock().unwrap_or_else(PoisonError::into_inner);
             *checked = asked.max(*checked);
@@ -162,7 +166,7 @@ mod tests {
 
     async fn begun() -> (Store, Term) {
         let store = Store::new(Arc::new(InMemory::new()));
-        let term = Term::begin(&store).await.expect("a store that works");
+        let term = Term::begin(&store, Clock::machine()).await.expect("a store that works");
         (store, term)
     }
 
@@ -183,13 +187,13 @@ mod tests {
     #[tokio::test]
     async fn above_a_term_that_the_store_has_lost_it_begins_again_and_fences_who_began_before() {
         let (store, old) = begun().await;
-        let term = Term::begin(&store).await.expect("a store that works");
+        let term = Term::begin(&store, Clock::machine()).await.expect("a store that works");
         let _ = term.observe(6);
         let number = term.rise_above(term.heard_higher().await, &store).await.expect("a store that works");
         assert_eq!(number, 7);
         term.rise(7);
         assert!(term.observe(6).is_ok() && term.check(&store).await.is_ok());
         assert!(matches!(old.check(&store).await, Err(Error::Fenced { own: 1, seen: 7 })));
-        assert_eq!(Term::begin(&store).await.expect("a store that works").number(), 8);
+        assert_eq!(Term::begin(&store, Clock::machine()).await.expect("a store that works").number(), 8);
     }
 }

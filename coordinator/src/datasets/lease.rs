@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures::StreamExt;
 use proto::handover::Handover;
@@ -127,11 +127,12 @@ impl Datasets {
         }
     }
 
-    fn grant(&self, worker: &str, large: bool) -> Option<Grant> {
+    /// A shard to make, if there is one now.
+    pub(crate) fn grant(&self, worker: &str, large: bool) -> Option<Grant> {
         let now = self.now();
         let mut state = self.state();
         let state = &mut *state;
-        state.workers.insert(worker.to_owned(), Instant::now());
+        state.workers.insert(worker.to_owned(), now);
         let (id, attempt) = state.ledger.order().iter().find_map(|of| {
             let sites = self.leasable_sites(state, of, large);
             let dataset = state.live.get(of).filter(|dataset| !dataset.is_finished())?;
@@ -170,7 +171,7 @@ impl Datasets {
         let mut state = self.state();
         let state = &mut *state;
         state.check_holder(worker, id, attempt)?;
-        state.workers.insert(worker.to_owned(), Instant::now());
+        state.workers.insert(worker.to_owned(), now);
         state.probes.heard(worker, good);
         match state.ledger.renew(now, id, attempt, worker, outcomes.total()) {
             Renewal::Prolonged => {}
@@ -212,7 +213,7 @@ impl Datasets {
         {
             let now = self.now();
             let mut state = self.state();
-            state.workers.insert(worker.to_owned(), Instant::now());
+            state.workers.insert(worker.to_owned(), now);
             let held = state.ledger.release(now, id, attempt, failure.as_ref().map(|(kind, _)| *kind));
             if let Some(dataset) = state.live.get_mut(&id.dataset).filter(|_| held) {
                 dataset.dropped(id.shard);
@@ -234,7 +235,7 @@ impl Datasets {
     ) -> Result<Attempt, Error> {
         {
             let mut state = self.state();
-            state.workers.insert(worker.to_owned(), Instant::now());
+            state.workers.insert(worker.to_owned(), self.now());
             state.probes.heard(worker, good);
             if !state.live.contains_key(&id.dataset) {
                 return Err(Error::NotFound(format!("no dataset {:?}", id.dataset)));
@@ -367,22 +368,24 @@ impl Datasets {
         clock.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             clock.tick().await;
-            let over = [self.expire(), self.take_finished()].concat();
-            futures::stream::iter(over)
-                .for_each_concurrent(PARALLEL, |id| {
-                    let this = Arc::clone(&self);
-                    async move {
-                        if let Err(error) = this.check(id.clone()).await {
-                            warn!(dataset = &*id.dataset, shard = id.shard, %error, "cannot check a shard");
-                            let text = format!("shard {}: {error}", id.shard);
-                            this.state().failed(this.now(), FailureKind::Store, None, &id.dataset, text);
-                        }
-                    }
-                })
-                .await;
-            // Shards whose pause after a failure is over are free now, too.
-            self.free.notify_waiters();
+            self.end_leases().await;
         }
+    }
+
+    /// Ends the leases whose time is over now, and decides what becomes of their shards.
+    pub(crate) async fn end_leases(self: &Arc<Self>) {
+        let over = [self.expire(), self.take_finished()].concat();
+        futures::stream::iter(over)
+            .for_each_concurrent(PARALLEL, |id| async move {
+                if let Err(error) = self.check(id.clone()).await {
+                    warn!(dataset = &*id.dataset, shard = id.shard, %error, "cannot check a shard");
+                    let text = format!("shard {}: {error}", id.shard);
+                    self.state().failed(self.now(), FailureKind::Store, None, &id.dataset, text);
+                }
+            })
+            .await;
+        // Shards whose pause after a failure is over are free now, too.
+        self.free.notify_waiters();
     }
 
     /// Ends what is over; the shards that are to be checked.
@@ -390,7 +393,7 @@ impl Datasets {
         let mut state = self.state();
         let state = &mut *state;
         let now = self.now();
-        state.workers.retain(|_, seen| seen.elapsed() < WORKER_FORGOTTEN);
+        state.workers.retain(|_, seen| now < *seen + WORKER_FORGOTTEN);
         state.ledger.retain_workers(|worker| state.workers.contains_key(worker));
         state.troubles.forget(now, |id| state.live.contains_key(id));
         let mut shards = Vec::new();

@@ -78,6 +78,30 @@ fn check_sites(sites: &[pb::SiteDemand]) -> Result<(), Error> {
     }
 }
 
+/// A worker's demand as it was sent.
+pub(crate) fn demand(demand: pb::SiteDemand) -> Demand {
+    Demand {
+        site: demand.site,
+        held: demand.held,
+        wanted: demand.wanted,
+        rate: (demand.requests_per_second, demand.known),
+        quiet: Duration::from_millis(demand.quiet_millis),
+    }
+}
+
+/// The answer to it as it is sent.
+pub(crate) fn share(Share { slots, budget, rate: (requests_per_second, known), delay }: Share) -> pb::SiteShare {
+    pb::SiteShare {
+        slots,
+        site_slots: budget.slots,
+        site_requests_per_second: budget.rate,
+        requests_per_second,
+        known,
+        // Not earlier by parts of a millisecond.
+        delay_millis: millis(delay.saturating_add(Duration::from_micros(999))),
+    }
+}
+
 pub(super) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
@@ -162,25 +186,9 @@ impl FetchService for FetchApi {
         let pb::ShareSitesRequest { term_seen, worker, sequence, sites } = request.into_inner();
         self.0.term.observe(term_seen)?;
         check_sites(&sites)?;
-        let demand = |demand: pb::SiteDemand| Demand {
-            site: demand.site,
-            held: demand.held,
-            wanted: demand.wanted,
-            rate: (demand.requests_per_second, demand.known),
-            quiet: Duration::from_millis(demand.quiet_millis),
-        };
         let demands: Vec<Demand> = sites.into_iter().map(demand).collect();
         let shares = self.0.share(&worker, sequence, &demands);
         let (shares, duration) = shares.ok_or_else(|| Status::aborted("a later request of this worker came before"))?;
-        let share = |Share { slots, budget, rate: (requests_per_second, known), delay }| pb::SiteShare {
-            slots,
-            site_slots: budget.slots,
-            site_requests_per_second: budget.rate,
-            requests_per_second,
-            known,
-            // Not earlier by parts of a millisecond.
-            delay_millis: millis(delay.saturating_add(Duration::from_micros(999))),
-        };
         Ok(Response::new(pb::ShareSitesResponse {
             term: self.term(),
             duration_millis: millis(duration),

@@ -1,0 +1,249 @@
+//! How a simulated worker asks sites, and for parts of their budgets: what `dispatch` does in the real one.
+
+use std::time::Duration;
+
+use proto::Rejection;
+
+use super::cluster::{Answer, Call};
+use super::origin;
+use super::shard::End;
+use super::worker::{Flight, Job};
+use super::world::Sim;
+use super::{Bug, MILLI, Micros, SECOND};
+use crate::worker::hosts::{HostSignal, Next, Pass};
+
+/// As in `dispatch`.
+const ASK_TIMEOUT: Micros = 5 * SECOND;
+const ASK_PAUSE: Micros = 50 * MILLI;
+const THROTTLED: u32 = 8;
+
+impl Sim {
+    /// Begins whatever may begin.
+    pub(super) fn dispatch(&mut self, w: usize) {
+        while self.workers[w].flights.len() < self.plan.connections {
+            let now = self.local(w);
+            match self.workers[w].hosts.next(now) {
+                Next::Begin(pass, job) => self.fetch(w, pass, job),
+                Next::GivenUp(job) => self.finish(w, job, Rejection::HostGivenUp.into()),
+                Next::Wait(at) => {
+                    if let Some(at) = at {
+                        let at = self.when(w, at);
+                        self.wake(w, at);
+                    }
+                    break;
+                }
+            }
+        }
+        self.ask_if_due(w);
+    }
+
+    /// Looks again then.
+    fn wake(&mut self, w: usize, at: Micros) {
+        if self.workers[w].wake_at.is_some_and(|set| set <= at) {
+            return;
+        }
+        self.workers[w].wake_at = Some(at);
+        self.later(w, at - self.now, move |sim| {
+            if sim.workers[w].wake_at == Some(at) {
+                sim.workers[w].wake_at = None;
+                sim.dispatch(w);
+            }
+        });
+    }
+
+    fn fetch(&mut self, w: usize, pass: Pass, mut job: Job) {
+        self.start(w, &mut job);
+        // Each worker may be in the middle of its pace.
+        let margin = self.workers.len() as f64 + 1.0;
+        let (site, url) = (pass.site.to_string(), job.url.clone());
+        let request = self.origin.begin(self.now, &site, w, margin);
+        let worker = &mut self.workers[w];
+        worker.numbers += 1;
+        let (flight, life) = (worker.numbers, worker.life);
+        worker.flights.insert(flight, Flight { pass, job, request });
+        let there = self.random.u64(MILLI..15 * MILLI);
+        let slowest = self.origin.slowest(&site);
+        let takes = self.random.u64(10 * MILLI..slowest);
+        self.at(there, move |sim| {
+            let answer = sim.origin.answer(sim.now, &site, &url);
+            sim.at(takes, move |sim| {
+                sim.origin.end(&site, request);
+                sim.within(w, life, Box::new(move |sim| sim.answered(w, flight, answer)));
+            });
+        });
+        self.watch_end(w, flight);
+    }
+
+    /// Cuts a request when its worker's part of the site has ended.
+    fn watch_end(&mut self, w: usize, flight: u64) {
+        let now = self.local(w);
+        let worker = &mut self.workers[w];
+        let Some(pass) = worker.flights.get(&flight).map(|flight| &flight.pass) else { return };
+        match worker.hosts.until(&pass.site) {
+            Some(until) if until > now => {
+                let at = self.when(w, until);
+                self.later(w, at - self.now, move |sim| sim.watch_end(w, flight));
+            }
+            _ => {
+                let Some(Flight { pass, job, .. }) = self.close(w, flight) else { return };
+                self.workers[w].hosts.cut(now, pass);
+                self.queue(w, job, None);
+                self.dispatch(w);
+            }
+        }
+    }
+
+    /// Closes the connection of a request; the site hears of it after a while.
+    pub(super) fn close(&mut self, w: usize, flight: u64) -> Option<Flight> {
+        let flight = self.workers[w].flights.remove(&flight)?;
+        let (site, request) = (flight.pass.site.to_string(), flight.request);
+        let there = self.random.u64(MILLI..15 * MILLI);
+        self.at(there, move |sim| sim.origin.end(&site, request));
+        Some(flight)
+    }
+
+    /// Gives back the place of a request that was cut.
+    pub(super) fn give_back_cut(&mut self, w: usize, pass: Pass) {
+        let now = self.local(w);
+        match self.bug {
+            Bug::ForgetsWhatItCuts => self.workers[w].hosts.finish(now, pass, HostSignal::Unknown),
+            _ => self.workers[w].hosts.cut(now, pass),
+        }
+    }
+
+    fn answered(&mut self, w: usize, flight: u64, answer: origin::Answer) {
+        let now = self.local(w);
+        let worker = &mut self.workers[w];
+        let Some(site) = worker.flights.get(&flight).map(|flight| flight.pass.site.clone()) else { return };
+        // A process that stood still sees first that its part has ended.
+        if worker.hosts.until(&site).is_none_or(|until| until <= now) {
+            return self.watch_end(w, flight);
+        }
+        let Some(Flight { pass, mut job, .. }) = worker.flights.remove(&flight) else { return };
+        let end = |outcome, status| End { outcome, status: Some(status) };
+        match answer {
+            origin::Answer::Picture => {
+                worker.hosts.finish(now, pass, HostSignal::Answered);
+                self.finish(w, job, end(Ok(()), 200));
+            }
+            origin::Answer::Gone => {
+                worker.hosts.finish(now, pass, HostSignal::Answered);
+                self.finish(w, job, end(Err(Rejection::NotFound), 404));
+            }
+            origin::Answer::TooMany(rest) => {
+                worker.hosts.finish(now, pass, HostSignal::Throttled(Duration::from_micros(rest)));
+                let given_up = worker.hosts.is_given_up(now, &job.host);
+                let throttled = end(Err(Rejection::HttpStatus), 429);
+                match job.throttled < THROTTLED {
+                    true => {
+                        job.throttled += 1;
+                        job.retried = Some(throttled);
+                        match given_up {
+                            true => self.finish(w, job, Rejection::HostGivenUp.into()),
+                            false => self.queue(w, job, None),
+                        }
+                    }
+                    false => self.finish(w, job, throttled),
+                }
+            }
+            origin::Answer::Nothing => {
+                let signal = if job.retried.is_some() { HostSignal::Unknown } else { HostSignal::Failed };
+                worker.hosts.finish(now, pass, signal);
+                let making = worker.made.get(&job.attempt);
+                let again = making.is_some_and(|making| job.tries < making.retries() && !making.ending);
+                let failed = End::from(Rejection::Timeout);
+                match again {
+                    true => {
+                        job.tries += 1;
+                        job.retried = Some(failed);
+                        let backoff = self.random.u64(SECOND / 2..SECOND) << job.tries.min(4);
+                        self.queue(w, job, Some(backoff));
+                    }
+                    false => self.finish(w, job, failed),
+                }
+            }
+        }
+        self.dispatch(w);
+    }
+
+    /// Lets a URL wait for its host, and for a backoff before.
+    fn queue(&mut self, w: usize, job: Job, backoff: Option<Micros>) {
+        let now = self.local(w);
+        let worker = &mut self.workers[w];
+        let (host, ticket) = (job.host.clone(), job.ticket);
+        match (worker.made.get(&job.attempt), backoff) {
+            (None, _) => {}
+            (Some(making), _) if making.ending => self.finish(w, job, Rejection::Unfetched.into()),
+            (_, Some(backoff)) => worker.hosts.push_later(now, Duration::from_micros(backoff), &host, ticket, job),
+            (_, None) => worker.hosts.push(now, &host, ticket, job),
+        }
+    }
+
+    fn ask_if_due(&mut self, w: usize) {
+        let now = self.local(w);
+        if self.workers[w].asking {
+            return;
+        }
+        let Some(at) = self.workers[w].hosts.ask_at(now) else { return };
+        let at = if at <= now { self.now } else { self.when(w, at) };
+        match at.max(self.workers[w].ask_from) {
+            at if at > self.now => self.wake(w, at),
+            _ => self.ask(w),
+        }
+    }
+
+    /// Asks for parts of sites' budgets.
+    fn ask(&mut self, w: usize) {
+        let asked = self.local(w);
+        let mut demands = self.workers[w].hosts.demands(asked);
+        let held: Vec<(String, u32)> = demands.iter().map(|demand| (demand.site.clone(), demand.held)).collect();
+        for (site, held) in &held {
+            if let Some(part) = self.parts.get_mut(site).and_then(|holders| holders.get_mut(&w)) {
+                part.0 = *held;
+            }
+        }
+        if self.bug == Bug::ForgetsWhatItHolds {
+            demands.iter_mut().for_each(|demand| demand.held = 0);
+        }
+        let worker = &mut self.workers[w];
+        (worker.asking, worker.sequence) = (true, worker.sequence + 1);
+        let call = Call::Share { sequence: worker.sequence, demands };
+        self.call(w, call, ASK_TIMEOUT, move |sim, answer, _| {
+            let now = sim.local(w);
+            let worker = &mut sim.workers[w];
+            worker.asking = false;
+            let pause = match answer {
+                Some(Answer::Shares(duration, shares)) => {
+                    worker.hosts.lend(asked, now, duration, &shares);
+                    let until = sim.when(w, asked + duration);
+                    for ((site, held), share) in held.into_iter().zip(&shares) {
+                        sim.lent(w, site, share.slots.max(held), until);
+                    }
+                    ASK_PAUSE
+                }
+                _ => {
+                    worker.hosts.unanswered(now);
+                    sim.random.u64(100 * MILLI..SECOND)
+                }
+            };
+            sim.workers[w].ask_from = sim.now + pause;
+            sim.dispatch(w);
+        });
+    }
+
+    /// Takes note of a part, and of parts that are too much together.
+    pub(super) fn lent(&mut self, w: usize, site: String, slots: u32, until: Micros) {
+        let budget = self.sites.budget(&site).slots;
+        let holders = self.parts.entry(site.clone()).or_default();
+        holders.retain(|_, (_, until)| *until > self.now);
+        holders.insert(w, (slots, until));
+        let out: u32 = holders.values().map(|(slots, _)| slots).sum();
+        if self.counts.is_some() && out * self.origin.most_at_once.1 > self.origin.most_at_once.0 * budget {
+            self.origin.most_at_once = (out, budget);
+        }
+        if out > budget {
+            let at = self.now as f64 / 1e6;
+            self.wrong.push(format!("{site}: {out} slots of {budget} are lent at {at:.3} s: {holders:?}"));
+        }
+    }
+}
