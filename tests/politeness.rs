@@ -4,13 +4,14 @@
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
-use std::net::{TcpListener, TcpStream, UdpSocket};
+use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use demo_origin::pictures::picture;
 use proto::round::Round;
 use support::Cluster;
+use support::net::name_server;
 use support::process::signal;
 
 /// Before each answer.
@@ -127,27 +128,6 @@ impl Origin {
         // Requests that are evenly spaced arrive with some jitter.
         assert!(seen.rate() <= rate * 1.05, "{site}: {:.1} a second", seen.rate());
     }
-}
-
-/// A name server for which every name has the address 127.0.0.1; its own address.
-fn name_server() -> String {
-    let socket = UdpSocket::bind("127.0.0.1:0").expect("a free port");
-    let address = socket.local_addr().expect("bound").to_string();
-    std::thread::spawn(move || {
-        let mut query = [0; 1500];
-        while let Ok((length, from)) = socket.recv_from(&mut query) {
-            // The question ends behind its name, its type and its class; what follows are the client's options.
-            let name = query[12..length].iter().position(|byte| *byte == 0).unwrap_or(0);
-            let question = &query[12..12 + name + 5];
-            let is_a = question[name + 1..name + 3] == [0, 1];
-            let head = [&query[..2], &[0x81, 0x80, 0, 1, 0, u8::from(is_a), 0, 0, 0, 0]].concat();
-            let record: &[u8] = &[0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 127, 0, 0, 1];
-            let answer = [&head[..], question, if is_a { record } else { &[] }].concat();
-            // A resolver that has gone away needs no answer.
-            let _ = socket.send_to(&answer, from);
-        }
-    });
-    address
 }
 
 /// A cluster whose workers find all names at the origin.

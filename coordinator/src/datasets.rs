@@ -39,6 +39,7 @@ use crate::inbox::Inboxes;
 use crate::ledger::{Counts, Ledger, Now};
 use crate::probes::Probes;
 use crate::shares::{Learned, Shares};
+use crate::site_rules::KnownRules;
 use crate::sites::Deal;
 use crate::store::{Created, Store};
 use crate::term::Term;
@@ -63,6 +64,8 @@ pub(crate) struct Datasets {
     /// Who has which part of which site's budget. Locked after the state, if
     /// together with it, and never held over an await.
     shares: Mutex<Shares>,
+    /// What sites say may be taken from them. Locked alone.
+    site_rules: Mutex<KnownRules>,
     /// Told when a shard may have become free.
     free: Notify,
     /// Held while a dataset of that name is created.
@@ -251,6 +254,7 @@ impl Datasets {
                 probes: Probes::default(),
             }),
             shares: Mutex::new(shares),
+            site_rules: Mutex::default(),
             free: Notify::new(),
             names: Mutex::default(),
             sealing: Semaphore::new(2),

@@ -7,7 +7,8 @@
 //! - `inbox`, `catalog`, `list`, `dealing`, `spool`: lists of URLs are received and become slices, dealt by site, in
 //!   bounded memory;
 //! - `ledger` (pure): who may make which shard until when;
-//! - `sites`, `shares` (pure): how much of which site each worker may use;
+//! - `sites`, `shares` (pure): how much of which site each worker may use; `site_rules` (pure): what sites say may be
+//!   taken from them;
 //! - `datasets`, `manifest`, `history`, `damage`: the state of all datasets, their sealing, what became of each URL, and
 //!   what cannot be read any more;
 //! - `duplicates`, `near` (pure): which samples do not count;
@@ -41,6 +42,7 @@ mod roster;
 mod runs;
 mod service;
 mod shares;
+mod site_rules;
 mod sites;
 mod spool;
 mod store;

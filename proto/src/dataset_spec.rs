@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::Synset;
+use crate::opt_out::Signal;
 
 /// A spec that cannot be meant so: what is wrong, where, and what is allowed.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +38,8 @@ pub struct DatasetSpec {
     /// What tells whether a URL still gives the picture that was listed. Left out: it may give another.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verify: Option<Verify>,
+    /// What owners may say against the use of their pictures, and is heeded: then they are not fetched, or not kept.
+    pub respect: Vec<Signal>,
     /// How fetched images become stored ones.
     pub resize: Resize,
     /// Which share of the images goes where.
@@ -250,6 +253,7 @@ impl Default for DatasetSpec {
             multi_label: None,
             keep_columns: Vec::new(),
             verify: None,
+            respect: Signal::ALL.to_vec(),
             resize: Resize::default(),
             splits: Splits::default(),
             limits: Limits::default(),

@@ -11,6 +11,7 @@
 //!   office, and what it leaves to the next one;
 //! - [`round`], [`slice`], [`control`], [`tombstone`]: the parts of a dataset's catalog, the URLs of one shard, what is
 //!   decided about a dataset later, and its end;
+//! - [`opt_out`]: what owners may say against the use of their pictures;
 //! - [`rejection`], [`outcome_counts`], [`outcomes`]: what became of each URL;
 //! - [`shard`], [`index`]: tars and their blocks, and the object that commits them;
 //! - [`manifest`], [`findings`]: an immutable version of a dataset, and what was found out when it was made;
@@ -33,6 +34,7 @@ pub mod index;
 pub mod keys;
 pub mod manifest;
 pub mod metric;
+pub mod opt_out;
 pub mod outcome_counts;
 pub mod outcomes;
 pub mod rejection;
@@ -59,6 +61,7 @@ pub use format::{FormatError, Stored, StoredOnce};
 pub use ids::{Attempt, DatasetId, RunName, ShardId, Synset};
 pub use index::ShardIndex;
 pub use manifest::Manifest;
+pub use opt_out::Signal;
 pub use outcome_counts::OutcomeCounts;
 pub use rejection::{Outcome, Rejection};
 pub use run_spec::{RunSpec, network};

@@ -84,7 +84,7 @@ rejections! {
     Unreadable = "unreadable",
     /// Any other status than 200.
     HttpStatus = "http_status",
-    /// The owner opted out of machine learning (`X-Robots-Tag`).
+    /// The owner said by a [signal](crate::Signal) that machines must not take the picture, or must not learn from it.
     OptedOut = "opted_out",
     /// More bytes than allowed, before or after decompression.
     TooLarge = "too_large",

@@ -209,7 +209,7 @@ async fn fetch_and_upload<T: Send>(
     };
     let (full, entries): (Vec<_>, _) = entries.into_iter().partition(&is_full);
     rows.extend(full.into_iter().map(reject_full));
-    let mut batch = tools.dispatcher.batch(entries, &spec.limits, assignment.once, assignment.large, spec.files);
+    let mut batch = tools.dispatcher.batch(entries, spec, assignment.once, assignment.large);
     let mut all_started = std::pin::pin!(batch.all_started());
     let mut start_permit = Some(start_permit);
     let mut validating = JoinSet::new();
@@ -379,6 +379,7 @@ async fn validate(tools: &Tools, rules: Arc<Rules>, result: FetchResult) -> anyh
         http_status: info.status.map(i32::from),
         fetched_at: now(),
         millis: spent.as_millis() as i64,
+        detail: info.detail.map(str::to_owned),
         ..entry.into_row()
     };
     let outcome = match body {

@@ -6,6 +6,7 @@
 
 mod batch;
 mod files;
+mod slot;
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -17,7 +18,7 @@ use std::time::Duration;
 
 use backon::BackoffBuilder;
 use proto::site::Sites;
-use proto::{Limits, Rejection};
+use proto::{DatasetSpec, Limits, Rejection};
 use tokio::sync::{Notify, Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
@@ -25,11 +26,13 @@ use tokio_util::sync::CancellationToken;
 
 pub(crate) use self::batch::{Batch, ConnectionPermit, FetchResult, SliceEntry};
 use self::batch::{Job, Shared};
+use self::slot::HostSlot;
 use crate::backoff::backoff;
-use crate::fetch::{Fetched, Fetcher, Request, ResponseInfo};
-use crate::hosts::{HostSignal, Hosts, Next, Pass};
+use crate::fetch::{Fetcher, Request, ResponseInfo};
+use crate::hosts::{Hosts, Next};
 use crate::lease::Coordinator;
 use crate::metrics::InFlight;
+use crate::opt_out::{KnownSites, Respect};
 use crate::way_out::WayOut;
 
 /// For one call that asks for parts of sites' budgets.
@@ -49,6 +52,8 @@ const IDLE: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(crate) struct Dispatcher {
     fetcher: Fetcher,
+    /// What sites say may be taken from them.
+    sites: Arc<KnownSites>,
     way_out: Arc<WayOut>,
     hosts: Mutex<Hosts<Job>>,
     /// One permit per URL in flight, until its body is validated.
@@ -67,6 +72,7 @@ pub(crate) struct Dispatcher {
 impl Dispatcher {
     pub(crate) fn new(fetcher: Fetcher, connections: u16, way_out: Arc<WayOut>) -> Self {
         Self {
+            sites: Arc::new(KnownSites::new(fetcher.agent().to_owned())),
             fetcher,
             way_out,
             hosts: Mutex::new(Hosts::new(Instant::now(), Arc::default(), connections.into())),
@@ -103,17 +109,17 @@ impl Dispatcher {
         }
     }
 
-    /// Takes up URLs, which are fetched in this order as far as their hosts and sites allow, and before others if they
-    /// are of one `large` site. `once`: all have failed in an earlier round, so that each is tried just once. `local`:
-    /// they are files.
+    /// Takes up URLs of a dataset, which are fetched in this order as far as their hosts and sites allow, and before
+    /// others if they are of one `large` site. `once`: all have failed in an earlier round, so that each is tried just
+    /// once.
     pub(crate) fn batch(
         self: &Arc<Self>,
         entries: Vec<SliceEntry>,
-        limits: &Limits,
+        spec: &DatasetSpec,
         once: bool,
         large: bool,
-        local: bool,
     ) -> Batch {
+        let (limits, respect) = (&spec.limits, spec.respect.iter().copied().collect::<Respect>());
         let (results, receiver) = mpsc::unbounded_channel();
         let id = self.batches.fetch_add(1, Ordering::Relaxed);
         let shared = Arc::new(Shared {
@@ -131,7 +137,7 @@ impl Dispatcher {
             shared.all_started.cancel();
         }
         self.is_fed.store(true, Ordering::Release);
-        if local {
+        if spec.files {
             self.read_files(entries, &shared);
             return Batch { dispatcher: Arc::clone(self), id, results: receiver, shared };
         }
@@ -140,15 +146,15 @@ impl Dispatcher {
         for entry in entries {
             match Request::new(&entry.url) {
                 Ok(request) => {
-                    let (host, ticket, batch) = (request.host(), hosts.ticket(large), Arc::clone(&shared));
-                    let (started, finished) = (false, false);
-                    let job = Job { ticket, started, finished, entry, request, retried: None, throttled: 0, batch };
+                    let (host, ticket, request) = (request.host(), hosts.ticket(large), request.respecting(respect));
+                    let job = Job::new(ticket, entry, request, Arc::clone(&shared));
                     hosts.push(now, &host, ticket, job);
                 }
                 Err(rejection) => {
                     shared.start(1);
                     let (info, spent) = (ResponseInfo::default(), Duration::ZERO);
-                    let _ = shared.results.send(FetchResult { entry, number: 0, info, spent, body: Err(rejection) });
+                    let body = Err(rejection);
+                    let _ = shared.results.send(FetchResult { entry, number: 0, info, spent, body });
                 }
             }
         }
@@ -181,6 +187,7 @@ impl Dispatcher {
         };
         let back = || {
             self.fetcher.forget_names();
+            self.sites.forget();
             let mut hosts = self.hosts();
             hosts.forgive(Instant::now());
             self.wake(hosts);
@@ -267,6 +274,11 @@ impl Dispatcher {
         }
     }
 
+    /// Asks the cluster what sites say may be taken from them, and tells it, for ever.
+    pub(crate) async fn keep_rules(&self, coordinator: Arc<Coordinator>) {
+        self.sites.exchange().carry(self.sites.agent(), coordinator).await;
+    }
+
     /// Waits until no part of any site's budget is this worker's, because nothing uses it any more; or for a while.
     pub(crate) async fn all_given_back(&self) {
         let deadline = Instant::now() + LAST_PARTS;
@@ -293,116 +305,6 @@ impl Dispatcher {
             }
         })
         .await;
-    }
-}
-
-/// One request's place at its host, which gets it back whatever becomes of the request.
-struct HostSlot {
-    dispatcher: Arc<Dispatcher>,
-    pass: Option<Pass>,
-}
-
-impl HostSlot {
-    async fn fetch(mut self, mut job: Job, connection: ConnectionPermit) {
-        let batch = Arc::clone(&job.batch);
-        let dispatcher = Arc::clone(&self.dispatcher);
-        let Some(site) = self.pass.as_ref().map(|pass| Arc::clone(&pass.site)) else { return };
-        job.start();
-        let fetch = batch.cut.run_until_cancelled(dispatcher.fetcher.fetch(&mut job.request, &batch.limits));
-        let fetched = tokio::select! {
-            // The process may have stood still for long: then nothing is begun.
-            biased;
-            () = dispatcher.ended(&site) => {
-                return self.cut(|hosts, now| queue(hosts, now, None, job));
-            }
-            fetched = fetch => fetched,
-        };
-        match fetched {
-            None => {
-                self.cut(|_, _| {});
-                job.finish(Err(Rejection::Unfetched));
-            }
-            Some(Ok(Fetched::Body(body))) => {
-                self.give_back(HostSignal::Answered, |_, _| {});
-                job.finish(Ok((body, connection)));
-            }
-            Some(Ok(Fetched::Redirect)) => {
-                self.give_back(HostSignal::Answered, |hosts, now| queue(hosts, now, None, job));
-            }
-            Some(Err(error)) if error.waits_for_host() && job.throttled < THROTTLED => {
-                job.throttled += 1;
-                let host = job.request.host();
-                let info = std::mem::take(&mut job.request.info);
-                job.retried = Some((error.rejection, info));
-                job.request.begin_again();
-                // If the host is given up for it, it is handed back.
-                self.give_back(error.signal, |hosts, now| match hosts.is_given_up(now, &host) {
-                    true => job.finish(Err(Rejection::HostGivenUp)),
-                    false => queue(hosts, now, None, job),
-                });
-            }
-            Some(Err(error)) => {
-                // A URL that fails once more says nothing new of its host: retries are the few URLs that fail, after
-                // all others have their results.
-                let signal = match error.signal {
-                    HostSignal::Failed if job.retried.is_some() => HostSignal::Unknown,
-                    signal => signal,
-                };
-                let info = std::mem::take(&mut job.request.info);
-                let retry = job.request.retry(&error, &batch.limits, fastrand::f64());
-                match retry.filter(|_| !batch.is_ending()) {
-                    Some(backoff) => {
-                        job.retried = Some((error.rejection, info));
-                        self.give_back(signal, |hosts, now| queue(hosts, now, Some(backoff), job));
-                    }
-                    None => {
-                        job.request.info = info;
-                        self.give_back(signal, |_, _| {});
-                        job.finish(Err(error.rejection));
-                    }
-                }
-            }
-        }
-    }
-
-    /// Gives the pass back; then `then`, under the same lock.
-    fn give_back(&mut self, signal: HostSignal, then: impl FnOnce(&mut Hosts<Job>, Instant)) {
-        self.end(|hosts, now, pass| {
-            hosts.finish(now, pass, signal);
-            then(hosts, now);
-        });
-    }
-
-    /// The same of a request that was dropped before it had an answer.
-    fn cut(&mut self, then: impl FnOnce(&mut Hosts<Job>, Instant)) {
-        self.end(|hosts, now, pass| {
-            hosts.cut(now, pass);
-            then(hosts, now);
-        });
-    }
-
-    fn end(&mut self, end: impl FnOnce(&mut Hosts<Job>, Instant, Pass)) {
-        let Some(pass) = self.pass.take() else { return };
-        let mut hosts = self.dispatcher.hosts();
-        end(&mut hosts, Instant::now(), pass);
-        self.dispatcher.wake(hosts);
-    }
-}
-
-impl Drop for HostSlot {
-    fn drop(&mut self) {
-        self.cut(|_, _| {});
-    }
-}
-
-/// Lets a URL wait for its host, and for a backoff before; one of a batch that is ending has waited long enough. (A
-/// batch says that it is ending before it takes out what waits.)
-fn queue(hosts: &mut Hosts<Job>, now: Instant, backoff: Option<Duration>, mut job: Job) {
-    let (host, ticket) = (job.request.host(), job.ticket);
-    match backoff {
-        _ if job.batch.is_ending() => job.finish(Err(Rejection::Unfetched)),
-        Some(backoff) => hosts.push_later(now, backoff, &host, ticket, job),
-        None => hosts.push(now, &host, ticket, job),
     }
 }
 

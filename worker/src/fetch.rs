@@ -9,16 +9,17 @@ mod error;
 mod files;
 mod gzip;
 mod net;
-mod opt_out;
 mod request;
 mod retry;
+mod text;
 
 pub(crate) use body::Body;
-pub(crate) use client::{FetchConfig, Fetched, Fetcher};
+pub(crate) use client::{FetchConfig, Fetched, FetchedText, Fetcher};
 pub use dns::NameServer;
 pub(crate) use files::{Roots, rows};
 pub(crate) use net::AddressRules;
 pub(crate) use request::{Request, ResponseInfo};
+pub(crate) use retry::FetchError;
 
 #[cfg(test)]
 pub(crate) mod tests;

@@ -164,6 +164,15 @@ impl<T> Hosts<T> {
         self.paused.insert((now + pause, ticket), (host, item));
     }
 
+    /// Asks nothing of a host for so long, as something has to be known of it first; zero: any more.
+    pub(crate) fn hold(&mut self, now: Instant, host: &str, pause: Duration) {
+        let name = self.enter(now, host);
+        if let Some(at) = self.hosts.get_mut(&name) {
+            at.held_until = now + pause;
+        }
+        self.settle_host(now, &name);
+    }
+
     /// Whether what waits for this host is handed back at once.
     pub(crate) fn is_given_up(&self, now: Instant, host: &str) -> bool {
         let place = self.known.place(host);

@@ -12,8 +12,8 @@ use proto::cluster::{ClusterRecord, OfCluster, OwnCluster, is_stranger};
 use proto::dial::{Dial, Dialled};
 use proto::pb::fetch_service_client::FetchServiceClient;
 use proto::pb::{
-    CompleteShardRequest, Failure, FailureKind, Lease, LeaseShardRequest, ReleaseLeaseRequest, RenewLeaseRequest,
-    ShareSitesRequest, SiteDemand, SiteShare,
+    CompleteShardRequest, Failure, FailureKind, FetchedRules, KnownRules, Lease, LeaseShardRequest,
+    ReleaseLeaseRequest, RenewLeaseRequest, ShareRulesRequest, ShareSitesRequest, SiteDemand, SiteShare,
 };
 use proto::trace::{Carried, Carry};
 use proto::{Stored, keys};
@@ -192,6 +192,22 @@ impl Coordinator {
         let response = within(timeout, client.share_sites(Request::new(request))).await?;
         self.check_term(response.term)?;
         Ok((Duration::from_millis(response.duration_millis), response.sites))
+    }
+
+    /// Tells once what sites' files say to `agent`, and asks for others: what is known of each.
+    pub(crate) async fn share_rules(
+        &self,
+        agent: &str,
+        fetched: Vec<FetchedRules>,
+        wanted: Vec<String>,
+        timeout: Duration,
+    ) -> Result<Vec<KnownRules>, Status> {
+        let (term_seen, worker) = (self.highest_term.load(Ordering::Relaxed), self.worker.clone());
+        let request = ShareRulesRequest { term_seen, worker, agent: agent.to_owned(), fetched, wanted };
+        let mut client = self.client();
+        let response = within(timeout, client.share_rules(Request::new(request))).await?;
+        self.check_term(response.term)?;
+        Ok(response.known)
     }
 
     /// Reports a shard whose index is put, until there is a response or `shutdown`.

@@ -7,7 +7,8 @@
 //! - `attempt`: one attempt at a shard, from its slice in the store to the index that commits it.
 //! - `dispatch`, `hosts`: which URL is fetched next; each waits until its host has room.
 //! - `fetch`: a URL to its body under limits; a file each for the HTTP client, redirects, retries, the memory of
-//!   bodies, compressed bodies, opt-outs, name look-ups and permitted addresses; and for files that are there already.
+//!   bodies, compressed bodies, texts, name look-ups and permitted addresses; and for files that are there already.
+//! - `opt_out`: what owners say against the use of their pictures, in files of their sites and in headers.
 //! - `decode_pool`, `decode_memory`, `validate`, `format`, `placeholder`: a body to a stored picture or a rejection, on threads of their
 //!   own; `thumbnail`: a few of the rejected ones, to be looked at.
 //! - `pixels`: JPEG, scaling to the stored size, measuring. `prepare` does the same for pictures that a trained network is to see.
@@ -31,6 +32,7 @@ mod hosts;
 mod lease;
 mod mend;
 pub mod metrics;
+mod opt_out;
 mod pace;
 mod pixels;
 mod placeholder;
@@ -138,10 +140,6 @@ pub struct Config {
     /// Also read datasets' files below this folder, for whoever may create datasets; may be repeated. Links are not followed.
     #[arg(long, env = "GLEANER_IMPORT_ROOT", value_delimiter = ',', value_name = "FOLDER")]
     pub import_root: Vec<PathBuf>,
-
-    /// Fetch what its owner marked with `X-Robots-Tag: noai` and the like all the same.
-    #[arg(long, env = "GLEANER_IGNORE_OPT_OUTS")]
-    pub ignore_opt_outs: bool,
 }
 
 fn parse_probe(text: &str) -> Result<String, String> {
@@ -180,6 +178,7 @@ pub async fn run(
     let mut background = JoinSet::new();
     let (dispatcher, sharing, asked) =
         (Arc::clone(&tools.dispatcher), Arc::clone(&tools.dispatcher), Arc::clone(&coordinator));
+    let (telling, told) = (Arc::clone(&tools.dispatcher), Arc::clone(&coordinator));
     background.spawn(async move {
         dispatcher.dispatch().await;
         anyhow!("URLs are no longer dispatched")
@@ -187,6 +186,10 @@ pub async fn run(
     background.spawn(async move {
         sharing.keep_shares(asked).await;
         anyhow!("parts of sites' budgets are no longer kept")
+    });
+    background.spawn(async move {
+        telling.keep_rules(told).await;
+        anyhow!("what sites allow is no longer told")
     });
     background.spawn(tools.pool.clone().watch());
     let watching = Arc::clone(&tools.dispatcher);
@@ -286,7 +289,7 @@ fn tools(config: &Config, store: Arc<dyn ObjectStore>, worker: String, way_out: 
         roots: Roots::new(&config.import_root)?,
         name_servers: config.dns.clone(),
         user_agent,
-        honour_opt_outs: !config.ignore_opt_outs,
+        agent: "Gleaner".to_owned(),
         authorities: authorities(&config.ca_file)?,
         body_budget: config.body_memory.get() as usize * (1 << 20),
     })

@@ -6,9 +6,9 @@ use object_store::ObjectStoreExt;
 use object_store::memory::InMemory;
 use proto::pb::fetch_service_server::{FetchService, FetchServiceServer};
 use proto::pb::{
-    CompleteShardRequest, CompleteShardResponse, LeaseShardRequest, LeaseShardResponse, ReleaseLeaseRequest,
-    ReleaseLeaseResponse, RenewLeaseRequest, RenewLeaseResponse, ShareSitesRequest, ShareSitesResponse, SiteDemand,
-    SiteShare,
+    CompleteShardRequest, CompleteShardResponse, KnownRules, LeaseShardRequest, LeaseShardResponse,
+    ReleaseLeaseRequest, ReleaseLeaseResponse, RenewLeaseRequest, RenewLeaseResponse, ShareRulesRequest,
+    ShareRulesResponse, ShareSitesRequest, ShareSitesResponse, SiteDemand, SiteShare,
 };
 use proto::{Rejection, Stored, keys};
 use tokio::net::TcpListener;
@@ -124,6 +124,11 @@ impl FetchService for CoordinatorDouble {
         let none = SiteShare { slots: 0, ..share };
         let sites = demands.into_iter().map(|demand| if demand.wanted { share } else { none }).collect();
         Ok(Response::new(ShareSitesResponse { term: TERM, duration_millis, sites }))
+    }
+
+    async fn share_rules(&self, request: Request<ShareRulesRequest>) -> Result<Response<ShareRulesResponse>, Status> {
+        let known = request.into_inner().wanted.iter().map(|_| KnownRules::default()).collect();
+        Ok(Response::new(ShareRulesResponse { term: TERM, known }))
     }
 }
 
@@ -245,7 +250,10 @@ async fn no_more_is_in_flight_than_its_part_of_a_site_has_slots_and_nothing_when
     put_slice(&*store, 1, &(0..6).map(|n| format!("http://{at}/{n}")).collect::<Vec<_>>()).await;
     let two = SiteShare { slots: 2, site_slots: 4, known: true, ..SiteShare::default() };
     let share = Some((900, two));
-    let heard = Heard { leases: vec![lease(1, 60_000)].into(), duration_millis: 60_000, share, ..Heard::default() };
+    // No file comes first, for which all others would wait.
+    let spec_json = DatasetSpec { respect: Vec::new(), ..spec() }.to_json();
+    let leases = vec![Lease { spec_json, ..lease(1, 60_000) }].into();
+    let heard = Heard { leases, duration_millis: 60_000, share, ..Heard::default() };
     let coordinator = CoordinatorDouble(Arc::new(Mutex::new(heard)));
     let address = coordinator.serve().await;
     let cluster = join(coordinator, &address, store);

@@ -100,6 +100,7 @@ const RULES: &[(&str, Who)] = &[
     ("/gleaner.v1.FetchService/CompleteShard", FETCH),
     ("/gleaner.v1.FetchService/ReleaseLease", FETCH),
     ("/gleaner.v1.FetchService/ShareSites", FETCH),
+    ("/gleaner.v1.FetchService/ShareRules", FETCH),
     ("/gleaner.v1.TrainerService/Connect", TRAIN),
     ("/externalscaler.ExternalScaler/IsActive", SEE),
     ("/externalscaler.ExternalScaler/StreamIsActive", SEE),

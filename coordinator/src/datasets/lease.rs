@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use proto::handover::Handover;
-use proto::pb::FailureKind;
+use proto::pb::{FailureKind, FetchedRules, KnownRules};
 use proto::{Attempt, OutcomeCounts, Rejection, ShardId, ShardIndex, keys};
 use tracing::{error, info, warn};
 
@@ -110,6 +110,22 @@ impl Datasets {
         // Whoever begins a later term waits for one lease time before it lends anything: by then all that this one has
         // lent must have ended, even if it does not know yet that its own term is over.
         Some((answers, shares.lease().saturating_sub(self.term.unchecked())))
+    }
+
+    /// Takes up files by which sites say what may be taken from them, as this worker has read them; and says what is
+    /// known of those that it wants.
+    pub(crate) fn share_rules(
+        &self,
+        worker: &str,
+        agent: &str,
+        fetched: Vec<FetchedRules>,
+        wanted: &[String],
+    ) -> Vec<KnownRules> {
+        let now = self.now();
+        // Nothing under the lock can leave it half changed.
+        let mut known = self.site_rules.lock().unwrap_or_else(PoisonError::into_inner);
+        fetched.into_iter().for_each(|fetched| known.tell(now, agent, &fetched.url, fetched.rules));
+        wanted.iter().map(|url| known.ask(now, worker, agent, url)).collect()
     }
 
     /// What the next coordinator is to know. `served`: this one answers no more.

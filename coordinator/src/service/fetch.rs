@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use prost::Message;
 use proto::ids::IdError;
 use proto::pb::fetch_service_server::FetchService;
 use proto::pb::{self, FailureKind};
@@ -22,6 +23,11 @@ const MOST_URLS: u64 = 1_000_000;
 /// Sites of which one message may ask for parts, and bytes of a site's name: a host's, with its port.
 const MOST_SITES: usize = 100_000;
 const LONGEST_SITE: usize = 300;
+/// Files of sites' rules that one message may name, bytes of such a file's URL or of the worker's name for itself, and
+/// of its rules.
+const MOST_FILES: usize = 10_000;
+const LONGEST_FILE_URL: usize = 400;
+const LARGEST_RULES: usize = 2 << 20;
 /// Bytes of what a worker says of a failure; the rest is cut off.
 const LONGEST_TEXT: usize = 2_000;
 
@@ -99,6 +105,21 @@ pub(crate) fn share(Share { slots, budget, rate: (requests_per_second, known), d
         known,
         // Not earlier by parts of a millisecond.
         delay_millis: millis(delay.saturating_add(Duration::from_micros(999))),
+    }
+}
+
+/// Refuses more files of sites' rules than a worker can ask for at once, and larger ones than it reads.
+fn check_rules(request: &pb::ShareRulesRequest) -> Result<(), Error> {
+    let pb::ShareRulesRequest { agent, fetched, wanted, .. } = request;
+    let urls = || fetched.iter().map(|fetched| &fetched.url).chain(wanted);
+    let (files, longest) = (urls().count(), urls().chain([agent]).map(String::len).max().unwrap_or(0));
+    let largest = fetched.iter().filter_map(|fetched| fetched.rules.as_ref()).map(Message::encoded_len).max();
+    match (files, longest, largest.unwrap_or(0)) {
+        (..=MOST_FILES, ..=LONGEST_FILE_URL, ..=LARGEST_RULES) => Ok(()),
+        found => Err(Error::Invalid(format!(
+            "rules of sites: files, bytes of the longest name, bytes of the largest rules: {found:?}; at most {:?} may be",
+            (MOST_FILES, LONGEST_FILE_URL, LARGEST_RULES)
+        ))),
     }
 }
 
@@ -195,6 +216,18 @@ impl FetchService for FetchApi {
             sites: shares.into_iter().map(share).collect(),
         }))
     }
+
+    async fn share_rules(
+        &self,
+        request: Request<pb::ShareRulesRequest>,
+    ) -> Result<Response<pb::ShareRulesResponse>, Status> {
+        Speaker::of(&request).is("worker", &request.get_ref().worker)?;
+        check_rules(request.get_ref())?;
+        let pb::ShareRulesRequest { term_seen, worker, agent, fetched, wanted } = request.into_inner();
+        self.0.term.observe(term_seen)?;
+        let known = self.0.share_rules(&worker, &agent, fetched, &wanted);
+        Ok(Response::new(pb::ShareRulesResponse { term: self.term(), known }))
+    }
 }
 
 #[cfg(test)]
@@ -211,6 +244,17 @@ mod tests {
         for wrong in [vec![site("")], vec![site(&"a".repeat(1000))], vec![site("a"); MOST_SITES + 1]] {
             assert!(check_sites(&wrong).is_err());
         }
+        let url = |length| "a".repeat(length);
+        let asks = |wanted| check_rules(&pb::ShareRulesRequest { wanted, ..Default::default() });
+        assert!(asks(vec![url(LONGEST_FILE_URL); MOST_FILES]).is_ok());
+        assert!(asks(vec![url(1); MOST_FILES + 1]).is_err() && asks(vec![url(LONGEST_FILE_URL + 1)]).is_err());
+        let rules = |bytes| pb::PathRule { pattern: url(bytes), ..Default::default() };
+        let fetched = |bytes| {
+            let rules = Some(pb::SiteRules { rules: vec![rules(bytes)] });
+            let fetched = vec![pb::FetchedRules { url: url(1), rules }];
+            check_rules(&pb::ShareRulesRequest { fetched, ..Default::default() })
+        };
+        assert!(fetched(1 << 20).is_ok() && fetched(LARGEST_RULES).is_err());
         let long = pb::Failure { kind: 0, text: "ä".repeat(LONGEST_TEXT) };
         let (kind, text) = failure(long);
         assert!(kind == FailureKind::Slice && text.len() == LONGEST_TEXT);

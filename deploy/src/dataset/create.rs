@@ -51,6 +51,10 @@ pub(crate) struct CreateArgs {
     /// Take only pictures whose bytes have the digest in this column: sha256:COLUMN (hex) or md5-base64:COLUMN
     #[arg(long, help_heading = LIST, value_name = "DIGEST:COLUMN")]
     verify: Option<String>,
+    /// What owners may say against the use of their pictures, and is heeded: robots, x-robots-tag, tdm, content-usage,
+    /// content-signal; all of them, or none [default: all]
+    #[arg(long, value_name = "SIGNALS", value_delimiter = ',')]
+    respect: Vec<String>,
     /// Which synsets to keep, and their names: lines of SYNSET and a name; all of the list if left out
     #[arg(long, help_heading = LIST, value_name = "FILE")]
     synsets: Option<PathBuf>,
@@ -371,6 +375,12 @@ fn spec(args: &CreateArgs) -> Result<DatasetSpec> {
         table.insert("digest".to_owned(), digest.into());
         table.insert("column".to_owned(), column.into());
     }
+    match args.respect.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [] => {}
+        ["all"] => drop(table.remove("respect")),
+        ["none"] => drop(table.insert("respect".to_owned(), toml::Value::Array(Vec::new()))),
+        ref signals => drop(table.insert("respect".to_owned(), signals.to_vec().into())),
+    }
     let mut spec = DatasetSpec::from_json(&serde_json::to_string(&table)?)?;
     if !args.keep_columns.is_empty() {
         spec.keep_columns = args.keep_columns.clone();
@@ -425,7 +435,7 @@ async fn upload(
 
 #[cfg(test)]
 mod tests {
-    use proto::{ImageFormat, Reencode, Resize, ResizeMode};
+    use proto::{ImageFormat, Reencode, Resize, ResizeMode, Signal};
 
     use super::*;
 
@@ -449,6 +459,15 @@ mod tests {
         let refusal = parse(&["--set", "limits.tiemout=1"]).expect_err("unknown key").to_string();
         assert!(refusal.contains("tiemout"), "{refusal}");
         assert!(parse(&["--size", "0"]).is_err());
+        let respect = |flags: &[&str]| {
+            let (start, _) = parse(flags)?;
+            anyhow::Ok(DatasetSpec::from_json(&start.spec_json).expect("own output").respect)
+        };
+        assert_eq!(respect(&["--respect", "robots,tdm"]).expect("good"), [Signal::Robots, Signal::Tdm]);
+        assert_eq!(respect(&["--set", "respect=[]", "--respect", "all"]).expect("good"), Signal::ALL);
+        assert_eq!(respect(&["--respect", "none"]).expect("good"), []);
+        let refusal = respect(&["--respect", "robots.txt"]).expect_err("an unknown signal").to_string();
+        assert!(refusal.contains("`x-robots-tag`"), "{refusal}");
         let flags = ["--resize", "keep-ratio", "--no-upscale", "--encode-format", "png", "--reencode", "needed"];
         let (start, _) = parse(&flags).expect("good");
         let spec = DatasetSpec::from_json(&start.spec_json).expect("own output");

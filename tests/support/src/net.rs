@@ -1,5 +1,6 @@
-//! Machines with addresses of their own on this one: network namespaces on a bridge.
+//! Machines with addresses of their own on this one: network namespaces on a bridge; and names for one machine.
 
+use std::net::UdpSocket;
 use std::process::Command;
 
 /// So many machines, each with one interface, `eth0`, and the test's own namespace as the gateway. Removed when it is dropped.
@@ -91,4 +92,28 @@ fn ip(args: &[&str]) -> Result<(), String> {
         true => Ok(()),
         false => Err(format!("ip {}: {}", args.join(" "), String::from_utf8_lossy(&output.stderr).trim())),
     }
+}
+
+/// A name server for which every name has the address 127.0.0.1; its own address.
+///
+/// # Panics
+/// If there is no free port.
+pub fn name_server() -> String {
+    let socket = UdpSocket::bind("127.0.0.1:0").expect("a free port");
+    let address = socket.local_addr().expect("bound").to_string();
+    std::thread::spawn(move || {
+        let mut query = [0; 1500];
+        while let Ok((length, from)) = socket.recv_from(&mut query) {
+            // The question ends behind its name, its type and its class; what follows are the client's options.
+            let name = query[12..length].iter().position(|byte| *byte == 0).unwrap_or(0);
+            let question = &query[12..12 + name + 5];
+            let is_a = question[name + 1..name + 3] == [0, 1];
+            let head = [&query[..2], &[0x81, 0x80, 0, 1, 0, u8::from(is_a), 0, 0, 0, 0]].concat();
+            let record: &[u8] = &[0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 127, 0, 0, 1];
+            let answer = [&head[..], question, if is_a { record } else { &[] }].concat();
+            // A resolver that has gone away needs no answer.
+            let _ = socket.send_to(&answer, from);
+        }
+    });
+    address
 }

@@ -46,14 +46,17 @@ pub(crate) async fn tools(store: Arc<dyn ObjectStore>) -> Arc<Tools> {
         roots: Roots::default(),
         name_servers: Vec::new(),
         user_agent: "Gleaner/test".into(),
-        honour_opt_outs: true,
+        agent: "Gleaner".into(),
         authorities: Vec::new(),
         body_budget: 4 << 20,
     });
     let way_out = Arc::new(WayOut::new(Vec::new()));
     let dispatcher = Arc::new(Dispatcher::new(fetcher.expect("a client"), 16, Arc::clone(&way_out)));
     tokio::spawn(Arc::clone(&dispatcher).dispatch());
-    tokio::spawn(Arc::clone(&dispatcher).keep_shares(coordinator(&way_out).await));
+    let coordinator = coordinator(&way_out).await;
+    tokio::spawn(Arc::clone(&dispatcher).keep_shares(Arc::clone(&coordinator)));
+    let telling = Arc::clone(&dispatcher);
+    tokio::spawn(async move { telling.keep_rules(coordinator).await });
     tokio::spawn(Arc::clone(&dispatcher).watch_way_out());
     let pool = DecodePool::start(2, 1 << 30).expect("threads");
     Arc::new(Tools { store, dispatcher, way_out, pool, worker: "worker-test".into() })
@@ -107,6 +110,7 @@ async fn every_url_gets_its_one_outcome_and_index_outcomes_and_tars_agree() {
         (format!("{base}/broken"), Err(Rejection::HttpStatus)),
         (format!("{base}/html"), Err(Rejection::NotAnImage)),
         (format!("{base}/noai"), Err(Rejection::OptedOut)),
+        (format!("{base}/denied/x"), Err(Rejection::OptedOut)),
         (format!("{base}/small"), Err(Rejection::TooSmall)),
         (format!("{base}/cut"), Err(Rejection::Truncated)),
         (format!("{base}/short"), Err(Rejection::Protocol)),

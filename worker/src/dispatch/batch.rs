@@ -15,6 +15,7 @@ use super::Dispatcher;
 use crate::fetch::{Body, Request, ResponseInfo};
 use crate::format::format_of;
 use crate::metrics::InFlight;
+use crate::opt_out::Errand;
 use crate::way_out::WayOut;
 
 /// One line of a slice.
@@ -63,10 +64,19 @@ pub(super) struct Job {
     pub(super) finished: bool,
     pub(super) entry: SliceEntry,
     pub(super) request: Request,
+    /// Before it is asked for.
+    pub(super) detour: Option<Detour>,
     /// Why it was tried again last.
     pub(super) retried: Option<(Rejection, ResponseInfo)>,
     pub(super) throttled: u32,
     pub(super) batch: Arc<Shared>,
+}
+
+/// On its way to a file in which its site says what may be taken from it.
+#[derive(Debug)]
+pub(super) struct Detour {
+    pub(super) errand: Errand,
+    pub(super) request: Request,
 }
 
 /// What all jobs of a batch share.
@@ -100,6 +110,16 @@ impl Shared {
 }
 
 impl Job {
+    pub(super) fn new(ticket: u64, entry: SliceEntry, request: Request, batch: Arc<Shared>) -> Self {
+        let (started, finished, throttled) = (false, false, 0);
+        Self { ticket, started, finished, entry, request, detour: None, retried: None, throttled, batch }
+    }
+
+    /// The host that is asked next, as budgets name it.
+    pub(super) fn host(&self) -> String {
+        self.detour.as_ref().map_or_else(|| self.request.host(), |detour| detour.request.host())
+    }
+
     pub(super) fn start(&mut self) {
         if !std::mem::replace(&mut self.started, true) {
             self.batch.start(1);

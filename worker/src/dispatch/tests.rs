@@ -12,10 +12,10 @@ use crate::fetch::tests::fetcher;
 #[tokio::test]
 async fn urls_that_fail_again_and_again_do_not_make_their_host_look_dead() {
     let dispatcher = Arc::clone(&tools(Arc::new(InMemory::new())).await.dispatcher);
-    let (at, limits) = (origin().await, Limits::default());
+    let (at, spec) = (origin().await, DatasetSpec::default());
     let fetch = async |paths: &[&str]| {
         let entry = |path: &&str| SliceEntry { url: format!("http://{at}/{path}"), ..SliceEntry::default() };
-        let mut batch = dispatcher.batch(paths.iter().map(entry).collect(), &limits, false, false, false);
+        let mut batch = dispatcher.batch(paths.iter().map(entry).collect(), &spec, false, false);
         let mut outcomes = Vec::new();
         for _ in paths {
             outcomes.push(batch.next().await.expect("one for each").body.map(drop));
@@ -33,7 +33,7 @@ async fn urls_that_fail_again_and_again_do_not_make_their_host_look_dead() {
 async fn a_url_whose_task_panics_is_rejected() {
     let dispatcher = Arc::new(Dispatcher::new(fetcher(), 1, Arc::new(WayOut::new(Vec::new()))));
     let entry = SliceEntry { url: "http://a.example/".to_owned(), ..SliceEntry::default() };
-    let mut batch = dispatcher.batch(vec![entry], &Limits::default(), false, false, false);
+    let mut batch = dispatcher.batch(vec![entry], &DatasetSpec::default(), false, false);
     let job = dispatcher.hosts().take_out(Instant::now(), |_| true).pop().expect("it waits");
     let panics = tokio::spawn(async move {
         let _job = job;
@@ -87,7 +87,7 @@ async fn what_breaks_off_is_tried_again() {
     let (at, asked) = breaks_off_once().await;
     let paths = ["/body", "/chunk", "/closed", "/reset", "/garbage"];
     let entry = |path: &str| SliceEntry { url: format!("http://{at}{path}"), ..SliceEntry::default() };
-    let mut batch = dispatcher.batch(paths.into_iter().map(entry).collect(), &Limits::default(), false, false, false);
+    let mut batch = dispatcher.batch(paths.into_iter().map(entry).collect(), &DatasetSpec::default(), false, false);
     for _ in paths {
         let FetchResult { entry, body, .. } = batch.next().await.expect("one for each");
         let wanted = if entry.url.ends_with("garbage") { Err(Rejection::Protocol) } else { Ok(b"halfhalf".to_vec()) };

@@ -20,10 +20,12 @@ use super::error;
 use super::files::Roots;
 use super::gzip;
 use super::net::{AddressRules, permits_port};
-use super::opt_out::opted_out;
 use super::request::Request;
 use super::retry::{FetchError, Retry};
+use super::text;
 use crate::format::format_of;
+use crate::hosts::HostSignal;
+use crate::opt_out::{Respect, said_in_headers};
 
 /// Bodies of one HTTP/2 connection that may wait unread, each with [`FREE_BYTES`], before the others have to wait, too.
 const STREAMS: u32 = 256;
@@ -35,6 +37,8 @@ const MOST_HEADERS: usize = 1000;
 /// Bytes of a response's head over HTTP/2.
 const LONGEST_HTTP2_HEAD: u32 = 256 << 10;
 
+/// For what sites say in files.
+const ACCEPT_TEXTS: &str = "text/plain,application/json,*/*;q=0.1";
 /// What can be read. Servers that choose a format by this must not choose AVIF or the like.
 const ACCEPT_IMAGES: &str = "image/jpeg,image/png,image/webp,image/gif,image/bmp,image/tiff,*/*;q=0.1";
 
@@ -47,7 +51,8 @@ pub(crate) struct FetchConfig {
     /// Instead of the system's, if there are any.
     pub(crate) name_servers: Vec<NameServer>,
     pub(crate) user_agent: String,
-    pub(crate) honour_opt_outs: bool,
+    /// The name by which owners may speak to this worker alone.
+    pub(crate) agent: String,
     /// Trusted beside the system's.
     pub(crate) authorities: Vec<Certificate>,
     /// Bytes of all bodies together, beyond [`FREE_BYTES`] each.
@@ -68,7 +73,18 @@ pub(crate) struct Fetcher {
 #[derive(Debug)]
 pub(crate) enum Fetched {
     Body(Body),
-    /// A redirect to another host, which has a budget of its own: the request goes on there when that has room.
+    /// A redirect: the request goes on there, if its host has room and its owner lets it.
+    Redirect,
+}
+
+/// What a request for a text got.
+#[derive(Debug)]
+pub(crate) enum FetchedText {
+    /// Its first bytes.
+    Text(Vec<u8>),
+    /// There is none, or not for everybody.
+    None,
+    /// As of pictures.
     Redirect,
 }
 
@@ -104,6 +120,11 @@ impl Fetcher {
         }
     }
 
+    /// The name by which owners may speak to this worker alone.
+    pub(crate) fn agent(&self) -> &str {
+        &self.config.agent
+    }
+
     /// Below which files are read.
     pub(crate) fn roots(&self) -> Roots {
         self.config.roots.clone()
@@ -125,39 +146,78 @@ impl Fetcher {
         self.resolver.forget();
     }
 
-    /// Sends a request and follows it as long as it stays on one host. The request notes what the responses say.
+    /// Sends a request. It notes what the response says.
     pub(crate) async fn fetch(&self, request: &mut Request, limits: &Limits) -> Result<Fetched, FetchError> {
         let start = Instant::now();
-        let fetched = self.follow(request, limits, start + limits.timeout().saturating_sub(request.spent)).await;
+        let deadline = start + limits.timeout().saturating_sub(request.spent);
+        let fetched = async {
+            match self.send(request, limits, deadline, None).await? {
+                Some(response) => self.read(response, request.respect, limits, deadline).await.map(Fetched::Body),
+                None => Ok(Fetched::Redirect),
+            }
+        };
+        let fetched = fetched.await;
         request.spent += start.elapsed();
         fetched
     }
 
-    async fn follow(&self, request: &mut Request, limits: &Limits, deadline: Instant) -> Result<Fetched, FetchError> {
-        let client = self.client(limits.connect_timeout()).map_err(|_| FetchError::from(Rejection::Connect))?;
-        loop {
-            let url = &request.url;
-            self.check(url)?;
-            request.info.status = None;
-            let now = Instant::now();
-            let head_deadline = deadline.min(now + limits.first_byte_timeout());
-            // What earlier requests left of the URL's time says nothing about this host.
-            let short_of_time = head_deadline == deadline && deadline - now < limits.timeout() / 2;
-            let response = match timeout_at(head_deadline, client.get(url.clone()).send()).await {
-                Err(_) if short_of_time => return Err(FetchError::out_of_time()),
-                Err(_) => return Err(FetchError::of_host(Rejection::Timeout)),
-                Ok(Err(error)) => return Err(error::of_request(&error, url.scheme() == "https")),
-                Ok(Ok(response)) => response,
+    /// Sends a request for a text, of which at most so many bytes are read. That a server has none is no failure.
+    pub(crate) async fn fetch_text(
+        &self,
+        request: &mut Request,
+        limits: &Limits,
+        most: usize,
+    ) -> Result<FetchedText, FetchError> {
+        let start = Instant::now();
+        let deadline = start + limits.timeout().saturating_sub(request.spent);
+        let fetched = async {
+            let Some(response) = self.send(request, limits, deadline, Some(ACCEPT_TEXTS)).await? else {
+                return Ok(FetchedText::Redirect);
             };
-            request.info.status = Some(response.status().as_u16());
-            let Some(to) = redirect_target(url, &response).map_err(FetchError::of_url)? else {
-                return self.read(response, limits, deadline).await.map(Fetched::Body);
-            };
-            if request.redirect(to, limits)? {
-                // What may not be asked has no host to wait for.
-                return self.check(&request.url).map(|()| Fetched::Redirect).map_err(FetchError::of_url);
+            match FetchError::of_status(response.status(), response.headers()) {
+                _ if response.status() == StatusCode::OK => {
+                    text::read(response, deadline, most).await.map(FetchedText::Text)
+                }
+                error if error.signal == HostSignal::Answered => Ok(FetchedText::None),
+                error => Err(error),
             }
+        };
+        let fetched = fetched.await;
+        request.spent += start.elapsed();
+        fetched
+    }
+
+    /// The response; none: it was a redirect, which the request has followed.
+    async fn send(
+        &self,
+        request: &mut Request,
+        limits: &Limits,
+        deadline: Instant,
+        accept: Option<&'static str>,
+    ) -> Result<Option<Response>, FetchError> {
+        let client = self.client(limits.connect_timeout()).map_err(|_| FetchError::from(Rejection::Connect))?;
+        let url = &request.url;
+        self.check(url)?;
+        request.info.status = None;
+        let now = Instant::now();
+        let head_deadline = deadline.min(now + limits.first_byte_timeout());
+        // What earlier requests left of the URL's time says nothing about this host.
+        let short_of_time = head_deadline == deadline && deadline - now < limits.timeout() / 2;
+        let mut asking = client.get(url.clone());
+        if let Some(accept) = accept {
+            asking = asking.header(ACCEPT, accept);
         }
+        let response = match timeout_at(head_deadline, asking.send()).await {
+            Err(_) if short_of_time => return Err(FetchError::out_of_time()),
+            Err(_) => return Err(FetchError::of_host(Rejection::Timeout)),
+            Ok(Err(error)) => return Err(error::of_request(&error, url.scheme() == "https")),
+            Ok(Ok(response)) => response,
+        };
+        request.info.status = Some(response.status().as_u16());
+        let Some(to) = redirect_target(url, &response).map_err(FetchError::of_url)? else { return Ok(Some(response)) };
+        request.redirect(to, limits)?;
+        // What may not be asked has no host to wait for.
+        self.check(&request.url).map(|()| None).map_err(FetchError::of_url)
     }
 
     fn client(&self, connect_timeout: Duration) -> reqwest::Result<Client> {
@@ -212,12 +272,18 @@ impl Fetcher {
         if permitted { Ok(()) } else { Err(Rejection::BlockedAddress) }
     }
 
-    async fn read(&self, mut response: Response, limits: &Limits, mut deadline: Instant) -> Result<Body, FetchError> {
+    async fn read(
+        &self,
+        mut response: Response,
+        respect: Respect,
+        limits: &Limits,
+        mut deadline: Instant,
+    ) -> Result<Body, FetchError> {
         if response.status() != StatusCode::OK && !is_whole_range(&response) {
             return Err(FetchError::of_status(response.status(), response.headers()));
         }
-        if self.config.honour_opt_outs && opted_out(response.headers()) {
-            return Err(FetchError::of_url(Rejection::OptedOut));
+        if let Some(signal) = said_in_headers(response.headers(), respect, &self.config.agent) {
+            return Err(FetchError::of_url(Rejection::OptedOut).about(signal));
         }
         let compressed =
             response.headers().get(CONTENT_ENCODING).is_some_and(|coding| gzip::is_gzip(coding.as_bytes()));

@@ -44,7 +44,7 @@ pub(super) fn of_request(error: &reqwest::Error, https: bool) -> FetchError {
 /// Why a response has no whole body. Its host answers.
 pub(super) fn of_body(error: &reqwest::Error) -> FetchError {
     let retry = if broke_off(error) { Retry::After(std::time::Duration::ZERO) } else { Retry::Never };
-    FetchError { rejection: Rejection::Protocol, retry, signal: HostSignal::Answered }
+    FetchError { retry, signal: HostSignal::Answered, ..Rejection::Protocol.into() }
 }
 
 /// Whether the connection or the stream ended early, which the next one need not.

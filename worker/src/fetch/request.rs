@@ -9,6 +9,7 @@ use url::Url;
 
 use super::net::permits_port;
 use super::retry::FetchError;
+use crate::opt_out::Respect;
 
 /// What the responses to a request said, beside the body.
 #[derive(Debug, Default)]
@@ -17,6 +18,8 @@ pub(crate) struct ResponseInfo {
     pub(crate) final_url: Option<String>,
     /// Of the last response.
     pub(crate) status: Option<u16>,
+    /// Which signal said no, or which file of the site could not be had.
+    pub(crate) detail: Option<&'static str>,
 }
 
 /// A request for the picture behind a URL.
@@ -30,6 +33,7 @@ pub(crate) struct Request {
     /// The time that its HTTP requests have taken; waiting for a host or a backoff does not count.
     pub(crate) spent: Duration,
     retries: u32,
+    pub(super) respect: Respect,
 }
 
 impl Request {
@@ -44,7 +48,27 @@ impl Request {
         if !url.port().is_none_or(permits_port) {
             return Err(Rejection::BadUrl);
         }
-        Ok(Self { url, redirected: Vec::new(), info: ResponseInfo::default(), spent: Duration::ZERO, retries: 0 })
+        let (info, respect) = (ResponseInfo::default(), Respect::default());
+        Ok(Self { url, redirected: Vec::new(), info, spent: Duration::ZERO, retries: 0, respect })
+    }
+
+    /// The same, of an owner who may say no by these signals.
+    pub(crate) fn respecting(self, respect: Respect) -> Self {
+        Self { respect, ..self }
+    }
+
+    /// What is asked for next.
+    pub(crate) fn url(&self) -> &Url {
+        &self.url
+    }
+
+    pub(crate) fn respect(&self) -> Respect {
+        self.respect
+    }
+
+    /// Whether redirects have led elsewhere.
+    pub(crate) fn is_redirected(&self) -> bool {
+        !self.redirected.is_empty()
     }
 
     /// The host that is asked next, as budgets name it.
@@ -52,15 +76,14 @@ impl Request {
         host_of_url(&self.url)
     }
 
-    /// Follows a redirect. Returns whether it leads to another host.
-    pub(super) fn redirect(&mut self, to: Url, limits: &Limits) -> Result<bool, FetchError> {
-        let other_host = host_of_url(&to) != self.host();
+    /// Follows a redirect.
+    pub(super) fn redirect(&mut self, to: Url, limits: &Limits) -> Result<(), FetchError> {
         self.redirected.push(std::mem::replace(&mut self.url, to));
         if self.redirected.len() > limits.redirects as usize || self.redirected.contains(&self.url) {
             return Err(FetchError::of_url(Rejection::RedirectLimit));
         }
         self.info.final_url = Some(self.url.to_string());
-        Ok(other_host)
+        Ok(())
     }
 
     /// Begins again with the list's URL if the error's policy says so; returns the backoff before that. `random` is in
@@ -91,7 +114,7 @@ mod tests {
         let limits = Limits::default();
         let mut request = Request::new("http://a.example/x.jpg").expect("a URL");
         let to = Url::parse("https://b.example:444/y.jpg").expect("a URL");
-        assert_eq!(request.redirect(to, &limits), Ok(true));
+        request.redirect(to, &limits).expect("one is allowed");
         assert_eq!(request.host(), "b.example:444");
         request.retry(&FetchError::of_host(Rejection::Timeout), &limits, 0.5).expect("it gets one");
         assert_eq!((request.host().as_str(), request.redirected.len()), ("a.example", 0));

@@ -18,6 +18,8 @@ pub(crate) struct FetchError {
     pub(crate) rejection: Rejection,
     pub(super) retry: Retry,
     pub(crate) signal: HostSignal,
+    /// What it was about, if that was not the URL itself.
+    pub(crate) detail: Option<&'static str>,
 }
 
 /// Whether a retry may come further.
@@ -33,24 +35,30 @@ pub(super) enum Retry {
 impl From<Rejection> for FetchError {
     /// It stays, and says nothing of the host.
     fn from(rejection: Rejection) -> Self {
-        Self { rejection, retry: Retry::Never, signal: HostSignal::Unknown }
+        Self { rejection, retry: Retry::Never, signal: HostSignal::Unknown, detail: None }
     }
 }
 
 impl FetchError {
     /// The host, or the way to it, is at fault.
     pub(super) fn of_host(rejection: Rejection) -> Self {
-        Self { rejection, retry: Retry::After(Duration::ZERO), signal: HostSignal::Failed }
+        let retry = Retry::After(Duration::ZERO);
+        Self { retry, signal: HostSignal::Failed, ..rejection.into() }
     }
 
     /// The URL alone is at fault: its host answers.
     pub(super) fn of_url(rejection: Rejection) -> Self {
-        Self { rejection, retry: Retry::Never, signal: HostSignal::Answered }
+        Self { signal: HostSignal::Answered, ..rejection.into() }
     }
 
     /// Earlier requests or other bodies used the URL's time up.
     pub(super) fn out_of_time() -> Self {
         Rejection::Timeout.into()
+    }
+
+    /// The same, said of something else than the URL.
+    pub(crate) fn about(self, what: &'static str) -> Self {
+        Self { detail: Some(what), ..self }
     }
 
     pub(super) fn of_status(status: StatusCode, headers: &HeaderMap) -> Self {
@@ -60,11 +68,11 @@ impl FetchError {
             StatusCode::NOT_FOUND | StatusCode::GONE => Self::of_url(Rejection::NotFound),
             StatusCode::TOO_MANY_REQUESTS => {
                 let cooldown = wanted.max(FIRST_BACKOFF);
-                Self { rejection, retry: Retry::WithHost, signal: HostSignal::Throttled(cooldown) }
+                Self { retry: Retry::WithHost, signal: HostSignal::Throttled(cooldown), ..rejection.into() }
             }
             // It is the URL that has to wait.
             StatusCode::SERVICE_UNAVAILABLE if !wanted.is_zero() => {
-                Self { rejection, retry: Retry::After(wanted), signal: HostSignal::Busy }
+                Self { retry: Retry::After(wanted), signal: HostSignal::Busy, ..rejection.into() }
             }
             _ if status.is_server_error() => Self { retry: Retry::After(wanted), ..Self::of_host(rejection) },
             _ => Self::of_url(rejection),

@@ -30,6 +30,8 @@ pub(super) struct Host<T> {
     pub(super) own: Option<(u32, Pace)>,
     /// Nothing is asked of it before.
     pub(super) quiet_until: Instant,
+    /// Nor before this, as something has to be known of it first.
+    pub(super) held_until: Instant,
     pub(super) failures: u32,
     pub(super) pauses: u32,
     pub(super) halvings: u32,
@@ -47,6 +49,7 @@ impl<T> Host<T> {
             in_flight: 0,
             own: own.map(|budget| (budget.slots, Pace::new(now, budget.rate, budget.borne))),
             quiet_until: now,
+            held_until: now,
             failures: 0,
             pauses: 0,
             halvings: 0,
@@ -62,7 +65,8 @@ impl<T> Host<T> {
         if self.in_flight >= slots {
             return Place::Nowhere;
         }
-        match self.own.map_or(self.quiet_until, |(_, pace)| pace.from().max(self.quiet_until)) {
+        let from = self.quiet_until.max(self.held_until);
+        match self.own.map_or(from, |(_, pace)| pace.from().max(from)) {
             from if from > now => Place::Timed(from),
             _ => Place::Ready(ticket),
         }

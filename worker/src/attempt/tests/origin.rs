@@ -115,6 +115,8 @@ async fn serve(mut stream: TcpStream) -> std::io::Result<()> {
         }
         ("silent", _) => std::future::pending().await,
         ("garbage", _) => b"SSH-2.0-OpenSSH_9.2\r\n\r\n".to_vec(),
+        ("robots.txt", _) => with("200 OK", b"User-agent: gleaner\nDisallow: /denied/\n"),
+        (".well-known", _) => with("404 Not Found", b"missing"),
         _ => Vec::new(), // closes without a word
     };
     stream.write_all(&answer).await?;

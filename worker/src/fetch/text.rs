@@ -1,0 +1,34 @@
+//! Texts: small, of no use to anybody but this worker, and read no further than they count.
+
+use std::io::Read;
+
+use flate2::read::MultiGzDecoder;
+use proto::Rejection;
+use reqwest::Response;
+use reqwest::header::CONTENT_ENCODING;
+use tokio::time::{Instant, timeout_at};
+
+use super::retry::{FetchError, Retry};
+use super::{error, gzip};
+
+/// The first bytes of a response's body, at most so many.
+pub(super) async fn read(mut response: Response, deadline: Instant, most: usize) -> Result<Vec<u8>, FetchError> {
+    let coding = response.headers().get(CONTENT_ENCODING);
+    let compressed = coding.is_some_and(|coding| gzip::is_gzip(coding.as_bytes()));
+    let mut text = Vec::new();
+    while text.len() < most {
+        match timeout_at(deadline, response.chunk()).await {
+            Err(_) => return Err(FetchError { retry: Retry::Never, ..FetchError::of_host(Rejection::Timeout) }),
+            Ok(Err(error)) => return Err(error::of_body(&error)),
+            Ok(Ok(None)) => break,
+            Ok(Ok(Some(chunk))) => text.extend_from_slice(&chunk[..chunk.len().min(most - text.len())]),
+        }
+    }
+    if compressed {
+        let mut plain = Vec::new();
+        // What comes before a fault counts.
+        let _ = MultiGzDecoder::new(text.as_slice()).take(most as u64).read_to_end(&mut plain);
+        text = plain;
+    }
+    Ok(text)
+}
