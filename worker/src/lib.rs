@@ -15,7 +15,7 @@
 //! - `way_out`: whether the worker reaches the web at all, or takes its own trouble for the world's.
 //! - `upload`, `store`: tars that are uploaded while they grow, and the index, put last and only if there is none;
 //!   operations on the store are tried again, with `backoff`.
-//! - `metrics`: what a worker tells of itself.
+//! - `web`: how a worker appears to the web; `metrics`: what it tells of itself.
 //!
 //! Whatever a URL does is an outcome in the shard; only the store's failures, unreadable slices and the lack of a way
 //! out fail an attempt, and `failure` says whose fault that is.
@@ -44,6 +44,7 @@ mod upload;
 mod validate;
 mod verify;
 mod way_out;
+mod web;
 
 use std::collections::HashMap;
 use std::num::NonZero;
@@ -52,7 +53,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, anyhow, ensure};
+use anyhow::{Context, anyhow};
 use backon::BackoffBuilder;
 pub use ipnet::IpNet;
 use object_store::ObjectStore;
@@ -79,6 +80,7 @@ pub use placeholder::PLACEHOLDERS_KEY;
 pub use prepare::{Pixels, Preparer};
 use progress::Progress;
 use way_out::WayOut;
+pub use web::{Certificates, Proxy, WebArgs};
 
 /// Shards that wait for their last URLs while the next shard is fetched; each holds parts of its tars in memory.
 const DRAINING_SHARDS: usize = 4;
@@ -124,13 +126,9 @@ pub struct Config {
     #[arg(long, env = "GLEANER_DNS", value_delimiter = ',', value_name = "ADDRESS")]
     pub dns: Vec<NameServer>,
 
-    /// A page or mail address where site owners find out who fetches from them; part of the user agent.
-    #[arg(long, env = "GLEANER_CONTACT", value_name = "URL", value_parser = parse_contact)]
-    pub contact: Option<String>,
-
-    /// Also trust the certificate authorities in this file (PEM), beside those that the system trusts; may be repeated.
-    #[arg(long, env = "GLEANER_CA_FILE", value_delimiter = ',', value_name = "FILE")]
-    pub ca_file: Vec<PathBuf>,
+    /// How it appears to the web.
+    #[command(flatten)]
+    pub web: WebArgs,
 
     /// Ask this URL whether there is a way out to the web when many hosts in a row seem dead: it must give a picture,
     /// or the status 204. May be repeated. Sites that lately gave pictures to other workers are asked in any case.
@@ -144,13 +142,6 @@ pub struct Config {
 
 fn parse_probe(text: &str) -> Result<String, String> {
     fetch::Request::new(text).map(|_| text.to_owned()).map_err(|_| "http://... or https://... is wanted".to_owned())
-}
-
-fn parse_contact(text: &str) -> Result<String, String> {
-    match text.chars().all(|c| c.is_ascii_graphic() && !matches!(c, '(' | ')')) && !text.is_empty() {
-        true => Ok(text.to_owned()),
-        false => Err("it goes into a header: printable ASCII without spaces and parentheses is allowed".to_owned()),
-    }
 }
 
 /// Makes shards until `shutdown`, under a `name` that no other worker has; then commits what it has, and ends within a
@@ -279,18 +270,15 @@ fn decode_threads(config: &Config) -> usize {
 }
 
 fn tools(config: &Config, store: Arc<dyn ObjectStore>, worker: String, way_out: Arc<WayOut>) -> anyhow::Result<Tools> {
-    let version = env!("CARGO_PKG_VERSION");
-    let user_agent = match &config.contact {
-        Some(contact) => format!("Gleaner/{version} (+{contact})"),
-        None => format!("Gleaner/{version}"),
-    };
     let fetcher = Fetcher::new(FetchConfig {
         rules: AddressRules { allowed: config.allow_net.clone() },
         roots: Roots::new(&config.import_root)?,
         name_servers: config.dns.clone(),
-        user_agent,
-        agent: "Gleaner".to_owned(),
-        authorities: authorities(&config.ca_file)?,
+        user_agent: config.web.user_agent(),
+        agent: config.web.agent(),
+        proxy: config.web.proxy.clone(),
+        any_certificate: config.web.tls == Certificates::Any,
+        authorities: config.web.authorities()?,
         body_budget: config.body_memory.get() as usize * (1 << 20),
     })
     .context("failed to set up the HTTP client")?;
@@ -301,17 +289,6 @@ fn tools(config: &Config, store: Arc<dyn ObjectStore>, worker: String, way_out: 
         pool: DecodePool::start(decode_threads(config), u64::from(config.decode_memory.get()) << 20)?,
         worker,
     })
-}
-
-fn authorities(files: &[PathBuf]) -> anyhow::Result<Vec<reqwest::Certificate>> {
-    let mut all = Vec::new();
-    for file in files {
-        let bad = || format!("--ca-file {}", file.display());
-        let found = reqwest::Certificate::from_pem_bundle(&std::fs::read(file).with_context(bad)?).with_context(bad)?;
-        ensure!(!found.is_empty(), "{} holds no certificate: PEM is wanted", bad());
-        all.extend(found);
-    }
-    Ok(all)
 }
 
 /// Of the work on a leased shard, within the one that opened the shard's round.

@@ -47,6 +47,8 @@ pub(crate) async fn tools(store: Arc<dyn ObjectStore>) -> Arc<Tools> {
         name_servers: Vec::new(),
         user_agent: "Gleaner/test".into(),
         agent: "Gleaner".into(),
+        proxy: None,
+        any_certificate: false,
         authorities: Vec::new(),
         body_budget: 4 << 20,
     });

@@ -26,6 +26,7 @@ use super::text;
 use crate::format::format_of;
 use crate::hosts::HostSignal;
 use crate::opt_out::{Respect, said_in_headers};
+use crate::web::Proxy;
 
 /// Bodies of one HTTP/2 connection that may wait unread, each with [`FREE_BYTES`], before the others have to wait, too.
 const STREAMS: u32 = 256;
@@ -53,6 +54,10 @@ pub(crate) struct FetchConfig {
     pub(crate) user_agent: String,
     /// The name by which owners may speak to this worker alone.
     pub(crate) agent: String,
+    /// Which looks names up instead of this worker, and decides which addresses may be reached.
+    pub(crate) proxy: Option<Proxy>,
+    /// Whether servers may show any certificate.
+    pub(crate) any_certificate: bool,
     /// Trusted beside the system's.
     pub(crate) authorities: Vec<Certificate>,
     /// Bytes of all bodies together, beyond [`FREE_BYTES`] each.
@@ -226,19 +231,23 @@ impl Fetcher {
             return Ok(client.clone());
         }
         // A response's head has hyper's limit of 417,792 bytes, and over HTTP/2 browsers' one.
-        let client = Client::builder()
+        let client = match &self.config.proxy {
+            None => Client::builder().no_proxy().dns_resolver(Arc::new(self.resolver.clone())),
+            // The only name that is looked up here is the proxy's own, which may be on a private address.
+            Some(Proxy(url)) => Client::builder().proxy(reqwest::Proxy::all(url.clone())?),
+        };
+        let client = client
             .user_agent(&self.config.user_agent)
             .default_headers(HeaderMap::from_iter([
                 (ACCEPT, HeaderValue::from_static(ACCEPT_IMAGES)),
                 // Images are compressed by themselves.
                 (ACCEPT_ENCODING, HeaderValue::from_static("identity")),
             ]))
-            .no_proxy()
             .redirect(reqwest::redirect::Policy::none())
             .referer(false)
-            .dns_resolver(Arc::new(self.resolver.clone()))
             .connect_timeout(connect_timeout)
             .tls_certs_merge(self.config.authorities.iter().cloned())
+            .tls_danger_accept_invalid_certs(self.config.any_certificate)
             // As many as a host's budget may have had open: fewer would be opened again and again. A shuffled list
             // comes back to most hosts seldom, and then idle connections are other people's memory.
             .pool_max_idle_per_host(64)

@@ -21,6 +21,8 @@ fn config() -> FetchConfig {
         name_servers: Vec::new(),
         user_agent: "Gleaner/test".into(),
         agent: "Gleaner".into(),
+        proxy: None,
+        any_certificate: false,
         authorities: Vec::new(),
         body_budget: 1 << 20,
     }
@@ -164,4 +166,65 @@ async fn bodies_that_wait_for_memory_hold_up_no_others_of_their_http2_connection
     };
     tokio::join!(waiting, others);
     assert_eq!(connections.load(Ordering::Relaxed), 1);
+}
+
+/// A proxy that answers what it is asked for in plain text with a picture of 7,000 bytes, and leads everything else to
+/// one address; and what it was asked for.
+async fn proxy(to: std::net::SocketAddr) -> (std::net::SocketAddr, Arc<std::sync::Mutex<Vec<String>>>) {
+    use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("loopback");
+    let address = listener.local_addr().expect("it is bound");
+    let asked = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let heard = Arc::clone(&asked);
+    tokio::spawn(async move {
+        while let Ok((socket, _)) = listener.accept().await {
+            let heard = Arc::clone(&heard);
+            tokio::spawn(async move {
+                let mut socket = BufReader::new(socket);
+                let (mut head, mut line) = (Vec::new(), String::new());
+                while socket.read_line(&mut line).await.expect("a head") > 2 {
+                    head.push(std::mem::take(&mut line).trim().to_owned());
+                }
+                let first = head.first().cloned().unwrap_or_default();
+                let with_password =
+                    head.iter().any(|line| line.to_ascii_lowercase().starts_with("proxy-authorization: basic"));
+                heard.lock().expect("nothing panics").push(format!("{first} {with_password}"));
+                if first.starts_with("CONNECT ") {
+                    socket.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.expect("it is open");
+                    let mut server = tokio::net::TcpStream::connect(to).await.expect("it listens");
+                    let _ = tokio::io::copy_bidirectional(&mut socket, &mut server).await;
+                } else {
+                    let head = "HTTP/1.1 200 OK\r\nContent-Length: 7000\r\nConnection: close\r\n\r\n";
+                    socket.write_all(head.as_bytes()).await.expect("it is open");
+                    socket.write_all(&starting_as_jpeg(7000)).await.expect("it is open");
+                }
+            });
+        }
+    });
+    (address, asked)
+}
+
+#[tokio::test]
+async fn a_proxy_looks_names_up_and_any_certificate_is_taken_if_that_is_said() {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let (address, ..) = http2().await;
+    let (at, asked) = proxy(address).await;
+    // Nobody but the proxy knows the name, and loopback is not permitted.
+    let proxy = Some(format!("http://me:word@{at}").parse().expect("an address"));
+    let fetch = async |any_certificate: bool, url: &str| {
+        let fetcher =
+            Fetcher::new(FetchConfig { proxy: proxy.clone(), any_certificate, ..config() }).expect("a client");
+        let mut request = Request::new(url).expect("a URL");
+        let fetched = fetcher.fetch(&mut request, &Limits::default()).await;
+        fetched.map(|fetched| matches!(fetched, Fetched::Body(body) if body.bytes.len() == 7000))
+    };
+    assert_eq!(fetch(false, "http://only.proxy.invalid/7000").await, Ok(true));
+    let refused = fetch(false, "https://only.proxy.invalid/7000").await.expect_err("nobody knows the authority");
+    assert_eq!(refused.rejection, Rejection::Tls);
+    assert_eq!(fetch(true, "https://only.proxy.invalid/7000").await, Ok(true));
+    let blocked = fetch(true, "http://10.0.0.1/").await.expect_err("a private address");
+    assert_eq!(blocked.rejection, Rejection::BlockedAddress);
+    let asked = asked.lock().expect("nothing panics").clone();
+    assert_eq!(asked[0], "GET http://only.proxy.invalid/7000 HTTP/1.1 true");
+    assert!(asked[1..].iter().all(|first| first == "CONNECT only.proxy.invalid:443 HTTP/1.1 true"), "{asked:?}");
 }
