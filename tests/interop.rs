@@ -420,3 +420,37 @@ fn colours_become_srgb_as_littlecms_has_them() {
         }
     }
 }
+
+#[test]
+fn pictures_are_scaled_as_pillow_and_opencv_scale_them() {
+    use proto::Filter::{Area, Bilinear, Lanczos3};
+    let noise = |x: u32, y: u32| (x * 7919 + y * 104_729).wrapping_mul(2_654_435_761) >> 24;
+    let image = image::RgbImage::from_fn(300, 217, |x, y| {
+        image::Rgb([x * 255 / 299, (noise(x, y) + y) / 2, (x * x / 40 + y * 3) % 256].map(|value| value.min(255) as u8))
+    });
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("photo.png");
+    image.save(&path).expect("room on the disk");
+    let png = std::fs::read(&path).expect("it is there");
+    for (filter, name) in [(Lanczos3, "lanczos3"), (Area, "area"), (Bilinear, "bilinear")] {
+        for size in [100, 31, 400] {
+            let (mode, format) = (proto::ResizeMode::KeepRatio, proto::ImageFormat::Png);
+            let resize = proto::Resize { size, mode, filter, format, ..Default::default() };
+            let ours = worker::Preparer::new(resize).expect("libjpeg-turbo").prepare(&png).expect("kept");
+            let (width, height) = (ours.width.to_string(), ours.height.to_string());
+            // Nothing is covered when it is enlarged.
+            let like = if size == 400 && filter == Area { "lanczos3" } else { name };
+            let script = root().join("tests/python/scaled.py");
+            let theirs = printed(python("python").arg(script).arg(&path).args([width.as_str(), &height, like]));
+            let theirs = hex::decode(theirs.trim()).expect("hex");
+            assert_eq!(ours.values.len(), theirs.len());
+            let differences = || ours.values.iter().zip(&theirs).map(|(a, b)| a.abs_diff(*b));
+            let (worst, sum) = (differences().max().unwrap_or(0), differences().map(f64::from).sum::<f64>());
+            let mean = sum / theirs.len() as f64;
+            println!("{name} to {width} x {height}: {mean:.3} of 255, at most {worst}");
+            // Pillow cuts off what overshoots after the step across, and we after the step down.
+            let most = if like == "lanczos3" { u8::MAX } else { 1 };
+            assert!(worst <= most && mean < 0.6, "{name} to {width} x {height}");
+        }
+    }
+}

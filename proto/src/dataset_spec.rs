@@ -1,5 +1,7 @@
 //! What a dataset is: chosen once, at its creation, and stored as `spec.json`.
 
+mod resize;
+
 use std::collections::HashSet;
 use std::fmt;
 use std::str::FromStr;
@@ -9,6 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::Synset;
 use crate::opt_out::Signal;
+
+pub use resize::{Chroma, Color, Filter, ImageFormat, Reencode, Resize, ResizeMode};
 
 /// A spec that cannot be meant so: what is wrong, where, and what is allowed.
 #[derive(Debug, thiserror::Error)]
@@ -104,79 +108,6 @@ pub enum ListedDigest {
     Md5Base64,
 }
 
-/// How fetched images become stored ones.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Resize {
-    /// In pixels; what has it, `mode` says.
-    pub size: u32,
-    /// How an image is brought to `size`.
-    pub mode: ResizeMode,
-    /// Whether images that are too small are enlarged; false is img2dataset's `resize_only_if_bigger`, save that
-    /// `cover` cuts out the centred square and `pad` pads all the same.
-    pub upscale: bool,
-    /// What stored images are.
-    pub format: ImageFormat,
-    /// JPEG quality of stored images, 1 to 100.
-    pub quality: u8,
-    /// Which images are encoded again.
-    pub reencode: Reencode,
-    /// What becomes of colours that are not sRGB.
-    pub color: Color,
-}
-
-/// What becomes of pictures with a colour profile (ICC) or a gamma of their own.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Color {
-    /// They are converted to sRGB, for which everybody takes the numbers of a stored picture.
-    #[default]
-    Srgb,
-    /// Their numbers stay, whatever they mean: so do img2dataset and torchvision.
-    AsIs,
-}
-
-/// How an image is brought to its stored size. The ratio of its sides is always kept.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum ResizeMode {
-    /// The shorter side is scaled to `size` and the centre cut out: a square of `size`. img2dataset's `center_crop`.
-    #[default]
-    Cover,
-    /// The longer side is scaled to `size`. img2dataset's `keep_ratio_largest`.
-    Fit,
-    /// As `fit`, then centred on a white square of `size`. img2dataset's `border`.
-    Pad,
-    /// The shorter side is scaled to `size`. img2dataset's `keep_ratio`.
-    KeepRatio,
-    /// The size stays. img2dataset's `no`.
-    None,
-}
-
-/// How stored images are encoded.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum ImageFormat {
-    /// JPEG of `quality`, with halved chroma.
-    #[default]
-    Jpg,
-    /// PNG: without loss, some five times as large.
-    Png,
-}
-
-/// Which images are encoded again.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Reencode {
-    /// All, so that all have the same quality and none carries metadata.
-    #[default]
-    Always,
-    /// Not those that already are as they would be stored (JPEGs in colour, upright, of the right size), which are
-    /// stored byte for byte, whatever their quality and metadata. They are checked like all others. img2dataset's
-    /// `skip_reencode`.
-    Needed,
-}
-
 /// Shares of the splits; what is left over trains. An image's split is a pure function of its bytes (see
 /// [`Splits::split_of`]), unless the list says it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -261,20 +192,6 @@ impl Default for DatasetSpec {
             per_class: 0,
             slice_urls: 10_000,
             seed: 0,
-        }
-    }
-}
-
-impl Default for Resize {
-    fn default() -> Self {
-        Self {
-            size: 256,
-            mode: ResizeMode::Cover,
-            upscale: true,
-            format: ImageFormat::Jpg,
-            quality: 95,
-            reencode: Reencode::Always,
-            color: Color::Srgb,
         }
     }
 }
@@ -373,37 +290,6 @@ impl DatasetSpec {
 /// Fails with the key, the value and what is allowed, unless `ok`.
 pub(crate) fn check(key: &str, value: impl fmt::Display, ok: bool, allowed: &str) -> Result<(), SpecError> {
     if ok { Ok(()) } else { Err(SpecError(format!("{key} = {value}: must be {allowed}"))) }
-}
-
-impl Resize {
-    /// Neither side of a stored image has fewer pixels than this, given what `limits` let through.
-    pub fn smallest_side(&self, limits: &Limits) -> u32 {
-        let Self { size, mode, upscale, .. } = *self;
-        // The shorter side of an image whose longer one has `size` pixels.
-        let across = ((f64::from(size) / limits.max_aspect) as u32).max(1);
-        match (mode, upscale) {
-            (ResizeMode::Cover | ResizeMode::KeepRatio, true) | (ResizeMode::Pad, _) => size,
-            (ResizeMode::Cover | ResizeMode::KeepRatio, false) => size.min(limits.min_side.max(1)),
-            (ResizeMode::Fit, true) => across,
-            (ResizeMode::Fit, false) => across.min(limits.min_side.max(1)),
-            (ResizeMode::None, _) => limits.min_side.max(1),
-        }
-    }
-}
-
-impl ImageFormat {
-    /// The ending of a file's name.
-    pub fn ending(self) -> &'static str {
-        match self {
-            ImageFormat::Jpg => "jpg",
-            ImageFormat::Png => "png",
-        }
-    }
-
-    /// By a file's first bytes; whatever is no PNG is taken for a JPEG.
-    pub fn of(image: &[u8]) -> Self {
-        if image.starts_with(b"\x89PNG\r\n\x1a\n") { ImageFormat::Png } else { ImageFormat::Jpg }
-    }
 }
 
 impl Limits {

@@ -54,8 +54,8 @@ pub mod trace;
 pub mod weights;
 
 pub use dataset_spec::{
-    Class, Color, DatasetSpec, Duplicates, ImageFormat, Limits, MultiLabel, Reencode, Resize, ResizeMode, SpecError,
-    Split, Splits,
+    Chroma, Class, Color, DatasetSpec, Duplicates, Filter, ImageFormat, Limits, MultiLabel, Reencode, Resize,
+    ResizeMode, SpecError, Split, Splits,
 };
 pub use format::{FormatError, Stored, StoredOnce};
 pub use ids::{Attempt, DatasetId, RunName, ShardId, Synset};

@@ -14,7 +14,7 @@ use image::metadata::Orientation;
 use image::{ColorType, DynamicImage, ExtendedColorType, ImageDecoder, ImageEncoder, ImageError, ImageReader};
 use proto::dataset_spec::Verify;
 use proto::shard::Moments;
-use proto::{Color, ImageFormat, Limits, Reencode, Rejection, Resize, ResizeMode};
+use proto::{Chroma, Color, Filter, ImageFormat, Limits, Reencode, Rejection, Resize, ResizeMode};
 use sha2::{Digest, Sha256};
 
 use crate::decode_memory::Room;
@@ -182,6 +182,7 @@ impl Validator {
         if bytes.len() as u64 > limits.max_bytes {
             return Err(Rejection::TooLarge.into());
         }
+        self.codec.encode_as(resize).map_err(|_| Rejection::Undecodable)?;
         let mut keep_bytes = false;
         validation.detail = format_of(bytes).map_or_else(|| unsupported(bytes), |_| None);
         let format = format_of(bytes).ok_or(match validation.detail {
@@ -196,7 +197,8 @@ impl Validator {
             self.find_conversion(rules, header.colours.as_ref());
             // Halved chroma of an odd side would lie half a pixel off.
             let odd = frame.width % 2 + frame.height % 2 > 0;
-            let rgb = resize.format != ImageFormat::Jpg || odd || self.conversion.is_some();
+            let other = resize.format != ImageFormat::Jpg || resize.chroma != Chroma::Halved;
+            let rgb = other || resize.filter != Filter::Lanczos3 || odd || self.conversion.is_some();
             let how = DecodeAs { reduction: frame.reduction, rgb };
             let sound = self.codec.decode(bytes, &header, how, &mut self.pixels)?;
             keep_bytes = resize.reencode == Reencode::Needed
@@ -219,7 +221,7 @@ impl Validator {
         }
         let image = match resize.format {
             _ if keep_bytes => Bytes::copy_from_slice(bytes),
-            ImageFormat::Jpg => self.codec.encode(&picture, resize.quality).map_err(|_| Rejection::Undecodable)?,
+            ImageFormat::Jpg => self.codec.encode(&picture).map_err(|_| Rejection::Undecodable)?,
             ImageFormat::Png => png(&picture).map_err(|_| Rejection::Undecodable)?,
         };
         validation.phash = self.hasher.phash(&picture).ok();

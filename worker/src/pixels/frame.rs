@@ -1,6 +1,6 @@
 //! What of an image is stored, and at which size: pure arithmetic.
 
-use proto::{Rejection, Resize, ResizeMode};
+use proto::{Filter, Rejection, Resize, ResizeMode};
 
 /// JPEG's own limit is 65,535; libjpeg keeps a margin.
 const MOST_SIDE: u32 = 65_500;
@@ -16,8 +16,10 @@ pub(crate) struct Frame {
     pub(crate) height: u32,
     /// The result is centred on a white square of this side.
     pub(crate) canvas: Option<u32>,
-    /// How many whole times smaller than its source the result is, along the side where it is the largest.
+    /// It may be decoded so many times smaller: as many whole times as the result is smaller than its source, along the
+    /// side where it is the largest. 1 with filters that others have, too, since these see every pixel.
     pub(crate) reduction: u32,
+    pub(crate) filter: Filter,
 }
 
 impl Frame {
@@ -26,7 +28,7 @@ impl Frame {
     /// # Errors
     /// If the result would have more than `max_pixels`, or a side that no JPEG can have.
     pub(crate) fn new(resize: &Resize, (width, height): (u32, u32), max_pixels: u64) -> Result<Self, Rejection> {
-        let Resize { size, mode, upscale, .. } = *resize;
+        let Resize { size, mode, upscale, filter, .. } = *resize;
         let (shorter, longer) = (width.min(height), width.max(height));
         // The side that is to have `size` pixels, and those that it gets.
         let measured = if matches!(mode, ResizeMode::Fit | ResizeMode::Pad) { longer } else { shorter };
@@ -52,7 +54,11 @@ impl Frame {
             width: new_width as u32,
             height: new_height as u32,
             canvas: (mode == ResizeMode::Pad).then_some(size),
-            reduction: (kept_width / new_width as u32).min(kept_height / new_height as u32),
+            reduction: match filter {
+                Filter::Lanczos3 => (kept_width / new_width as u32).min(kept_height / new_height as u32),
+                Filter::Area | Filter::Bilinear => 1,
+            },
+            filter,
         })
     }
 

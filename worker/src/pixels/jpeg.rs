@@ -3,7 +3,7 @@
 
 use bytes::Bytes;
 use image::metadata::Orientation;
-use proto::Rejection;
+use proto::{Chroma, Rejection, Resize};
 use turbojpeg::{
     Colorspace, Compressor, DecompressHeader, Decompressor, Image, PixelFormat, ScalingFactor, Subsamp, YuvImage,
 };
@@ -54,10 +54,10 @@ pub(crate) struct DecodeAs {
 
 impl Codec {
     pub(crate) fn new() -> turbojpeg::Result<Self> {
-        let decompressor = Decompressor::new()?;
-        let mut compressor = Compressor::new()?;
-        compressor.set_subsamp(Subsamp::Sub2x2)?;
-        Ok(Self { decompressor, compressor, cmyk: Vec::new(), encoded: Vec::new() })
+        let (decompressor, compressor) = (Decompressor::new()?, Compressor::new()?);
+        let mut codec = Self { decompressor, compressor, cmyk: Vec::new(), encoded: Vec::new() };
+        codec.encode_as(&Resize::default())?;
+        Ok(codec)
     }
 
     /// Reads the header alone.
@@ -153,10 +153,19 @@ impl Codec {
         }
     }
 
-    /// Encodes a picture with chroma of half the size, as nearly all photos have it.
-    pub(crate) fn encode(&mut self, picture: &Picture<'_>, quality: u8) -> turbojpeg::Result<Bytes> {
+    /// Pictures are encoded so from now on.
+    pub(crate) fn encode_as(&mut self, resize: &Resize) -> turbojpeg::Result<()> {
+        self.compressor.set_quality(i32::from(resize.quality))?;
+        self.compressor.set_optimize(resize.optimize)?;
+        self.compressor.set_subsamp(match resize.chroma {
+            Chroma::Halved => Subsamp::Sub2x2,
+            Chroma::Full => Subsamp::None,
+        })
+    }
+
+    /// Encodes a picture; one of planes has chroma of half the size in any case.
+    pub(crate) fn encode(&mut self, picture: &Picture<'_>) -> turbojpeg::Result<Bytes> {
         let most = self.most(picture.width, picture.height)?;
-        self.compressor.set_quality(i32::from(quality))?;
         if self.encoded.len() < most {
             self.encoded.resize(most, 0);
         }

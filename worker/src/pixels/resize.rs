@@ -1,4 +1,4 @@
-//! Pixels to their stored form: cut, scaled with Lanczos' filter over all source pixels, turned upright, padded.
+//! Pixels to their stored form: cut, scaled with a filter over all source pixels, turned upright, padded.
 //!
 //! A JPEG holds luma and, mostly at half the size, two planes of chroma. To scale these planes as they are is exact (an
 //! image and its planes cover the same area) and saves what else is most of the work beside decoding: raising chroma to
@@ -170,13 +170,13 @@ impl Shrinker {
                     let direct = pixels.orientation <= 1 && (wide, high) == (to.width, to.height);
                     let target = &mut self.stored[to.start..to.start + to.length()];
                     if direct {
-                        self.scaler.scale(source, across, down, target);
+                        self.scaler.scale(frame.filter, source, across, down, target);
                         continue;
                     }
                     let channels = to.channels as usize;
                     let length = wide as usize * high as usize * channels;
                     self.scaled.resize(length, 0);
-                    self.scaler.scale(source, across, down, &mut self.scaled);
+                    self.scaler.scale(frame.filter, source, across, down, &mut self.scaled);
                     let mut scaled = &self.scaled;
                     if pixels.orientation > 1 {
                         self.turned.resize(length, 0);

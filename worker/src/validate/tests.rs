@@ -397,7 +397,7 @@ fn cpu_time_of_decode_resize_and_encode() {
     });
     let picture = shrinker.shrink(pixels, &frame.expect("a photo"));
     measure("encode", &mut |_| {
-        let _ = codec.encode(&picture, 95);
+        let _ = codec.encode(&picture);
     });
     measure("moments", &mut |_| {
         std::hint::black_box(moments(&picture));

@@ -11,15 +11,13 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::kernel::lanczos3;
+use proto::Filter;
+
+use super::weights::Weights;
 use super::{Grid, Span};
 
 /// Values that are weighed together.
 const LANES: usize = 32;
-/// The weights of a result add up to 1 in units of 1/2^14, or of less where they are many.
-const LEAST_BITS: u32 = 14;
-/// So that sums of 255 times weights that add up to 1, some of them negative, fit 32 bits.
-const MOST_BITS: u32 = 22;
 /// Weights that are kept, of all sizes together.
 const KEPT_WEIGHTS: usize = 1 << 18;
 
@@ -34,7 +32,7 @@ struct Task {
 /// Scales for one thread, with its buffers.
 #[derive(Debug, Default)]
 pub(super) struct Scaler {
-    kept: HashMap<(usize, [u64; 3]), Arc<Weights>>,
+    kept: HashMap<(Filter, usize, [u64; 3]), Arc<Weights>>,
     kept_weights: usize,
     /// [`LANES`] rows, weighed down.
     rows: Vec<u8>,
@@ -47,8 +45,8 @@ pub(super) struct Scaler {
 impl Scaler {
     /// As [`super::Scaler::scale`].
     #[target_feature(enable = "avx2")]
-    pub(super) fn scale(&mut self, from: Grid<'_>, across: Span, down: Span, to: &mut [u8]) {
-        let Task { columns, across, down } = self.prepare(from, across, down);
+    pub(super) fn scale(&mut self, filter: Filter, from: Grid<'_>, across: Span, down: Span, to: &mut [u8]) {
+        let Task { columns, across, down } = self.prepare(filter, from, across, down);
         let (stride, width, channels) = (from.width * from.channels, columns.len(), from.channels);
         let row = across.results() * channels;
         for (strip, to) in to.chunks_mut(LANES * row).enumerate() {
@@ -92,8 +90,8 @@ impl Scaler {
     }
 
     /// What there is to do, with weights and buffers for it.
-    fn prepare(&mut self, from: Grid<'_>, across: Span, down: Span) -> Task {
-        let (across, down) = (self.weights(from.width, across), self.weights(from.height, down));
+    fn prepare(&mut self, filter: Filter, from: Grid<'_>, across: Span, down: Span) -> Task {
+        let (across, down) = (self.weights(filter, from.width, across), self.weights(filter, from.height, down));
         let columns = across.first() * from.channels..across.end() * from.channels;
         self.rows.resize(LANES * columns.len(), 0);
         self.turned.resize(columns.len(), [0; LANES]);
@@ -101,12 +99,12 @@ impl Scaler {
         Task { columns, across, down }
     }
 
-    fn weights(&mut self, of: usize, span: Span) -> Arc<Weights> {
-        let key = (of, [span.start.to_bits(), span.length.to_bits(), span.to as u64]);
+    fn weights(&mut self, filter: Filter, of: usize, span: Span) -> Arc<Weights> {
+        let key = (filter, of, [span.start.to_bits(), span.length.to_bits(), span.to as u64]);
         if let Some(weights) = self.kept.get(&key) {
             return Arc::clone(weights);
         }
-        let weights = Arc::new(Weights::new(of, span));
+        let weights = Arc::new(Weights::new(filter, of, span));
         self.kept_weights += weights.values.len();
         if self.kept_weights > KEPT_WEIGHTS {
             self.kept.clear();
@@ -116,66 +114,6 @@ impl Scaler {
             self.kept.insert(key, Arc::clone(&weights));
         }
         weights
-    }
-}
-
-/// The weights along one side: result n is made of `taps` values from `starts[n]` on.
-#[derive(Debug)]
-struct Weights {
-    starts: Vec<usize>,
-    taps: usize,
-    values: Vec<i16>,
-    /// Weights are in units of 1/2^bits.
-    bits: u32,
-}
-
-impl Weights {
-    /// For a side of `of` pixels.
-    fn new(of: usize, Span { start, length, to }: Span) -> Self {
-        let scale = length / to as f64;
-        // A smaller image sees all pixels of its source: the kernel grows with them.
-        let stretch = scale.max(1.0);
-        let radius = 3.0 * stretch;
-        let taps = ((2.0 * radius) as usize + 1).min(of);
-        let bits = (LEAST_BITS + stretch.log2() as u32).min(MOST_BITS);
-        let (mut starts, mut values) = (Vec::with_capacity(to), vec![0; taps * to]);
-        let mut exact = vec![0.0; taps];
-        for (to, values) in values.chunks_exact_mut(taps).enumerate() {
-            let centre = start + (to as f64 + 0.5) * scale - 0.5;
-            let first = ((centre - radius).ceil().max(0.0) as usize).min(of - taps);
-            for (i, weight) in exact.iter_mut().enumerate() {
-                *weight = lanczos3(((first + i) as f64 - centre) / stretch);
-            }
-            let unit = f64::from(1u32 << bits) / exact.iter().sum::<f64>();
-            for (value, weight) in values.iter_mut().zip(&exact) {
-                *value = (weight * unit).round() as i16;
-            }
-            // What is flat must stay as it is: the largest weight makes up for the rounding of all.
-            let missing = (1 << bits) - values.iter().map(|&value| i32::from(value)).sum::<i32>();
-            if let Some(largest) = values.iter_mut().max() {
-                *largest = (i32::from(*largest) + missing).clamp(0, i32::from(i16::MAX)) as i16;
-            }
-            starts.push(first);
-        }
-        Self { starts, taps, values, bits }
-    }
-
-    fn results(&self) -> usize {
-        self.starts.len()
-    }
-
-    /// The first value that is wanted.
-    fn first(&self) -> usize {
-        self.starts.first().copied().unwrap_or(0)
-    }
-
-    /// Behind the last value that is wanted.
-    fn end(&self) -> usize {
-        self.starts.last().map_or(0, |start| start + self.taps)
-    }
-
-    fn of(&self, result: usize) -> (usize, &[i16]) {
-        (self.starts[result], &self.values[result * self.taps..][..self.taps])
     }
 }
 
@@ -327,7 +265,7 @@ mod tests {
             let values = vec![0; side];
             let from = Grid { values: &values, width: side, height: 1, channels: 1 };
             let across = Span { start: 0.0, length: side as f64, to: 256 };
-            scaler.prepare(from, across, Span { start: 0.0, length: 1.0, to: 2 });
+            scaler.prepare(Filter::Lanczos3, from, across, Span { start: 0.0, length: 1.0, to: 2 });
             let held: usize = scaler.kept.values().map(|weights| weights.values.len()).sum();
             assert!(held == scaler.kept_weights && held <= KEPT_WEIGHTS);
         }

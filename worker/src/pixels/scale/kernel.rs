@@ -1,4 +1,26 @@
-//! Lanczos' filter of three lobes.
+//! How much a pixel of the source weighs in one of the scaled image. Distances are in pixels of the source, of which
+//! `scale` become one.
+
+use proto::Filter;
+
+/// What is farther away than this weighs nothing.
+pub(super) fn radius(filter: Filter, scale: f64) -> f64 {
+    match filter {
+        Filter::Area if scale > 1.0 => (scale + 1.0) / 2.0,
+        Filter::Lanczos3 | Filter::Area => 3.0 * scale.max(1.0),
+        Filter::Bilinear => scale.max(1.0),
+    }
+}
+
+/// Not yet in proportion to those of the other pixels.
+pub(super) fn weight(filter: Filter, scale: f64, distance: f64) -> f64 {
+    match filter {
+        // The part of a pixel that is covered.
+        Filter::Area if scale > 1.0 => ((scale + 1.0) / 2.0 - distance.abs()).clamp(0.0, 1.0),
+        Filter::Lanczos3 | Filter::Area => lanczos3(distance / scale.max(1.0)),
+        Filter::Bilinear => (1.0 - distance.abs() / scale.max(1.0)).max(0.0),
+    }
+}
 
 /// sinc(x) sinc(x / 3): both sines come from one polynomial, within 1e-10. Two sines of the mathematical library for
 /// each weight would be a tenth of all work on a picture.
