@@ -14,7 +14,7 @@ const FILES: [&str; 5] = [
 ];
 
 /// Messages that the command line also prints as JSON.
-const PRINTED: [&str; 16] = [
+const PRINTED: [&str; 17] = [
     "AgentStatus",
     "ClassCount",
     "CompareRunsResponse",
@@ -28,6 +28,7 @@ const PRINTED: [&str; 16] = [
     "LogLine",
     "Metric",
     "Run",
+    "SlowestSite",
     "Status",
     "Trouble",
     "WorkerStatus",

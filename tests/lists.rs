@@ -86,6 +86,7 @@ fn a_list_of_captions_is_refused_as_classes_and_gathered_without() {
     let text = said(&dry);
     assert!(dry.status.success() && text.contains("column 2 is the URL, no class; kept: caption"), "{text}");
     assert!(text.contains("12 URLs") && text.contains("nothing was created"), "{text}");
+    assert!(text.contains("disk: about") && text.contains("time: at least"), "{text}");
     assert!(cluster.json(&["dataset", "list"]).as_array().is_some_and(Vec::is_empty));
 
     let manifest = created(&cluster, "captions", &list, &flags);

@@ -376,13 +376,19 @@ impl Catalog {
         self.check_classes()
     }
 
-    /// What a first round would be, its slices aside.
-    pub(crate) fn survey(mut self, spec: &DatasetSpec) -> Result<Round, Error> {
+    /// What a first round would be, its slices aside, and which site would take the longest.
+    pub(crate) fn survey(mut self, spec: &DatasetSpec) -> Result<(Round, Option<pb::SlowestSite>), Error> {
         self.gather()?;
+        let mut slowest = None;
+        for pool in std::mem::take(&mut self.pools).into_values() {
+            slowest = dealing::slowest(pool, &self.sites)?.or(slowest);
+        }
+        let slowest =
+            slowest.map(|(site, urls, requests_per_second)| pb::SlowestSite { site, urls, requests_per_second });
         let urls = spec.slice_urls;
         let slices = self.new_urls.div_ceil(urls.into());
         let slice = || Slice { urls, sha256: String::new(), once: false };
-        Ok(self.into_round(std::iter::repeat_with(slice).take(slices as usize).collect(), None))
+        Ok((self.into_round(std::iter::repeat_with(slice).take(slices as usize).collect(), None), slowest))
     }
 
     /// Deals the entries into slices and sends each one's number and bytes to `slices`.

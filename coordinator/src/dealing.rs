@@ -115,6 +115,27 @@ impl Hand {
     }
 }
 
+/// The site that takes the longest at the most that it may be asked for, with its URLs and that rate; None: every site
+/// may be asked without end.
+pub(crate) fn slowest(entries: Spool, sites: &Sites) -> io::Result<Option<(String, u64, f64)>> {
+    let mut slowest: Option<(String, u64, f64)> = None;
+    for mut partition in entries.into_streams() {
+        let mut counted: HashMap<u64, (u64, String)> = HashMap::new();
+        each(partition.stream()?, |entry: Entry<'_>| {
+            counted.entry(entry.site).or_insert_with(|| (0, entry.name(sites))).0 += 1;
+            Ok(())
+        })?;
+        for (urls, site) in counted.into_values() {
+            let rate = sites.budget(&site).rate;
+            let longer = slowest.as_ref().is_none_or(|(_, most, of)| urls as f64 / rate > *most as f64 / of);
+            if rate > 0.0 && longer {
+                slowest = Some((site, urls, rate));
+            }
+        }
+    }
+    Ok(slowest)
+}
+
 /// Deals all `entries` into slices of about `slice_urls`. `done` gets each slice's number, counted from 0, and its
 /// URLs.
 pub(crate) fn deal<E: From<io::Error>>(

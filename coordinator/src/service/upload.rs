@@ -73,7 +73,8 @@ pub(super) async fn create(
             let mut catalog = Catalog::new(&spec, round, folder.clone(), sites).limited(limit(&of), largest);
             read_lists(&mut catalog, &spec, &of, Pieces::new(to_read), folder)?;
             let shown = catalog.shown();
-            catalog.survey(&spec).map(|round| with_shown(response(&id, &round), shown))
+            let (round, slowest_site) = catalog.survey(&spec)?;
+            Ok(pb::CreateDatasetResponse { slowest_site, ..with_shown(response(&id, &round), shown) })
         });
         let read = async { read.await.map_err(|error| Error::Local(error.to_string()))? };
         let response = with_lists(datasets, &start, received, pieces, read).await?;
