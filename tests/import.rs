@@ -118,6 +118,32 @@ fn a_folder_becomes_a_dataset_with_one_outcome_for_each_file_and_its_own_splits(
 }
 
 #[test]
+fn what_is_imported_is_trained_on() {
+    let mut cluster = Cluster::start();
+    let root = cluster.path("birds");
+    birds(&root);
+    cluster.start_worker_with("worker", &["--import-root", &root.display().to_string()]);
+    let manifest = imported(&cluster, "birds", &root, &[]);
+    assert_eq!(samples(&manifest), [12, 4, 4]);
+    cluster.start_trainer("agent", 1);
+    let spec = r#"
+dataset = "birds"
+seed = 3
+model = { arch = "alexnet-slim", width = 0.25 }
+input = { crop = 64 }
+train = { epochs = 3, batch = 4, learning_rate = 0.01 }
+ranks = { min = 1, max = 1, lanes = 1, threads = 1 }
+"#;
+    let spec = cluster.write("run.toml", spec);
+    cluster.gleaner(&["run", "submit", "-f", &spec, "--name", "flight", "--wait", "--timeout", "180s"]);
+    // Three epochs of twelve pictures in batches of four.
+    let run = cluster.json(&["run", "describe", "flight"]);
+    assert_eq!((run["step"].as_u64(), run["steps_per_epoch"].as_u64()), (Some(9), Some(3)), "{run}");
+    let evaluated = cluster.gleaner(&["run", "evaluate", "flight", "--split", "test"]);
+    assert!(evaluated.contains("golden eagle"), "{evaluated}");
+}
+
+#[test]
 fn a_list_leads_to_no_file_unless_the_dataset_is_one_of_files() {
     let mut cluster = Cluster::start();
     let root = cluster.path("pictures");
