@@ -42,6 +42,10 @@ const REFUSED: [(&[u8], &str); 9] = [
     (b"[", "is a JSON array; one object a line is read: jq -c '.[]' FILE | gleaner dataset create NAME --urls -"),
 ];
 
+/// Of a list that would be one long line.
+const OLD_LINES: &str =
+    "has lines that end as on old Macs: tr '\\r' '\\n' < FILE | gleaner dataset create NAME --urls -";
+
 /// Endings of files in a tar that may be lists.
 const LISTS: [&str; 12] =
     ["txt", "tsv", "tab", "csv", "json", "jsonl", "ndjson", "parquet", "lst", "list", "urls", "gz"];
@@ -91,6 +95,9 @@ fn read_at<'a>(
     let mut source = BufReader::with_capacity(256 << 10, Cursor::new(magic).chain(source));
     let mut head = Vec::new();
     (&mut source).take(HEAD_BYTES).read_to_end(&mut head).map_err(broken)?;
+    if head.contains(&b'\r') && !head.contains(&b'\n') {
+        return Err(Error::Invalid(format!("{name}: {OLD_LINES}")));
+    }
     // The last line may be cut.
     let whole = head.iter().rposition(|byte| *byte == b'\n').filter(|_| head.len() as u64 == HEAD_BYTES);
     let said = String::from_utf8_lossy(&head[..whole.unwrap_or(head.len())]);

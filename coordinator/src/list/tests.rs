@@ -113,6 +113,7 @@ fn what_is_no_list_is_refused_by_name_with_the_way_out() {
         (b"[\n {\"url\": \"http://a\"}]", "jq -c '.[]'"),
         (b"\n<!DOCTYPE html><html><body>Log in</body>", "web page"),
         (b"%PDF-1.7", "PDF"),
+        (b"n1\thttp://a/1.jpg\rn2\thttp://a/2.jpg\r", "tr '\\r' '\\n'"),
     ] {
         let error = refusal("l.txt", bytes, &auto());
         assert!(error.contains(said) && error.starts_with("l.txt: "), "{error}");
