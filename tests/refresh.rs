@@ -50,7 +50,10 @@ impl Server {
         let first = lines.next().transpose()?.unwrap_or_default();
         while lines.next().transpose()?.is_some_and(|line| !line.is_empty()) {}
         let path = first.split(' ').nth(1).unwrap_or_default().to_owned();
-        *self.asked.lock().unwrap_or_else(PoisonError::into_inner).entry(path.clone()).or_default() += 1;
+        // What the site says of machines is no picture.
+        if path != "/robots.txt" && path != "/.well-known/tdmrep.json" {
+            *self.asked.lock().unwrap_or_else(PoisonError::into_inner).entry(path.clone()).or_default() += 1;
+        }
         let (kind, number) = path.trim_start_matches('/').split_once('/').unwrap_or_default();
         let well = self.recovered.load(Ordering::Relaxed);
         let (status, body) = match kind {
