@@ -199,11 +199,14 @@ impl Sim {
     fn settle(&mut self, number: u64) {
         let Some(coordinator) = self.coordinators.get(&number) else { return };
         let began = std::time::Instant::now();
-        while self.counts.is_none() && coordinator.datasets.stages()["sealing"] > 0 && !coordinator.view.is_dead() {
+        let is_over = || coordinator.term.ended().now_or_never().is_some();
+        let seals = || self.counts.is_none() && coordinator.datasets.stages()["sealing"] > 0;
+        // One whose term is over, or who has died, tries in vain until its process ends.
+        while seals() && !is_over() && !coordinator.view.is_dead() {
             assert!(began.elapsed() < Duration::from_secs(60), "seed {}: sealing never ends", self.seed);
             self.runtime.block_on(async { tokio::time::sleep(Duration::from_millis(1)).await });
         }
-        let over = coordinator.term.ended().now_or_never().is_some();
+        let over = is_over();
         if over || coordinator.view.is_dead() {
             self.kill_coordinator(number);
             self.note(format_args!("term {number} is over: fenced {over}"));

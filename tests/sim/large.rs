@@ -39,6 +39,8 @@ pub(super) struct Counts {
     /// It is not known yet to a coordinator.
     pending: bool,
     done: bool,
+    /// URLs per second that each worker asks of each site, and until when.
+    speeds: BTreeMap<String, BTreeMap<usize, (f64, Micros)>>,
 }
 
 /// An attempt of which URLs are counted.
@@ -344,6 +346,7 @@ impl Sim {
         let pause = self.random.u64(..SECOND);
         self.later(w, pause, move |sim| {
             let Some(stands) = sim.runtime.block_on(shard::commit(&view, &id, &index)) else { return };
+            sim.committed = sim.now;
             sim.note(format_args!("{} commits {} as {}", index.writer, id.shard, stands.attempt));
             sim.complete_counted(w, n, id);
         });
@@ -449,6 +452,9 @@ impl Sim {
             let slots = f64::from(part.slots);
             (slots * BY_SLOT).min(part.rate * slots / f64::from(part.of))
         });
+        let until = part.map_or(0, |part| part.until);
+        self.note_speed(w, site, (all, until));
+        let worker = &mut self.workers[w];
         let mut changed = Vec::new();
         for (n, load) in worker.loads.iter_mut() {
             if load.site.as_deref() == Some(site) && !load.over {
@@ -458,6 +464,27 @@ impl Sim {
             }
         }
         changed.into_iter().for_each(|n| self.look_at(w, n));
+    }
+
+    /// Takes note of how fast all workers ask a site.
+    fn note_speed(&mut self, w: usize, site: &str, speed: (f64, Micros)) {
+        let (now, rate) = (self.now, self.sites.budget(site).rate);
+        let speeds = self.counts_mut().speeds.entry(site.to_owned()).or_default();
+        speeds.retain(|_, (_, until)| *until > now);
+        speeds.insert(w, speed);
+        let all: f64 = speeds.values().map(|(speed, _)| speed).sum();
+        if all * self.origin.most_per_second.1 > self.origin.most_per_second.0 * rate {
+            self.origin.most_per_second = (all, rate);
+        }
+        if all > rate * 1.001 {
+            self.wrong.push(format!("{site}: {all:.1}/s of {rate}/s at {:.3} s", now as f64 / 1e6));
+        }
+    }
+
+    /// What a process has asked for it asks for no more.
+    pub(super) fn forget_speeds(&mut self, w: usize) {
+        let speeds = self.counts.iter_mut().flat_map(|counts| counts.speeds.values_mut());
+        speeds.for_each(|speeds| speeds.retain(|of, _| *of != w));
     }
 
     /// A worker stands still: nothing gets through meanwhile.

@@ -182,6 +182,7 @@ impl Sim {
         (self.workers[w].life, self.workers[w].up) = (self.workers[w].life + 1, false);
         self.workers[w].made.clear();
         self.workers[w].loads.clear();
+        self.forget_speeds(w);
         for holders in self.parts.values_mut() {
             holders.remove(&w);
         }
@@ -471,6 +472,7 @@ impl Sim {
         let pause = self.random.u64(MILLI..4 * SECOND);
         self.later(w, pause, move |sim| {
             let Some(stands) = sim.runtime.block_on(shard::commit(&view, &id, &index)) else { return };
+            sim.committed = sim.now;
             sim.note(format_args!("{name} commits {} as {}", id.shard, stands.attempt));
             sim.complete(w, a, id);
         });

@@ -19,8 +19,8 @@ use super::{Bug, MILLI, Micros, SECOND};
 
 /// For how long things go wrong.
 const TROUBLE: Micros = 600 * SECOND;
-/// After that all must come to its end within this time.
-const PATIENCE: Micros = 6 * 3600 * SECOND;
+/// After that nothing may go on for so long without a shard that is committed.
+const PATIENCE: Micros = 2 * 3600 * SECOND;
 
 pub(super) type Event = Box<dyn FnOnce(&mut Sim)>;
 
@@ -54,6 +54,8 @@ pub(super) struct Sim {
     pub(super) workers: Vec<Worker>,
     /// Of each site, each worker's slots and until when it may use them.
     pub(super) parts: BTreeMap<String, BTreeMap<usize, (u32, Micros)>>,
+    /// When a shard was committed last.
+    pub(super) committed: Micros,
     /// Datasets that are there.
     pub(super) created: BTreeSet<usize>,
     /// It is a large one.
@@ -111,6 +113,7 @@ impl Sim {
             workers: (0..random.usize(2..6)).map(Worker::absent).collect(),
             random,
             parts: BTreeMap::new(),
+            committed: 0,
             created: BTreeSet::new(),
             counts: None,
             calm: false,
@@ -140,7 +143,7 @@ impl Sim {
             if is_done(self) {
                 return;
             }
-            if self.now > TROUBLE + PATIENCE {
+            if self.now > self.committed.max(TROUBLE) + PATIENCE {
                 let stages = self.stages();
                 return self.wrong.push(format!("it stands still: {stages:?}"));
             }
