@@ -26,7 +26,8 @@ for arch in ${@:-x86_64 aarch64}; do
     # Whatever CMake finds on this machine was not made for the other one.
     CARGO_PROFILE_RELEASE_STRIP=true maturin build --locked --release --zig --compatibility manylinux2014 --target "$target" \
         --manifest-path deploy/Cargo.toml --out "$out" --quiet
-    wheel=$out/gleaner_cluster-$version-py3-none-manylinux_2_17_$arch.manylinux2014_$arch.whl
+    # Its name has both names of that glibc, in the order that the builder likes.
+    wheel=$(find "$out" -name "gleaner_cluster-$version-py3-none-*_$arch.*.whl")
     name=gleaner-$version-linux-$arch
     rm -rf "${out:?}/$name"
     mkdir "$out/$name"
