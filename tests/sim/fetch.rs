@@ -215,7 +215,8 @@ impl Sim {
             let pause = match answer {
                 Some(Answer::Shares(duration, shares)) => {
                     worker.hosts.lend(asked, now, duration, &shares);
-                    let until = sim.when(w, asked + duration);
+                    // A late answer may be to a part that has ended.
+                    let until = if asked + duration > now { sim.when(w, asked + duration) } else { sim.now };
                     for ((site, held), share) in held.into_iter().zip(&shares) {
                         sim.lent(w, site, share.slots.max(held), until);
                     }
@@ -235,8 +236,8 @@ impl Sim {
     pub(super) fn lent(&mut self, w: usize, site: String, slots: u32, until: Micros) {
         let budget = self.sites.budget(&site).slots;
         let holders = self.parts.entry(site.clone()).or_default();
-        holders.retain(|_, (_, until)| *until > self.now);
         holders.insert(w, (slots, until));
+        holders.retain(|_, (_, until)| *until > self.now);
         let out: u32 = holders.values().map(|(slots, _)| slots).sum();
         if self.counts.is_some() && out * self.origin.most_at_once.1 > self.origin.most_at_once.0 * budget {
             self.origin.most_at_once = (out, budget);

@@ -24,7 +24,7 @@ use crate::store::Store;
 const WORKERS: usize = 1_000;
 const SLICES: u32 = 10_000;
 const SLICE_URLS: u32 = 10_000;
-/// Sites with slices of their own; together they have so many of them.
+/// Sites with slices of their own; together they have so many of them at the most.
 const SITES: u32 = 300;
 const LARGE_SLICES: u32 = 4_000;
 /// Requests per second for each slot: how fast sites answer.
@@ -124,15 +124,14 @@ fn round(number: u32, first_slice: u32, slices: Vec<u32>, large_sites: Vec<Large
 
 /// Of large sites a few have many slices, and many have few.
 fn first_round(random: &mut fastrand::Rng) -> Round {
-    let mut left = LARGE_SLICES;
+    let mut first_slice = SLICES - LARGE_SLICES;
     let mut sites = Vec::new();
     for n in 0..SITES {
-        let slices = if n + 1 == SITES { left } else { (150 / (n + 1)).max(random.u32(2..14)).min(left) };
+        let slices = (60 / (n + 1)).max(random.u32(2..24)).min(SLICES - first_slice);
         if slices > 0 {
-            let first_slice = SLICES - left;
             sites.push(LargeSite { site: format!("large{n}.com"), first_slice, slices });
         }
-        left -= slices;
+        first_slice += slices;
     }
     round(1, 0, vec![SLICE_URLS; SLICES as usize], sites)
 }
@@ -257,7 +256,9 @@ impl Sim {
         }
         self.seek(w, false);
         self.seek(w, true);
-        let pause = self.random.u64(4 * SECOND..8 * SECOND);
+        // Whoever has nothing to do waits for long at its coordinator.
+        let longest = if self.workers[w].loads.is_empty() { 30 * SECOND } else { 6 * SECOND };
+        let pause = self.random.u64(longest / 2..longest);
         self.later(w, pause, move |sim| sim.keep_counting(w));
     }
 
