@@ -163,3 +163,19 @@ impl Access {
         }
     }
 }
+
+/// No file lets anybody in who has none of its tokens.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz_tokens(text: &str) {
+    if let Ok(tokens) = tokens::Tokens::parse(text) {
+        text.split_whitespace()
+            .chain(["", "gleaner_"])
+            .for_each(|guess| assert!(tokens.holder(guess).is_none(), "{guess}"));
+    }
+}
+
+/// Whoever says nothing of himself may ask whether the coordinator is well, and nothing else.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz_method(method: &str) {
+    assert!(rules::allowed(method, None).is_err() || method == "/grpc.health.v1.Health/Check", "{method}");
+}

@@ -301,6 +301,12 @@ pub(crate) fn interceptor(tls: Option<&Tls>) -> impl Fn(Request<()>) -> Result<R
     }
 }
 
+/// Reads a certificate.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz_certificate(der: &[u8]) {
+    drop(PeerCertificate::read(&CertificateDer::from(der)));
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

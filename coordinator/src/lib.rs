@@ -290,11 +290,24 @@ pub fn fuzz_list(format: u8, list: &[u8]) {
     // A few bytes can stand for gigabytes; memory, not time, is what the reader bounds.
     let mut lines = 0;
     let _ = list::read("list", list, &options, &mut |_, line| {
-        if let Ok((synset, url)) = line {
-            assert!(!synset.is_empty() && !synset.contains(char::is_whitespace), "{synset:?}");
+        if let list::Line::Entry(list::Entry { synset, url, .. }) = line {
+            assert!(!synset.contains(['\n', '\r', '\t']), "{synset:?}");
             assert!(!url.is_empty() && !url.contains(['\n', '\r']), "{url:?}");
         }
         lines += 1;
         if lines > 10_000 { Err(error::Error::Aborted("enough".to_owned())) } else { Ok(()) }
     });
+}
+
+/// Reads what decides who may come in: a file of tokens, the names of callers, a certificate, a method.
+#[cfg(fuzzing)]
+pub fn fuzz_door(what: u8, bytes: &[u8]) {
+    let text = std::str::from_utf8(bytes);
+    match (what % 4, text) {
+        (0, Ok(text)) => access::fuzz_tokens(text),
+        (1, Ok(text)) => drop(text.parse::<ClientName>()),
+        (2, _) => door::fuzz_certificate(bytes),
+        (_, Ok(method)) => access::fuzz_method(method),
+        _ => {}
+    }
 }

@@ -34,6 +34,9 @@ doctests() {
     fi
 }
 
+# `make fuzz` has a lock file of its own, which has to know what the crates need by now.
+fuzz_lock() { cargo metadata --locked --format-version 1 --manifest-path tests/fuzz/Cargo.toml >/dev/null; }
+
 profile=default
 [[ -z ${CI:-} ]] || profile=ci
 
@@ -42,6 +45,7 @@ stage layers target/tools/venv/bin/python tests/layers.py
 stage k8s target/tools/venv/bin/python tests/k8s/check.py
 stage engine deploy/setup/engine.sh check
 stage deny cargo deny --locked --log-level error check --hide-inclusion-graph licenses bans sources
+stage fuzz-lock fuzz_lock
 stage clippy cargo clippy --locked --workspace --all-targets --features gleaner-trainer/bench -- -D warnings
 stage slim cargo clippy --locked -p gleaner --no-default-features -- -D warnings
 stage build cargo nextest run --locked --workspace --no-run

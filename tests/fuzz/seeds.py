@@ -96,3 +96,10 @@ seed("shard", "index", b"\1" + json.dumps(index).encode())
 seed("shard", "manifest", b"\2{}")
 seed("shard", "outcomes", b"\3PAR1" + b"\0" * 16 + b"PAR1")
 seed("shard", "spec", b'\4{"resize": {"size": 64}, "classes": [{"synset": "n1"}], "limits": {"timeout_seconds": 1e300}}')
+
+# Who may come in: tokens, names of callers, a certificate, a method.
+seed("door", "tokens", b"\0# who may do what\nanna submitter " + b"ab" * 32 + b"\nw worker " + b"cd" * 32 + b"\n")
+seed("door", "name", b"\1worker=*.gleaner")
+key = "MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAE" + "A" * 86 + "=="
+seed("door", "certificate", b"\2" + b"\x30\x82\x01\x00\x30\x81\xa7\xa0\x03\x02\x01\x02" + base64.b64decode(key))
+seed("door", "method", b"\3/grpc.health.v1.Health/Check")

@@ -422,7 +422,14 @@ pub fn fuzz_image(choice: u8, bytes: &[u8]) {
         format: format[usize::from(choice) / mode.len() % format.len()],
         ..Resize::default()
     };
-    let rules = validate::Rules { resize, limits, placeholders: placeholder::Placeholders::default() };
+    let rules = validate::Rules {
+        resize,
+        limits,
+        placeholders: placeholder::Placeholders::default(),
+        verify: None,
+        flat: false,
+        thumbnails: thumbnail::Thumbnails::none(),
+    };
     VALIDATOR.with_borrow_mut(|validator| {
         if validator.is_none() {
             *validator = validate::Validator::new().ok();
