@@ -3,7 +3,8 @@
 //!
 //! - [`cli`]: the command tree; [`exit`]: how a command ends; [`output`]: what it prints;
 //! - [`roles`]: `coordinator`, `worker`, `trainer`, `rank`; [`local`]: all of them as one process tree; [`store`]: opens the store,
-//!   [`metered`] counts its requests, [`overlay`] keeps what is written out of it, [`metrics`] serves the counts over HTTP; [`process`]: sockets and the signal to end;
+//!   [`metered`] counts its requests, [`overlay`] keeps what is written out of it,
+//!   [`metrics`] serves the counts over HTTP; [`process`]: sockets and the signal to end;
 //! - [`dial`], [`credentials`], [`client`]: the way to the coordinator, and what is shown to it; [`token`] makes tokens,
 //!   [`secrets`] certificates; [`tls`]: certificates that are read, and [`watched`]; [`private`] files are for oneself alone;
 //! - [`dataset`], [`lists`], [`run`], [`settings`], [`status`], [`doctor`]: for people; [`web`]: the same for a browser;

@@ -56,7 +56,7 @@ use self::source::Source;
 use crate::client::Cluster;
 use crate::dial::DialArgs;
 use crate::exit::{Ended, Exit};
-use crate::output::note;
+use crate::output::{complain, note};
 use crate::overlay::Overlay;
 use crate::process::{self, ShutdownArgs};
 use crate::store;
@@ -154,7 +154,8 @@ pub(crate) async fn serve(listener: TcpListener, cluster: Cluster, shutdown: Can
 /// Tells whoever has started the pages how a browser on another machine gets in.
 fn tell_code(at: SocketAddr, entry: &Entry) {
     let place = if at.ip().is_unspecified() { format!("THIS-MACHINE'S-ADDRESS:{}", at.port()) } else { at.to_string() };
-    note(format!("one browser is let in by http://{place}/?code={}", entry.code()));
+    // Also to whoever wants to hear nothing else: there is no other way in.
+    complain(format!("one browser is let in by http://{place}/?code={}", entry.code()));
 }
 
 fn router(source: Source, at: SocketAddr, entry: Option<Arc<Entry>>) -> Router {
