@@ -23,7 +23,7 @@ mkdir -p "$out"
 for arch in ${@:-x86_64 aarch64}; do
     target=$arch-unknown-linux-gnu
     rustup target add "$target"
-    # Whatever CMake finds on this machine was not made for the other one.
+    rm -f "$out/gleaner_cluster-$version"-*"_$arch".*.whl
     CARGO_PROFILE_RELEASE_STRIP=true maturin build --locked --release --zig --compatibility manylinux2014 --target "$target" \
         --manifest-path deploy/Cargo.toml --out "$out" --quiet
     # Its name has both names of that glibc, in the order that the builder likes.
