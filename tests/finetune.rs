@@ -64,7 +64,8 @@ fn classes_keep_their_rows_of_the_last_layer_whatever_their_places_and_unknown_o
     submit(&cluster, "base", 3, &["ranks.max=1"]);
     wait(&cluster, "base");
     let (base, of_base) = model(&cluster, "base", "last");
-    let still = ["dataset=other", "ranks.max=1", "train.learning_rate=1e-12", "train.weight_decay=0"];
+    // Less than the last bit of any weight, however small.
+    let still = ["dataset=other", "ranks.max=1", "train.learning_rate=1e-30", "train.weight_decay=0"];
     let file = cluster.path("base-last").join("model.safetensors").display().to_string();
     for (run, from) in [("of-run", "base"), ("of-file", file.as_str())] {
         submit_from(&cluster, run, 1, &still, &["--from", from]);
@@ -162,7 +163,7 @@ fn a_run_ends_when_nothing_gets_better_and_can_be_extended() {
     let mut cluster = Cluster::start();
     dataset(&mut cluster);
     cluster.start_trainer("trainer", 2);
-    let still = ["ranks.max=2", "train.learning_rate=1e-12", "train.weight_decay=0", "train.stop_after=2"];
+    let still = ["ranks.max=2", "train.learning_rate=1e-30", "train.weight_decay=0", "train.stop_after=2"];
     submit(&cluster, "run", 50, &still);
     wait(&cluster, "run");
     let run = describe(&cluster, "run");

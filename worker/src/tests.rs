@@ -186,7 +186,8 @@ fn join(coordinator: CoordinatorDouble, address: &str, store: Arc<dyn ObjectStor
 impl Cluster {
     async fn ends(self) {
         self.shutdown.cancel();
-        let ended = tokio::time::timeout(Duration::from_secs(5), self.worker).await;
+        // Longer than what it grants its last requests and their places at sites, on crowded cores too.
+        let ended = tokio::time::timeout(Duration::from_secs(20), self.worker).await;
         ended.expect("within seconds").expect("no panic").expect("no error");
     }
 }
