@@ -54,6 +54,7 @@ use tokio_util::sync::CancellationToken;
 use self::entry::{Admission, Entry};
 use self::source::Source;
 use crate::client::Cluster;
+use crate::credentials::{self, LocalToken};
 use crate::dial::DialArgs;
 use crate::exit::{Ended, Exit};
 use crate::output::{complain, note};
@@ -99,7 +100,7 @@ pub(crate) async fn run(args: Args) -> Result<()> {
         note(format!("pages of {dial} at http://{at}; Ctrl-C ends them"));
         return serve(listener, Cluster::over(&dial), shutdown).await;
     };
-    let (dial, coordinator) = coordinator_of(&location, &shutdown).await?;
+    let (dial, _token, coordinator) = coordinator_of(&location, &shutdown).await?;
     note(format!("pages of {location}, as it is now, at http://{at}; Ctrl-C ends them"));
     tokio::select! {
         served = serve(listener, Cluster::over(&dial), shutdown.clone()) => served,
@@ -110,8 +111,12 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     }
 }
 
-/// A coordinator in this process that knows what is in a store and leaves it as it is.
-async fn coordinator_of(location: &str, shutdown: &CancellationToken) -> Result<(Dial, JoinHandle<Result<()>>)> {
+/// A coordinator in this process that knows what is in a store and leaves it as it is, and the token for which it answers, so that it does
+/// not answer to others on this machine.
+async fn coordinator_of(
+    location: &str,
+    shutdown: &CancellationToken,
+) -> Result<(Dial, Option<LocalToken>, JoinHandle<Result<()>>)> {
     let below = store::open_existing(location)?;
     match below.head(&Path::from(keys::CLUSTER)).await {
         Ok(_) => {}
@@ -122,11 +127,14 @@ async fn coordinator_of(location: &str, shutdown: &CancellationToken) -> Result<
         Err(error) => return Err(error).with_context(|| format!("--store {location} cannot be read")),
     }
     let listener = process::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), "--web-listen").await?;
-    let dial = Dial::new(&format!("http://{}", listener.local_addr()?))?;
+    let at = listener.local_addr()?;
+    let token = LocalToken::make(at)?;
+    let dial = Dial::new(&format!("http://{at}"))?;
+    let dial = credentials::add(dial, token.as_ref().map(|token| &*token.file), None)?;
     let config = coordinator::Config {
         lease_seconds: LEASE_SECONDS,
         spool_folder: None,
-        tokens: None,
+        tokens: token.as_ref().map(|token| token.holders.clone()),
         tls_client_names: Vec::new(),
         insecure: false,
         largest_list: 0,
@@ -134,7 +142,7 @@ async fn coordinator_of(location: &str, shutdown: &CancellationToken) -> Result<
     };
     let store = Arc::new(Overlay::new(below));
     let running = tokio::spawn(coordinator::run(config, store, listener, None, shutdown.clone()));
-    Ok((dial, running))
+    Ok((dial, token, running))
 }
 
 /// Serves the pages of a cluster at `listener` until `shutdown`.
