@@ -171,7 +171,7 @@ mod tests {
             (&["run", "watch"], ""),
             (&["run", "wait"], "timeout"),
             (&["run", "logs"], "follow rank tail since"),
-            (&["run", "metrics"], "kind csv plot"),
+            (&["run", "metrics"], "kind csv plot parquet"),
             (&["run", "export"], "tensorboard"),
             (&["run", "model"], "to format weights"),
             (&["run", "evaluate"], "dataset split version csv"),

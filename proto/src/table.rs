@@ -17,8 +17,9 @@ pub trait Row: Default {
     /// What the file is, for errors.
     const NAME: &'static str;
 
-    /// Takes in the value of a column that is not null. Columns that a later version adds are passed over.
-    fn set(&mut self, column: &str, value: Value<'_>);
+    /// Takes in the value of a column that is not null. Columns that a later version adds are passed over; rows that are only
+    /// written take in none.
+    fn set(&mut self, _column: &str, _value: Value<'_>) {}
 }
 
 /// The value of one column of one row, as long as it has the type that is asked for.

@@ -52,7 +52,14 @@ const EXAMPLES: [(&str, &[&str]); 12] = [
         ],
     ),
     ("run model", &["gleaner run model birds-1 --to ./model", "gleaner run model birds-1 --to ./page --format page"]),
-    ("run metrics", &["gleaner run metrics birds-1 --plot", "gleaner run metrics birds-1 --kind validation --csv"]),
+    (
+        "run metrics",
+        &[
+            "gleaner run metrics birds-1 --plot",
+            "gleaner run metrics birds-1 --kind validation --csv",
+            "gleaner run metrics birds-1 --parquet birds-1.parquet",
+        ],
+    ),
     ("classify", &["gleaner classify birds-1 picture.jpg", "gleaner classify ./model ./holiday -o json"]),
     ("web", &["gleaner web", "gleaner web --store ./data"]),
 ];
