@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use demo_origin::list;
 use demo_origin::origin::{Options, Origin};
@@ -255,6 +255,68 @@ fn rejected_pictures_copies_and_changes_between_versions_can_be_looked_at() {
     assert_eq!(size, (8 * 132 + 4, 2 * 132 + 4));
     let unknown = cluster.try_gleaner(&["dataset", "sample", "rotted", "--to", "x.png", "--synset", "n0"]);
     assert!(String::from_utf8_lossy(&unknown.stderr).contains("has no such class"), "{unknown:?}");
+}
+
+/// Another run in the store, with all of the first one's objects but for the name in them.
+fn copy_run(runs: &Path, from: &str, to: &str) {
+    for path in objects(&runs.join(from)).into_keys() {
+        let copy = runs.join(to).join(path.strip_prefix(runs.join(from)).expect("it is below"));
+        std::fs::create_dir_all(copy.parent().expect("a folder")).expect("a folder to write to");
+        let bytes = std::fs::read(&path).expect("it is there");
+        let json =
+            path.extension().is_some_and(|extension| extension == "json").then(|| String::from_utf8(bytes.clone()));
+        let named =
+            json.and_then(Result::ok).map(|json| json.replace(&format!("runs/{from}/"), &format!("runs/{to}/")));
+        std::fs::write(copy, named.map_or(bytes, String::into_bytes)).expect("a folder to write to");
+    }
+}
+
+/// `POINTS=1000000`: as many as a run stores in eleven days.
+#[test]
+fn a_long_run_and_a_list_of_two_hundred_open_in_under_a_second() {
+    let points: u64 = std::env::var("POINTS").map_or(60_000, |points| points.parse().expect("a number"));
+    let mut cluster = Cluster::start();
+    dataset(&mut cluster);
+    cluster.start_trainer("trainer", 1);
+    submit(&cluster, "long", 2, &["ranks.max=1"]);
+    wait(&cluster, "long");
+    let point = cluster.json(&["run", "metrics", "long", "--kind", "train"])[0].clone();
+    for role in ["trainer", "worker", "coordinator"] {
+        cluster.terminate(role);
+    }
+    let runs = Path::new(cluster.store()).join("runs");
+    (1..200).for_each(|n| copy_run(&runs, "long", &format!("twin-{n}")));
+    // A minute's points in each object, as trainers store them.
+    for minute in 0..points / 60 {
+        let line = |second: u64| {
+            let mut point = point.clone();
+            point["kind"] = "step".into();
+            point["step"] = (100 + 60 * minute + second).into();
+            format!("{point}\n")
+        };
+        let file = runs.join(format!("long/metrics/000001-{:06}.jsonl", 1_000 + minute));
+        std::fs::write(file, (0..60).map(line).collect::<String>()).expect("a folder to write to");
+    }
+    let open = |pages: &str, path: &str| {
+        let asked = Instant::now();
+        let page = get(pages, path);
+        (page, asked.elapsed().as_secs_f64())
+    };
+    let mut seconds = Vec::new();
+    for _ in 0..2 {
+        cluster.start_coordinator();
+        let pages = start_pages(&mut cluster).to_string();
+        let (page, long) = open(&pages, "/runs/long");
+        assert!(page.matches("<figure class=\"chart\"").count() == 4, "{page}");
+        let (home, list) = open(&pages, "/");
+        assert!(home.matches("<a href=\"/runs/").count() >= 50, "{home}");
+        seconds.push((long, list));
+        cluster.terminate("web");
+        cluster.terminate("coordinator");
+    }
+    let [first, again] = [seconds[0], seconds[1]];
+    println!("web: points={points} first={:.2}s again={:.2}s runs=200 list={:.2}s", first.0, again.0, again.1);
+    assert!(again.0 < 1.0 && again.1 < 1.0, "{seconds:?}");
 }
 
 #[test]

@@ -59,6 +59,8 @@ struct Record {
     curve: Curve,
     /// Whether the points that an earlier coordinator heard have been read from the store.
     loaded: bool,
+    /// When its curve was last summarised.
+    summarised: Option<Instant>,
 }
 
 /// Where an agent's messages go.
@@ -350,6 +352,7 @@ impl Runs {
             RunEvent::Checkpoint { key, .. } => keys::checkpoint_of(run, key).ok(),
             _ => None,
         };
+        let summarised = made.is_some() || matches!(record.event, RunEvent::Done { .. });
         let actions = {
             let mut inner = self.lock();
             inner.records.entry(run.to_owned()).or_default().events.push(record);
@@ -357,6 +360,9 @@ impl Runs {
         };
         if let Some(made) = made {
             self.remove_old_checkpoints(run, made);
+        }
+        if summarised {
+            self.summarise(run);
         }
         actions
     }

@@ -18,6 +18,7 @@
 //! runs/<run>/events/000012.json                          Create: the run's history, written by the coordinator alone
 //! runs/<run>/ledger/<generation>-<n>.json                what was really trained on
 //! runs/<run>/metrics/<generation>-<n>.jsonl              points of the learning curve
+//! runs/<run>/curve/<n>.json                              a summary of the first n objects of points
 //! runs/<run>/logs/<generation>-<rank>-<n>.log            what a rank said
 //! runs/<run>/checkpoints/<step>-<generation>-<nonce>/    exists once an event names it with its digests
 //! runs/<run>/start/<nonce>/                              another run's weights, which this one begins with
@@ -188,6 +189,16 @@ pub fn ledgers(run: &str) -> String {
 /// `runs/<run>/ledger/<generation>-<n>.json`
 pub fn ledger(run: &str, generation: u64, n: u64) -> String {
     format!("{}/{generation:06}-{n:06}.json", ledgers(run))
+}
+
+/// `runs/<run>/curve`
+pub fn curves(run: &str) -> String {
+    format!("{RUNS}/{run}/curve")
+}
+
+/// `runs/<run>/curve/<n>.json`
+pub fn curve(run: &str, n: usize) -> String {
+    format!("{}/{n:08}.json", curves(run))
 }
 
 /// `runs/<run>/metrics`

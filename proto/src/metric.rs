@@ -2,7 +2,23 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::format::{FormatError, stored};
 use crate::pb;
+
+/// A run's curve as it is held in memory, made of many objects of points: who opens a long run reads the newest of these and what was
+/// stored after it (see [`crate::keys::curve`]). It can be made again at any time.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CurveSummary {
+    /// Of this format: 1.
+    pub format: u32,
+    /// File names of the objects whose points it has.
+    pub covers: Vec<String>,
+    /// In the order of their steps; of a long run not those of every step.
+    pub points: Vec<MetricPoint>,
+}
+
+stored!(CurveSummary, "curve summary", format);
 
 /// One point of the learning curve: [`pb::Metric`] as stored.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -74,6 +90,34 @@ impl MetricKind {
             MetricKind::Validation => "validation",
             MetricKind::Test => "test",
         }
+    }
+}
+
+impl TryFrom<&str> for MetricKind {
+    type Error = FormatError;
+
+    fn try_from(name: &str) -> Result<Self, FormatError> {
+        let kinds = [MetricKind::Step, MetricKind::Train, MetricKind::Validation, MetricKind::Test];
+        kinds
+            .into_iter()
+            .find(|kind| kind.name() == name)
+            .ok_or_else(|| FormatError(format!("{name:?} is no kind of point")))
+    }
+}
+
+impl TryFrom<&pb::Metric> for MetricPoint {
+    type Error = FormatError;
+
+    fn try_from(metric: &pb::Metric) -> Result<Self, FormatError> {
+        let pb::Metric { generation, epoch, step, loss, top1, top5, samples, learning_rate, .. } = *metric;
+        let pb::Metric { images_per_second, seconds, data_wait, compute, rank_wait, network_wait, .. } = *metric;
+        let pb::Metric { optimizer, slowest_rank, ranks, gradient_bytes, link_bytes_per_second, .. } = *metric;
+        #[rustfmt::skip]
+        let point = Self {
+            kind: metric.kind.as_str().try_into()?, generation, epoch, step, loss, top1, top5, samples, learning_rate, images_per_second,
+            seconds, data_wait, compute, rank_wait, network_wait, optimizer, slowest_rank, ranks, gradient_bytes, link_bytes_per_second,
+        };
+        Ok(point)
     }
 }
 
