@@ -16,6 +16,8 @@ use crate::worker::hosts::{HostSignal, Next, Pass};
 const ASK_TIMEOUT: Micros = 5 * SECOND;
 const ASK_PAUSE: Micros = 50 * MILLI;
 const THROTTLED: u32 = 8;
+/// Slow sites take longer for one request of six.
+const TIMEOUT: Micros = 5 * SECOND;
 
 impl Sim {
     /// Begins whatever may begin.
@@ -72,6 +74,7 @@ impl Sim {
             });
         });
         self.watch_end(w, flight);
+        self.later(w, TIMEOUT, move |sim| sim.time_out(w, flight));
     }
 
     /// Cuts a request when its worker's part of the site has ended.
@@ -86,11 +89,34 @@ impl Sim {
             }
             _ => {
                 let Some(Flight { pass, job, .. }) = self.close(w, flight) else { return };
-                self.workers[w].hosts.cut(now, pass);
+                self.workers[w].hosts.cut(now, pass, HostSignal::Unknown);
                 self.queue(w, job, None);
                 self.dispatch(w);
             }
         }
+    }
+
+    /// Ends a request that has had no answer for too long.
+    fn time_out(&mut self, w: usize, flight: u64) {
+        if self.is_cut_first(w, flight) {
+            return;
+        }
+        let Some(Flight { pass, job, .. }) = self.close(w, flight) else { return };
+        self.give_back_cut(w, pass, no_answer(&job));
+        self.fail(w, job);
+        self.dispatch(w);
+    }
+
+    /// A process that stood still sees first that its part has ended.
+    fn is_cut_first(&mut self, w: usize, flight: u64) -> bool {
+        let now = self.local(w);
+        let worker = &self.workers[w];
+        let Some(Flight { pass, .. }) = worker.flights.get(&flight) else { return false };
+        let ended = worker.hosts.until(&pass.site).is_none_or(|until| until <= now);
+        if ended {
+            self.watch_end(w, flight);
+        }
+        ended
     }
 
     /// Closes the connection of a request; the site hears of it after a while.
@@ -103,22 +129,20 @@ impl Sim {
     }
 
     /// Gives back the place of a request that was cut.
-    pub(super) fn give_back_cut(&mut self, w: usize, pass: Pass) {
+    pub(super) fn give_back_cut(&mut self, w: usize, pass: Pass, signal: HostSignal) {
         let now = self.local(w);
         match self.bug {
-            Bug::ForgetsWhatItCuts => self.workers[w].hosts.finish(now, pass, HostSignal::Unknown),
-            _ => self.workers[w].hosts.cut(now, pass),
+            Bug::ForgetsWhatItCuts => self.workers[w].hosts.finish(now, pass, signal),
+            _ => self.workers[w].hosts.cut(now, pass, signal),
         }
     }
 
     fn answered(&mut self, w: usize, flight: u64, answer: origin::Answer) {
+        if self.is_cut_first(w, flight) {
+            return;
+        }
         let now = self.local(w);
         let worker = &mut self.workers[w];
-        let Some(site) = worker.flights.get(&flight).map(|flight| flight.pass.site.clone()) else { return };
-        // A process that stood still sees first that its part has ended.
-        if worker.hosts.until(&site).is_none_or(|until| until <= now) {
-            return self.watch_end(w, flight);
-        }
         let Some(Flight { pass, mut job, .. }) = worker.flights.remove(&flight) else { return };
         let end = |outcome, status| End { outcome, status: Some(status) };
         match answer {
@@ -147,23 +171,27 @@ impl Sim {
                 }
             }
             origin::Answer::Nothing => {
-                let signal = if job.retried.is_some() { HostSignal::Unknown } else { HostSignal::Failed };
-                worker.hosts.finish(now, pass, signal);
-                let making = worker.made.get(&job.attempt);
-                let again = making.is_some_and(|making| job.tries < making.retries() && !making.ending);
-                let failed = End::from(Rejection::Timeout);
-                match again {
-                    true => {
-                        job.tries += 1;
-                        job.retried = Some(failed);
-                        let backoff = self.random.u64(SECOND / 2..SECOND) << job.tries.min(4);
-                        self.queue(w, job, Some(backoff));
-                    }
-                    false => self.finish(w, job, failed),
-                }
+                worker.hosts.finish(now, pass, no_answer(&job));
+                self.fail(w, job);
             }
         }
         self.dispatch(w);
+    }
+
+    /// There was no answer: another try, or the end.
+    fn fail(&mut self, w: usize, mut job: Job) {
+        let making = self.workers[w].made.get(&job.attempt);
+        let again = making.is_some_and(|making| job.tries < making.retries() && !making.ending);
+        let failed = End::from(Rejection::Timeout);
+        match again {
+            true => {
+                job.tries += 1;
+                job.retried = Some(failed);
+                let backoff = self.random.u64(SECOND / 2..SECOND) << job.tries.min(4);
+                self.queue(w, job, Some(backoff));
+            }
+            false => self.finish(w, job, failed),
+        }
     }
 
     /// Lets a URL wait for its host, and for a backoff before.
@@ -247,4 +275,9 @@ impl Sim {
             self.wrong.push(format!("{site}: {out} slots of {budget} are lent at {at:.3} s: {holders:?}"));
         }
     }
+}
+
+/// What a URL without an answer says of its host: once more it says nothing new.
+fn no_answer(job: &Job) -> HostSignal {
+    if job.retried.is_some() { HostSignal::Unknown } else { HostSignal::Failed }
 }

@@ -36,7 +36,7 @@ enum Bug {
     LendsAtOnce,
     /// A worker that ends early leaves out what it did not get to.
     LosesTheRest,
-    /// A request that was cut does not count any more at once.
+    /// A request that was cut, as by a timeout, does not count any more at once.
     ForgetsWhatItCuts,
     /// A worker says that it holds nothing of a site.
     ForgetsWhatItHolds,

@@ -13,7 +13,7 @@ use super::shard::{self, End, Entry};
 use super::store::View;
 use super::world::Sim;
 use super::{Bug, MILLI, Micros, SECOND};
-use crate::worker::hosts::{Hosts, Pass};
+use crate::worker::hosts::{HostSignal, Hosts, Pass};
 
 /// As in the worker's `lease` and `attempt`.
 const CALL_TIMEOUT: Micros = 10 * SECOND;
@@ -422,7 +422,7 @@ impl Sim {
         let flights: Vec<u64> = self.workers[w].flights.iter().filter_map(of).collect();
         for flight in flights {
             let Some(Flight { pass, job, .. }) = self.close(w, flight) else { continue };
-            self.give_back_cut(w, pass);
+            self.give_back_cut(w, pass, HostSignal::Unknown);
             self.finish(w, job, Rejection::Unfetched.into());
         }
     }

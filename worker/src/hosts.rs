@@ -9,6 +9,7 @@
 //! A host that fails many times in a row gets a pause, then one request at a time, and after some more failures it is
 //! given up for a while: what waits for it is handed back. A site that throttles is asked more slowly (see `pace`).
 
+mod end;
 mod host;
 mod site;
 
@@ -20,15 +21,10 @@ use proto::pb::{SiteDemand, SiteShare};
 use proto::site::Sites;
 use tokio::time::Instant;
 
-use self::host::{GIVEN_UP, Host};
+pub(crate) use self::end::HostSignal;
+use self::host::Host;
 use self::site::{Ask, FORGET, Site, UNUSED};
 
-/// So many times in a row a host's rate is halved before it is given up.
-const HALVINGS: u32 = 6;
-/// A host that wants to be left alone for longer is given up.
-const LONGEST_COOLDOWN: Duration = Duration::from_secs(300);
-/// A server that a request was cut hears of that late, if at all: it still counts for so long.
-const CUT_COUNTS: Duration = Duration::from_secs(1);
 /// How often idle ones are looked for.
 const SWEEP: Duration = Duration::from_secs(60);
 /// Sites of which it has parts, for each connection: most of them have to wait for their pace.
@@ -36,27 +32,12 @@ const SITES_PER_CONNECTION: usize = 16;
 /// Sites of one request to the coordinator.
 const MOST_DEMANDS: usize = 2048;
 
-/// The right to one request at a host, until [`Hosts::finish`].
+/// The right to one request at a host, until [`Hosts::finish`] or [`Hosts::cut`].
 #[derive(Debug)]
 pub(crate) struct Pass {
     pub(crate) host: Arc<str>,
     pub(crate) site: Arc<str>,
     begun: Instant,
-}
-
-/// What a request says about its host.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum HostSignal {
-    /// It answers.
-    Answered,
-    /// It does not answer, or says that it is in trouble.
-    Failed,
-    /// It asks to be left alone for so long (429).
-    Throttled(Duration),
-    /// It has no time for this URL now (503 with `Retry-After`).
-    Busy,
-    /// Nothing.
-    Unknown,
 }
 
 /// What is to be done with the worker's next free connection.
@@ -291,62 +272,6 @@ impl<T> Hosts<T> {
         let timed = self.timed.first().map(|(from, ..)| *from);
         let paused = self.paused.keys().next().map(|(from, _)| *from);
         Next::Wait([timed, paused, self.cut.front().map(|(until, _)| *until)].into_iter().flatten().min())
-    }
-
-    /// Gives a pass back.
-    pub(crate) fn finish(&mut self, now: Instant, pass: Pass, signal: HostSignal) {
-        let Pass { host, site: name, begun } = pass;
-        let (Some(at), Some(site)) = (self.hosts.get_mut(&host), self.sites.get_mut(&name)) else { return };
-        (at.in_flight, site.in_flight) = (at.in_flight - 1, site.in_flight - 1);
-        (at.touched, site.touched) = (now, now);
-        match signal {
-            HostSignal::Answered => {
-                (at.failures, at.pauses, at.halvings, at.given_up) = (0, 0, 0, None);
-                site.pace.answered(now);
-                if let Some((_, pace)) = &mut at.own {
-                    pace.answered(now);
-                }
-            }
-            HostSignal::Failed => at.fail(now),
-            HostSignal::Throttled(cooldown) => {
-                let pace = at.own.as_mut().map_or(&mut site.pace, |(_, pace)| pace);
-                let is_news = pace.throttled(now, begun, cooldown.min(LONGEST_COOLDOWN));
-                (at.halvings, site.news) = (at.halvings + u32::from(is_news), is_news || site.news);
-                if at.halvings >= HALVINGS || cooldown > LONGEST_COOLDOWN {
-                    at.given_up = Some(now + cooldown.max(GIVEN_UP));
-                }
-            }
-            HostSignal::Busy => {
-                let pace = at.own.as_mut().map_or(&mut site.pace, |(_, pace)| pace);
-                let is_news = pace.busy(now, begun);
-                (at.halvings, site.news) = (at.halvings + u32::from(is_news), is_news || site.news);
-                if at.halvings >= HALVINGS {
-                    at.given_up = Some(now + GIVEN_UP);
-                }
-            }
-            HostSignal::Unknown => {}
-        }
-        if at.given_up.is_some_and(|until| now < until) {
-            site.queued -= at.queue.len();
-            self.given_up.extend(std::mem::take(&mut at.queue).into_values());
-        }
-        self.settle_host(now, &host);
-        if self.hosts.get(&host).is_some_and(Host::is_blank) {
-            self.hosts.remove(&host);
-        }
-    }
-
-    /// The same of a request that was cut. It keeps its place until its server can have heard of that.
-    pub(crate) fn cut(&mut self, now: Instant, pass: Pass) {
-        self.settle_site(now, &pass.site);
-        self.cut.push_back((now + CUT_COUNTS, pass));
-    }
-
-    fn end_cut(&mut self, now: Instant) {
-        while self.cut.front().is_some_and(|(until, _)| *until <= now) {
-            let Some((_, pass)) = self.cut.pop_front() else { return };
-            self.finish(now, pass, HostSignal::Unknown);
-        }
     }
 
     /// Holds no failure against any host: they were this worker's own.

@@ -69,6 +69,8 @@ pub(super) struct Job {
     /// Why it was tried again last.
     pub(super) retried: Option<(Rejection, ResponseInfo)>,
     pub(super) throttled: u32,
+    /// The server that it asked last may still be at work on its answer.
+    pub(super) is_open: bool,
     pub(super) batch: Arc<Shared>,
 }
 
@@ -111,8 +113,8 @@ impl Shared {
 
 impl Job {
     pub(super) fn new(ticket: u64, entry: SliceEntry, request: Request, batch: Arc<Shared>) -> Self {
-        let (started, finished, throttled) = (false, false, 0);
-        Self { ticket, started, finished, entry, request, detour: None, retried: None, throttled, batch }
+        let (started, finished, throttled, is_open) = (false, false, 0, false);
+        Self { ticket, started, finished, entry, request, detour: None, retried: None, throttled, is_open, batch }
     }
 
     /// The host that is asked next, as budgets name it.

@@ -51,11 +51,15 @@ impl Dispatcher {
                         job.detour = Some(Detour { errand, request });
                     }
                 },
-                Judgement::Allowed => match self.fetcher.fetch(&mut job.request, &job.batch.limits).await? {
-                    Fetched::Body(body) => return Ok(Turn::Body(body)),
-                    Fetched::Redirect if job.request.host() == host => {}
-                    Fetched::Redirect => return Ok(Turn::Again),
-                },
+                Judgement::Allowed => {
+                    let fetched = self.fetcher.fetch(&mut job.request, &job.batch.limits).await;
+                    job.is_open = job.request.is_open;
+                    match fetched? {
+                        Fetched::Body(body) => return Ok(Turn::Body(body)),
+                        Fetched::Redirect if job.request.host() == host && !job.is_open => {}
+                        Fetched::Redirect => return Ok(Turn::Again),
+                    }
+                }
             }
         }
     }
@@ -65,8 +69,10 @@ impl Dispatcher {
     async fn fetch_site_file(&self, job: &mut Job, host: &str) -> Result<(), FetchError> {
         let limits = Limits { redirects: SITE_FILE_REDIRECTS, ..job.batch.limits.clone() };
         while let Some(Detour { errand, request }) = &mut job.detour {
-            let text = match self.fetcher.fetch_text(request, &limits, SITE_FILE_BYTES).await {
-                Ok(FetchedText::Redirect) if request.host() == host => continue,
+            let fetched = self.fetcher.fetch_text(request, &limits, SITE_FILE_BYTES).await;
+            job.is_open = request.is_open;
+            let text = match fetched {
+                Ok(FetchedText::Redirect) if request.host() == host && !job.is_open => continue,
                 Ok(FetchedText::Redirect) => return Ok(()),
                 Ok(FetchedText::Text(text)) => Some(text),
                 Ok(FetchedText::None) => None,
@@ -104,6 +110,7 @@ impl HostSlot {
         let dispatcher = Arc::clone(&self.dispatcher);
         let Some(site) = self.pass.as_ref().map(|pass| Arc::clone(&pass.site)) else { return };
         job.start();
+        job.is_open = false;
         let fetch = batch.cut.run_until_cancelled(dispatcher.take_turn(&mut job));
         let fetched = tokio::select! {
             // The process may have stood still for long: then nothing is begun.
@@ -113,29 +120,30 @@ impl HostSlot {
             }
             fetched = fetch => fetched,
         };
+        let is_open = job.is_open;
         match fetched {
             None => {
                 self.cut(|_, _| {});
                 job.finish(Err(Rejection::Unfetched));
             }
             Some(Ok(Turn::Body(body))) => {
-                self.give_back(HostSignal::Answered, |_, _| {});
+                self.give_back(is_open, HostSignal::Answered, |_, _| {});
                 job.finish(Ok((body, connection)));
             }
             Some(Ok(Turn::Again)) => {
-                self.give_back(HostSignal::Answered, |hosts, now| {
+                self.give_back(is_open, HostSignal::Answered, |hosts, now| {
                     hosts.hold(now, &job.request.host(), Duration::ZERO);
                     queue(hosts, now, None, job);
                 });
             }
             Some(Ok(Turn::Wait(pause))) => {
-                self.give_back(HostSignal::Unknown, |hosts, now| {
+                self.give_back(is_open, HostSignal::Unknown, |hosts, now| {
                     hosts.hold(now, &job.request.host(), pause);
                     queue(hosts, now, None, job);
                 });
             }
             Some(Ok(Turn::Refused(signal))) => {
-                self.give_back(HostSignal::Unknown, |_, _| {});
+                self.give_back(is_open, HostSignal::Unknown, |_, _| {});
                 job.request.info.detail = Some(signal);
                 job.finish(Err(Rejection::OptedOut));
             }
@@ -146,7 +154,7 @@ impl HostSlot {
                 job.retried = Some((error.rejection, info));
                 job.request.begin_again();
                 // If the host is given up for it, it is handed back.
-                self.give_back(error.signal, |hosts, now| match hosts.is_given_up(now, &host) {
+                self.give_back(is_open, error.signal, |hosts, now| match hosts.is_given_up(now, &host) {
                     true => job.finish(Err(Rejection::HostGivenUp)),
                     false => queue(hosts, now, None, job),
                 });
@@ -164,11 +172,11 @@ impl HostSlot {
                 match retry.filter(|_| !batch.is_ending()) {
                     Some(backoff) => {
                         job.retried = Some((error.rejection, info));
-                        self.give_back(signal, |hosts, now| queue(hosts, now, Some(backoff), job));
+                        self.give_back(is_open, signal, |hosts, now| queue(hosts, now, Some(backoff), job));
                     }
                     None => {
                         job.request.info = info;
-                        self.give_back(signal, |_, _| {});
+                        self.give_back(is_open, signal, |_, _| {});
                         job.finish(Err(error.rejection));
                     }
                 }
@@ -176,10 +184,13 @@ impl HostSlot {
         }
     }
 
-    /// Gives the pass back; then `then`, under the same lock.
-    fn give_back(&mut self, signal: HostSignal, then: impl FnOnce(&mut Hosts<Job>, Instant)) {
+    /// Gives the pass back, late if the server may still be at work; then `then`, under the same lock.
+    fn give_back(&mut self, is_open: bool, signal: HostSignal, then: impl FnOnce(&mut Hosts<Job>, Instant)) {
         self.end(|hosts, now, pass| {
-            hosts.finish(now, pass, signal);
+            match is_open {
+                true => hosts.cut(now, pass, signal),
+                false => hosts.finish(now, pass, signal),
+            }
             then(hosts, now);
         });
     }
@@ -187,7 +198,7 @@ impl HostSlot {
     /// The same of a request that was dropped before it had an answer.
     fn cut(&mut self, then: impl FnOnce(&mut Hosts<Job>, Instant)) {
         self.end(|hosts, now, pass| {
-            hosts.cut(now, pass);
+            hosts.cut(now, pass, HostSignal::Unknown);
             then(hosts, now);
         });
     }

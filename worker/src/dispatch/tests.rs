@@ -2,12 +2,13 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 
 use object_store::memory::InMemory;
+use proto::pb::SiteShare;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
 use super::*;
 use crate::attempt::tests::{origin, tools};
-use crate::fetch::tests::fetcher;
+use crate::fetch::tests::{fetcher, fetcher_of_loopback};
 
 #[tokio::test]
 async fn urls_that_fail_again_and_again_do_not_make_their_host_look_dead() {
@@ -95,4 +96,71 @@ async fn what_breaks_off_is_tried_again() {
     }
     let asked = asked.lock().expect("no panic");
     assert_eq!(paths.map(|path| asked[path]), [2, 2, 2, 2, 1]);
+}
+
+/// What a server answers, and whether that is all of it: if not, nothing more comes.
+const ANSWERS: [(&str, bool); 8] = [
+    ("HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\nhalfhalf", true),
+    ("HTTP/1.1 404 Not Found\r\nContent-Length: 4\r\n\r\ngone", true),
+    (
+        "HTTP/1.1 302 Found\r\nLocation: http://192.0.2.1/\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nmore\r\n0\r\n\r\n",
+        true,
+    ),
+    // It has no time to answer at all, to end its answer, or to end the page of an error.
+    ("", false),
+    ("HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\nhalf", false),
+    ("HTTP/1.1 404 Not Found\r\nContent-Length: 8\r\n\r\nhalf", false),
+    // Nobody waits for the end.
+    ("HTTP/1.1 404 Not Found\r\nContent-Length: 100000\r\n\r\n", false),
+    ("HTTP/1.1 200 OK\r\nContent-Length: 1000000000000\r\n\r\n", false),
+];
+
+/// How long after the end of a first request, which is answered so, the next one came that had to wait for its place.
+async fn pause_after(answer: &'static str) -> Duration {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
+    let at = listener.local_addr().expect("bound");
+    let (came, mut next_came) = mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let came = came.clone();
+            tokio::spawn(async move {
+                let mut request = vec![0; 4096];
+                while let Ok(length @ 1..) = stream.read(&mut request).await {
+                    let is_first = request[..length].starts_with(b"GET /first");
+                    if !is_first {
+                        came.send(Instant::now()).expect("the test waits");
+                    }
+                    let answer = if is_first { answer } else { ANSWERS[0].0 };
+                    stream.write_all(answer.as_bytes()).await.expect("it is open");
+                }
+            });
+        }
+    });
+    let dispatcher = Arc::new(Dispatcher::new(fetcher_of_loopback(), 4, Arc::new(WayOut::new(Vec::new()))));
+    tokio::spawn(Arc::clone(&dispatcher).dispatch());
+    let (timeout_seconds, retries) = (0.5, 0);
+    let limits = Limits { timeout_seconds, retries, ..Limits::default() };
+    let spec = DatasetSpec { limits, respect: Vec::new(), ..DatasetSpec::default() };
+    let entry = |path: &str| SliceEntry { url: format!("http://{at}/{path}"), ..SliceEntry::default() };
+    let mut batch = dispatcher.batch(vec![entry("first"), entry("second")], &spec, false, false);
+    {
+        let (mut hosts, now) = (dispatcher.hosts(), Instant::now());
+        assert_eq!(hosts.demands(now).len(), 1);
+        let one = SiteShare { slots: 1, site_slots: 1, known: true, ..SiteShare::default() };
+        hosts.lend(now, now, Duration::from_secs(3600), &[one]);
+        dispatcher.wake(hosts);
+    }
+    let first = batch.next().await.expect("a result");
+    let ended = Instant::now();
+    assert!(first.entry.url.ends_with("first"));
+    next_came.recv().await.expect("it comes").saturating_duration_since(ended)
+}
+
+#[tokio::test]
+async fn who_ends_a_request_before_its_answer_keeps_its_place_until_the_server_can_have_heard() {
+    let pauses = futures::future::join_all(ANSWERS.map(|(answer, _)| pause_after(answer))).await;
+    for ((answer, is_whole), pause) in ANSWERS.into_iter().zip(pauses) {
+        let millis = pause.as_millis();
+        assert!(if is_whole { millis < 700 } else { millis >= 900 }, "{millis} ms after {answer:?}");
+    }
 }

@@ -25,13 +25,17 @@ use super::retry::{FetchError, Retry};
 use super::text;
 use crate::format::format_of;
 use crate::hosts::HostSignal;
-use crate::opt_out::{Respect, said_in_headers};
+use crate::opt_out::said_in_headers;
 use crate::web::Proxy;
 
 /// Bodies of one HTTP/2 connection that may wait unread, each with [`FREE_BYTES`], before the others have to wait, too.
 const STREAMS: u32 = 256;
 /// An HTTP/2 connection on which nothing has come for so long is asked for a sign of life, and has as long to give it.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
+
+/// So much of an answer of which nothing is wanted is read all the same, and for so long.
+const DRAINED_BYTES: u64 = 64 << 10;
+const DRAINED_FOR: Duration = Duration::from_secs(1);
 
 /// Headers of a response over HTTP/1.
 const MOST_HEADERS: usize = 1000;
@@ -157,7 +161,7 @@ impl Fetcher {
         let deadline = start + limits.timeout().saturating_sub(request.spent);
         let fetched = async {
             match self.send(request, limits, deadline, None).await? {
-                Some(response) => self.read(response, request.respect, limits, deadline).await.map(Fetched::Body),
+                Some(response) => self.read(response, request, limits, deadline).await.map(Fetched::Body),
                 None => Ok(Fetched::Redirect),
             }
         };
@@ -181,10 +185,12 @@ impl Fetcher {
             };
             match FetchError::of_status(response.status(), response.headers()) {
                 _ if response.status() == StatusCode::OK => {
-                    text::read(response, deadline, most).await.map(FetchedText::Text)
+                    text::read(response, request, deadline, most).await.map(FetchedText::Text)
                 }
-                error if error.signal == HostSignal::Answered => Ok(FetchedText::None),
-                error => Err(error),
+                error => {
+                    request.is_open = !drain(response, deadline).await;
+                    if error.signal == HostSignal::Answered { Ok(FetchedText::None) } else { Err(error) }
+                }
             }
         };
         let fetched = fetched.await;
@@ -212,15 +218,21 @@ impl Fetcher {
         if let Some(accept) = accept {
             asking = asking.header(ACCEPT, accept);
         }
+        request.is_open = true;
         let response = match timeout_at(head_deadline, asking.send()).await {
             Err(_) if short_of_time => return Err(FetchError::out_of_time()),
             Err(_) => return Err(FetchError::of_host(Rejection::Timeout)),
-            Ok(Err(error)) => return Err(error::of_request(&error, url.scheme() == "https")),
+            Ok(Err(error)) => {
+                request.is_open = !error::is_over(&error);
+                return Err(error::of_request(&error, url.scheme() == "https"));
+            }
             Ok(Ok(response)) => response,
         };
         request.info.status = Some(response.status().as_u16());
-        let Some(to) = redirect_target(url, &response).map_err(FetchError::of_url)? else { return Ok(Some(response)) };
-        request.redirect(to, limits)?;
+        let to = redirect_target(url, &response).transpose();
+        let Some(to) = to else { return Ok(Some(response)) };
+        request.is_open = !drain(response, deadline).await;
+        request.redirect(to.map_err(FetchError::of_url)?, limits)?;
         // What may not be asked has no host to wait for.
         self.check(&request.url).map(|()| None).map_err(FetchError::of_url)
     }
@@ -284,14 +296,16 @@ impl Fetcher {
     async fn read(
         &self,
         mut response: Response,
-        respect: Respect,
+        request: &mut Request,
         limits: &Limits,
         mut deadline: Instant,
     ) -> Result<Body, FetchError> {
         if response.status() != StatusCode::OK && !is_whole_range(&response) {
-            return Err(FetchError::of_status(response.status(), response.headers()));
+            let error = FetchError::of_status(response.status(), response.headers());
+            request.is_open = !drain(response, deadline).await;
+            return Err(error);
         }
-        if let Some(signal) = said_in_headers(response.headers(), respect, &self.config.agent) {
+        if let Some(signal) = said_in_headers(response.headers(), request.respect, &self.config.agent) {
             return Err(FetchError::of_url(Rejection::OptedOut).about(signal));
         }
         let compressed =
@@ -312,9 +326,17 @@ impl Fetcher {
             let chunk = match timeout_at(deadline.min(body.window_start + RATE_WINDOW), response.chunk()).await {
                 Err(_) if Instant::now() < deadline => Bytes::new(),
                 Err(_) => return Err(too_slow),
-                Ok(Err(error)) => return Err(error::of_body(&error)),
-                Ok(Ok(None)) if compressed => return gzip::decompress(body, &self.budget, limits, max).await,
-                Ok(Ok(None)) => return Ok(body),
+                Ok(Err(error)) => {
+                    request.is_open = !error::is_over(&error);
+                    return Err(error::of_body(&error));
+                }
+                Ok(Ok(None)) => {
+                    request.is_open = false;
+                    if compressed {
+                        return gzip::decompress(body, &self.budget, limits, max).await;
+                    }
+                    return Ok(body);
+                }
                 Ok(Ok(Some(chunk))) => chunk,
             };
             let length = body.bytes.len() + chunk.len();
@@ -331,6 +353,24 @@ impl Fetcher {
             if body.is_too_slow() && self.budget.is_contended() {
                 return Err(too_slow);
             }
+        }
+    }
+}
+
+/// Reads what is left of an answer of which nothing is wanted, if that is little and comes soon. Returns whether it has
+/// come to its end: then its server is done with it, and its connection can be used again.
+async fn drain(mut response: Response, deadline: Instant) -> bool {
+    let deadline = deadline.min(Instant::now() + DRAINED_FOR);
+    let mut left = DRAINED_BYTES;
+    if response.content_length().is_some_and(|length| length > left) {
+        return false;
+    }
+    loop {
+        match timeout_at(deadline, response.chunk()).await {
+            Ok(Ok(Some(chunk))) if chunk.len() as u64 <= left => left -= chunk.len() as u64,
+            Ok(Ok(None)) => return true,
+            Ok(Err(error)) => return error::is_over(&error),
+            Ok(Ok(Some(_))) | Err(_) => return false,
         }
     }
 }

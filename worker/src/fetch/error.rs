@@ -47,6 +47,13 @@ pub(super) fn of_body(error: &reqwest::Error) -> FetchError {
     FetchError { retry, signal: HostSignal::Answered, ..Rejection::Protocol.into() }
 }
 
+/// Whether the server has ended what it was at work on, or has never begun.
+pub(super) fn is_over(error: &reqwest::Error) -> bool {
+    let never_asked = error.is_connect() || error.is_dns() || error.is_builder();
+    let blocked = || causes(error).any(|cause| cause.is::<Blocked>() || cause.is::<NoSuchName>());
+    never_asked || broke_off(error) || blocked()
+}
+
 /// Whether the connection or the stream ended early, which the next one need not.
 fn broke_off(error: &reqwest::Error) -> bool {
     causes(error).any(|cause| {

@@ -32,6 +32,8 @@ pub(crate) struct Request {
     pub(crate) info: ResponseInfo,
     /// The time that its HTTP requests have taken; waiting for a host or a backoff does not count.
     pub(crate) spent: Duration,
+    /// The latest answer has not come to its end: its server may still be at work on it.
+    pub(crate) is_open: bool,
     retries: u32,
     pub(super) respect: Respect,
 }
@@ -49,7 +51,8 @@ impl Request {
             return Err(Rejection::BadUrl);
         }
         let (info, respect) = (ResponseInfo::default(), Respect::default());
-        Ok(Self { url, redirected: Vec::new(), info, spent: Duration::ZERO, retries: 0, respect })
+        let (redirected, spent, is_open, retries) = (Vec::new(), Duration::ZERO, false, 0);
+        Ok(Self { url, redirected, info, spent, is_open, retries, respect })
     }
 
     /// The same, of an owner who may say no by these signals.

@@ -33,6 +33,13 @@ pub(crate) fn fetcher() -> Fetcher {
     Fetcher::new(config()).expect("a client")
 }
 
+/// One that may reach loopback.
+pub(crate) fn fetcher_of_loopback() -> Fetcher {
+    let mut fetcher = fetcher();
+    fetcher.config.rules.allowed = vec!["127.0.0.0/8".parse().expect("a net")];
+    fetcher
+}
+
 /// Bytes that may become a picture, as far as their start tells.
 fn starting_as_jpeg(length: usize) -> Vec<u8> {
     let mut bytes = vec![7; length];
@@ -68,8 +75,7 @@ async fn dripping() -> std::net::SocketAddr {
 
 #[tokio::test]
 async fn bodies_that_drip_lose_their_part_of_the_budget_when_others_wait_for_it() {
-    let (mut fetcher, limits) = (fetcher(), Limits::default());
-    fetcher.config.rules.allowed = vec!["127.0.0.0/8".parse().expect("a net")];
+    let (fetcher, limits) = (fetcher_of_loopback(), Limits::default());
     let at = dripping().await;
     let request = |path: &str| Request::new(&format!("http://{at}/{path}")).expect("a URL");
     let (mut liar, mut good) = (request("liar"), request("good"));
@@ -88,8 +94,7 @@ async fn bodies_that_drip_lose_their_part_of_the_budget_when_others_wait_for_it(
 
 #[tokio::test]
 async fn a_host_is_not_blamed_for_the_time_that_others_took() {
-    let (mut fetcher, limits) = (fetcher(), Limits { timeout_seconds: 1.0, ..Limits::default() });
-    fetcher.config.rules.allowed = vec!["127.0.0.0/8".parse().expect("a net")];
+    let (fetcher, limits) = (fetcher_of_loopback(), Limits { timeout_seconds: 1.0, ..Limits::default() });
     let at = crate::attempt::tests::origin().await;
     for (path, signal) in [("silent", HostSignal::Failed), ("late", HostSignal::Unknown)] {
         let mut request = Request::new(&format!("http://{at}/{path}")).expect("a URL");

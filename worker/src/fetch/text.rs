@@ -8,19 +8,31 @@ use reqwest::Response;
 use reqwest::header::CONTENT_ENCODING;
 use tokio::time::{Instant, timeout_at};
 
+use super::request::Request;
 use super::retry::{FetchError, Retry};
 use super::{error, gzip};
 
 /// The first bytes of a response's body, at most so many.
-pub(super) async fn read(mut response: Response, deadline: Instant, most: usize) -> Result<Vec<u8>, FetchError> {
+pub(super) async fn read(
+    mut response: Response,
+    request: &mut Request,
+    deadline: Instant,
+    most: usize,
+) -> Result<Vec<u8>, FetchError> {
     let coding = response.headers().get(CONTENT_ENCODING);
     let compressed = coding.is_some_and(|coding| gzip::is_gzip(coding.as_bytes()));
     let mut text = Vec::new();
     while text.len() < most {
         match timeout_at(deadline, response.chunk()).await {
             Err(_) => return Err(FetchError { retry: Retry::Never, ..FetchError::of_host(Rejection::Timeout) }),
-            Ok(Err(error)) => return Err(error::of_body(&error)),
-            Ok(Ok(None)) => break,
+            Ok(Err(error)) => {
+                request.is_open = !error::is_over(&error);
+                return Err(error::of_body(&error));
+            }
+            Ok(Ok(None)) => {
+                request.is_open = false;
+                break;
+            }
             Ok(Ok(Some(chunk))) => text.extend_from_slice(&chunk[..chunk.len().min(most - text.len())]),
         }
     }

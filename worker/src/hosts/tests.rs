@@ -129,7 +129,7 @@ fn a_request_that_was_cut_counts_until_its_server_can_have_heard_of_that() {
     table.ask(ALL);
     let mut begun = table.begin();
     let (cut, _) = begun.pop().expect("four");
-    table.hosts.cut(table.now(), cut);
+    table.hosts.cut(table.now(), cut, HostSignal::Unknown);
     assert!(table.begin().is_empty());
     table.end(begun, HostSignal::Answered);
     assert_eq!(table.begin().len(), 3);
@@ -147,12 +147,26 @@ fn what_is_cut_as_a_part_ends_is_over_before_another_part_is_asked_for() {
     let begun = table.begin();
     table.millis = 30_000;
     for (pass, _) in begun {
-        table.hosts.cut(table.now(), pass);
+        table.hosts.cut(table.now(), pass, HostSignal::Unknown);
     }
     assert!(table.begin().is_empty() && table.ask(ALL).is_empty());
     table.millis += 1_000;
     assert_eq!(table.ask(ALL), [demand("big.com", 0, true)]);
     assert_eq!(table.begin().len(), 4);
+}
+
+#[test]
+fn what_a_request_that_was_cut_has_shown_of_its_host_counts_at_once() {
+    let mut table = Table::new();
+    table.push("dead.com", 0..20);
+    table.ask(SiteShare { slots: 8, site_slots: 8, ..ALL });
+    for (pass, _) in table.begin() {
+        table.hosts.cut(table.now(), pass, HostSignal::Failed);
+    }
+    table.millis = 1_000;
+    assert!(table.begin().is_empty(), "eight in a row have failed: it is paused");
+    table.millis = 2_000;
+    assert_eq!(table.begin().len(), 1);
 }
 
 #[test]
