@@ -19,6 +19,8 @@ use crate::ledger::Now;
 
 /// For clocks that do not run alike: this part of a lease more goes by before a part is given to another.
 const MARGIN: f64 = 0.1;
+/// The same at the least: what a holder has cut counts for so long, since its server hears of that late.
+const LEAST_MARGIN: Duration = Duration::from_secs(1);
 /// The least of a site that is worth lending, in requests per second.
 pub(crate) const LEAST_RATE: f64 = 2.0;
 /// After so long a holder makes way for those that wait, if there is not enough for all.
@@ -118,7 +120,7 @@ impl Shares {
         all_back: bool,
         learned: impl IntoIterator<Item = (String, Learned)>,
     ) -> Self {
-        let opens = if all_back { now } else { now + lease.mul_f64(1.0 + MARGIN) };
+        let opens = if all_back { now } else { now + with_margin(lease) };
         // Whoever had parts of them before may have used them just now.
         let site = |Learned { rate, quiet_until }| Site {
             learned: Some(rate),
@@ -165,7 +167,7 @@ impl Shares {
             return None;
         }
         (*highest, *seen) = (sequence, now);
-        let (open, until) = (now >= self.opens, now + self.lease.mul_f64(1.0 + MARGIN));
+        let (open, until) = (now >= self.opens, now + with_margin(self.lease));
         let answer = |demand: &Demand| {
             let budget = sites.budget(&demand.site);
             if !self.sites.contains_key(&demand.site) {
@@ -289,6 +291,11 @@ impl Site {
             self.learned = Some((sum / slots, holders().any(|out| out.rate.1)));
         }
     }
+}
+
+/// How long a part counts that is lent for so long.
+fn with_margin(lease: Duration) -> Duration {
+    lease + lease.mul_f64(MARGIN).max(LEAST_MARGIN)
 }
 
 /// The rate of a site of which nothing is known yet.

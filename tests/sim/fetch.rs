@@ -243,10 +243,10 @@ impl Sim {
             let pause = match answer {
                 Some(Answer::Shares(duration, shares)) => {
                     worker.hosts.lend(asked, now, duration, &shares);
-                    // A late answer may be to a part that has ended.
-                    let until = if asked + duration > now { sim.when(w, asked + duration) } else { sim.now };
-                    for ((site, held), share) in held.into_iter().zip(&shares) {
-                        sim.lent(w, site, share.slots.max(held), until);
+                    for (site, _) in held {
+                        let part = sim.workers[w].hosts.part(&site).filter(|(_, until)| *until > now);
+                        let (slots, until) = part.map_or((0, sim.now), |(slots, until)| (slots, sim.when(w, until)));
+                        sim.lent(w, site, slots, until);
                     }
                     ASK_PAUSE
                 }

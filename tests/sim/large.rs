@@ -411,7 +411,9 @@ impl Sim {
                 pause = duration.as_micros() as Micros / 3;
                 let until = now + duration.as_micros() as Micros;
                 for ((site, held), share) in held.into_iter().zip(&shares) {
-                    let slots = share.slots.max(held);
+                    // The part that it named may have ended before the answer came.
+                    let lent = sim.workers[w].shares.get(&site).is_some_and(|part| part.until > sim.now);
+                    let slots = share.slots.max(if lent { held } else { 0 });
                     // It bears whatever its budget allows: a rate that was made use of doubles.
                     let rate = if held > 0 { share.requests_per_second * 2.0 } else { share.requests_per_second };
                     let rate = rate.min(share.site_requests_per_second);

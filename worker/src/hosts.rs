@@ -229,6 +229,12 @@ impl<T> Hosts<T> {
         self.sites.get(site).filter(|site| site.recorded > 0).map(|site| site.until)
     }
 
+    /// Slots of a site that it takes for its own, and until when.
+    #[cfg(test)]
+    pub(crate) fn part(&self, site: &str) -> Option<(u32, Instant)> {
+        self.sites.get(site).filter(|site| site.recorded > 0).map(|site| (site.recorded, site.until))
+    }
+
     /// What to do with a free connection.
     pub(crate) fn next(&mut self, now: Instant) -> Next<T> {
         self.sweep(now);

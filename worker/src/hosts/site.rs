@@ -131,6 +131,13 @@ impl Site {
     /// Takes up the answer to a demand that was made at `asked` and in which it said that it holds so many slots.
     pub(super) fn lend(&mut self, asked: Instant, now: Instant, held: u32, share: &SiteShare, duration: Duration) {
         let was_lent = self.is_lent(now) && held > 0;
+        if held > 0 && !was_lent && self.in_flight > 0 {
+            // The part that it named has ended before the answer came, and may be another's. What is in flight is over
+            // first, also if this process stood still and has not cut it yet.
+            (self.slots, self.recorded, self.until, self.answered) = (0, 0, now, Some(now));
+            return;
+        }
+        let held = if was_lent { held } else { 0 };
         self.slots = share.slots;
         (self.recorded, self.until) = (share.slots.max(held), asked + duration);
         self.renew = asked + duration / 3;

@@ -170,6 +170,34 @@ fn what_a_request_that_was_cut_has_shown_of_its_host_counts_at_once() {
 }
 
 #[test]
+fn a_part_that_has_ended_before_the_answer_came_is_not_held_by_it() {
+    for is_cut in [true, false] {
+        let mut table = Table::new();
+        table.push("big.com", 0..20);
+        table.ask(ALL);
+        let begun = table.begin();
+        table.millis = 20_000;
+        let asked = table.now();
+        assert_eq!(table.hosts.demands(asked)[0].held, 4);
+        table.millis = 31_000;
+        if is_cut {
+            begun.into_iter().for_each(|(pass, _)| table.hosts.cut(table.now(), pass, HostSignal::Unknown));
+        }
+        // Another has all of it by now; or a new coordinator prolongs what it has heard of.
+        let slots = if is_cut { 0 } else { 4 };
+        table.hosts.lend(asked, table.now(), LEASE, &[SiteShare { slots, ..ALL }]);
+        assert_eq!(table.hosts.part("big.com"), None, "whatever is in flight is cut");
+        assert!(table.begin().is_empty() && table.hosts.demands(table.now()).is_empty());
+        table.hosts.unanswered(table.now());
+        if is_cut {
+            table.millis = 32_000;
+            assert_eq!(table.ask(ALL), [demand("big.com", 0, true)]);
+            assert_eq!(table.begin().len(), 4);
+        }
+    }
+}
+
+#[test]
 fn a_part_that_becomes_smaller_is_kept_until_what_is_in_flight_has_ended() {
     let mut table = Table::new();
     table.push("big.com", 0..20);
