@@ -9,7 +9,7 @@ use proto::index::StoredFile;
 use proto::pb::SiteDemand;
 use proto::round::{Cause, LargeSite, Round, Slice};
 use proto::site::{Budget, FIRST_RATE};
-use proto::{Attempt, DatasetId, DatasetSpec, OutcomeCounts, Rejection, ShardId, ShardIndex, Stored, keys};
+use proto::{Attempt, DatasetId, DatasetSpec, Rejection, ShardId, ShardIndex, Stored, keys};
 
 use super::cluster::{Answer, Call, Leased};
 use super::shard;
@@ -22,8 +22,8 @@ use crate::sites::Deal;
 use crate::store::Store;
 
 const WORKERS: usize = 1_000;
-const SLICES: u32 = 10_000;
-const SLICE_URLS: u32 = 10_000;
+pub(super) const SLICES: u32 = 10_000;
+pub(super) const SLICE_URLS: u32 = 10_000;
 /// Sites with slices of their own; together they have so many of them at the most.
 const SITES: u32 = 300;
 const LARGE_SLICES: u32 = 4_000;
@@ -221,7 +221,7 @@ impl Sim {
         self.counts_mut().pending = added.is_err();
     }
 
-    fn indexes(&self, id: &DatasetId) -> BTreeMap<u32, ShardIndex> {
+    pub(super) fn indexes(&self, id: &DatasetId) -> BTreeMap<u32, ShardIndex> {
         let view = View::new(&self.disk);
         let store = Store::new(Arc::new(view.clone()));
         let read = async {
@@ -234,19 +234,6 @@ impl Sim {
             all
         };
         self.runtime.block_on(read)
-    }
-
-    fn count(mut self) -> Verdict {
-        let indexes = self.indexes(&"sim-0-1".parse().expect("an id"));
-        let mut all = OutcomeCounts::default();
-        indexes.values().for_each(|index| all.merge(&index.outcomes));
-        let told = all.total() - all.of(Err(Rejection::Unfetched));
-        let wanted = u64::from(SLICES) * u64::from(SLICE_URLS);
-        let (lost, doubled) = (wanted.saturating_sub(told), told.saturating_sub(wanted));
-        let mut verdict = Verdict::of(&mut self);
-        (verdict.urls, verdict.kept) = (wanted, all.of(Ok(())));
-        (verdict.lost, verdict.doubled) = (lost, verdict.doubled + doubled);
-        verdict
     }
 
     /// Each few seconds of a worker.

@@ -5,8 +5,9 @@ use std::fmt;
 use std::sync::Arc;
 
 use proto::outcomes::OutcomeRow;
-use proto::{DatasetId, Rejection, ShardIndex, Stored, keys, table};
+use proto::{DatasetId, OutcomeCounts, Rejection, ShardIndex, Stored, keys, table};
 
+use super::large::{SLICE_URLS, SLICES};
 use super::origin::Truth;
 use super::shard;
 use super::store::View;
@@ -28,6 +29,8 @@ pub(super) struct Verdict {
     pub(super) doubled: u64,
     /// The longest that a coordinator took to begin.
     recovery_ms: u64,
+    /// In a large simulation: how many slices were committed in the end, and how long one then took.
+    recovered: Option<(usize, u64)>,
     /// Of the whole process: coordinators have no more.
     coordinator_mb: u64,
     pub(super) trace: u64,
@@ -50,6 +53,7 @@ impl Verdict {
             lost: 0,
             doubled: sim.disk.overwritten(),
             recovery_ms: sim.recovery_ms,
+            recovered: None,
             coordinator_mb: resident_mb(),
             trace: sim.trace(),
             wrong,
@@ -69,11 +73,34 @@ impl fmt::Display for Verdict {
             f,
             "seed={seed} simulated_hours={hours:.2} urls={urls} kept={kept} coordinator_mb={coordinator_mb} \
              recovery_ms={recovery_ms} max_at_once={most}/{slots} max_per_second={fast:.1}/{rate:.0} lost={lost} doubled={doubled} trace={trace:016x}"
-        )
+        )?;
+        match self.recovered {
+            Some((slices, ms)) => write!(f, " committed_slices={slices} recovery_of_all_ms={ms}"),
+            None => Ok(()),
+        }
     }
 }
 
 impl Sim {
+    /// Looks at what has come of a large one, of which URLs were only counted.
+    pub(super) fn count(mut self) -> Verdict {
+        let indexes = self.indexes(&"sim-0-1".parse().expect("an id"));
+        let mut all = OutcomeCounts::default();
+        indexes.values().for_each(|index| all.merge(&index.outcomes));
+        let told = all.total() - all.of(Err(Rejection::Unfetched));
+        let wanted = u64::from(SLICES) * u64::from(SLICE_URLS);
+        let (lost, doubled) = (wanted.saturating_sub(told), told.saturating_sub(wanted));
+        let mut verdict = Verdict::of(&mut self);
+        (verdict.urls, verdict.kept) = (wanted, all.of(Ok(())));
+        (verdict.lost, verdict.doubled) = (lost, verdict.doubled + doubled);
+        // One more begins, of whom nothing is left to do.
+        self.kill_coordinators();
+        self.recovery_ms = 0;
+        self.start_coordinator();
+        verdict.recovered = Some((indexes.len(), self.recovery_ms));
+        verdict
+    }
+
     /// Looks at what has come of it.
     pub(super) fn verdict(mut self) -> Verdict {
         self.disk.mend();
