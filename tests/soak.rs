@@ -1,5 +1,5 @@
-//! `make soak`: a cluster of real processes, of which something is killed, stopped or confused every second, over a store that fails. In
-//! the end each URL has its outcome, no site was asked faster than it may be, and `gleaner fsck` finds nothing.
+//! `make soak`: a cluster of real processes, of which something is killed, stopped, cut off or confused every second, over a store that
+//! fails. In the end each URL has its outcome, no site was asked faster than it may be, and `gleaner fsck` finds nothing.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -15,7 +15,7 @@ use object_store::local::LocalFileSystem;
 use proto::outcomes::OutcomeRow;
 use proto::{Manifest, ShardIndex, Stored, table};
 use support::process::signal;
-use support::{Cluster, Faults, FaultyStore, FreeAddress, Rules, S3};
+use support::{Cluster, Faults, FaultyStore, Flow, FreeAddress, Rules, S3, Wire};
 
 const WORKERS: usize = 4;
 /// Requests at a time that a site bears.
@@ -28,6 +28,8 @@ const PAST_THE_LEASE: Duration = Duration::from_secs(5);
 
 struct Soak {
     cluster: Cluster,
+    /// Each worker's own way to the coordinator.
+    wires: Vec<Wire>,
     faults: Faults,
     random: fastrand::Rng,
     done: BTreeMap<&'static str, u64>,
@@ -50,7 +52,9 @@ impl Soak {
     }
 
     fn start_worker(&mut self, n: usize) {
-        self.cluster.start_worker_with(&format!("worker-{n}"), &["--connections", "8"]);
+        let coordinator = format!("http://{}", self.wires[n].address());
+        let flags = ["--connections", "8", "--coordinator", &coordinator];
+        self.cluster.start_worker_with(&format!("worker-{n}"), &flags);
     }
 
     fn pick(&mut self) -> (usize, String) {
@@ -101,7 +105,7 @@ impl Soak {
         let begun = Instant::now();
         let (n, worker) = self.pick();
         let dataset = datasets[self.random.usize(..datasets.len())].as_str();
-        let what = match self.random.u32(..100) {
+        let what = match self.random.u32(..112) {
             0..25 => {
                 self.cluster.kill(&worker);
                 self.start_worker(n);
@@ -147,6 +151,24 @@ impl Soak {
                 std::thread::sleep(Duration::from_secs(3));
                 self.faults.set(Rules::default());
                 "store full"
+            }
+            90..94 => {
+                self.wires[n].set(Flow::Waits);
+                std::thread::sleep(PAST_THE_LEASE);
+                self.wires[n].set(Flow::Passes);
+                "network cut"
+            }
+            94..98 => {
+                self.wires[n].set(Flow::Answerless);
+                std::thread::sleep(PAST_THE_LEASE);
+                self.wires[n].set(Flow::Passes);
+                "answers held up"
+            }
+            98..102 => {
+                self.wires[n].set(Flow::Resets);
+                std::thread::sleep(Duration::from_millis(self.random.u64(..2000)));
+                self.wires[n].set(Flow::Passes);
+                "connections reset"
             }
             _ => {
                 let command = ["pause", "resume", "refresh", "gc"][self.random.usize(..4)];
@@ -207,7 +229,8 @@ fn soak() {
     let cluster = Cluster::new(Some("s3://bucket/cluster"), server.environment());
     let (random, reads_nothing) = (fastrand::Rng::with_seed(seed), Arc::default());
     let (done, begun, story) = (BTreeMap::new(), Instant::now(), Vec::new());
-    let mut soak = Soak { cluster, faults, random, done, begun, story, reads_nothing };
+    let wires = (0..WORKERS).map(|_| Wire::to(cluster.address())).collect();
+    let mut soak = Soak { cluster, wires, faults, random, done, begun, story, reads_nothing };
     let over = Arc::new(AtomicBool::new(false));
     let most_at_once = std::thread::spawn({
         let (over, origin, reads_nothing) = (Arc::clone(&over), Arc::clone(&origin), Arc::clone(&soak.reads_nothing));
