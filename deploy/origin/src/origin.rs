@@ -142,7 +142,7 @@ impl Shared {
     }
 }
 
-/// Counts one request from its arrival to the end of its answer.
+/// Counts one request from its arrival until its answer is sent, or to its end if that is long in coming.
 struct Counted<'a> {
     shared: &'a Shared,
     host: &'a str,
@@ -219,6 +219,9 @@ async fn connection<S: AsyncRead + AsyncWrite + Unpin>(
         let counted = Counted::new(shared, host, &request.path);
         tokio::time::sleep(shared.site.options.delay).await;
         let answer = shared.site.answer(host, &request.path).await;
+        // Whoever has the whole of it may ask again before this goes on.
+        let is_whole = matches!(answer.then, AfterBody::Next | AfterBody::Close | AfterBody::Reset);
+        let counted = (!is_whole).then_some(counted);
         send(socket, &answer.head).await?;
         if !request.head_only {
             send(socket, &answer.body).await?;
