@@ -3,9 +3,11 @@
 //!
 //! - `rules` (pure): roles, and the table of methods;
 //! - `tokens`, `clients` (pure): how somebody is known, by a token or by a certificate;
+//! - `accounts`: or by the token of a Kubernetes service account;
 //! - `layer`, `revocable`: the check, and the end of what a revoked token has open;
 //! - `listening` (pure): where a coordinator may listen unless somebody says that it is open on purpose.
 
+mod accounts;
 mod clients;
 mod layer;
 mod listening;
@@ -18,16 +20,18 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use anyhow::Context;
-use http::HeaderMap;
 use http::header::AUTHORIZATION;
+use http::{HeaderMap, HeaderValue};
 use proto::session::{self, Session};
-use tokio_util::sync::CancellationToken;
 use tonic::{Request, Status};
 use tracing::{info, warn};
 
+use self::accounts::Accounts;
+pub use self::accounts::{AUDIENCE, Account, AccountRole, Reviewer};
 pub use self::clients::ClientName;
 pub(crate) use self::layer::AccessLayer;
 pub use self::listening::{Protection, may_listen};
+use self::revocable::Good;
 use self::rules::Identity;
 pub use self::rules::Role;
 pub use self::tokens::NewToken;
@@ -37,10 +41,12 @@ use crate::door::Peer;
 /// How often a file of tokens is read again.
 const PERIOD: Duration = Duration::from_secs(1);
 
-/// Who may call: the tokens that are good now, and the names of certificates. With neither, everybody may do everything.
+/// Who may call: the tokens that are good now, service accounts, and the names of certificates. With none of them, everybody may do
+/// everything.
 pub(crate) struct Access {
     tokens: Option<RwLock<Tokens>>,
     clients: Vec<ClientName>,
+    accounts: Option<Accounts>,
 }
 
 /// Who makes a call.
@@ -48,8 +54,8 @@ pub(crate) struct Access {
 pub(crate) struct Caller {
     /// None: it is not asked here.
     pub(crate) identity: Option<Identity>,
-    /// Cancelled when the caller is known no more.
-    revoked: Option<CancellationToken>,
+    /// None: he is for as long as his connection.
+    good: Option<Good>,
 }
 
 /// Under which name a caller may speak.
@@ -85,25 +91,49 @@ impl Speaker {
 }
 
 impl Access {
-    /// Everybody may do everything, or those of a file of tokens, or of certificates, what their roles may.
+    /// Everybody may do everything, or those of a file of tokens, of certificates or of service accounts, what their roles may.
     ///
     /// # Errors
     /// If the file cannot be read, or is none.
-    pub(crate) fn open(file: Option<&Path>, clients: Vec<ClientName>) -> anyhow::Result<Arc<Self>> {
+    pub(crate) fn open(
+        file: Option<&Path>,
+        clients: Vec<ClientName>,
+        (accounts, reviewer): (Vec<AccountRole>, Option<Arc<dyn Reviewer>>),
+    ) -> anyhow::Result<Arc<Self>> {
         let tokens = file.map(|file| {
             let text = std::fs::read_to_string(file)?;
             anyhow::Ok(RwLock::new(Tokens::parse(&text)?))
         });
         let tokens =
             tokens.transpose().with_context(|| format!("--tokens {}", file.unwrap_or(Path::new("")).display()))?;
-        Ok(Arc::new(Self { tokens, clients }))
+        let accounts = match (accounts.is_empty(), reviewer) {
+            (true, _) => None,
+            (false, Some(reviewer)) => Some(Accounts::new(accounts, reviewer)),
+            (false, None) => anyhow::bail!("there is nobody to ask whose a service account's token is"),
+        };
+        Ok(Arc::new(Self { tokens, clients, accounts }))
+    }
+
+    /// The token of a service account that a call shows, where some are known.
+    fn account_token<'a>(&self, headers: &'a HeaderMap) -> Option<&'a str> {
+        self.accounts.as_ref()?;
+        bearer(headers.get(AUTHORIZATION)?).filter(|token| !tokens::is_ours(token))
+    }
+
+    /// Who makes a call with the token of a service account, if it is allowed.
+    async fn admit_account(&self, method: &str, token: &str) -> Result<Caller, Status> {
+        match &self.accounts {
+            Some(accounts) => accounts.admit(method, token).await,
+            None => Err(tokens::unknown()),
+        }
     }
 
     /// Who makes a call, if it is allowed.
     #[allow(clippy::result_large_err, reason = "as services return it")]
     fn admit(&self, method: &str, headers: &HeaderMap, peer: Option<&Peer>) -> Result<Caller, Status> {
-        let known = |identity| Ok(Caller { identity, revoked: None });
-        let (Some(tokens), Some(given)) = (&self.tokens, headers.get(AUTHORIZATION)) else {
+        let known = |identity| Ok(Caller { identity, good: None });
+        let wants_tokens = self.tokens.is_some() || self.accounts.is_some();
+        let Some(given) = headers.get(AUTHORIZATION).filter(|_| wants_tokens) else {
             let certificate = peer.and_then(|peer| peer.certificate.as_deref()).filter(|_| !self.clients.is_empty());
             if let Some(certificate) = certificate {
                 return clients::identify(&self.clients, certificate, method).map(Some).and_then(known);
@@ -111,7 +141,7 @@ impl Access {
             // Plain connections come while a cluster is rolled to TLS, and nobody on them can show a certificate.
             let asked = !self.clients.is_empty() && peer.is_some_and(|peer| peer.encrypted);
             match rules::allowed(method, None) {
-                Err(refusal) if self.tokens.is_some() => return Err(refusal.into()),
+                Err(refusal) if wants_tokens => return Err(refusal.into()),
                 Err(rules::Refusal::NoToken { method, .. }) if asked => {
                     let message = format!("{method} needs a certificate: --tls-cert and --tls-key name one");
                     return Err(Status::unauthenticated(message));
@@ -119,18 +149,20 @@ impl Access {
                 _ => return known(None),
             }
         };
-        let bearer = given.to_str().ok().and_then(|text| text.split_once(' '));
-        let token = bearer.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map(|(_, token)| token.trim());
-        let token =
-            token.ok_or_else(|| Status::unauthenticated("the header `authorization` must be `Bearer TOKEN`"))?;
-        let tokens = tokens.read().unwrap_or_else(PoisonError::into_inner);
-        let holder = tokens.holder(token).ok_or_else(|| {
-            Status::unauthenticated(
-                "the token is not known here: it was revoked, it is another cluster's, or it was not copied whole",
-            )
-        })?;
+        let token = bearer(given)
+            .ok_or_else(|| Status::unauthenticated("the header `authorization` must be `Bearer TOKEN`"))?;
+        let tokens = self.tokens.as_ref().ok_or_else(tokens::unknown)?.read().unwrap_or_else(PoisonError::into_inner);
+        let holder = tokens.holder(token).ok_or_else(tokens::unknown)?;
         rules::allowed(method, Some(&holder.identity))?;
-        Ok(Caller { identity: Some(holder.identity.clone()), revoked: Some(holder.revoked.clone()) })
+        let good = Good { revoked: holder.revoked.clone(), _held: None };
+        Ok(Caller { identity: Some(holder.identity.clone()), good: Some(good) })
+    }
+
+    /// Keeps asking whether who has calls open is still known.
+    pub(crate) async fn follow_accounts(self: Arc<Self>) {
+        if let Some(accounts) = &self.accounts {
+            accounts.follow().await;
+        }
     }
 
     /// Reads the file of tokens again and again. One that is no good changes nothing.
@@ -162,6 +194,12 @@ impl Access {
             }
         }
     }
+}
+
+/// What a header `authorization` has.
+fn bearer(header: &HeaderValue) -> Option<&str> {
+    let (scheme, token) = header.to_str().ok()?.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
 }
 
 /// No file lets anybody in who has none of its tokens.

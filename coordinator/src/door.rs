@@ -4,9 +4,12 @@
 mod certificate;
 
 use std::collections::VecDeque;
+use std::collections::hash_map::{Entry, HashMap};
 use std::io;
+use std::net::IpAddr;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -38,6 +41,10 @@ const GREETING_BYTES: usize = 24 + 9;
 const MOST_WAITING: usize = 4_096;
 /// Connections that have.
 const MOST_CONNECTIONS: usize = 16_384;
+/// Connections of one address: many machines may stand behind it, but not so many that nobody else has room.
+const MOST_OF_ONE_ADDRESS: usize = MOST_CONNECTIONS / 4;
+/// For a connection to make a call as somebody who is known here.
+const NAMELESS: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 60 });
 /// How often the certificates of open connections are looked at: they end some day.
 const LOOK: Duration = Duration::from_secs(60);
 /// After a connection could not be accepted, as when there are too many open files.
@@ -70,6 +77,15 @@ pub(crate) struct Peer {
     pub(crate) encrypted: bool,
     /// The certificate that was shown, and is signed by an authority of ours.
     pub(crate) certificate: Option<Arc<PeerCertificate>>,
+    /// Whether somebody who is known here has made a call.
+    named: Arc<AtomicBool>,
+}
+
+impl Peer {
+    /// Somebody who is known here has made a call, so that the connection may stay.
+    pub(crate) fn is_named(&self) {
+        self.named.store(true, Ordering::Relaxed);
+    }
 }
 
 /// The connections that come in at `listener`, until they are no longer asked for.
@@ -86,6 +102,7 @@ pub(crate) fn open(listener: TcpListener, tls: Option<Tls>) -> ReceiverStream<io
 
 async fn accept(listener: TcpListener, tls: Option<Tls>, accepted: &mpsc::Sender<io::Result<Accepted>>) {
     let places = Arc::new(Semaphore::new(MOST_CONNECTIONS));
+    let crowd = Crowd::default();
     let mut waiting = Waiting::default();
     loop {
         let (socket, address) = match listener.accept().await {
@@ -97,8 +114,9 @@ async fn accept(listener: TcpListener, tls: Option<Tls>, accepted: &mpsc::Sender
             }
         };
         let (tls, places, accepted) = (tls.clone(), Arc::clone(&places), accepted.clone());
+        let crowd = crowd.clone();
         let greeting = tokio::spawn(async move {
-            match greet(socket, tls, places).await {
+            match greet(socket, tls, places, &crowd).await {
                 Ok(connection) => {
                     let _ = accepted.send(Ok(connection)).await;
                 }
@@ -142,6 +160,8 @@ enum Refused {
     Silent,
     #[error("there are {MOST_CONNECTIONS} connections already")]
     Full,
+    #[error("its address has {MOST_OF_ONE_ADDRESS} connections already")]
+    Crowded,
     #[error("{0}")]
     Handshake(io::Error),
 }
@@ -151,13 +171,63 @@ impl Refused {
         match self {
             Self::Silent => "silent",
             Self::Full => "full",
+            Self::Crowded => "crowded_address",
             Self::Handshake(_) => "handshake",
         }
     }
 }
 
+/// How many connections each address has; of IPv6 each network of 64 bits, which one machine may have as a whole.
+#[derive(Clone, Default)]
+struct Crowd(Arc<Mutex<HashMap<IpAddr, usize>>>);
+
+impl Crowd {
+    /// One more of an address, as long as that is kept; None: it has too many.
+    fn enter(&self, address: IpAddr) -> Option<OfAddress> {
+        let address = match address.to_canonical() {
+            IpAddr::V6(address) => IpAddr::V6((address.to_bits() >> 64 << 64).into()),
+            address => address,
+        };
+        let mut counts = self.counts();
+        let count = counts.entry(address).or_default();
+        if *count >= MOST_OF_ONE_ADDRESS {
+            return None;
+        }
+        *count += 1;
+        Some(OfAddress { crowd: self.clone(), address })
+    }
+
+    fn counts(&self) -> MutexGuard<'_, HashMap<IpAddr, usize>> {
+        // Nothing under the lock can leave it half changed.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One connection of an address.
+struct OfAddress {
+    crowd: Crowd,
+    address: IpAddr,
+}
+
+impl Drop for OfAddress {
+    fn drop(&mut self) {
+        if let Entry::Occupied(mut count) = self.crowd.counts().entry(self.address) {
+            *count.get_mut() -= 1;
+            if *count.get() == 0 {
+                count.remove();
+            }
+        }
+    }
+}
+
 /// Waits for what a connection wants.
-async fn greet(socket: TcpStream, tls: Option<Tls>, places: Arc<Semaphore>) -> Result<Accepted, Refused> {
+async fn greet(
+    socket: TcpStream,
+    tls: Option<Tls>,
+    places: Arc<Semaphore>,
+    crowd: &Crowd,
+) -> Result<Accepted, Refused> {
+    let address = socket.peer_addr().map_err(Refused::Handshake)?.ip();
     let deadline = Instant::now() + GREETING;
     let mut first = [0];
     let seen = timeout_at(deadline, socket.peek(&mut first)).await.map_err(|_| Refused::Silent)?;
@@ -181,10 +251,12 @@ async fn greet(socket: TcpStream, tls: Option<Tls>, places: Arc<Semaphore>) -> R
         _ => (Either::Left(socket), None, None),
     };
     let place = places.try_acquire_owned().map_err(|_| Refused::Full)?;
-    let peer = Peer { encrypted: matches!(io, Either::Right(_)), certificate };
+    let of_address = crowd.enter(address).ok_or(Refused::Crowded)?;
+    let peer = Peer { encrypted: matches!(io, Either::Right(_)), certificate, named: Arc::default() };
     metrics::connections(1);
     let greeting = Some((GREETING_BYTES, Box::pin(sleep_until(deadline))));
-    Ok(Accepted { io, peer, greeting, distrusted, _place: place })
+    let nameless = Some(Box::pin(sleep(NAMELESS)));
+    Ok(Accepted { io, peer, greeting, nameless, distrusted, _place: (place, of_address) })
 }
 
 /// Ends when a client's certificates are good no more.
@@ -213,9 +285,11 @@ pub(crate) struct Accepted {
     peer: Peer,
     /// How many bytes of the greeting have not come yet, and until when they must have.
     greeting: Option<(usize, Pin<Box<Sleep>>)>,
+    /// Until when somebody who is known must have made a call. None: somebody has.
+    nameless: Option<Pin<Box<Sleep>>>,
     /// None: there is no certificate that could become bad.
     distrusted: Option<Distrusted>,
-    _place: OwnedSemaphorePermit,
+    _place: (OwnedSemaphorePermit, OfAddress),
 }
 
 impl Drop for Accepted {
@@ -239,6 +313,15 @@ impl AsyncRead for Accepted {
         {
             metrics::connection_refused("silent");
             return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
+        if let Some(deadline) = &mut self.nameless
+            && deadline.as_mut().poll(cx).is_ready()
+        {
+            self.nameless = None;
+            if !self.peer.named.load(Ordering::Relaxed) {
+                metrics::connection_refused("nameless");
+                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+            }
         }
         if let Some(distrusted) = &mut self.distrusted
             && distrusted.as_mut().poll(cx).is_ready()
@@ -310,6 +393,54 @@ pub(crate) fn fuzz_certificate(der: &[u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio_stream::StreamExt;
+
+    #[test]
+    fn one_address_takes_no_more_than_its_part_and_gives_it_back() {
+        let crowd = Crowd::default();
+        let enter = |address: &str| crowd.enter(address.parse().expect("an address"));
+        let mut all: Vec<OfAddress> = (0..MOST_OF_ONE_ADDRESS).filter_map(|_| enter("10.0.0.1")).collect();
+        assert_eq!(all.len(), MOST_OF_ONE_ADDRESS);
+        assert!(enter("10.0.0.1").is_none() && enter("::ffff:10.0.0.1").is_none() && enter("10.0.0.2").is_some());
+        all.pop();
+        assert!(enter("10.0.0.1").is_some());
+        let whole: Vec<OfAddress> =
+            (0..MOST_OF_ONE_ADDRESS).filter_map(|n| enter(&format!("2001:db8::{n:x}"))).collect();
+        assert!(
+            whole.len() == MOST_OF_ONE_ADDRESS
+                && enter("2001:db8::ffff:1").is_none()
+                && enter("2001:db8:0:1::1").is_some()
+        );
+        drop((all, whole));
+        assert!(crowd.counts().is_empty());
+    }
+
+    /// How many bytes come until the end.
+    async fn rest(mut connection: Accepted) -> Result<usize, io::ErrorKind> {
+        connection.read_to_end(&mut Vec::new()).await.map_err(|error| error.kind())
+    }
+
+    #[tokio::test]
+    async fn a_connection_on_which_nobody_known_calls_is_ended_and_another_stays() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
+        let address = listener.local_addr().expect("bound");
+        let mut accepted = open(listener, None);
+        let mut connect = async || {
+            let mut client = TcpStream::connect(address).await.expect("it listens");
+            client.write_all(&[b'x'; GREETING_BYTES]).await.expect("it is connected");
+            let connection = accepted.next().await.expect("one comes").expect("it is let in");
+            (client, connection)
+        };
+        let ((_one, nameless), (mut other, named)) = (connect().await, connect().await);
+        named.connect_info().is_named();
+        assert_eq!(rest(nameless).await, Err(io::ErrorKind::TimedOut));
+        let read = tokio::spawn(rest(named));
+        sleep(NAMELESS).await;
+        assert!(!read.is_finished(), "whoever is known may be silent");
+        other.shutdown().await.expect("it is connected");
+        assert_eq!(read.await.expect("no panic"), Ok(GREETING_BYTES));
+    }
 
     #[tokio::test]
     async fn the_oldest_that_says_nothing_goes_when_there_are_too_many() {

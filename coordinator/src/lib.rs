@@ -83,8 +83,8 @@ use tonic::transport::Server;
 use tower::util::MapResponseLayer;
 use tracing::{info, warn};
 
+pub use crate::access::{AUDIENCE, Account, AccountRole, ClientName, NewToken, Protection, Reviewer, Role, may_listen};
 use crate::access::{Access, AccessLayer};
-pub use crate::access::{ClientName, NewToken, Protection, Role, may_listen};
 use crate::clock::Clock;
 use crate::cluster::Guard;
 use crate::datasets::Datasets;
@@ -117,6 +117,10 @@ pub struct Config {
     /// stands for any text; roles are viewer, submitter, worker, trainer, admin
     #[arg(long, value_name = "ROLE=NAME", value_delimiter = ',', requires = "tls_client_ca")]
     pub tls_client_names: Vec<ClientName>,
+    /// Which service accounts of Kubernetes may call as what: worker=gleaner/worker,trainer=gleaner/trainer. Their pods show tokens for the
+    /// audience `gleaner`, of which the API server is asked whose they are
+    #[arg(long, env = "GLEANER_SERVICE_ACCOUNTS", value_name = "ROLE=NAMESPACE/ACCOUNT", value_delimiter = ',')]
+    pub service_accounts: Vec<AccountRole>,
     /// Listen where other machines reach it without tokens or without TLS, because the network keeps others out
     #[arg(long, env = "GLEANER_INSECURE", value_parser = clap::builder::FalseyValueParser::new())]
     pub insecure: bool,
@@ -152,7 +156,24 @@ const DRAIN: Duration = Duration::from_secs(3);
 const TERM_CHECKS: u32 = 4;
 const TERM_CHECK_PERIOD: Duration = Duration::from_secs(30);
 
-/// Serves on `listener`, as `tls` says if there is any, until `shutdown`; `store` is the cluster's, already prefixed. The gRPC health service answers
+/// How a coordinator is reached, and who is asked about those who reach it.
+pub struct Doorway {
+    /// Bound.
+    pub listener: TcpListener,
+    /// None: connections are plain.
+    pub tls: Option<Tls>,
+    /// Needed where there are service accounts.
+    pub reviewer: Option<Arc<dyn Reviewer>>,
+}
+
+impl Doorway {
+    /// Plain, for callers of tokens alone.
+    pub fn plain(listener: TcpListener) -> Self {
+        Self { listener, tls: None, reviewer: None }
+    }
+}
+
+/// Serves at `doorway` until `shutdown`; `store` is the cluster's, already prefixed. The gRPC health service answers
 /// SERVING once everything is recovered.
 ///
 /// # Errors
@@ -161,16 +182,17 @@ const TERM_CHECK_PERIOD: Duration = Duration::from_secs(30);
 pub async fn run(
     config: Config,
     store: Arc<dyn ObjectStore>,
-    listener: TcpListener,
-    tls: Option<Tls>,
+    Doorway { listener, tls, reviewer }: Doorway,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
+    let has_accounts = !config.service_accounts.is_empty();
     let protection = Protection {
-        tokens: config.tokens.is_some() || !config.tls_client_names.is_empty(),
+        tokens: config.tokens.is_some() || !config.tls_client_names.is_empty() || has_accounts,
         tls: tls.as_ref().is_some_and(|tls| tls.required),
     };
     may_listen(listener.local_addr()?.ip(), protection, config.insecure).map_err(anyhow::Error::msg)?;
-    let access = Access::open(config.tokens.as_deref(), config.tls_client_names)?;
+    let accounts = (config.service_accounts, reviewer);
+    let access = Access::open(config.tokens.as_deref(), config.tls_client_names, accounts)?;
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_not_serving::<DatasetServiceServer<DatasetApi>>().await;
     let store = Store::new(store);
@@ -195,6 +217,9 @@ pub async fn run(
     let keeping = handover::keep(store.clone(), move || known.handover(false));
     tokio::spawn(tasks.clone().run_until_cancelled_owned(keeping));
     tokio::spawn(tasks.clone().run_until_cancelled_owned(Arc::clone(&runs).watch_figures()));
+    if has_accounts {
+        tokio::spawn(tasks.clone().run_until_cancelled_owned(Arc::clone(&access).follow_accounts()));
+    }
     if let Some(file) = config.tokens {
         tokio::spawn(tasks.clone().run_until_cancelled_owned(Arc::clone(&access).follow(file)));
     }

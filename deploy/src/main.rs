@@ -29,6 +29,7 @@ mod exit;
 mod fsck;
 mod gc;
 mod imports;
+mod kubernetes;
 mod lists;
 mod local;
 mod man;

@@ -4,11 +4,13 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
+use coordinator::Doorway;
 use proto::session::Session;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use crate::dial::DialArgs;
+use crate::kubernetes::KubernetesArgs;
 #[cfg(feature = "trainer")]
 use crate::metered;
 use crate::metrics::{self, MetricsArgs, Role};
@@ -43,6 +45,8 @@ pub(crate) struct CoordinatorArgs {
     metrics: MetricsArgs,
     #[command(flatten)]
     config: coordinator::Config,
+    #[command(flatten)]
+    kubernetes: KubernetesArgs,
 }
 
 /// Arguments of `gleaner worker`.
@@ -87,13 +91,16 @@ pub(crate) struct RankArgs {
 /// Runs the coordinator until shutdown.
 pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
     let tls = args.tls.open()?;
+    let has_accounts = !args.config.service_accounts.is_empty();
+    let reviewer = has_accounts.then(|| args.kubernetes.reviewer()).transpose()?;
     let store = store::open_metered(&args.store.store)?;
     let role =
         Role { name: "coordinator", register: coordinator::metrics::register, ready: coordinator::metrics::ready };
     metrics::serve(&args.metrics, role).await?;
     let listener = process::bind(args.listen, "--listen").await?;
     info!(address = %listener.local_addr()?, store = args.store.store, "coordinator listens");
-    until_shutdown(args.end, GRACE, |shutdown| coordinator::run(args.config, store, listener, tls, shutdown)).await
+    let doorway = Doorway { listener, tls, reviewer };
+    until_shutdown(args.end, GRACE, |shutdown| coordinator::run(args.config, store, doorway, shutdown)).await
 }
 
 /// Runs a fetch worker until shutdown.

@@ -58,10 +58,12 @@ enum Whose {
     Trainer,
     /// People, as admins
     Client,
+    /// KEDA, as a viewer
+    Keda,
 }
 
 impl Whose {
-    const ALL: [Self; 4] = [Self::Coordinator, Self::Worker, Self::Trainer, Self::Client];
+    const ALL: [Self; 5] = [Self::Coordinator, Self::Worker, Self::Trainer, Self::Client, Self::Keda];
 
     fn secret(self) -> &'static str {
         match self {
@@ -69,6 +71,7 @@ impl Whose {
             Self::Worker => "tls-worker",
             Self::Trainer => "tls-trainer",
             Self::Client => "tls-client",
+            Self::Keda => "tls-keda",
         }
     }
 
@@ -85,6 +88,7 @@ impl Whose {
             Self::Worker => vec![format!("worker.{namespace}")],
             Self::Trainer => vec![format!("trainer.{namespace}")],
             Self::Client => vec![format!("admin.{namespace}")],
+            Self::Keda => vec![format!("keda.{namespace}")],
         }
     }
 }

@@ -136,12 +136,14 @@ async fn coordinator_of(
         spool_folder: None,
         tokens: token.as_ref().map(|token| token.holders.clone()),
         tls_client_names: Vec::new(),
+        service_accounts: Vec::new(),
         insecure: false,
         largest_list: 0,
         sites: SiteBudgets::default(),
     };
     let store = Arc::new(Overlay::new(below));
-    let running = tokio::spawn(coordinator::run(config, store, listener, None, shutdown.clone()));
+    let doorway = coordinator::Doorway::plain(listener);
+    let running = tokio::spawn(coordinator::run(config, store, doorway, shutdown.clone()));
     Ok((dial, token, running))
 }
 

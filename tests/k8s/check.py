@@ -39,6 +39,10 @@ CONFINED_CONTAINER = {"securityContext.allowPrivilegeEscalation": False, "securi
                       "securityContext.capabilities": {"drop": ["ALL"]}}
 # Secrets that no manifest holds: `gleaner cluster secrets` prints them.
 PRINTED = {("Secret", name) for name in re.findall(r'"(tls-\w+)"', (HERE.parents[1] / "deploy/src/secrets.rs").read_text())}
+# Kubernetes has it in each namespace.
+GIVEN = {("ConfigMap", "kube-root-ca.crt")}
+# What is in no namespace.
+UNSPACED = {"Namespace", "ClusterRole", "ClusterRoleBinding"}
 # The binary's flags that are variables too.
 SOURCES = [path.read_text() for path in HERE.parents[1].glob("*/src/**/*.rs")]
 FLAGS = {flag for text in SOURCES for flag in re.findall(r'env = "(GLEANER_\w+)"', text)}
@@ -53,6 +57,7 @@ def fields(required=(), **properties):
 
 
 TEXT, COUNT, LABELS = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "object", "additionalProperties": {"type": "string"}}
+HOURS = {"type": "string", "pattern": r"^\d+h$"}
 METADATA = fields(["name"], name=TEXT, namespace=TEXT, labels=LABELS, annotations=LABELS)
 # Objects that Kubernetes itself does not know: as much of their definitions as the overlays use.
 CUSTOM = {
@@ -65,7 +70,24 @@ CUSTOM = {
             triggers={"type": "array", "minItems": 1, "items": fields(
                 ["type", "metadata"], type={"enum": ["external", "external-push"]},
                 metadata=fields(["scalerAddress", "role", "perReplica"], scalerAddress=TEXT, role={"enum": ["worker", "trainer"]},
-                                perReplica={"type": "string", "pattern": r"^\d+(\.\d+)?$"}))})),
+                                perReplica={"type": "string", "pattern": r"^\d+(\.\d+)?$"}),
+                authenticationRef=fields(["name"], name=TEXT))})),
+    # keda.sh/docs, "Authentication", and "External push" of its scalers
+    "keda.sh/v1alpha1 TriggerAuthentication": fields(
+        ["apiVersion", "kind", "metadata", "spec"], apiVersion=TEXT, kind=TEXT, metadata=METADATA,
+        spec=fields(["secretTargetRef"], secretTargetRef={"type": "array", "minItems": 1, "items": fields(
+            ["parameter", "name", "key"], parameter={"enum": ["caCert", "tlsClientCert", "tlsClientKey"]}, name=TEXT, key=TEXT)})),
+    # cert-manager.io/docs/reference/api-docs
+    "cert-manager.io/v1 Issuer": fields(
+        ["apiVersion", "kind", "metadata", "spec"], apiVersion=TEXT, kind=TEXT, metadata=METADATA,
+        spec=fields(selfSigned=fields(), ca=fields(["secretName"], secretName=TEXT))),
+    "cert-manager.io/v1 Certificate": fields(
+        ["apiVersion", "kind", "metadata", "spec"], apiVersion=TEXT, kind=TEXT, metadata=METADATA,
+        spec=fields(
+            ["secretName", "issuerRef"], secretName=TEXT, issuerRef=fields(["name"], name=TEXT), isCA={"type": "boolean"},
+            commonName=TEXT, duration=HOURS, renewBefore=HOURS, usages={"type": "array", "items": {"enum": ["server auth", "client auth"]}},
+            dnsNames={"type": "array", "minItems": 1, "items": TEXT},
+            privateKey=fields(["algorithm"], algorithm={"enum": ["ECDSA"]}, size={"enum": [256]}, rotationPolicy={"enum": ["Always"]}))),
     # github.com/prometheus-operator/prometheus-operator, Documentation/api-reference
     "monitoring.coreos.com/v1 PodMonitor": fields(
         ["apiVersion", "kind", "metadata", "spec"], apiVersion=TEXT, kind=TEXT, metadata=METADATA,
@@ -138,7 +160,7 @@ def workload(item, have):
     for key, kind in REFERENCES.items():
         refs = [ref for ref in every(spec, key) if not ref.get("optional")]
         wanted += [(kind, ref.get("name") or ref.get("secretName") or ref.get("claimName")) for ref in refs]
-    yield from (f"{kind} {name} does not exist" for kind, name in wanted if (kind, name) not in have | PRINTED)
+    yield from (f"{kind} {name} does not exist" for kind, name in wanted if (kind, name) not in have | PRINTED | GIVEN)
     volumes = {volume["name"] for volume in spec.get("volumes", [])}
     for container in get(spec, "initContainers", []) + get(spec, "containers", []):
         yield from (f"container {container.get('name')}: {fault}" for fault in confined(container, volumes))
@@ -216,6 +238,22 @@ def scaled(item, items):
     yield from (f"no Service has {address}" for address in every(item, "scalerAddress") if address not in services)
 
 
+def named(item, have):
+    """That what an object names is there."""
+    kind = item.get("kind")
+    if kind == "ClusterRoleBinding":
+        wanted = [("ClusterRole", get(item, "roleRef.name")), *((subject["kind"], subject["name"]) for subject in get(item, "subjects", []))]
+    elif kind == "ScaledObject":
+        wanted = [("TriggerAuthentication", ref["name"]) for ref in every(item, "authenticationRef")]
+    elif kind == "TriggerAuthentication":
+        wanted = [("Secret", ref["name"]) for ref in get(item, "spec.secretTargetRef", [])]
+    elif kind == "Certificate":
+        wanted = [("Issuer", get(item, "spec.issuerRef.name"))]
+    else:
+        return
+    yield from (f"{kind} {name} does not exist" for kind, name in wanted if (kind, name) not in have | PRINTED)
+
+
 def pod_monitor(item, found):
     pods = found(get(item, "spec.selector", {}))
     names = [endpoint["port"] for endpoint in get(item, "spec.podMetricsEndpoints", [])]
@@ -250,6 +288,7 @@ def check(items):
             here += policy(item, found)
         if kind in ("HorizontalPodAutoscaler", "ScaledObject"):
             here += scaled(item, items)
+        here += named(item, have)
         if kind == "PodMonitor":
             here += pod_monitor(item, found)
         if kind == "ConfigMap":
@@ -260,7 +299,7 @@ def check(items):
         here += [f"{name} is no flag of the binary" for name in variables if name.startswith("GLEANER_") and name not in FLAGS]
         amounts = [*every(item, "sizeLimit"), *(q for key in ("requests", "limits") for of in every(item, key) for q in of.values())]
         here += [f"{value!r} is not a quantity" for value in amounts if not QUANTITY.fullmatch(str(value))]
-        if kind != "Namespace" and get(item, "metadata.namespace") not in namespaces:
+        if kind not in UNSPACED and get(item, "metadata.namespace") not in namespaces:
             here.append("is in no namespace of this overlay")
         faults += [f"{kind} {get(item, 'metadata.name')}: {fault}" for fault in here]
     if not any(item.get("kind") == "NetworkPolicy" and get(item, "spec.podSelector") == {}
@@ -281,6 +320,11 @@ BREAKS = (
     ("ScaledObject/worker", "spec.triggers.0.metadata.role", "workers", "'workers' is not one of"),
     ("ScaledObject/worker", "spec.triggers.0.metadata.scalerAddress", "coordinator:7071", "no Service has coordinator:7071"),
     ("ScaledObject/worker", "apiVersion", "keda.sh/v1", "unknown kind or apiVersion"),
+    ("ScaledObject/worker", "spec.triggers.0.authenticationRef", {"name": "coord"}, "TriggerAuthentication coord does not exist"),
+    ("TriggerAuthentication/coordinator", "spec.secretTargetRef.0.name", "tls-kedo", "Secret tls-kedo does not exist"),
+    ("Certificate/tls-worker", "spec.issuerRef.name", "author", "Issuer author does not exist"),
+    ("Certificate/tls-worker", "spec.renewBefore", "60d", "does not match"),
+    ("ClusterRoleBinding/gleaner-token-reviewer", "subjects.0.name", "coord", "ServiceAccount coord does not exist"),
     ("HorizontalPodAutoscaler/worker", "spec.scaleTargetRef.name", "coordinator", "whose replicas are fixed"),
     ("HorizontalPodAutoscaler/worker", "spec.maxReplica", 3, "Additional properties are not allowed"),
     ("PodMonitor/gleaner", "spec.podMetricsEndpoints.0.port", "http", "has no port ['http']"),
@@ -333,7 +377,7 @@ def self_test(overlays):
 
 
 def main():
-    self_test([render(MANIFESTS / "overlays" / name) for name in ("local", "autoscaled", "local-hpa")])
+    self_test([render(MANIFESTS / "overlays" / name) for name in ("local", "autoscaled", "local-hpa", "autoscaled-tls", "local-accounts")])
     undocumented = sorted(name for name in METRICS if f"gleaner_{name}" not in GUIDE.read_text())
     if undocumented:
         raise SystemExit(f"{GUIDE.name} does not tell of the metrics {undocumented}")

@@ -6,11 +6,14 @@ use std::task::{Context, Poll};
 
 use futures::future::BoxFuture;
 use http::{Request, Response};
+use tonic::Status;
 use tonic::body::Body;
 use tower::{Layer, Service};
 
-use super::Access;
 use super::revocable::{Revocable, revoked};
+use super::rules;
+use super::{Access, Caller};
+use crate::door::Peer;
 use crate::metrics;
 
 /// Lets calls pass to whose callers they are allowed.
@@ -34,7 +37,10 @@ pub(crate) struct Checked<S> {
 
 impl<S> Service<Request<Body>> for Checked<S>
 where
-    S: Service<Request<Body>, Response = Response<Body>, Error = Infallible, Future: Send + 'static>,
+    S: Service<Request<Body>, Response = Response<Body>, Error = Infallible, Future: Send + 'static>
+        + Clone
+        + Send
+        + 'static,
 {
     type Response = Response<Body>;
     type Error = Infallible;
@@ -44,25 +50,54 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
-        let caller = match self.access.admit(request.uri().path(), request.headers(), request.extensions().get()) {
-            Ok(caller) => caller,
-            Err(status) => {
-                metrics::refused(status.code());
-                tracing::debug!(method = request.uri().path(), %status, "call refused");
-                return Box::pin(std::future::ready(Ok(status.into_http())));
-            }
-        };
-        let token = caller.revoked.clone();
-        request.extensions_mut().insert(caller);
-        // Without tokens nobody can be revoked, and nothing is put around what goes through.
-        let Some(token) = token else { return Box::pin(self.inner.call(request)) };
-        let answer = self.inner.call(request.map(|body| Revocable::request(body, &token)));
-        Box::pin(async move {
-            match token.run_until_cancelled(answer).await {
-                Some(answer) => answer.map(|answer| answer.map(|body| Revocable::response(body, &token))),
-                None => Ok(revoked().into_http()),
-            }
-        })
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        if let Some(token) = self.access.account_token(request.headers()) {
+            let (access, method, token) = (Arc::clone(&self.access), request.uri().path().to_owned(), token.to_owned());
+            // The one that is ready answers; its clone may not be.
+            let clone = self.inner.clone();
+            let mut inner = std::mem::replace(&mut self.inner, clone);
+            return Box::pin(async move {
+                match access.admit_account(&method, &token).await {
+                    Ok(caller) => pass(&mut inner, request, caller).await,
+                    Err(status) => Ok(refuse(&method, status)),
+                }
+            });
+        }
+        match self.access.admit(request.uri().path(), request.headers(), request.extensions().get()) {
+            Ok(caller) => pass(&mut self.inner, request, caller),
+            Err(status) => Box::pin(std::future::ready(Ok(refuse(request.uri().path(), status)))),
+        }
     }
+}
+
+fn refuse(method: &str, status: Status) -> Response<Body> {
+    metrics::refused(status.code());
+    tracing::debug!(method, %status, "call refused");
+    status.into_http()
+}
+
+/// Lets a call through, until its caller is known no more.
+fn pass<S>(
+    inner: &mut S,
+    mut request: Request<Body>,
+    caller: Caller,
+) -> BoxFuture<'static, Result<Response<Body>, Infallible>>
+where
+    S: Service<Request<Body>, Response = Response<Body>, Error = Infallible, Future: Send + 'static>,
+{
+    let counts = caller.identity.is_some() || !rules::is_open(request.uri().path());
+    if let Some(peer) = request.extensions().get::<Peer>().filter(|_| counts) {
+        peer.is_named();
+    }
+    let good = caller.good.clone();
+    request.extensions_mut().insert(caller);
+    // Without tokens nobody can be revoked, and nothing is put around what goes through.
+    let Some(good) = good else { return Box::pin(inner.call(request)) };
+    let answer = inner.call(request.map(|body| Revocable::request(body, &good)));
+    Box::pin(async move {
+        match good.revoked.run_until_cancelled(answer).await {
+            Some(answer) => answer.map(|answer| answer.map(|body| Revocable::response(body, &good))),
+            None => Ok(revoked().into_http()),
+        }
+    })
 }

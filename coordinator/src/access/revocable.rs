@@ -1,6 +1,8 @@
 //! A body that ends when its caller's token is revoked.
 
+use std::any::Any;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
@@ -14,9 +16,19 @@ pub(crate) fn revoked() -> Status {
     Status::unauthenticated("the token was revoked, or its role changed: ask who runs the coordinator for another one")
 }
 
+/// What a caller's calls go on by.
+#[derive(Debug, Clone)]
+pub(crate) struct Good {
+    /// Cancelled when the caller is known no more.
+    pub(super) revoked: CancellationToken,
+    /// What is held while a call is open: it says that the token has to be asked for again.
+    pub(super) _held: Option<Arc<dyn Any + Send + Sync>>,
+}
+
 /// Of a request or of a response.
 pub(crate) struct Revocable {
     inner: Body,
+    _good: Good,
     revoked: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
     /// A response ends with a status, a request with an error.
     is_response: bool,
@@ -24,18 +36,18 @@ pub(crate) struct Revocable {
 
 impl Revocable {
     /// Of a request: reading it fails from then on.
-    pub(crate) fn request(inner: Body, token: &CancellationToken) -> Body {
-        Self::body(inner, token, false)
+    pub(crate) fn request(inner: Body, good: &Good) -> Body {
+        Self::body(inner, good, false)
     }
 
     /// Of a response: it ends with the reason.
-    pub(crate) fn response(inner: Body, token: &CancellationToken) -> Body {
-        Self::body(inner, token, true)
+    pub(crate) fn response(inner: Body, good: &Good) -> Body {
+        Self::body(inner, good, true)
     }
 
-    fn body(inner: Body, token: &CancellationToken, is_response: bool) -> Body {
-        let revoked = Some(Box::pin(token.clone().cancelled_owned()));
-        Body::new(Self { inner, revoked, is_response })
+    fn body(inner: Body, good: &Good, is_response: bool) -> Body {
+        let revoked = Some(Box::pin(good.revoked.clone().cancelled_owned()));
+        Body::new(Self { inner, _good: good.clone(), revoked, is_response })
     }
 }
 

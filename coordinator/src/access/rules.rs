@@ -112,6 +112,11 @@ const RULES: &[(&str, Who)] = &[
     ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", SEE),
 ];
 
+/// Whether a method is there for whoever reaches the port.
+pub(crate) fn is_open(method: &str) -> bool {
+    RULES.iter().any(|(path, who)| *path == method && *who == Anyone)
+}
+
 /// Why somebody may not call a method.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Refusal {

@@ -6,6 +6,7 @@ use std::fmt;
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 use tokio_util::sync::CancellationToken;
+use tonic::Status;
 
 use super::rules::{Identity, Role};
 
@@ -46,6 +47,18 @@ impl NewToken {
 
 fn is_name(name: &str) -> bool {
     (1..=63).contains(&name.len()) && name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+}
+
+/// Whether a token is of the kind that [`NewToken::make`] makes.
+pub(super) fn is_ours(token: &str) -> bool {
+    token.starts_with(PREFIX)
+}
+
+/// What somebody is told whose token is none.
+pub(super) fn unknown() -> Status {
+    Status::unauthenticated(
+        "the token is not known here: it was revoked, it is another cluster's, or it was not copied whole",
+    )
 }
 
 fn hash(token: &str) -> [u8; 32] {

@@ -59,6 +59,7 @@ impl Cluster {
             largest_list: 1 << 30,
             tokens: None,
             tls_client_names: Vec::new(),
+            service_accounts: Vec::new(),
             insecure: false,
             sites,
         }
@@ -69,7 +70,12 @@ impl Cluster {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("bound");
         let shutdown = CancellationToken::new();
-        let running = tokio::spawn(coordinator::run(config, Arc::clone(&store), listener, None, shutdown.clone()));
+        let running = tokio::spawn(coordinator::run(
+            config,
+            Arc::clone(&store),
+            coordinator::Doorway::plain(listener),
+            shutdown.clone(),
+        ));
         let endpoint = Endpoint::from_shared(format!("http://{address}")).expect("a URL");
         let channel = endpoint.connect().await.expect("the port is bound");
         Self { channel, store, shutdown, running }
