@@ -151,6 +151,7 @@ fn pages_say_what_the_command_line_says_and_show_the_stored_pictures() {
     let seconds = planned["seconds"].as_f64().expect("it is known");
     assert!((0.1..600.0).contains(&seconds) && planned["steps_per_epoch"] == run["steps_per_epoch"], "{planned}");
 
+    nonsense(&pages);
     for missing in ["/datasets/none", "/runs/none", "/nothing"] {
         assert_eq!(get_as(&pages, &pages, missing).status(), "404", "{missing}");
     }
@@ -178,6 +179,75 @@ fn pages_say_what_the_command_line_says_and_show_the_stored_pictures() {
     assert_eq!(objects(Path::new(cluster.store())), stored);
     let none = cluster.try_gleaner(&["web", "--store", "/nowhere"]);
     assert!(String::from_utf8_lossy(&none.stderr).contains("there is no such folder"), "{none:?}");
+}
+
+/// Whatever is asked of the pages, they have an answer, and it is no fault of their own.
+fn nonsense(pages: &str) {
+    const ROUTES: [&str; 13] = [
+        "/datasets/*",
+        "/datasets/*/urls",
+        "/datasets/*/rejected/*/*/*",
+        "/datasets/*/changes/*/*",
+        "/datasets/*/pictures/*/*/*/*/*",
+        "/runs/*",
+        "/runs/*/logs",
+        "/runs/*/mistakes",
+        "/runs/*/try",
+        "/runs/*/model.onnx",
+        "/compare",
+        "/*",
+        "/*/*/*",
+    ];
+    const PARTS: [&str; 24] = [
+        "small",
+        "one",
+        "two",
+        "1",
+        "0",
+        "2",
+        "-1",
+        "18446744073709551616",
+        "1e9",
+        "train",
+        "test",
+        "0.jpg",
+        "k3.jpg",
+        ".",
+        "..",
+        "%2e%2e%2fspec.json",
+        "%00",
+        "%ff%fe",
+        "%F0%9F%90%95",
+        "%3Cscript%3E",
+        "a%0d%0aset-cookie:x=1",
+        "'%22--",
+        "~",
+        "",
+    ];
+    const NAMES: [&str; 12] =
+        ["outcome", "url", "class", "a", "b", "page", "version", "split", "host", "code", "sort", "%5B%5D"];
+    let mut random = fastrand::Rng::with_seed(7);
+    let mut answers = BTreeMap::<String, u32>::new();
+    for _ in 0..400 {
+        let part = |random: &mut fastrand::Rng| match random.u8(..) {
+            0..16 => "x".repeat(random.usize(1..6_000)),
+            _ => PARTS[random.usize(..PARTS.len())].to_owned(),
+        };
+        let route = ROUTES[random.usize(..ROUTES.len())];
+        let mut path: String = route.split_inclusive('*').map(|piece| piece.replace('*', &part(&mut random))).collect();
+        for n in 0..random.usize(..4) {
+            let name = NAMES[random.usize(..NAMES.len())];
+            path += &format!("{}{name}={}", if n == 0 { '?' } else { '&' }, part(&mut random));
+        }
+        let answer = get_as(pages, pages, &path);
+        let status = answer.status().to_owned();
+        assert!(["200", "400", "404", "414", "431"].contains(&&*status), "{path}: {status} {}", answer.text());
+        let is_page = answer.head.contains("text/html");
+        assert!(!(is_page && answer.text().contains("<script>")), "{path}: {}", answer.text());
+        assert!(answer.head.contains("nosniff") && !answer.head.contains("set-cookie"), "{path}: {}", answer.head);
+        *answers.entry(status).or_default() += 1;
+    }
+    assert!(answers["200"] > 10 && answers["404"] > 20, "{answers:?}");
 }
 
 /// All files below a folder, with what says whether one was written again.
