@@ -89,6 +89,12 @@ CUSTOM = {
             dnsNames={"type": "array", "minItems": 1, "items": TEXT},
             privateKey=fields(["algorithm"], algorithm={"enum": ["ECDSA"]}, size={"enum": [256]}, rotationPolicy={"enum": ["Always"]}))),
     # github.com/prometheus-operator/prometheus-operator, Documentation/api-reference
+    "monitoring.coreos.com/v1 PrometheusRule": fields(
+        ["apiVersion", "kind", "metadata", "spec"], apiVersion=TEXT, kind=TEXT, metadata=METADATA,
+        spec=fields(["groups"], groups={"type": "array", "minItems": 1, "items": fields(
+            ["name", "rules"], name=TEXT, rules={"type": "array", "minItems": 1, "items": fields(
+                ["alert", "expr", "labels", "annotations"], alert={"type": "string", "pattern": "^[A-Z][A-Za-z]+$"}, expr=TEXT,
+                labels=LABELS, annotations=LABELS, **{"for": {"type": "string", "pattern": r"^\d+(s|m|h)$"}})})})),
     "monitoring.coreos.com/v1 PodMonitor": fields(
         ["apiVersion", "kind", "metadata", "spec"], apiVersion=TEXT, kind=TEXT, metadata=METADATA,
         spec=fields(["selector", "podMetricsEndpoints"], selector=fields(["matchLabels"], matchLabels=LABELS),
@@ -261,9 +267,9 @@ def pod_monitor(item, found):
         yield f"a pod that it selects has no port {names}, or it selects none"
 
 
-def dashboard(text):
-    """Whether all that a dashboard shows is measured."""
-    for name in sorted(set(re.findall(r"gleaner_(\w+)", " ".join(every(json.loads(text), "expr"))))):
+def measured(item):
+    """Whether all that a dashboard shows, or a rule asks for, is measured."""
+    for name in sorted(set(re.findall(r"gleaner_(\w+)", " ".join(every(item, "expr"))))):
         if name not in METRICS and re.sub("_(total|bucket|sum|count)$", "", name) not in METRICS:
             yield f"gleaner_{name} is measured nowhere"
 
@@ -292,7 +298,9 @@ def check(items):
         if kind == "PodMonitor":
             here += pod_monitor(item, found)
         if kind == "ConfigMap":
-            here += [fault for name, text in get(item, "data", {}).items() if name.endswith(".json") for fault in dashboard(text)]
+            here += [fault for name, text in get(item, "data", {}).items() if name.endswith(".json") for fault in measured(json.loads(text))]
+        if kind == "PrometheusRule":
+            here += measured(item)
         if kind == "PodDisruptionBudget" and not found(get(item, "spec.selector", {})):
             here.append("selector matches no pod")
         variables = [*get(item, "data", {}), *(entry["name"] for env in every(item, "env") for entry in env)]
@@ -330,6 +338,7 @@ BREAKS = (
     ("PodMonitor/gleaner", "spec.podMetricsEndpoints.0.port", "http", "has no port ['http']"),
     ("PodMonitor/gleaner", "spec.selector.matchLabels", {"app": "x"}, "or it selects none"),
     ("ConfigMap/gleaner-dashboard", "data", {"x.json": '{"expr": "rate(gleaner_worker_hugs_total[1m])"}'}, "measured nowhere"),
+    ("PrometheusRule/gleaner", "spec.groups.0.rules.0.expr", "gleaner_coordinator_hugs == 0", "measured nowhere"),
     ("NetworkPolicy/web", "spec.egress.0.to.1.ipBlock.except", ["10.0.0.0/8"], "is not within"),
     ("Deployment/worker", "spec.template.spec.containers.0.readinessProbe.httpGet.port", "metric", "asks port metric"),
     ("PodDisruptionBudget/trainer", "spec.selector.matchLabels", {"app": "x"}, "selector matches no pod"),
