@@ -2,7 +2,6 @@
 //! a moment, so that it is asked once in a few seconds for each process, however often that calls.
 
 use std::collections::HashMap;
-use std::fmt;
 use std::future::ready;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -114,13 +113,6 @@ pub(super) struct Known {
     token: String,
     /// Locked while the API server is asked, so that others who call with the token wait for its answer.
     answer: tokio::sync::Mutex<Option<Answer>>,
-}
-
-/// The token is secret.
-impl fmt::Debug for Known {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Known").field("answer", &self.answer).finish_non_exhaustive()
-    }
 }
 
 #[derive(Debug, Clone)]
