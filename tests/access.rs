@@ -10,7 +10,7 @@ use demo_origin::list;
 use demo_origin::origin::{Options, Origin};
 use demo_origin::pictures::CLASSES;
 use demo_origin::rot::Rot;
-use support::{Cluster, FreeAddress, PATIENCE};
+use support::{Cluster, FreeAddress, PATIENCE, binary};
 
 /// Makes a token: its file and its line.
 fn token(cluster: &Cluster, name: &str, role: &str) -> (String, String) {
@@ -211,4 +211,43 @@ fn a_local_cluster_is_its_users_alone_and_works_without_a_word() {
     assert!(ended.success(), "{}", log());
     let left: Vec<_> = std::fs::read_dir(runtime.join("gleaner")).expect("a folder").collect();
     assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn a_context_is_made_of_what_a_secret_of_kubernetes_holds() {
+    let (mut cluster, files) = start(&[("vera", "viewer")]);
+    let home = cluster.path("home");
+    // A double of kubectl, which knows one Secret.
+    let script = "#!/bin/sh\n\
+        [ \"$1 $2 $3 $4 $5\" = 'get secret vera --namespace lab' ] || { echo \"Error: secrets $3 not found\" >&2; exit 1; }\n\
+        echo \"{\\\"kind\\\":\\\"Secret\\\",\\\"data\\\":{\\\"token\\\":\\\"$(base64 -w0 \"$VERA\")\\\"}}\"\n";
+    let kubectl = cluster.write("kubectl", script);
+    std::fs::set_permissions(&kubectl, std::fs::Permissions::from_mode(0o755)).expect("its owner");
+    let path = format!("{}:{}", cluster.path("").display(), std::env::var("PATH").expect("a PATH"));
+    for (name, value) in [("PATH", path.as_str()), ("VERA", &files[0]), ("HOME", &home.display().to_string())] {
+        cluster.set_env(name, value);
+    }
+    // What is no absolute path counts as not set.
+    cluster.set_env("XDG_CONFIG_HOME", "");
+    let address = format!("http://{}", cluster.address());
+    let import = |secret: &str| {
+        let args =
+            ["config", "import-kubernetes", "lab", "--namespace", "lab", "--secret", secret, "--coordinator", &address];
+        stderr(&cluster, &args)
+    };
+    let (code, said) = import("anna");
+    assert!(code == Some(1) && said.contains("lab/anna") && said.contains("secrets anna not found"), "{code:?} {said}");
+    let (code, said) = import("vera");
+    assert!(code == Some(0) && said.contains("use-context lab"), "{code:?} {said}");
+    let token = home.join(".config/gleaner/lab/token");
+    assert_eq!(std::fs::metadata(&token).expect("it is there").permissions().mode() & 0o777, 0o600);
+    // The context's token counts, and it is a viewer's.
+    let by_context = |args: &[&str]| {
+        let mut command = Command::new(binary());
+        command.args(args).args(["--context", "lab"]).env_clear().env("HOME", &home).stdin(Stdio::null());
+        command.output().expect("the binary under test")
+    };
+    assert!(by_context(&["status"]).status.success());
+    let said = String::from_utf8_lossy(&by_context(&["dataset", "delete", "birds", "-y"]).stderr).into_owned();
+    assert!(said.contains("vera is a viewer"), "{said}");
 }

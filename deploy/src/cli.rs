@@ -144,7 +144,7 @@ mod tests {
     fn the_flags_are_these_and_no_more() {
         Cli::command().debug_assert();
         #[rustfmt::skip]
-        let expected: [(&[&str], &str); 44] = [
+        let expected: [(&[&str], &str); 45] = [
             (&["local"], "store listen insecure web-listen workers ranks leave-seconds allow-net import-root exit-with-stdin"),
             (&["dataset", "create"], "urls store-key format synset-column url-column columns limit dry-run unlabelled multi-label keep-columns verify respect synsets url-template class-names \
                 size resize no-upscale encode-format reencode quality validation test seed slice-urls per-class min-bytes spec set wait timeout"),
@@ -190,6 +190,7 @@ mod tests {
             (&["gc"], "store dry-run grace"),
             (&["token", "new"], "role name to"),
             (&["config", "set-context"], ""),
+            (&["config", "import-kubernetes"], "secret namespace kube-context"),
             (&["cluster", "secrets"], "authority dns namespace days only"),
         ];
         for (path, expected) in expected {

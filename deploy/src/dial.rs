@@ -2,6 +2,7 @@
 //! stand for them.
 
 pub(crate) mod contexts;
+mod secret;
 
 use std::path::PathBuf;
 

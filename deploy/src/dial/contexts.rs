@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 
+use super::secret::{self, Files, ImportArgs};
 use crate::exit::{Ended, Exit};
 use crate::output::{Format, Table, note, say_json};
 use crate::tls::ClientTlsArgs;
@@ -17,6 +18,8 @@ use crate::{dial, private};
 pub(crate) enum Command {
     /// Make a context, or change what is told of one
     SetContext(SetArgs),
+    /// Make a context of what a Secret of Kubernetes holds, by kubectl
+    ImportKubernetes(ImportArgs),
     /// Let commands go to this context's cluster from now on
     UseContext {
         /// Which one
@@ -100,6 +103,23 @@ pub(crate) fn run(command: Command) -> Result<()> {
         Command::SetContext(args) => {
             let name = args.name.clone();
             contexts.set(args)?;
+            contexts.write(&file)?;
+            note(format!("context {name} is set; `gleaner config use-context {name}` makes it the current one"));
+        }
+        Command::ImportKubernetes(args) => {
+            let Files { token, ca, cert, key } = secret::import(&args, file.parent().unwrap_or(&file))?;
+            let ImportArgs { name, coordinator, .. } = args;
+            // What an earlier Secret said is not kept.
+            contexts.contexts.remove(&name);
+            let set = SetArgs {
+                name: name.clone(),
+                coordinator: Some(coordinator),
+                token_file: token,
+                tls_ca: ca,
+                tls_cert: cert,
+                tls_key: key,
+            };
+            contexts.set(set)?;
             contexts.write(&file)?;
             note(format!("context {name} is set; `gleaner config use-context {name}` makes it the current one"));
         }
