@@ -28,6 +28,8 @@ pub struct Options {
     pub files: Option<PathBuf>,
     /// Goes by before each answer.
     pub delay: Duration,
+    /// Requests a second of one host, above which it answers 429; 0: it bears any.
+    pub bears: f64,
     /// JPEGs that are shown instead of drawings, each under many numbers, made a different file by a comment that holds the
     /// number. Formats other than plain JPEG are drawn all the same.
     pub photos: Vec<Bytes>,
@@ -37,7 +39,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { seed: 0, hosts: 4, files: None, delay: Duration::ZERO, photos: Vec::new(), tls: None }
+        Self { seed: 0, hosts: 4, files: None, delay: Duration::ZERO, bears: 0.0, photos: Vec::new(), tls: None }
     }
 }
 
@@ -90,6 +92,10 @@ impl Response {
 
     fn not_found() -> Self {
         Self::whole("404 Not Found", "Content-Type: text/html\r\n", "<h1>Not found</h1>\n")
+    }
+
+    pub(crate) fn too_many_requests() -> Self {
+        Self::whole("429 Too Many Requests", "", Bytes::new())
     }
 }
 

@@ -17,7 +17,7 @@ use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 
 pub use crate::answer::Options;
-use crate::answer::{AfterBody, Site};
+use crate::answer::{AfterBody, Response, Site};
 use crate::bodies;
 
 /// A peer that neither reads nor writes for so long is let go.
@@ -48,6 +48,24 @@ pub struct HostCount {
     pub open: usize,
     /// The most that were being answered at a time.
     pub peak: usize,
+    /// Requests that were answered 429.
+    pub throttled: usize,
+    /// Requests that it would not answer so now, by a bucket that is filled evenly.
+    bucket: f64,
+}
+
+impl HostCount {
+    /// Whether a request that arrives now is more than the host bears.
+    fn is_one_too_many(&mut self, now: Instant, bears: f64) -> bool {
+        if bears == 0.0 {
+            return false;
+        }
+        let since = self.arrivals.last().map_or(f64::INFINITY, |last| (now - *last).as_secs_f64());
+        self.bucket = (self.bucket + since * bears).min(bears.max(1.0));
+        let throttled = self.bucket < 1.0;
+        self.bucket -= if throttled { 0.0 } else { 1.0 };
+        throttled
+    }
 }
 
 struct Shared {
@@ -146,6 +164,8 @@ impl Shared {
 struct Counted<'a> {
     shared: &'a Shared,
     host: &'a str,
+    /// It is one too many.
+    throttled: bool,
 }
 
 impl<'a> Counted<'a> {
@@ -153,10 +173,13 @@ impl<'a> Counted<'a> {
         let counts = &mut *shared.counts();
         *counts.paths.entry(path.to_owned()).or_default() += 1;
         let count = counts.hosts.entry(host.to_owned()).or_default();
-        count.arrivals.push(Instant::now());
+        let now = Instant::now();
+        let throttled = count.is_one_too_many(now, shared.site.options.bears);
+        count.throttled += usize::from(throttled);
+        count.arrivals.push(now);
         count.open += 1;
         count.peak = count.peak.max(count.open);
-        Self { shared, host }
+        Self { shared, host, throttled }
     }
 }
 
@@ -218,7 +241,10 @@ async fn connection<S: AsyncRead + AsyncWrite + Unpin>(
     while let Some(request) = request(socket, &mut unread).await? {
         let counted = Counted::new(shared, host, &request.path);
         tokio::time::sleep(shared.site.options.delay).await;
-        let answer = shared.site.answer(host, &request.path).await;
+        let answer = match counted.throttled {
+            true => Response::too_many_requests(),
+            false => shared.site.answer(host, &request.path).await,
+        };
         // Whoever has the whole of it may ask again before this goes on.
         let is_whole = matches!(answer.then, AfterBody::Next | AfterBody::Close | AfterBody::Reset);
         let counted = (!is_whole).then_some(counted);

@@ -155,3 +155,17 @@ async fn requests_are_counted_and_answered_after_the_delay_one_by_one_on_a_conne
         assert!(get(host, outside).await.head.starts_with("HTTP/1.1 404 "), "{outside}");
     }
 }
+
+#[tokio::test]
+async fn a_host_that_is_asked_more_than_it_bears_says_so_and_bears_as_much_again_later() {
+    let origin = Origin::start_with(Options { bears: 1.0, hosts: 2, ..Options::default() }).await.expect("loopback");
+    let [host, other] = origin.hosts() else { panic!("two hosts") };
+    let status = async |host: &str| get(host, "/none").await.head.split(' ').nth(1).map(str::to_owned);
+    for wanted in ["404", "429", "429"] {
+        assert_eq!(status(host).await.as_deref(), Some(wanted));
+    }
+    assert_eq!(status(other).await.as_deref(), Some("404"));
+    tokio::time::sleep(Duration::from_millis(1100)).await;
+    assert_eq!(status(host).await.as_deref(), Some("404"));
+    assert_eq!((origin.host(host).throttled, origin.host(other).throttled), (2, 0));
+}

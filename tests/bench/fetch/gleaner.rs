@@ -1,4 +1,4 @@
-//! Gleaner's side: a coordinator and one worker, as processes of their own.
+//! Gleaner's side: a coordinator and workers, as processes of their own.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -13,11 +13,12 @@ use support::{Cluster, process};
 
 use crate::{DEADLINE, Job, Measured, TIMEOUT_SECONDS, seconds};
 
-/// Fetches the list with one worker.
+/// Fetches the list.
 pub(crate) fn fetch(job: &Job, folder: &Path) -> Result<Measured> {
     let mut cluster = Cluster::within(folder);
     let list = cluster.write("urls.txt", &list::to_text(&job.entries));
-    cluster.start_coordinator_with(&["--lease-seconds", "30", "--site-slots", "256", "--site-rate", "0"]);
+    let budget = job.budget.iter().flat_map(|slots| ["--site-slots", *slots, "--site-rate", "0"]);
+    cluster.start_coordinator_with(&["--lease-seconds", "30"].into_iter().chain(budget).collect::<Vec<_>>());
     let (slices, timeout) = (job.shard_urls.to_string(), format!("limits.timeout_seconds={TIMEOUT_SECONDS}"));
     let create = ["dataset", "create", "bench", "--urls", &list, "--slice-urls", &slices];
     // The photos come again and again: what validates or tests would be skipped, as it looks like what trains.
@@ -27,18 +28,24 @@ pub(crate) fn fetch(job: &Job, folder: &Path) -> Result<Measured> {
 
     #[allow(clippy::disallowed_methods, reason = "compared with the clock times in the outcomes")]
     let (start, clock) = (Instant::now(), SystemTime::now());
-    let connections = job.connections.to_string();
+    let connections = (job.connections / job.workers).to_string();
     let mut flags = vec!["--connections", &connections];
     let authority = job.authority.as_ref().map(|file| file.display().to_string());
     flags.extend(authority.iter().flat_map(|file| ["--ca-file", file]));
-    cluster.start_worker_with("worker", &flags);
+    let names: Vec<String> = (0..job.workers).map(|n| format!("worker-{n}")).collect();
+    names.iter().for_each(|name| cluster.start_worker_with(name, &flags));
     cluster.gleaner(&["dataset", "wait", "bench", "--timeout", &format!("{}s", DEADLINE.as_secs())]);
     let end = Instant::now();
     let cpu_of = |role| process::cpu_seconds(cluster.pid(role)).context("it has ended");
-    let (cpu, coordinator_cpu) = (cpu_of("worker")?, cpu_of("coordinator")?);
-    let peak_mb = process::peak_mb(cluster.pid("worker")).context("it has ended")?;
+    let (mut cpu, mut peak_mb, coordinator_cpu) = (0.0, 0.0, cpu_of("coordinator")?);
+    for name in &names {
+        cpu += cpu_of(name)?;
+        peak_mb += process::peak_mb(cluster.pid(name)).context("it has ended")?;
+    }
     let manifest = Manifest::from_json(cluster.gleaner(&["dataset", "manifest", "bench"]).as_bytes())?;
-    cluster.terminate("worker");
+    for name in &names {
+        cluster.terminate(name);
+    }
     cluster.terminate("coordinator");
 
     let (rows, counted) = read(Path::new(cluster.store()), &manifest)?;
@@ -59,6 +66,8 @@ pub(crate) fn fetch(job: &Job, folder: &Path) -> Result<Measured> {
         peak_mb,
         first_request: seconds(start, job.first_request(start)),
         first_image: (first - clock) as f64 / 1000.0,
+        seconds: seconds(job.first_request(start).unwrap_or(start), Some(end)),
+        ..Measured::default()
     })
 }
 

@@ -5,6 +5,10 @@
 //! store WebDataset tars of 256 x 256 pixels at quality 95, centre crop, with the same connections and timeouts. The floor
 //! is what one thread of this process needs to decode, resize and encode the same photos and to do nothing else.
 //!
+//! A fourth list is of one site that answers 429 above two requests a second, and of which neither side is told anything:
+//! four workers of ours, and as many threads of img2dataset's as they have connections. What counts there is how much is
+//! kept, and how many answers were 429.
+//!
 //! Figures are medians over the rounds. CPU time is user and system time; the rival's is counted from its first request on,
 //! so that its start does not hide in the figures of a short list (the table has it with its start as well).
 
@@ -33,6 +37,8 @@ use rustls::pki_types::PrivateKeyDer;
 const DEADLINE: Duration = Duration::from_secs(900);
 /// Pictures that are drawn if there are no photos.
 const DRAWN: u64 = 200;
+/// Requests a second above which the site of the fourth list answers 429.
+const BEARS: f64 = 2.0;
 
 #[derive(Debug, Parser)]
 struct Args {
@@ -49,7 +55,7 @@ struct Args {
     #[arg(long, default_value_t = 1)]
     shorter: usize,
     /// Lists to fetch
-    #[arg(long, value_delimiter = ',', default_values = ["http", "https", "rotted"])]
+    #[arg(long, value_delimiter = ',', default_values = ["http", "https", "rotted", "throttled"])]
     lists: Vec<String>,
     /// Passed by `cargo bench`
     #[arg(long, hide = true)]
@@ -65,8 +71,11 @@ pub(crate) struct Job {
     pub(crate) name: &'static str,
     pub(crate) entries: Vec<Entry>,
     pub(crate) origin: Origin,
-    /// In flight at once.
+    /// In flight at once, of all workers together.
     pub(crate) connections: usize,
+    pub(crate) workers: usize,
+    /// Of a site's budget, by which our workers are not held up; none: they find out what it bears.
+    pub(crate) budget: Option<&'static str>,
     pub(crate) shard_urls: usize,
     /// The authority behind the origin's certificate, if it has one.
     pub(crate) authority: Option<PathBuf>,
@@ -90,6 +99,11 @@ pub(crate) struct Measured {
     pub(crate) first_request: f64,
     /// From the start of the process until the first image was there; not known of the rival.
     pub(crate) first_image: f64,
+    /// From the first request on.
+    pub(crate) seconds: f64,
+    /// What the origin was asked, and how much of that was too much for it.
+    pub(crate) requests: f64,
+    pub(crate) throttled: f64,
 }
 
 #[tokio::main]
@@ -110,10 +124,14 @@ async fn main() -> Result<()> {
     for round in 1..=args.rounds.max(1) {
         for (i, job) in jobs.iter().enumerate() {
             floors[i].push(floor.seconds_per_1000()?);
-            ours[i].push(gleaner::fetch(job, folder.path()).with_context(|| format!("Gleaner, {}", job.name))?);
+            let before = job.asked();
+            let fetched = gleaner::fetch(job, folder.path()).with_context(|| format!("Gleaner, {}", job.name))?;
+            ours[i].push(fetched.asked(before, job.asked()));
             if let Some(python) = &args.rival {
+                let before = job.asked();
                 let fetched = rival::fetch(job, python, folder.path()).await;
-                theirs[i].push(fetched.with_context(|| format!("img2dataset, {}", job.name))?);
+                let fetched = fetched.with_context(|| format!("img2dataset, {}", job.name))?;
+                theirs[i].push(fetched.asked(before, job.asked()));
             }
             println!("round {round}, {}: measured", job.name);
         }
@@ -121,7 +139,11 @@ async fn main() -> Result<()> {
     let mut last_lines = Vec::new();
     for (i, job) in jobs.iter().enumerate() {
         let floor = median(floors[i].iter().copied());
-        last_lines.push(report(job, floor, &summary(&ours[i]), &summary(&theirs[i])));
+        let (ours, theirs) = (summary(&ours[i]), summary(&theirs[i]));
+        last_lines.push(match job.budget {
+            Some(_) => report(job, floor, &ours, &theirs),
+            None => report_throttled(job, &ours, &theirs),
+        });
     }
     println!();
     last_lines.iter().for_each(|line| println!("{line}"));
@@ -151,6 +173,26 @@ fn report(job: &Job, floor: f64, ours: &Measured, theirs: &Measured) -> String {
     )
 }
 
+/// The same of a list whose origin bears little.
+fn report_throttled(job: &Job, ours: &Measured, theirs: &Measured) -> String {
+    let percent = |of: &Measured| 100.0 * of.throttled / of.requests;
+    format!(
+        "bench-fetch {}: urls={} kept={:.0} rival_kept={:.0} requests={:.0} rival_requests={:.0} percent_429={:.1} \
+         rival_percent_429={:.1} seconds={:.0} rival_seconds={:.0} workers={}",
+        job.name,
+        job.entries.len(),
+        ours.kept,
+        theirs.kept,
+        ours.requests,
+        theirs.requests,
+        percent(ours),
+        percent(theirs),
+        ours.seconds,
+        theirs.seconds,
+        job.workers
+    )
+}
+
 /// Figure by figure, the median.
 fn summary(rounds: &[Measured]) -> Measured {
     let of = |figure: fn(&Measured) -> f64| median(rounds.iter().map(figure));
@@ -163,6 +205,9 @@ fn summary(rounds: &[Measured]) -> Measured {
         peak_mb: of(|m| m.peak_mb),
         first_request: of(|m| m.first_request),
         first_image: of(|m| m.first_image),
+        seconds: of(|m| m.seconds),
+        requests: of(|m| m.requests),
+        throttled: of(|m| m.throttled),
     }
 }
 
@@ -207,15 +252,20 @@ async fn job(name: &str, shorter: usize, photos: &[Bytes], folder: &Path) -> Res
             ("https", 2_000, 64, Some(authority))
         }
         "rotted" => ("rotted", 6_000, 256, None),
-        other => anyhow::bail!("--lists {other}: http, https and rotted are there"),
+        "throttled" => {
+            (options.hosts, options.bears) = (1, BEARS);
+            ("throttled", 150, 64, None)
+        }
+        other => anyhow::bail!("--lists {other}: http, https, rotted and throttled are there"),
     };
+    let (workers, budget) = if options.bears > 0.0 { (4, None) } else { (1, Some("256")) };
     let urls = urls / shorter;
     let origin = Origin::start_with(options).await?;
     let entries = match name {
         "rotted" => list::rotted(1, urls / CLASSES.len(), &origin),
         _ => (0..urls).map(|n| good(n, &origin)).collect(),
     };
-    Ok(Job { name, entries, origin, connections, shard_urls: urls.div_ceil(8), authority })
+    Ok(Job { name, entries, origin, connections, workers, budget, shard_urls: urls.div_ceil(8), authority })
 }
 
 fn good(n: usize, origin: &Origin) -> Entry {
@@ -250,7 +300,21 @@ pub(crate) fn seconds(from: Instant, to: Option<Instant>) -> f64 {
     to.map_or(f64::NAN, |to| to.duration_since(from).as_secs_f64())
 }
 
+impl Measured {
+    /// With what the origin has counted before and after.
+    fn asked(self, before: (usize, usize), after: (usize, usize)) -> Self {
+        let (requests, throttled) = ((after.0 - before.0) as f64, (after.1 - before.1) as f64);
+        Self { requests, throttled, ..self }
+    }
+}
+
 impl Job {
+    /// Requests so far, and those that were answered 429.
+    fn asked(&self) -> (usize, usize) {
+        let counts = self.origin.hosts().iter().map(|host| self.origin.host(host));
+        counts.fold((0, 0), |(all, throttled), count| (all + count.arrivals.len(), throttled + count.throttled))
+    }
+
     /// When the first request of a side that began at `start` arrived.
     pub(crate) fn first_request(&self, start: Instant) -> Option<Instant> {
         let hosts = self.origin.hosts().iter();

@@ -76,5 +76,7 @@ pub(crate) async fn fetch(job: &Job, python: &Path, folder: &Path) -> Result<Mea
         peak_mb,
         first_request: seconds(start, begun),
         first_image: f64::NAN,
+        seconds: seconds(begun.unwrap_or(start), Some(end)),
+        ..Measured::default()
     })
 }
