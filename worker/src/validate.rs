@@ -21,7 +21,7 @@ use crate::decode_memory::Room;
 use crate::format::{format_of, is_cut_riff, unsupported, webp_fits};
 use crate::mend;
 use crate::pixels::{Codec, Colours, Conversions, DecodeAs, Frame, Hasher, Picture, Pixels, Shrinker, ToSrgb};
-use crate::pixels::{is_flat, moments, png_gamma};
+use crate::pixels::{is_flat, moments, orientation, png_gamma};
 use crate::placeholder::Placeholders;
 use crate::thumbnail::Thumbnails;
 
@@ -280,7 +280,8 @@ impl Validator {
         reader.limits(memory(bytes.len() as u64 * 2 + DECODERS_OWN));
         let mut decoder = reader.into_decoder().map_err(|e| rejection_of(&e))?;
         let (width, height) = decoder.dimensions();
-        let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+        let exif = decoder.exif_metadata().ok().flatten().and_then(|exif| orientation(&exif));
+        let orientation = exif.or_else(|| decoder.orientation().ok()).unwrap_or(Orientation::NoTransforms);
         let profile = decoder.icc_profile().ok().flatten().map(Colours::Profile);
         let gamma = || if format == Format::Png { png_gamma(bytes) } else { None };
         self.find_conversion(rules, profile.or_else(gamma).as_ref());

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use image::metadata::Orientation;
 
 use super::colour::Colours;
+use super::exif;
 
 const APP0: u8 = 0xe0;
 const APP1: u8 = 0xe1;
@@ -33,7 +34,7 @@ impl Markers {
         for Segment { marker, body, .. } in Segments::of(bytes) {
             match marker {
                 APP1 => {
-                    let exif = body.strip_prefix(b"Exif\0\0").and_then(Orientation::from_exif_chunk);
+                    let exif = body.strip_prefix(b"Exif\0\0").and_then(exif::orientation);
                     orientation = exif.unwrap_or(orientation);
                 }
                 APP2 => {

@@ -153,6 +153,46 @@ fn every_exif_orientation_is_turned_upright() {
 }
 
 #[test]
+fn an_orientation_counts_as_whatever_integer_it_was_written() {
+    let image = photo(160, 120);
+    let plain = jpeg(&image);
+    let wanted = stored(&encoded(image::imageops::rotate90(&image), ImageFormat::Png));
+    let as_type = |kind: u8, big_endian: bool| {
+        let mut turned = with_orientation(&plain, 6, big_endian);
+        // Behind the marker, its length, "Exif\0\0", the header, the number of entries and the tag.
+        let at = 2 + 4 + 6 + 8 + 2 + 2;
+        turned[at + usize::from(big_endian)] = kind;
+        if big_endian {
+            let value: &[u8] = if matches!(kind, 4 | 9) {
+                &[0, 0, 0, 6]
+            } else if matches!(kind, 3 | 8) {
+                &[0, 6]
+            } else {
+                &[6, 0]
+            };
+            turned[at + 6..][..value.len()].copy_from_slice(value);
+        }
+        turned
+    };
+    for kind in [1, 3, 4, 6, 8, 9] {
+        for big_endian in [true, false] {
+            let turned = as_type(kind, big_endian);
+            assert!(distance(&stored(&turned), &wanted) < 2.0, "type {kind}, big endian: {big_endian}");
+        }
+    }
+    // Text and fractions are none, nor is what is no orientation.
+    let reference = stored(&plain);
+    for odd in
+        [as_type(2, false), as_type(5, true), with_orientation(&plain, 9, true), with_orientation(&plain, 0, false)]
+    {
+        assert!(distance(&stored(&odd), &reference) < 0.01);
+    }
+    for cut in 0..60 {
+        let _ = validate(&[&as_type(4, true)[..cut], &plain[2..]].concat());
+    }
+}
+
+#[test]
 fn each_mode_stores_its_size_in_either_format() {
     for (mode, size) in [
         (ResizeMode::Cover, (64, 64)),
