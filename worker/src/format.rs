@@ -55,6 +55,17 @@ fn is_svg(bytes: &[u8]) -> bool {
     false
 }
 
+/// Whether the last bytes of a picture are those with which its format ends.
+pub(crate) fn ends(bytes: &[u8]) -> bool {
+    match format_of(bytes) {
+        Some(Format::Jpeg) => bytes.ends_with(&[0xff, 0xd9]),
+        Some(Format::Png) => bytes.ends_with(b"\0\0\0\0IEND\xae\x42\x60\x82"),
+        Some(Format::Gif) => bytes.ends_with(&[0, b';']),
+        Some(Format::WebP) => !is_cut_riff(bytes),
+        _ => false,
+    }
+}
+
 /// Whether a RIFF file is shorter than it says. A last byte of padding may be missing.
 pub(crate) fn is_cut_riff(bytes: &[u8]) -> bool {
     let length = bytes.get(4..8).and_then(|four| <[u8; 4]>::try_from(four).ok()).map_or(0, u32::from_le_bytes);

@@ -115,7 +115,8 @@ async fn every_url_gets_its_one_outcome_and_index_outcomes_and_tars_agree() {
         (format!("{base}/denied/x"), Err(Rejection::OptedOut)),
         (format!("{base}/small"), Err(Rejection::TooSmall)),
         (format!("{base}/cut"), Err(Rejection::Truncated)),
-        (format!("{base}/short"), Err(Rejection::Protocol)),
+        (format!("{base}/short"), Ok(())),
+        (format!("{base}/shorter"), Err(Rejection::Protocol)),
         (format!("{base}/huge"), Err(Rejection::TooLarge)),
         (format!("{base}/endless"), Err(Rejection::TooLarge)),
         (format!("{base}/bomb"), Err(Rejection::TooLarge)),
@@ -190,7 +191,7 @@ async fn every_url_gets_its_one_outcome_and_index_outcomes_and_tars_agree() {
         }
         assert_eq!((moments, per_class), (tar.moments, tar.per_class.clone()));
     }
-    assert_eq!(samples, 68);
+    assert_eq!(samples, 69);
 }
 
 #[tokio::test]

@@ -18,12 +18,12 @@ use super::body::{Body, BodyBudget, FREE_BYTES, RATE_WINDOW};
 use super::dns::{GuardedResolver, NameServer};
 use super::error;
 use super::files::Roots;
-use super::gzip;
+use super::gzip::{self, Coding};
 use super::net::{AddressRules, permits_port};
 use super::request::Request;
 use super::retry::{FetchError, Retry};
 use super::text;
-use crate::format::format_of;
+use crate::format::{ends, format_of};
 use crate::hosts::HostSignal;
 use crate::opt_out::said_in_headers;
 use crate::web::Proxy;
@@ -308,8 +308,7 @@ impl Fetcher {
         if let Some(signal) = said_in_headers(response.headers(), request.respect, &self.config.agent) {
             return Err(FetchError::of_url(Rejection::OptedOut).about(signal));
         }
-        let compressed =
-            response.headers().get(CONTENT_ENCODING).is_some_and(|coding| gzip::is_gzip(coding.as_bytes()));
+        let coding = response.headers().get(CONTENT_ENCODING).and_then(|coding| Coding::of(coding.as_bytes()));
         let content_length = response.content_length();
         if content_length.is_some_and(|length| length > limits.max_bytes) {
             return Err(FetchError::of_url(Rejection::TooLarge));
@@ -328,14 +327,16 @@ impl Fetcher {
                 Err(_) => return Err(too_slow),
                 Ok(Err(error)) => {
                     request.is_open = !error::is_over(&error);
+                    // What ends as its format does is whole, whatever its server said of its length.
+                    if error::broke_off(&error) && coding.is_none() && ends(&body.bytes) {
+                        return Ok(body);
+                    }
                     return Err(error::of_body(&error));
                 }
                 Ok(Ok(None)) => {
                     request.is_open = false;
-                    if compressed {
-                        return gzip::decompress(body, &self.budget, limits, max).await;
-                    }
-                    return Ok(body);
+                    let Some(coding) = coding else { return Ok(body) };
+                    return gzip::decompress(coding, body, &self.budget, limits, max).await;
                 }
                 Ok(Ok(Some(chunk))) => chunk,
             };
@@ -347,7 +348,7 @@ impl Fetcher {
                 self.budget.grow(&mut body, max, limits, &mut deadline).await?;
             }
             body.bytes.extend_from_slice(&chunk);
-            if !compressed && body.is_large_non_image() {
+            if coding.is_none() && body.is_large_non_image() {
                 return Err(FetchError::of_url(Rejection::NotAnImage));
             }
             if body.is_too_slow() && self.budget.is_contended() {

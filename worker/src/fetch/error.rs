@@ -55,7 +55,7 @@ pub(super) fn is_over(error: &reqwest::Error) -> bool {
 }
 
 /// Whether the connection or the stream ended early, which the next one need not.
-fn broke_off(error: &reqwest::Error) -> bool {
+pub(super) fn broke_off(error: &reqwest::Error) -> bool {
     causes(error).any(|cause| {
         let io = cause.downcast_ref::<io::Error>().map(io::Error::kind);
         matches!(io, Some(UnexpectedEof | ConnectionReset | ConnectionAborted | BrokenPipe))

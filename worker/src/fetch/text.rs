@@ -2,15 +2,15 @@
 
 use std::io::Read;
 
-use flate2::read::MultiGzDecoder;
 use proto::Rejection;
 use reqwest::Response;
 use reqwest::header::CONTENT_ENCODING;
 use tokio::time::{Instant, timeout_at};
 
+use super::error;
+use super::gzip::Coding;
 use super::request::Request;
 use super::retry::{FetchError, Retry};
-use super::{error, gzip};
 
 /// The first bytes of a response's body, at most so many.
 pub(super) async fn read(
@@ -20,7 +20,7 @@ pub(super) async fn read(
     most: usize,
 ) -> Result<Vec<u8>, FetchError> {
     let coding = response.headers().get(CONTENT_ENCODING);
-    let compressed = coding.is_some_and(|coding| gzip::is_gzip(coding.as_bytes()));
+    let coding = coding.and_then(|coding| Coding::of(coding.as_bytes()));
     let mut text = Vec::new();
     while text.len() < most {
         match timeout_at(deadline, response.chunk()).await {
@@ -36,10 +36,10 @@ pub(super) async fn read(
             Ok(Ok(Some(chunk))) => text.extend_from_slice(&chunk[..chunk.len().min(most - text.len())]),
         }
     }
-    if compressed {
+    if let Some(coding) = coding {
         let mut plain = Vec::new();
         // What comes before a fault counts.
-        let _ = MultiGzDecoder::new(text.as_slice()).take(most as u64).read_to_end(&mut plain);
+        let _ = coding.reader(&text).take(most as u64).read_to_end(&mut plain);
         text = plain;
     }
     Ok(text)

@@ -72,8 +72,11 @@ async fn serve(mut stream: TcpStream) -> std::io::Result<()> {
         ("others", _) => with("200 OK\r\nX-Robots-Tag: otherbot: noindex, noai", &picture(2)),
         ("small", _) => with("200 OK", &picture(3)[..900]),
         ("cut", _) => with("200 OK", &picture(4)[..6_000]),
-        ("short", _) => {
-            [&b"HTTP/1.1 200 OK\r\nContent-Length: 90000\r\nConnection: close\r\n\r\n"[..], &picture(5)].concat()
+        // A length that is too large: of a picture that is whole, and of one that is not.
+        (name @ ("short" | "shorter"), _) => {
+            let lost = if name == "short" { 0 } else { 100 };
+            let (head, picture) = ("Content-Length: 90000\r\nConnection: close\r\n\r\n", picture(5));
+            [b"HTTP/1.1 200 OK\r\n", head.as_bytes(), &picture[..picture.len() - lost]].concat()
         }
         ("huge", _) => b"HTTP/1.1 200 OK\r\nContent-Length: 300000000\r\n\r\n".to_vec(),
         (name @ ("endless" | "film"), _) => {
