@@ -167,18 +167,42 @@ impl Runs {
     }
 }
 
+/// Steps of an epoch, rounded to the nearest: it has no short step at its end.
+fn steps(samples: u64, batch: u64) -> u64 {
+    (samples + batch / 2) / batch
+}
+
+/// Whether each lane has at least so many samples in each step, of which there are some.
+fn fits(samples: u64, batch: u64, lanes: u64, least: u64) -> bool {
+    let steps = steps(samples, batch);
+    steps > 0 && samples / (steps * lanes) >= least
+}
+
+/// The batch and the number of lanes next to those that do not fit.
+fn what_would_do(samples: u64, batch: u64, lanes: u64, least: u64) -> String {
+    let larger = (batch..=samples).find(|batch| fits(samples, *batch, lanes, least));
+    let batch_of =
+        larger.or_else(|| (1..batch.min(samples + 1)).rev().find(|batch| fits(samples, *batch, lanes, least)));
+    let lanes_of = (1..lanes).rev().find(|lanes| fits(samples, batch, *lanes, least));
+    let values = [("train.batch", batch_of), ("ranks.lanes", lanes_of)].into_iter();
+    let values: Vec<String> = values.filter_map(|(name, value)| Some(format!("{name} = {}", value?))).collect();
+    match values.is_empty() {
+        true => "they are too few".to_owned(),
+        false => format!("{} would do", values.join(" or ")),
+    }
+}
+
 /// Whether the spec fits the samples (design's rules on steps and shares), and how many steps an epoch then has.
 fn check(spec: &RunSpec, manifest: &Manifest) -> Result<u64, Error> {
     let samples = manifest.samples(Split::Train);
     let (batch, lanes) = (u64::from(spec.train.batch), u64::from(spec.ranks.lanes));
-    // Rounded to the nearest: an epoch has no short step at its end.
-    let steps = (samples + batch / 2) / batch;
     // Of two normalised values one is as far above 0 as the other is below, whatever they were.
     let least = if spec.model.is_normalised() { 3 } else { 2 };
-    if steps == 0 || samples / (steps * lanes) < least {
+    if !fits(samples, batch, lanes, least) {
         return Err(Error::Invalid(format!(
             "train.batch = {batch} with ranks.lanes = {lanes}: the dataset has {samples} training images; \
-             each lane needs {least} in each step, and an epoch at least one step"
+             each lane needs {least} in each step, and an epoch at least one step; {}",
+            what_would_do(samples, batch, lanes, least)
         )));
     }
     if spec.input.crop > manifest.smallest_side {
@@ -188,7 +212,7 @@ fn check(spec: &RunSpec, manifest: &Manifest) -> Result<u64, Error> {
             spec.input.crop, manifest.smallest_side
         )));
     }
-    Ok(steps)
+    Ok(steps(samples, batch))
 }
 
 impl Run {
@@ -214,6 +238,26 @@ impl Run {
                 let done = self.step as f64 / self.steps_per_epoch as f64;
                 Err(Error::Invalid(format!("epochs = {epochs}: run {:?} has done {done:.1}: choose more", self.name)))
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_refused_for_its_batch_says_which_would_do() {
+        for (samples, batch, lanes, said) in [
+            (47, 16, 8, "train.batch = 32 or ranks.lanes = 5 would do"),
+            (125, 1000, 8, "train.batch = 125 would do"),
+            (1_000_000, 16, 8, "train.batch = 25 or ranks.lanes = 5 would do"),
+            (20, 16, 8, "ranks.lanes = 6 would do"),
+            (2, 16, 8, "they are too few"),
+        ] {
+            let found = what_would_do(samples, batch, lanes, 3);
+            assert_eq!(found, said, "{samples} images");
+            assert!(!fits(samples, batch, lanes, 3), "{samples} images");
         }
     }
 }
