@@ -233,3 +233,81 @@ async fn a_proxy_looks_names_up_and_any_certificate_is_taken_if_that_is_said() {
     assert_eq!(asked[0], "GET http://only.proxy.invalid/7000 HTTP/1.1 true");
     assert!(asked[1..].iter().all(|first| first == "CONNECT only.proxy.invalid:443 HTTP/1.1 true"), "{asked:?}");
 }
+
+/// A server that shows these certificates, its own first, and answers everything with a picture of 7,000 bytes.
+async fn showing(chain: Vec<rcgen::Certificate>, key: rcgen::KeyPair) -> String {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let key = rustls::pki_types::PrivateKeyDer::try_from(key.serialize_der()).expect("a key");
+    let chain = chain.iter().map(|certificate| certificate.der().clone()).collect();
+    let tls = rustls::ServerConfig::builder().with_no_client_auth().with_single_cert(chain, key).expect("they fit");
+    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(tls));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("loopback");
+    let url = format!("https://{}/", listener.local_addr().expect("it is bound"));
+    tokio::spawn(async move {
+        while let Ok((socket, _)) = listener.accept().await {
+            let Ok(mut session) = acceptor.accept(socket).await else { continue };
+            let _ = session.read(&mut [0; 4096]).await;
+            let head = b"HTTP/1.1 200 OK\r\nContent-Length: 7000\r\nConnection: close\r\n\r\n";
+            session.write_all(&[&head[..], &starting_as_jpeg(7000)].concat()).await.ok();
+            session.shutdown().await.ok();
+        }
+    });
+    url
+}
+
+#[tokio::test]
+async fn a_certificate_is_taken_if_it_counts_for_the_name_and_today_and_a_known_authority_is_behind_it() {
+    use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, date_time_ymd};
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let key = || KeyPair::generate().expect("a key");
+    let authority = |name: &str| {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.distinguished_name.push(DnType::CommonName, name);
+        params
+    };
+    let named = |name: &str| CertificateParams::new(vec![name.to_owned()]).expect("a name");
+    let (known_key, known_params) = (key(), authority("known"));
+    let known = known_params.self_signed(&known_key).expect("a certificate");
+    let known = (Certificate::from_pem(known.pem().as_bytes()).expect("PEM"), Issuer::new(known_params, known_key));
+    let between = || {
+        let (key, params) = (key(), authority("between"));
+        let certificate = params.signed_by(&key, &known.1).expect("a certificate");
+        (certificate, Issuer::new(params, key))
+    };
+    let (mut expired, mut early) = (named("127.0.0.1"), named("127.0.0.1"));
+    (expired.not_before, expired.not_after) = (date_time_ymd(2019, 1, 1), date_time_ymd(2020, 1, 1));
+    (early.not_before, early.not_after) = (date_time_ymd(3019, 1, 1), date_time_ymd(3020, 1, 1));
+    let mut cases = Vec::new();
+    for (what, params, is_good) in [
+        ("good", named("127.0.0.1"), true),
+        ("run out", expired, false),
+        ("of tomorrow", early, false),
+        ("of another name", named("other.example"), false),
+    ] {
+        let key = key();
+        cases.push((what, vec![params.signed_by(&key, &known.1).expect("a certificate")], key, is_good));
+    }
+    for (what, is_shown) in [("by one between", true), ("by one between that is not shown", false)] {
+        let (key, (certificate, issuer)) = (key(), between());
+        let own = named("127.0.0.1").signed_by(&key, &issuer).expect("a certificate");
+        cases.push((what, std::iter::once(own).chain(is_shown.then_some(certificate)).collect(), key, is_shown));
+    }
+    let own = key();
+    cases.push(("by itself", vec![named("127.0.0.1").self_signed(&own).expect("a certificate")], own, false));
+
+    let rules = AddressRules { allowed: vec!["127.0.0.0/8".parse().expect("a net")] };
+    for (what, chain, key, is_good) in cases {
+        let url = showing(chain, key).await;
+        for any_certificate in [false, true] {
+            let (rules, authorities) = (rules.clone(), vec![known.0.clone()]);
+            let config = FetchConfig { rules, authorities, any_certificate, ..config() };
+            let mut request = Request::new(&url).expect("a URL");
+            let fetched = Fetcher::new(config).expect("a client").fetch(&mut request, &Limits::default()).await;
+            match is_good || any_certificate {
+                true => assert!(matches!(fetched, Ok(Fetched::Body(body)) if body.bytes.len() == 7000), "{what}"),
+                false => assert_eq!(fetched.expect_err(what).rejection, Rejection::Tls, "{what}"),
+            }
+        }
+    }
+}
