@@ -19,6 +19,8 @@ pub(crate) struct ListOptions {
     pub(crate) synset_column: String,
     /// Likewise.
     pub(crate) url_column: String,
+    /// An address with names of columns in braces, of which each URL is made; empty: a column has it.
+    pub(crate) url_format: String,
     /// The names of all columns, for lists without a header.
     pub(crate) columns: Vec<String>,
     /// There are no classes.

@@ -30,14 +30,56 @@ pub(super) struct Places {
     /// None: there are no classes.
     pub(super) synset: Option<usize>,
     pub(super) url: usize,
+    /// What the URL is made of, if it stands in no column of its own.
+    pub(super) made: Option<Made>,
     /// How sure it is that the class is in the picture. Open Images says 0 of those that are not.
     pub(super) confidence: Option<usize>,
     /// What travels with the picture, and as which member of its JSON.
     pub(super) kept: Vec<(usize, String)>,
 }
 
-/// The column of the URL, by its name.
+/// A URL that is made of columns.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Made {
+    /// Text, and the column whose value follows it.
+    pub(super) parts: Vec<(String, usize)>,
+    tail: String,
+}
+
+impl Made {
+    /// As an address with names in braces says.
+    fn of(format: &str, there: &[&str]) -> Result<Self, String> {
+        let (mut parts, mut rest) = (Vec::new(), format);
+        while let Some((text, more)) = rest.split_once('{') {
+            let (column, more) = more.split_once('}').ok_or("a brace is not closed")?;
+            let at = there.iter().position(|name| *name == column).ok_or_else(|| format!("no column {column:?}"))?;
+            parts.push((text.to_owned(), at));
+            rest = more;
+        }
+        if parts.is_empty() { Err("no {COLUMN} in it".to_owned()) } else { Ok(Self { parts, tail: rest.to_owned() }) }
+    }
+
+    /// The URL of a row; empty, if one of its columns is.
+    pub(super) fn url<T: AsRef<str>>(&self, value: impl Fn(usize) -> T) -> String {
+        let mut url = String::new();
+        for (text, at) in &self.parts {
+            let value = value(*at);
+            let value = value.as_ref().trim();
+            if value.is_empty() {
+                return String::new();
+            }
+            url += text;
+            url += value;
+        }
+        url + &self.tail
+    }
+}
+
+/// The column of the URL, by its name; of a URL that is made of several, the first of them.
 pub(super) fn url_column(there: &[&str], options: &ListOptions) -> Option<usize> {
+    if !options.url_format.is_empty() {
+        return Some(Made::of(&options.url_format, there).ok()?.parts.first()?.1);
+    }
     find(there, &options.url_column, URLS)
 }
 
@@ -75,6 +117,10 @@ impl Places {
         synset: Option<usize>,
         options: &ListOptions,
     ) -> Result<Self, Error> {
+        let made = match options.url_format.as_str() {
+            "" => None,
+            format => Some(Made::of(format, there).map_err(|why| not_made(name, format, &why, there))?),
+        };
         let of_open_images = synset.is_some_and(|synset| plain(there[synset]) == "labelname");
         let confidence = there.iter().position(|column| of_open_images && plain(column) == "confidence");
         let mut kept: Vec<(usize, String)> = Vec::new();
@@ -86,7 +132,7 @@ impl Places {
         };
         for wanted in &options.keep {
             if wanted == "all" {
-                let others = (0..there.len()).filter(|at| *at != url && Some(*at) != synset);
+                let others = (0..there.len()).filter(|at| (made.is_some() || *at != url) && Some(*at) != synset);
                 others.for_each(|at| keep(at, there[at]));
                 continue;
             }
@@ -99,7 +145,7 @@ impl Places {
             })?;
             keep(at, wanted);
         }
-        Ok(Self { synset, url, confidence, kept })
+        Ok(Self { synset, url, made, confidence, kept })
     }
 
     /// For people: what stands where.
@@ -108,7 +154,13 @@ impl Places {
             true => format!("{:?}", there[at]),
             false => format!("column {}", at + 1),
         };
-        let mut text = format!("{} is the URL", column(self.url));
+        let mut text = match &self.made {
+            None => format!("{} is the URL", column(self.url)),
+            Some(made) => {
+                let columns: Vec<String> = made.parts.iter().map(|(_, at)| column(*at)).collect();
+                format!("the URL is made of {}", columns.join(", "))
+            }
+        };
         match self.synset {
             Some(synset) => text += &format!(", {} the class", column(synset)),
             None => text += ", no class",
@@ -121,8 +173,19 @@ impl Places {
     }
 }
 
+/// That no URL can be made as it is wanted, and of what it could be.
+fn not_made(name: &str, format: &str, why: &str, there: &[&str]) -> Error {
+    Error::Invalid(format!("{name}: --url-format {format}: {why}; the list has {}", there.join(", ")))
+}
+
 /// That a column is not there, which are, and what to do.
 fn no_column(name: &str, what: &str, there: &[&str], options: &ListOptions) -> Error {
+    if what == "URL"
+        && let Err(why) = Made::of(&options.url_format, there)
+        && !options.url_format.is_empty()
+    {
+        return not_made(name, &options.url_format, &why, there);
+    }
     let (given, way_out) = match what {
         "class" => (&options.synset_column, "--synset-column, or take the list without classes by --unlabelled"),
         _ => (&options.url_column, "--url-column"),

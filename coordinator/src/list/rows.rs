@@ -146,7 +146,11 @@ impl Row {
                 self.columns.text(member, &text);
             }
         }
-        each(number, entry(synset, &clean_url(field(self.places.url)), self.columns.finish()))
+        let url = match &self.places.made {
+            None => clean_url(field(self.places.url)),
+            Some(made) => made.url(|at| clean_text(field(at)).unwrap_or_default()).into(),
+        };
+        each(number, entry(synset, &url, self.columns.finish()))
     }
 
     fn wrong_count(&self, count: usize) -> String {

@@ -214,6 +214,47 @@ fn a_class_that_open_images_says_is_not_in_the_picture_is_passed_over() {
     assert_eq!(all("l", other.as_bytes(), &auto()).expect("reads"), ["n1 http://a/"], "it may mean anything");
 }
 
+#[test]
+fn urls_are_made_of_columns_if_that_is_said() {
+    let format = "https://x.org/photos/{photo_id}/medium.{extension}?v=1";
+    let made = |keep: &str| ListOptions { url_format: format.into(), unlabelled: false, ..keeping(keep) };
+    let expected = [
+        "wren https://x.org/photos/7/medium.jpg?v=1 {\"photo_id\":\"7\"}",
+        "3: no URL",
+        "robin https://x.org/photos/9/medium.jpeg?v=1 {\"photo_id\":\"9\"}",
+    ];
+    let tsv = "photo_id\tlicense\textension\tname\n7\tcc\tjpg\twren\n8\tcc\t\trobin\n9\t\tjpeg\trobin\n";
+    let named = ListOptions { synset_column: "name".into(), ..made("photo_id") };
+    assert_eq!(all("l", tsv.as_bytes(), &named).expect("reads"), expected);
+    let csv = tsv.replace('\t', ",");
+    assert_eq!(all("l", csv.as_bytes(), &named).expect("reads"), expected);
+    let bare = csv.split_once('\n').expect("a header").1;
+    let columns = ["photo_id", "license", "extension", "name"].map(str::to_owned).to_vec();
+    let bare = all("l", bare.as_bytes(), &ListOptions { columns, ..named.clone() }).expect("reads");
+    assert_eq!([&bare[0], &bare[2]], [expected[0], expected[2]]);
+    let json = "{\"photo_id\": 7, \"extension\": \"jpg\", \"class\": \"wren\"}\n";
+    let json = all("l", json.as_bytes(), &made("photo_id")).expect("reads");
+    assert_eq!(json, [r#"wren https://x.org/photos/7/medium.jpg?v=1 {"photo_id":7}"#]);
+
+    let schema = "message m { optional binary label (UTF8); optional binary extension (UTF8);
+        optional binary license (UTF8); optional binary photo_id (UTF8); }";
+    let (labels, endings, ids) = (texts(&["wren"]), texts(&["png"]), texts(&["7"]));
+    let file = parquet(schema, Compression::SNAPPY, &[&labels, &endings, &texts(&["cc"]), &ids]);
+    let found = all("l", &file, &made("all")).expect("reads");
+    let columns = r#"{"extension":"png","license":"cc","photo_id":"7"}"#;
+    assert_eq!(found, [format!("wren https://x.org/photos/7/medium.png?v=1 {columns}")]);
+
+    for (format, said) in [
+        ("https://x.org/{id}.jpg", "no column \"id\"; the list has photo_id, license"),
+        ("https://x.org/{photo_id", "not closed"),
+        ("https://x.org/1.jpg", "no {COLUMN}"),
+    ] {
+        let options = ListOptions { url_format: format.into(), format: ListFormat::Tsv, ..named.clone() };
+        let error = refusal("l", tsv.as_bytes(), &options);
+        assert!(error.contains(said), "{error}");
+    }
+}
+
 /// A Parquet file of optional columns, each written by a function.
 fn parquet(schema: &str, compression: Compression, columns: &[&dyn Fn(&mut Group<'_, '_>)]) -> Vec<u8> {
     let mut file = Vec::new();

@@ -77,9 +77,12 @@ fn hand<'v>(
     if places.confidence.and_then(zero) == Some(0.0) {
         return each(number, Line::Absent);
     }
-    let url = match text(&value(places.url)) {
-        Some(url) => url,
-        None => return each(number, Line::Bad("the URL is no text".to_owned())),
+    let url = match &places.made {
+        Some(made) => made.url(|at| text(&value(at)).unwrap_or_default()),
+        None => match text(&value(places.url)) {
+            Some(url) => url,
+            None => return each(number, Line::Bad("the URL is no text".to_owned())),
+        },
     };
     let url = clean_url(url.as_bytes());
     let class = places.synset.map(&value);
@@ -161,12 +164,14 @@ fn projection(
     let understood = format!("Parquet: {}", places.describe(&names, true));
     let mut read: Vec<usize> = places.kept.iter().map(|(at, _)| *at).collect();
     read.extend([Some(places.url), places.synset, places.confidence].into_iter().flatten());
+    read.extend(places.made.iter().flat_map(|made| made.parts.iter().map(|(_, at)| *at)));
     read.sort_unstable();
     read.dedup();
     let among = |at: usize| read.binary_search(&at).unwrap_or(0);
     places.url = among(places.url);
     places.synset = places.synset.map(among);
     places.confidence = places.confidence.map(among);
+    places.made.iter_mut().flat_map(|made| &mut made.parts).for_each(|(_, at)| *at = among(*at));
     places.kept.iter_mut().for_each(|(at, _)| *at = among(*at));
     let wanted = read.iter().map(|&at| Arc::clone(&fields[at])).collect();
     let wanted = Type::group_type_builder(schema.name()).with_fields(wanted).build();

@@ -310,6 +310,7 @@ fn read_lists(
         format: start.format(),
         synset_column: start.synset_column.clone(),
         url_column: start.url_column.clone(),
+        url_format: start.url_format.clone(),
         columns: start.columns.clone(),
         unlabelled: spec.unlabelled,
         keep: spec.kept_columns().map(str::to_owned).collect(),

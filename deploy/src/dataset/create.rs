@@ -59,7 +59,7 @@ pub(crate) struct CreateArgs {
     #[arg(long, help_heading = LIST, value_name = "FILE")]
     synsets: Option<PathBuf>,
     /// An address that answers the URLs of one synset, one a line: http://host/api?wnid={synset}; needs --synsets
-    #[arg(long, help_heading = LIST, value_name = "URL", requires = "synsets", conflicts_with_all = ["format", "synset_column", "url_column"])]
+    #[arg(long, help_heading = LIST, value_name = "URL", requires = "synsets", conflicts_with_all = ["format", "synset_column", "url_column", "url_format"])]
     url_template: Option<String>,
     /// Names of classes: a file like that of --synsets, or Open Images' class descriptions; chooses nothing
     #[arg(long, help_heading = LIST, value_name = "FILE")]
@@ -118,6 +118,10 @@ pub(crate) struct ListArgs {
     /// The column of the URL, if it has another name than usual (url, image_url, OriginalURL, link ...)
     #[arg(long, value_name = "NAME")]
     url_column: Option<String>,
+    /// An address with names of columns in braces, for lists whose URLs are made of several:
+    /// https://host/photos/{photo_id}/medium.{extension}
+    #[arg(long, value_name = "URL", conflicts_with = "url_column")]
+    url_format: Option<String>,
     /// The names of all columns, for a list without a header: url,caption
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     columns: Vec<String>,
@@ -320,6 +324,7 @@ impl ListArgs {
             format: ListFormat::from(self.format).into(),
             synset_column: self.synset_column.clone().unwrap_or_default(),
             url_column: self.url_column.clone().unwrap_or_default(),
+            url_format: self.url_format.clone().unwrap_or_default(),
             store_keys: self.store_key.clone(),
             columns: self.columns.clone(),
             limit: self.limit,
