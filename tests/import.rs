@@ -1,8 +1,13 @@
 //! Pictures that are there already, through real processes: folders, tars and Parquet files become a dataset.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
 use std::process::Output;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use proto::manifest::Skip;
 use proto::{Manifest, Split, Stored};
@@ -115,6 +120,149 @@ fn a_folder_becomes_a_dataset_with_one_outcome_for_each_file_and_its_own_splits(
     let back = imported(&cluster, "back", &rows, &["--slice-urls", "5", "--keep-columns", "list_url,sha256"]);
     assert_eq!((samples(&back), classes(&back)), (samples(&second), classes(&second)));
     assert_eq!(outcomes(&back), [("kept", 21)].into());
+}
+
+/// A web server of the files below a folder, which gives parts of them, but of what is below `whole`; how many parts workers
+/// have asked it for, which have a name, unlike the command. It takes its time for them.
+fn serve(folder: PathBuf) -> (String, Arc<AtomicU64>) {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("loopback");
+    let address = format!("http://{}", listener.local_addr().expect("it is bound"));
+    let parts = Arc::new(AtomicU64::new(0));
+    let counted = Arc::clone(&parts);
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let (folder, counted) = (folder.clone(), Arc::clone(&counted));
+            std::thread::spawn(move || while answer(&stream, &folder, &counted).is_some() {});
+        }
+    });
+    (address, parts)
+}
+
+/// Answers one request; None: there is none any more.
+fn answer(stream: &TcpStream, folder: &Path, parts: &AtomicU64) -> Option<()> {
+    let mut head = Vec::new();
+    for line in BufReader::new(stream).lines() {
+        match line.ok()? {
+            line if line.is_empty() => break,
+            line => head.push(line.to_ascii_lowercase()),
+        }
+    }
+    let path = head.first()?.split(' ').nth(1)?.to_owned();
+    let range = head.iter().find_map(|line| line.strip_prefix("range: bytes=")?.split_once('-'));
+    let range = range.filter(|_| !path.starts_with("/whole/"));
+    let (status, bytes) = match (std::fs::read(folder.join(&path[1..])), range) {
+        (Err(_), _) => ("404 Not Found".to_owned(), Vec::new()),
+        (Ok(file), None) => ("200 OK".to_owned(), file),
+        (Ok(file), Some((from, to))) => {
+            let (from, to): (usize, usize) = (from.parse().ok()?, to.parse().ok()?);
+            let to = to.min(file.len() - 1);
+            if head.iter().any(|line| line.starts_with("user-agent:")) {
+                parts.fetch_add(1, Ordering::Relaxed);
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            let said = format!("206 Partial Content\r\nContent-Range: bytes {from}-{to}/{}", file.len());
+            (said, file[from..=to].to_vec())
+        }
+    };
+    let head = format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\n\r\n", bytes.len());
+    (&mut &*stream).write_all(&[head.as_bytes(), &bytes].concat()).ok()
+}
+
+/// The files below a folder that end so.
+fn files(folder: &Path, ending: &str) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("readable").path());
+    let (folders, files): (Vec<_>, Vec<_>) = entries.partition(|path| path.is_dir());
+    let mut found: Vec<PathBuf> = folders.iter().flat_map(|folder| self::files(folder, ending)).collect();
+    found.extend(files.into_iter().filter(|file| file.extension().is_some_and(|is| is == ending)));
+    found.sort();
+    found
+}
+
+#[test]
+fn tars_and_parquet_files_of_the_web_and_of_the_store_are_read_piece_by_piece() {
+    let mut cluster = Cluster::start();
+    let root = cluster.path("birds");
+    birds(&root);
+    cluster.start_worker_with("maker", &["--import-root", &root.display().to_string()]);
+    let first = imported(&cluster, "birds", &root, &[]);
+    let web = cluster.path("web");
+    for form in ["tree", "webdataset", "parquet"] {
+        let to = web.join(form).display().to_string();
+        cluster.gleaner(&["dataset", "export", "birds", "--to", &to, "--as", form]);
+    }
+    cluster.terminate("maker");
+    let (address, parts) = serve(web.clone());
+    let published = |ending| -> Vec<String> {
+        let below = |path: &PathBuf| path.strip_prefix(&web).expect("below it").display().to_string();
+        files(&web, ending).iter().map(|path| format!("{address}/{}", below(path))).collect()
+    };
+    let start = |cluster: &Cluster, name: &str, from: &[&str], more: &[&str]| {
+        let output = cluster.try_gleaner(&[&["dataset", "import", name], from, &SMALL[..], more].concat());
+        assert!(output.status.success(), "{name}: {}", said(&output));
+    };
+    let same = |cluster: &Cluster, name: &str| {
+        cluster.gleaner(&["dataset", "wait", name, "--timeout", "120s"]);
+        let manifest = manifest(cluster, name);
+        assert_eq!((outcomes(&manifest), samples(&manifest)), ([("kept", 20)].into(), samples(&first)), "{name}");
+        let classes = |of: &Manifest| of.classes.iter().map(|class| class.synset.clone()).collect::<Vec<_>>();
+        assert_eq!(classes(&manifest), classes(&first), "{name}");
+    };
+
+    // A tar's folder does not stand in its address as a split does in a tree: the file's own name says it.
+    let tars = published("tar");
+    for tar in files(&web, "tar") {
+        let split = tar.parent().and_then(Path::file_name).expect("a folder").to_string_lossy().into_owned();
+        std::fs::rename(&tar, web.join(format!("{split}-{}.tar", tar.file_stem().expect("a name").display())))
+            .expect("the same disk");
+    }
+    assert!(!tars.is_empty() && published("tar").len() == tars.len());
+    let tars = published("tar");
+    let tars: Vec<&str> = tars.iter().map(String::as_str).collect();
+    start(&cluster, "tars", &tars, &["--slice-urls", "4"]);
+    // What a worker that is killed has committed is not asked for again.
+    cluster.start_worker("killed");
+    cluster.eventually("some pictures are there", |_| parts.load(Ordering::Relaxed) >= 6);
+    cluster.kill("killed");
+    cluster.start_worker("worker");
+    same(&cluster, "tars");
+    let asked = parts.load(Ordering::Relaxed);
+    assert!((20..40).contains(&asked), "{asked} requests");
+    cluster.gleaner(&[&["dataset", "refresh", "tars", "--import"], &tars[..], &["--wait"]].concat());
+    assert_eq!(parts.load(Ordering::Relaxed), asked, "all of it was known");
+
+    let rows = published("parquet");
+    let rows: Vec<&str> = rows.iter().map(String::as_str).collect();
+    start(&cluster, "rows", &rows, &["--slice-urls", "5", "--keep-columns", "sha256"]);
+    same(&cluster, "rows");
+
+    let store = cluster.store().to_owned();
+    let from_store = ["--store", &store];
+    for form in ["tree", "parquet"] {
+        let to = Path::new(&store).join("imports/birds").join(form);
+        std::fs::create_dir_all(to.parent().expect("a folder")).expect("writable");
+        std::fs::rename(web.join(form), &to).expect("the same disk");
+        start(&cluster, &format!("stored-{form}"), &[&format!("store:imports/birds/{form}")], &from_store);
+        same(&cluster, &format!("stored-{form}"));
+    }
+    let tar = files(&web, "tar").remove(0);
+    let inside = Path::new(&store).join("imports/train-birds.tar");
+    std::fs::copy(&tar, &inside).expect("writable");
+    start(&cluster, "one", &["store:imports/train-birds.tar"], &[&from_store[..], &["--wait"]].concat());
+    assert_eq!(samples(&manifest(&cluster, "one")), [4, 0, 0]);
+
+    std::fs::create_dir(web.join("whole")).expect("writable");
+    std::fs::rename(&tar, web.join("whole/birds.tar")).expect("the same disk");
+    for (from, why) in [
+        (format!("{address}/whole/birds.tar"), "its server gives no parts of files"),
+        (format!("{address}/none.tar"), "404"),
+        ("store:datasets/birds".to_owned(), "below store:imports/"),
+        ("store:imports/none.tar".to_owned(), "no picture"),
+    ] {
+        let output = cluster.try_gleaner(&["dataset", "import", "none", &from, "--store", &store]);
+        assert!(!output.status.success() && said(&output).contains(why), "{from}: {}", said(&output));
+    }
+    let output = cluster.try_gleaner(&["dataset", "import", "none", "store:imports/birds"]);
+    assert!(output.status.code() == Some(2) && said(&output).contains("--store"), "{}", said(&output));
 }
 
 #[test]

@@ -255,13 +255,15 @@ impl Catalog {
             .finalize();
         let hash = u64::from_be_bytes(std::array::from_fn(|i| hash[i]));
         let (url, _) = split_tail(std::str::from_utf8(tail).unwrap_or_default());
-        let (site, most) = match &site::host_of(url) {
-            Some(host) => {
+        let (site, most) = match (files::span(url), &site::host_of(url)) {
+            // Rows of a Parquet file are read together, wherever it is.
+            (Some(span), _) => (site_hash(self.seed, span), dealing.slice_urls),
+            (None, Some(host)) => {
                 let site = self.sites.place(host).site;
                 (site_hash(self.seed, site), most_of_site(self.sites.budget(site), dealing.slice_urls))
             }
-            // Rows of a Parquet file are read together. All else may be anywhere: files, and what will never be fetched.
-            None => (files::span(url).map_or(hash, |span| site_hash(self.seed, span)), dealing.slice_urls),
+            // All else may be anywhere: files, and what will never be fetched.
+            (None, None) => (hash, dealing.slice_urls),
         };
         let pool = self.pools.entry(dealing).or_insert_with(|| Spool::new(self.folder.clone()));
         Ok(dealing::Entry { site, most, hash, key, synset, tail }.spool(pool)?)

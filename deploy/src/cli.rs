@@ -148,9 +148,9 @@ mod tests {
             (&["local"], "store listen insecure web-listen workers ranks leave-seconds allow-net import-root exit-with-stdin"),
             (&["dataset", "create"], "urls store-key format synset-column url-column url-format columns limit dry-run unlabelled multi-label keep-columns verify respect synsets url-template class-names \
                 size resize no-upscale encode-format reencode quality validation test seed slice-urls per-class min-bytes spec set wait timeout"),
-            (&["dataset", "import"], "class-column image-column splits dry-run unlabelled keep-columns multi-label synsets class-names limit \
+            (&["dataset", "import"], "class-column image-column store splits dry-run unlabelled keep-columns multi-label synsets class-names limit \
                 size resize no-upscale encode-format reencode quality validation test seed slice-urls per-class min-bytes spec set wait timeout"),
-            (&["dataset", "refresh"], "urls store-key format synset-column url-column url-format columns limit import class-column image-column accept-damage wait timeout"),
+            (&["dataset", "refresh"], "urls store-key format synset-column url-column url-format columns limit import class-column image-column store accept-damage wait timeout"),
             (&["dataset", "outcomes"], "store outcome synset limit version"),
             (&["dataset", "sample"], "store to synset each split version"),
             (&["dataset", "diff"], "store"),

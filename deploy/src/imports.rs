@@ -1,19 +1,27 @@
-//! Pictures that are there already, as lines of a list: files in folders, members of tars, rows of Parquet files. What
-//! is read here is names, classes and texts; the pictures are read by the workers.
+//! Pictures that are there already, as lines of a list: files in folders, members of tars, rows of Parquet files; on disk, in
+//! the cluster's store, on the web. What is read here is names, classes and texts; the pictures are read by the workers.
 
+mod place;
+mod remote;
 mod rows;
 mod tars;
 
 use std::collections::BTreeSet;
 use std::fs::FileType;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
+use futures::TryStreamExt;
+use object_store::ObjectStore;
 use proto::columns::{caption_of, plain};
-use proto::files::{FileUrl, Part};
+use proto::files::{FileUrl, Part, Place};
 use proto::{Class, Split, Synset};
 use serde_json::{Map, Value};
 
+use self::place::File;
+pub(crate) use self::place::Location;
+use self::remote::wait;
 use crate::exit::Ended;
 use crate::output::note;
 
@@ -34,7 +42,7 @@ const COLUMNS: usize = 50;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Files {
     /// Folders, tars and Parquet files.
-    pub(crate) paths: Vec<PathBuf>,
+    pub(crate) from: Vec<Location>,
     /// There are no classes.
     pub(crate) unlabelled: bool,
     /// Where tars and Parquet files say the class; None: where they usually do.
@@ -69,20 +77,13 @@ struct Lines<'a> {
 }
 
 impl Files {
-    /// # Errors
-    /// If a path leads nowhere.
-    pub(crate) fn whole(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
-        let whole = |path: &PathBuf| path.canonicalize().map_err(|e| Ended::usage(format!("{}: {e}", path.display())));
-        paths.iter().map(whole).collect()
-    }
-
-    /// The classes in the order in which the first Parquet file has them, if it says one.
+    /// The classes in the order in which the first Parquet file has them, if it says one. Blocks.
     pub(crate) fn classes(&self) -> Result<Vec<Class>> {
         if self.unlabelled {
             return Ok(Vec::new());
         }
-        for path in &self.paths {
-            let Some(first) = first_parquet(path)? else { continue };
+        for from in &self.from {
+            let Some(first) = from.first_parquet()? else { continue };
             let names = rows::class_names(&first, self)?;
             let distinct: BTreeSet<&String> = names.iter().collect();
             let sound = distinct.len() == names.len() && names.iter().all(|name| name.parse::<Synset>().is_ok());
@@ -100,15 +101,24 @@ impl Files {
         let (taken, links, packed, no_class) = (0, 0, 0, 0);
         let (no_class_example, there, others) = (String::new(), BTreeSet::new(), BTreeSet::new());
         let mut lines = Lines { files: self, take, taken, links, packed, no_class, no_class_example, there, others };
-        for path in &self.paths {
-            match path.is_dir() {
-                true => lines.folder(path)?,
-                false if kind(path) == Kind::Picture || kind(path) == Kind::Packed => {
-                    let way_out = "a folder, a .tar or a .parquet is wanted: unpack it first if it is packed";
-                    return Err(Ended::usage(format!("{}: {way_out}", path.display())));
-                }
-                false => lines.file(path, Path::new(path.file_name().unwrap_or_default()), None)?,
+        for from in &self.from {
+            if let Location::Path(path) = from
+                && path.is_dir()
+            {
+                lines.folder(path)?;
+                continue;
             }
+            if let Location::Store { .. } = from
+                && let Some((store, folder)) = from.stored_folder()?
+            {
+                lines.stored_folder(&store, &folder)?;
+                continue;
+            }
+            if matches!(kind(&from.name()), Kind::Picture | Kind::Packed) {
+                let way_out = "a folder, a .tar or a .parquet is wanted: unpack it first if it is packed";
+                return Err(Ended::usage(format!("{from}: {way_out}")));
+            }
+            lines.file(&from.file()?, &from.name(), None)?;
         }
         lines.finish()
     }
@@ -149,24 +159,13 @@ fn listed(folder: &Path) -> Result<Vec<(PathBuf, FileType)>> {
     Ok(all)
 }
 
-fn first_parquet(path: &Path) -> Result<Option<PathBuf>> {
-    if !path.is_dir() {
-        return Ok(Some(path.to_owned()).filter(|path| kind(path) == Kind::Parquet));
+/// A place, for people.
+fn shown(place: &Place<'_>) -> String {
+    match place {
+        Place::Path(path) => path.display().to_string(),
+        Place::Stored(key) => format!("store:{key}"),
+        Place::Web(url) => url.to_string(),
     }
-    let mut folders = Vec::new();
-    for (path, of) in listed(path)? {
-        if of.is_dir() {
-            folders.push(path);
-        } else if of.is_file() && kind(&path) == Kind::Parquet {
-            return Ok(Some(path));
-        }
-    }
-    for folder in folders {
-        if let Some(found) = first_parquet(&folder)? {
-            return Ok(Some(found));
-        }
-    }
-    Ok(None)
 }
 
 /// The split that a name says: `train`, `train-00000-of-00002.parquet`, `imagenet1k-validation-03.tar`.
@@ -198,7 +197,7 @@ impl Lines<'_> {
             } else if of.is_file() {
                 let below = path.strip_prefix(root).unwrap_or(&path).to_owned();
                 let below = if split.is_some() { below.components().skip(1).collect() } else { below };
-                self.file(&path, &below, split)?;
+                self.file(&File::Path(path), &below, split)?;
             } else {
                 self.links += 1;
             }
@@ -206,17 +205,47 @@ impl Lines<'_> {
         Ok(())
     }
 
+    /// The same of a folder of the store.
+    fn stored_folder(&mut self, store: &Arc<dyn ObjectStore>, folder: &object_store::path::Path) -> Result<()> {
+        let cannot = || format!("cannot list {folder} in the store");
+        let top = wait(store.list_with_delimiter(Some(folder))).with_context(cannot)?;
+        let exact = |name: &str| Split::published(name);
+        let mut folders = top.common_prefixes.iter().peekable();
+        let splits = folders.peek().is_some() && folders.all(|folder| folder.filename().and_then(exact).is_some());
+        if splits {
+            note(format!("{folder}: its folders are splits, and what is in them classes"));
+        }
+        let mut listed = store.list(Some(folder));
+        while let Some(object) = wait(listed.try_next()).with_context(cannot)? {
+            let names: Vec<String> = object
+                .location
+                .prefix_match(folder)
+                .into_iter()
+                .flatten()
+                .map(|name| name.as_ref().to_owned())
+                .collect();
+            if names.iter().any(|name| name.starts_with('.') || name == "__MACOSX") {
+                continue;
+            }
+            let split = names.first().filter(|_| splits && names.len() > 1).and_then(|name| exact(name));
+            let below: PathBuf = names.iter().skip(usize::from(split.is_some())).collect();
+            let file = File::object(store, object);
+            self.file(&file, &below, split)?;
+        }
+        Ok(())
+    }
+
     /// `below`: the file's path in its folder, behind the name of a split.
-    fn file(&mut self, path: &Path, below: &Path, split: Option<Split>) -> Result<()> {
-        match kind(path) {
-            Kind::Tar => tars::read(path, split.or_else(|| split_of(path)), self),
-            Kind::Parquet => rows::read(path, split.or_else(|| split_of(path)), self),
+    fn file(&mut self, file: &File, below: &Path, split: Option<Split>) -> Result<()> {
+        match kind(below) {
+            Kind::Tar => tars::read(file, split.or_else(|| split_of(below)), self),
+            Kind::Parquet => rows::read(file, split.or_else(|| split_of(below)), self),
             Kind::Packed => {
                 self.packed += 1;
                 Ok(())
             }
             Kind::Picture => {
-                let url = FileUrl { path: path.into(), part: Part::Whole };
+                let url = FileUrl { place: file.place(), part: Part::Whole };
                 self.push(Picture { url, class: folder_class(below), split, columns: Map::new() })
             }
         }
@@ -228,7 +257,7 @@ impl Lines<'_> {
         if class.is_none() && !unlabelled {
             self.no_class += 1;
             if self.no_class == 1 {
-                self.no_class_example = url.path.display().to_string();
+                self.no_class_example = shown(&url.place);
                 if let Part::Bytes { name, .. } = &url.part {
                     self.no_class_example += &format!(": {name}");
                 }

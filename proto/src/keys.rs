@@ -23,6 +23,7 @@
 //! runs/<run>/checkpoints/<step>-<generation>-<nonce>/    exists once an event names it with its digests
 //! runs/<run>/start/<nonce>/                              another run's weights, which this one begins with
 //! runs/<run>/model/<generation>-<nonce>/                 the trained model, once an event names it
+//! imports/...                                            what people put there for `dataset import`: nothing here writes it
 //! ```
 //!
 //! `<dataset>` is `<name>-<uid>`: a name that is deleted and made again never meets its old objects.
@@ -40,6 +41,8 @@ pub const HANDOVERS: &str = "coordinator/handovers";
 pub const DATASETS: &str = "datasets";
 /// Folder of all runs.
 pub const RUNS: &str = "runs";
+/// Folder of the pictures that datasets may be made of.
+pub const IMPORTS: &str = "imports";
 
 /// A text that is not what a key must be.
 #[derive(Debug, thiserror::Error)]

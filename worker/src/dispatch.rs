@@ -6,6 +6,7 @@
 
 mod batch;
 mod files;
+mod pieces;
 mod slot;
 
 use std::collections::VecDeque;
@@ -67,6 +68,8 @@ pub(crate) struct Dispatcher {
     /// There are new URLs, of which nobody knows yet how many can be begun.
     is_fed: AtomicBool,
     batches: AtomicUsize,
+    /// One permit per row group of a file that is elsewhere.
+    groups: Semaphore,
 }
 
 impl Dispatcher {
@@ -82,6 +85,7 @@ impl Dispatcher {
             idle: Notify::new(),
             is_fed: AtomicBool::new(false),
             batches: AtomicUsize::new(0),
+            groups: Semaphore::new(1),
         }
     }
 
@@ -119,12 +123,26 @@ impl Dispatcher {
         once: bool,
         large: bool,
     ) -> Batch {
-        let (limits, respect) = (&spec.limits, spec.respect.iter().copied().collect::<Respect>());
+        let retries = if once { 0 } else { spec.limits.retries };
+        let limits = Limits { retries, ..spec.limits.clone() };
+        self.begin(entries, spec.files, limits, spec.respect.iter().copied().collect(), large)
+    }
+
+    /// Takes up URLs; those of `files` may be addresses of files and of parts of them.
+    fn begin(
+        self: &Arc<Self>,
+        entries: Vec<SliceEntry>,
+        files: bool,
+        limits: Limits,
+        respect: Respect,
+        large: bool,
+    ) -> Batch {
         let (results, receiver) = mpsc::unbounded_channel();
         let id = self.batches.fetch_add(1, Ordering::Relaxed);
         let shared = Arc::new(Shared {
             id,
-            limits: Limits { retries: if once { 0 } else { limits.retries }, ..limits.clone() },
+            limits,
+            respect,
             way_out: Arc::clone(&self.way_out),
             results,
             unstarted: AtomicUsize::new(entries.len()),
@@ -137,14 +155,20 @@ impl Dispatcher {
             shared.all_started.cancel();
         }
         self.is_fed.store(true, Ordering::Release);
-        if spec.files {
-            self.read_files(entries, &shared);
-            return Batch { dispatcher: Arc::clone(self), id, results: receiver, shared };
-        }
         let now = Instant::now();
-        let mut hosts = self.hosts();
+        let (mut elsewhere, mut hosts) = (Vec::new(), self.hosts());
         for entry in entries {
-            match Request::new(&entry.url) {
+            let request = match files {
+                false => Request::new(&entry.url),
+                true => match pieces::request(&entry.url) {
+                    Some(request) => request,
+                    None => {
+                        elsewhere.push(entry);
+                        continue;
+                    }
+                },
+            };
+            match request {
                 Ok(request) => {
                     let (host, ticket, request) = (request.host(), hosts.ticket(large), request.respecting(respect));
                     let job = Job::new(ticket, entry, request, Arc::clone(&shared));
@@ -159,6 +183,9 @@ impl Dispatcher {
             }
         }
         self.wake(hosts);
+        if files {
+            self.read_files(elsewhere, &shared);
+        }
         Batch { dispatcher: Arc::clone(self), id, results: receiver, shared }
     }
 

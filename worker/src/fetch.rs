@@ -11,15 +11,17 @@ mod gzip;
 mod net;
 mod request;
 mod retry;
+mod sparse;
 mod text;
 
 pub(crate) use body::Body;
 pub(crate) use client::{FetchConfig, Fetched, FetchedText, Fetcher};
 pub use dns::NameServer;
-pub(crate) use files::{Roots, rows};
+pub(crate) use files::{Object, Roots, rows};
 pub(crate) use net::AddressRules;
 pub(crate) use request::{Request, ResponseInfo};
 pub(crate) use retry::FetchError;
+pub(crate) use sparse::{End, LONGEST_PIECE, Sparse, groups};
 
 #[cfg(test)]
 pub(crate) mod tests;

@@ -272,7 +272,7 @@ fn decode_threads(config: &Config) -> usize {
 fn tools(config: &Config, store: Arc<dyn ObjectStore>, worker: String, way_out: Arc<WayOut>) -> anyhow::Result<Tools> {
     let fetcher = Fetcher::new(FetchConfig {
         rules: AddressRules { allowed: config.allow_net.clone() },
-        roots: Roots::new(&config.import_root)?,
+        roots: Roots::new(&config.import_root)?.and_in(Arc::clone(&store)),
         name_servers: config.dns.clone(),
         user_agent: config.web.user_agent(),
         agent: config.web.agent(),

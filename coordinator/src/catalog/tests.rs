@@ -1,5 +1,6 @@
 use super::*;
 use proto::Rejection;
+use std::collections::BTreeSet;
 use std::io::Cursor;
 
 fn options() -> ListOptions {
@@ -93,6 +94,23 @@ fn slices_hold_every_url_once_dealt_by_site_shuffled_by_seed_and_keyed_by_their_
     lines.sort_by_key(|line| line.split('\t').next().and_then(|key| key.parse::<u32>().ok()));
     let listed: Vec<String> = (0..).zip(list.lines()).map(|(key, line)| format!("{key}\t{line}")).collect();
     assert_eq!(lines, listed);
+}
+
+#[test]
+fn rows_of_one_span_stand_in_one_slice_wherever_their_file_is() {
+    for place in ["file:///a.parquet", "https://a.large.com/a.parquet", "store:///imports/a.parquet"] {
+        let row = |row: u32| format!("n1\t{place}#column=image&of=9&span={}&row={row}\n", row / 50);
+        let list: String = (0..600).map(row).collect();
+        let spec = DatasetSpec { slice_urls: 100, ..DatasetSpec::default() };
+        let (_, round, lines) = cut(&list, spec).expect("a good list");
+        let slices = round.slices.iter().enumerate().flat_map(|(n, slice)| vec![n; slice.urls as usize]);
+        let mut slices_of: BTreeMap<&str, BTreeSet<usize>> = BTreeMap::new();
+        for (slice, line) in slices.zip(&lines) {
+            let url = line.split('\t').nth(2).expect("a URL");
+            slices_of.entry(files::span(url).expect("a row")).or_default().insert(slice);
+        }
+        assert!(slices_of.values().all(|slices| slices.len() == 1) && round.slices.len() >= 4, "{place}");
+    }
 }
 
 #[test]

@@ -25,6 +25,8 @@ const EXAMPLES: [(&str, &[&str]); 12] = [
         &[
             "gleaner dataset import pets ./pets --wait",
             "gleaner dataset import food train-00000.parquet train-00001.parquet --class-column label",
+            "gleaner dataset import birds https://birds.example/train-0000.tar https://birds.example/val-0000.tar --wait",
+            "gleaner dataset import birds store:imports/birds --store s3://bucket/gleaner --wait",
         ],
     ),
     (

@@ -16,7 +16,7 @@ use super::spec::{SpecArgs, classes};
 use super::{NameArgs, preview};
 use crate::client::{Cluster, ClusterArgs, TimeoutArgs, answer, insist};
 use crate::exit::Ended;
-use crate::imports::{self, Files};
+use crate::imports::{self, Files, Location};
 use crate::lists::{self, Source};
 use crate::output::{Format, note, say, say_json};
 use crate::settings;
@@ -83,8 +83,8 @@ pub(crate) struct RefreshArgs {
     #[command(flatten)]
     lists: ListArgs,
     /// Also take what is new in these folders, tars and Parquet files; for datasets that were imported
-    #[arg(long, value_name = "PATH", num_args = 1..)]
-    import: Vec<PathBuf>,
+    #[arg(long, value_name = "PATH|URL", num_args = 1..)]
+    import: Vec<String>,
     #[command(flatten)]
     columns: FileColumns,
     /// Go on although so many shards are damaged that the store itself may be wrong: leave them out, and fetch their URLs
@@ -214,13 +214,17 @@ pub(super) struct FileColumns {
     /// The column of the picture in Parquet files, if it has another name than usual (image, img, jpg ...)
     #[arg(long, value_name = "NAME")]
     image_column: Option<String>,
+    /// The cluster's store, for what is imported from it: a folder, s3://, gs:// or az://, as the coordinator's --store
+    #[arg(long, value_name = "STORE")]
+    store: Option<String>,
 }
 
 impl FileColumns {
     /// What is to be read for a dataset.
-    pub(super) fn files(&self, paths: &[PathBuf], spec: &DatasetSpec) -> Result<Files> {
+    pub(super) fn files(&self, from: &[String], spec: &DatasetSpec) -> Result<Files> {
+        let from = from.iter().map(|text| Location::parse(text, self.store.as_deref()));
         Ok(Files {
-            paths: Files::whole(paths)?,
+            from: from.collect::<Result<_>>()?,
             unlabelled: spec.unlabelled,
             class_column: self.class_column.clone(),
             image_column: self.image_column.clone(),

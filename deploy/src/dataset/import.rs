@@ -21,9 +21,10 @@ pub(crate) struct ImportArgs {
     /// Its name: a-z, 0-9, - and .
     name: String,
     /// Folders with a folder for each class, perhaps within folders train, val and test; tars in WebDataset's layout; Parquet
-    /// files with pictures in them. The workers must see them under the same path
-    #[arg(required = true, value_name = "PATH")]
-    paths: Vec<PathBuf>,
+    /// files with pictures in them; as paths, which the workers must see as well, http(s) addresses of tars and Parquet files, or
+    /// store:imports/... in the cluster's own store
+    #[arg(required = true, value_name = "PATH|URL")]
+    from: Vec<String>,
     #[command(flatten)]
     columns: FileColumns,
     /// keep: as folders and files are named (train, val, test); content: by the bytes, as lists are split
@@ -88,10 +89,13 @@ pub(super) async fn import(args: ImportArgs) -> Result<()> {
     if !args.keep_columns.is_empty() {
         spec.keep_columns = args.keep_columns.clone();
     }
-    let files = args.columns.files(&args.paths, &spec)?;
+    let files = args.columns.files(&args.from, &spec)?;
     spec.classes = match &args.synsets {
         Some(_) => classes("--synsets", args.synsets.as_ref())?,
-        None => files.classes()?,
+        None => {
+            let files = files.clone();
+            tokio::task::spawn_blocking(move || files.classes()).await??
+        }
     };
     let names =
         classes("--class-names", args.class_names.as_ref())?.into_iter().map(|class| (class.synset, class.name));

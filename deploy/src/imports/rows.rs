@@ -1,13 +1,11 @@
 //! Parquet files with pictures in them, as Hugging Face's `datasets` writes them: a column of `{bytes, path}`, and what
 //! the features are in the file's `huggingface` metadata.
 
-use std::fs::File;
-use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use parquet::basic::{ConvertedType, Type as Physical};
-use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::file::metadata::FileMetaData;
 use parquet::record::Field;
 use parquet::schema::types::Type;
 use proto::Split;
@@ -15,6 +13,7 @@ use proto::columns::plain;
 use proto::files::{FileUrl, Part};
 use serde_json::{Map, Value};
 
+use super::place::File;
 use super::{Files, Lines, Picture};
 use crate::exit::Ended;
 
@@ -37,25 +36,38 @@ struct Layout {
 }
 
 /// The names of the classes, in the order of their numbers; none: the file does not say them.
-pub(super) fn class_names(path: &Path, files: &Files) -> Result<Vec<String>> {
-    Ok(layout(path, &open(path)?, files)?.class.map(|(_, names)| names).unwrap_or_default())
+pub(super) fn class_names(file: &File, files: &Files) -> Result<Vec<String>> {
+    Ok(layout(file, file.parquet()?.metadata().file_metadata(), files)?
+        .class
+        .map(|(_, names)| names)
+        .unwrap_or_default())
 }
 
 /// Hands on a line for each row of a file.
-pub(super) fn read(path: &Path, split: Option<Split>, lines: &mut Lines<'_>) -> Result<()> {
-    let reader = open(path)?;
-    let Layout { picture, class, projection } = layout(path, &reader, lines.files)?;
+pub(super) fn read(file: &File, split: Option<Split>, lines: &mut Lines<'_>) -> Result<()> {
+    let reader = file.parquet()?;
+    let Layout { picture, class, projection } = layout(file, reader.metadata().file_metadata(), lines.files)?;
+    // Elsewhere what has to be read together is a row group.
+    let groups = reader.metadata().row_groups().iter().map(|group| group.num_rows().max(0) as u64);
+    let ends: Vec<u64> = groups.scan(0, |end, rows| Some(std::mem::replace(end, *end + rows) + rows)).collect();
+    let of = file.length();
     let mut push = |row: u64, columns: Map<String, Value>| {
         let mut columns = columns;
         let class = class.as_ref().and_then(|(column, names)| named(columns.remove(column)?, names));
-        let part = Part::Row { column: picture.as_str().into(), row };
-        lines.push(Picture { url: FileUrl { path: path.into(), part }, class, split, columns })
+        let column = picture.as_str();
+        let part = match of {
+            None => Part::row(column, row),
+            Some(_) => {
+                Part::Row { column: column.into(), of, span: ends.partition_point(|end| *end <= row) as u64, row }
+            }
+        };
+        lines.push(Picture { url: FileUrl { place: file.place(), part }, class, split, columns })
     };
     let Some(projection) = projection else {
         let rows = reader.metadata().file_metadata().num_rows();
         return (0..rows.max(0) as u64).try_for_each(|row| push(row, Map::new()));
     };
-    let cannot = || format!("cannot read {}", path.display());
+    let cannot = || format!("cannot read {file}");
     for (n, row) in (0..).zip(reader.get_row_iter(Some(projection)).with_context(cannot)?) {
         let row = row.with_context(cannot)?;
         push(n, row.get_column_iter().map(|(name, field)| (name.clone(), value(field))).collect())?;
@@ -63,20 +75,14 @@ pub(super) fn read(path: &Path, split: Option<Split>, lines: &mut Lines<'_>) -> 
     Ok(())
 }
 
-fn open(path: &Path) -> Result<SerializedFileReader<File>> {
-    let cannot = || format!("cannot read {} as Parquet", path.display());
-    SerializedFileReader::new(File::open(path).with_context(cannot)?).with_context(cannot)
-}
-
-fn layout(path: &Path, reader: &SerializedFileReader<File>, files: &Files) -> Result<Layout> {
-    let about = reader.metadata().file_metadata();
+fn layout(file: &File, about: &FileMetaData, files: &Files) -> Result<Layout> {
     let metadata = about.key_value_metadata().into_iter().flatten().find(|pair| pair.key == METADATA);
     let metadata: Value = metadata.and_then(|pair| serde_json::from_str(pair.value.as_ref()?).ok()).unwrap_or_default();
     let features = &metadata["info"]["features"];
     let columns = about.schema().get_fields();
     let there = || columns.iter().map(|column| column.name()).collect::<Vec<_>>().join(", ");
     let missing = |what: &str, flag: &str| {
-        Ended::usage(format!("{}: no column {what}; it has {}. Name it with {flag}", path.display(), there()))
+        Ended::usage(format!("{file}: no column {what}; it has {}. Name it with {flag}", there()))
     };
     let pictures: Vec<(&str, String)> =
         columns.iter().filter_map(|column| Some((column.name(), leaf(column)?))).collect();

@@ -1,15 +1,15 @@
 //! Tars in WebDataset's layout: members whose names are the same up to their first dot are one sample.
 
 use std::borrow::Cow;
-use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use proto::Split;
-use proto::files::{FileUrl, Part};
+use proto::files::{FileUrl, Part, Place};
 use serde_json::{Map, Value};
 
+use super::place::File;
 use super::{Lines, Picture, folder_class};
 
 /// Endings of pictures.
@@ -34,22 +34,22 @@ struct Sample {
 }
 
 /// Hands on the pictures of a tar.
-pub(super) fn read(path: &Path, split: Option<Split>, lines: &mut Lines<'_>) -> Result<()> {
-    let cannot = || format!("cannot read the tar {}", path.display());
-    let mut archive = tar::Archive::new(File::open(path).with_context(cannot)?);
-    let mut sample = Sample::default();
+pub(super) fn read(file: &File, split: Option<Split>, lines: &mut Lines<'_>) -> Result<()> {
+    let cannot = || format!("cannot read the tar {file}");
+    let mut archive = tar::Archive::new(file.tar().with_context(cannot)?);
+    let (mut sample, place) = (Sample::default(), &file.place());
     for member in archive.entries_with_seek().with_context(cannot)? {
         let mut member = member.with_context(cannot)?;
         if !member.header().entry_type().is_file() {
             continue;
         }
         let name = String::from_utf8_lossy(&member.path_bytes()).into_owned();
-        let file = name.rsplit('/').next().unwrap_or_default();
-        let Some((stem, ending)) = file.split_once('.').filter(|(stem, _)| !stem.is_empty()) else { continue };
-        let key = &name[..name.len() - file.len() + stem.len()];
+        let last_name = name.rsplit('/').next().unwrap_or_default();
+        let Some((stem, ending)) = last_name.split_once('.').filter(|(stem, _)| !stem.is_empty()) else { continue };
+        let key = &name[..name.len() - last_name.len() + stem.len()];
         if key != sample.key {
             let next = Sample { key: key.to_owned(), ..Sample::default() };
-            std::mem::replace(&mut sample, next).hand(path, split, lines)?;
+            std::mem::replace(&mut sample, next).hand(place, split, lines)?;
         }
         let ending = ending.to_ascii_lowercase();
         let last = ending.rsplit('.').next().unwrap_or_default();
@@ -69,11 +69,11 @@ pub(super) fn read(path: &Path, split: Option<Split>, lines: &mut Lines<'_>) -> 
             _ => sample.caption = Some(text.trim().to_owned()),
         }
     }
-    sample.hand(path, split, lines)
+    sample.hand(place, split, lines)
 }
 
 impl Sample {
-    fn hand(self, path: &Path, split: Option<Split>, lines: &mut Lines<'_>) -> Result<()> {
+    fn hand(self, place: &Place<'_>, split: Option<Split>, lines: &mut Lines<'_>) -> Result<()> {
         let Self { pictures, class, caption, json, .. } = self;
         let text = |value: &Value| match value {
             Value::String(text) => Some(text.clone()).filter(|text| !text.is_empty()),
@@ -94,7 +94,8 @@ impl Sample {
             let (split, below) = in_folders(split, Path::new(&name));
             let by_folder = || folder_class(below).filter(|_| lines.files.class_column.is_none());
             let class = class.clone().map(Value::from).or_else(by_folder);
-            let url = FileUrl { path: path.into(), part: Part::Bytes { name: Cow::Borrowed(&name), offset, length } };
+            let url =
+                FileUrl { place: place.clone(), part: Part::Bytes { name: Cow::Borrowed(&name), offset, length } };
             lines.push(Picture { url, class, split, columns: columns.clone() })?;
         }
         Ok(())

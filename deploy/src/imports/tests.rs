@@ -11,8 +11,8 @@ use serde_json::json;
 use super::*;
 
 fn files(paths: &[&Path]) -> Files {
-    let paths = paths.iter().map(|path| path.canonicalize().expect("it is there")).collect();
-    Files { paths, unlabelled: false, class_column: None, image_column: None, keep: Vec::new() }
+    let from = paths.iter().map(|path| Location::Path(path.canonicalize().expect("it is there"))).collect();
+    Files { from, unlabelled: false, class_column: None, image_column: None, keep: Vec::new() }
 }
 
 /// The lines, each with the part of its address that is behind the last slash in the place of the whole.

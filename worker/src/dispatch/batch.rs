@@ -15,7 +15,7 @@ use super::Dispatcher;
 use crate::fetch::{Body, Request, ResponseInfo};
 use crate::format::format_of;
 use crate::metrics::InFlight;
-use crate::opt_out::Errand;
+use crate::opt_out::{Errand, Respect};
 use crate::way_out::WayOut;
 
 /// One line of a slice.
@@ -86,6 +86,7 @@ pub(super) struct Detour {
 pub(super) struct Shared {
     pub(super) id: usize,
     pub(super) limits: Limits,
+    pub(super) respect: Respect,
     pub(super) way_out: Arc<WayOut>,
     pub(super) results: mpsc::UnboundedSender<FetchResult>,
     pub(super) unstarted: AtomicUsize,

@@ -1,10 +1,12 @@
-//! Reads the pictures of a batch whose addresses are files: no host has to be waited for, and none is to blame.
+//! Reads the pictures of a batch whose addresses are files, or objects of the store: no host has to be waited for, and none
+//! is to blame. Rows of Parquet files are read together, wherever these are.
 
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use proto::files::{self, FileUrl, Part};
+use parquet::data_type::ByteArray;
+use proto::files::{self, FileUrl, Part, Place};
 use proto::{Limits, Rejection};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -76,40 +78,52 @@ impl Dispatcher {
 
     async fn body(&self, url: FileUrl<'static>, limits: &Limits) -> Result<Body, Rejection> {
         let roots = self.fetcher.roots();
-        let extent = blocking(move || roots.extent(&url)).await?;
+        let path = match url.place {
+            Place::Path(path) => path,
+            Place::Stored(key) => return self.stored(roots.object(&key)?, url.part, limits).await,
+            Place::Web(_) => return Err(Rejection::BadUrl),
+        };
+        let extent = blocking(move || roots.extent(&path, &url.part)).await?;
         let mut body = self.fetcher.room(extent.length, limits).await?;
         blocking(move || extent.read(&mut body.bytes).map(|()| body)).await
     }
 
     /// Reads rows of one column of one file, which stand near each other.
-    async fn read_rows(&self, batch: &Arc<Shared>, entries: Vec<SliceEntry>, connection: ConnectionPermit) {
+    async fn read_rows(self: &Arc<Self>, batch: &Arc<Shared>, entries: Vec<SliceEntry>, connection: ConnectionPermit) {
         let mut place = None;
         let mut by_row: HashMap<u64, SliceEntry> = HashMap::with_capacity(entries.len());
         for entry in entries {
             match files::parse(&entry.url) {
-                Some(FileUrl { path, part: Part::Row { column, row } }) => {
-                    place.get_or_insert((path, column));
+                Some(FileUrl { place: at, part: Part::Row { column, of, row, .. } }) => {
+                    place.get_or_insert((at, of, column));
                     by_row.insert(row, entry);
                 }
                 _ => batch.file_result(entry, Duration::ZERO, Err(Rejection::BadUrl)),
             }
         }
-        let Some((path, column)) = place else { return };
+        let Some((place, of, column)) = place else { return };
         let mut wanted: Vec<u64> = by_row.keys().copied().collect();
         wanted.sort_unstable();
         let (values, mut received) = mpsc::channel(1);
         let (roots, max) = (self.fetcher.roots(), batch.limits.max_bytes);
-        let reading = blocking(move || {
-            let file = roots.open(&path)?;
-            rows(file, &column, &wanted, |row, value| {
-                let value = value.and_then(|value| match value.len() as u64 > max {
-                    true => Err(Rejection::TooLarge),
-                    false => Ok(value),
-                });
-                values.blocking_send((row, value)).is_ok()
-            })
-        });
-        let mut connection = Some(connection);
+        let hand = move |row, value: Result<ByteArray, Rejection>| {
+            let value = value.and_then(|value| match value.len() as u64 > max {
+                true => Err(Rejection::TooLarge),
+                false => Ok(value),
+            });
+            values.blocking_send((row, value)).is_ok()
+        };
+        // What is asked for elsewhere has connections of its own.
+        let mut connection = Some(connection).filter(|_| matches!(place, Place::Path(_)));
+        let reading = async {
+            match place {
+                Place::Path(path) => blocking(move || rows(roots.open(&path)?, &column, &wanted, hand)).await,
+                place => {
+                    let read = self.read_groups(batch, &place, of, column.into_owned(), &wanted, hand);
+                    batch.cut.run_until_cancelled(read).await.unwrap_or(Err(Rejection::Unfetched))
+                }
+            }
+        };
         let handing = async {
             let mut begun = Instant::now();
             while let Some((row, value)) = received.recv().await {
@@ -136,7 +150,8 @@ impl Dispatcher {
             }
         };
         let (read, ()) = tokio::join!(reading, handing);
-        let why = read.err().unwrap_or(Rejection::Unreadable);
+        // A row that nobody has seen is beyond the file's end.
+        let why = read.err().unwrap_or(Rejection::NotFound);
         by_row.into_values().for_each(|entry| batch.file_result(entry, Duration::ZERO, Err(why)));
     }
 }
@@ -170,7 +185,7 @@ impl Shared {
 }
 
 /// Does what blocks. A Parquet file may be such that its reader panics: then it cannot be read.
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     read: impl FnOnce() -> Result<T, Rejection> + Send + 'static,
 ) -> Result<T, Rejection> {
     tokio::task::spawn_blocking(read).await.unwrap_or(Err(Rejection::Unreadable))

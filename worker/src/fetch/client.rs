@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -9,7 +10,9 @@ use bytes::Bytes;
 use percent_encoding::{CONTROLS, percent_encode};
 use proto::outcomes::LONGEST_URL;
 use proto::{Limits, Rejection};
-use reqwest::header::{ACCEPT, ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_RANGE, HeaderMap, HeaderValue, LOCATION};
+use reqwest::header::{
+    ACCEPT, ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_RANGE, HeaderMap, HeaderValue, LOCATION, RANGE,
+};
 use reqwest::{Certificate, Client, Response, StatusCode};
 use tokio::time::{Instant, timeout_at};
 use url::{Host, Url};
@@ -218,6 +221,9 @@ impl Fetcher {
         if let Some(accept) = accept {
             asking = asking.header(ACCEPT, accept);
         }
+        if let Some(part) = &request.part {
+            asking = asking.header(RANGE, format!("bytes={}-{}", part.start, part.end - 1));
+        }
         request.is_open = true;
         let response = match timeout_at(head_deadline, asking.send()).await {
             Err(_) if short_of_time => return Err(FetchError::out_of_time()),
@@ -300,8 +306,12 @@ impl Fetcher {
         limits: &Limits,
         mut deadline: Instant,
     ) -> Result<Body, FetchError> {
-        if response.status() != StatusCode::OK && !is_whole_range(&response) {
-            let error = FetchError::of_status(response.status(), response.headers());
+        let refused = match &request.part {
+            Some(part) => is_range(&response, part).err(),
+            None if response.status() == StatusCode::OK || is_whole_range(&response) => None,
+            None => Some(FetchError::of_status(response.status(), response.headers())),
+        };
+        if let Some(error) = refused {
             request.is_open = !drain(response, deadline).await;
             return Err(error);
         }
@@ -327,14 +337,16 @@ impl Fetcher {
                 Err(_) => return Err(too_slow),
                 Ok(Err(error)) => {
                     request.is_open = !error::is_over(&error);
+                    let may_be_whole = error::broke_off(&error) && coding.is_none() && request.part.is_none();
                     // What ends as its format does is whole, whatever its server said of its length.
-                    if error::broke_off(&error) && coding.is_none() && ends(&body.bytes) {
-                        return Ok(body);
-                    }
-                    return Err(error::of_body(&error));
+                    return if may_be_whole && ends(&body.bytes) { Ok(body) } else { Err(error::of_body(&error)) };
                 }
                 Ok(Ok(None)) => {
                     request.is_open = false;
+                    let wanted = request.part.as_ref().map_or(body.bytes.len() as u64, |part| part.end - part.start);
+                    if body.bytes.len() as u64 != wanted {
+                        return Err(FetchError::of_url(Rejection::Truncated));
+                    }
                     let Some(coding) = coding else { return Ok(body) };
                     return gzip::decompress(coding, body, &self.budget, limits, max).await;
                 }
@@ -348,7 +360,8 @@ impl Fetcher {
                 self.budget.grow(&mut body, max, limits, &mut deadline).await?;
             }
             body.bytes.extend_from_slice(&chunk);
-            if coding.is_none() && body.is_large_non_image() {
+            // Of a part the length is known, and it need be no picture.
+            if coding.is_none() && request.part.is_none() && body.is_large_non_image() {
                 return Err(FetchError::of_url(Rejection::NotAnImage));
             }
             if body.is_too_slow() && self.budget.is_contended() {
@@ -376,14 +389,32 @@ async fn drain(mut response: Response, deadline: Instant) -> bool {
     }
 }
 
+/// Which bytes a response has, if it is a part, and of how many, if it says so.
+fn range(response: &Response) -> Option<(Range<u64>, Option<u64>)> {
+    let range = response.headers().get(CONTENT_RANGE)?.to_str().ok()?;
+    let (range, length) = range.trim().strip_prefix("bytes ")?.split_once('/')?;
+    let (first, last) = range.split_once('-')?;
+    let end = last.parse::<u64>().ok()?.checked_add(1)?;
+    (response.status() == StatusCode::PARTIAL_CONTENT).then_some((first.parse().ok()?..end, length.parse().ok()))
+}
+
 /// Whether a response is a part that nobody asked for and that is the whole.
 fn is_whole_range(response: &Response) -> bool {
-    let range = response.headers().get(CONTENT_RANGE).and_then(|range| range.to_str().ok());
-    let whole = || {
-        let (last, length) = range?.trim().strip_prefix("bytes 0-")?.split_once('/')?;
-        Some(last.parse::<u64>().ok()?.checked_add(1)? == length.parse::<u64>().ok()?)
-    };
-    response.status() == StatusCode::PARTIAL_CONTENT && whole().unwrap_or(false)
+    range(response).is_some_and(|(range, length)| range.start == 0 && length == Some(range.end))
+}
+
+/// That a response is the part that was asked for.
+fn is_range(response: &Response, part: &Range<u64>) -> Result<(), FetchError> {
+    match (response.status(), range(response)) {
+        (_, Some((range, _))) if range == *part => Ok(()),
+        // What is there now is shorter than what the list was made of.
+        (_, Some((range, _))) if range.start == part.start => Err(FetchError::of_url(Rejection::Truncated)),
+        (StatusCode::RANGE_NOT_SATISFIABLE, _) => Err(FetchError::of_url(Rejection::Truncated)),
+        (StatusCode::OK | StatusCode::PARTIAL_CONTENT, _) => {
+            Err(FetchError::of_url(Rejection::Protocol).about("range"))
+        }
+        (status, _) => Err(FetchError::of_status(status, response.headers())),
+    }
 }
 
 /// Where a response points, if it is a redirect.

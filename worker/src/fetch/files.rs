@@ -1,25 +1,44 @@
-//! Pictures that are there already: files below the folders that this worker's operator named, and parts of them.
+//! Pictures that are there already: files below the folders that this worker's operator named, objects of the store's own
+//! folder for them, and parts of both.
 //!
 //! A path comes from whoever made the dataset. It is opened one name after the other, and none of them may be a link or
 //! lead upwards: so nothing outside these folders is read, whatever happens to them meanwhile.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
+use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, ensure};
+use bytes::Bytes;
+use object_store::{ObjectStore, ObjectStoreExt};
 use parquet::column::reader::ColumnReader;
 use parquet::data_type::ByteArray;
 use parquet::errors::ParquetError;
-use parquet::file::reader::{FileReader, SerializedFileReader};
-use proto::Rejection;
-use proto::files::{FileUrl, Part};
+use parquet::file::reader::{ChunkReader, FileReader, SerializedFileReader};
+use proto::files::Part;
+use proto::{Rejection, keys};
 use rustix::fs::{Mode, OFlags, open, openat};
 use rustix::io::Errno;
 
-/// The folders below which files may be read.
+use crate::store;
+
+/// What may be read.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Roots(Vec<PathBuf>);
+pub(crate) struct Roots {
+    /// Files below these.
+    folders: Vec<PathBuf>,
+    /// What is below [`keys::IMPORTS`] in it.
+    store: Option<Arc<dyn ObjectStore>>,
+}
+
+/// An object that may be read.
+#[derive(Debug, Clone)]
+pub(crate) struct Object {
+    pub(crate) store: Arc<dyn ObjectStore>,
+    pub(crate) key: object_store::path::Path,
+}
 
 /// What of a file is to be read.
 #[derive(Debug)]
@@ -39,13 +58,27 @@ impl Roots {
             ensure!(whole.is_dir(), "{} is no folder", what());
             Ok(whole)
         };
-        folders.iter().map(root).collect::<anyhow::Result<_>>().map(Self)
+        let folders = folders.iter().map(root).collect::<anyhow::Result<_>>()?;
+        Ok(Self { folders, store: None })
+    }
+
+    /// And the pictures in this store.
+    pub(crate) fn and_in(self, store: Arc<dyn ObjectStore>) -> Self {
+        Self { store: Some(store), ..self }
+    }
+
+    /// An object, if it may be read. The key comes from whoever made the dataset.
+    pub(crate) fn object(&self, key: &str) -> Result<Object, Rejection> {
+        let store = self.store.clone().ok_or(Rejection::BlockedAddress)?;
+        let key = object_store::path::Path::parse(key).map_err(|_| Rejection::BlockedAddress)?;
+        let may = key.parts().next().is_some_and(|first| first.as_ref() == keys::IMPORTS);
+        if may { Ok(Object { store, key }) } else { Err(Rejection::BlockedAddress) }
     }
 
     /// Opens a file. Blocks, as all that follows.
     pub(crate) fn open(&self, path: &Path) -> Result<File, Rejection> {
         let below = |root: &'_ PathBuf| Some((root.clone(), path.strip_prefix(root).ok()?));
-        let (root, below) = self.0.iter().find_map(below).ok_or(Rejection::BlockedAddress)?;
+        let (root, below) = self.folders.iter().find_map(below).ok_or(Rejection::BlockedAddress)?;
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
         let mut at = open(&root, flags | OFlags::DIRECTORY, Mode::empty()).map_err(refused)?;
         let mut names = below.components().peekable();
@@ -64,9 +97,9 @@ impl Roots {
     }
 
     /// Opens what an address names. A row of a Parquet file is none: [`rows`] reads several.
-    pub(crate) fn extent(&self, url: &FileUrl<'_>) -> Result<Extent, Rejection> {
-        let file = self.open(&url.path)?;
-        match &url.part {
+    pub(crate) fn extent(&self, path: &Path, part: &Part<'_>) -> Result<Extent, Rejection> {
+        let file = self.open(path)?;
+        match part {
             Part::Whole => match file.metadata() {
                 Ok(about) => Ok(Extent { file, offset: 0, length: about.len() }),
                 Err(_) => Err(Rejection::Unreadable),
@@ -74,6 +107,37 @@ impl Roots {
             Part::Bytes { offset, length, .. } => Ok(Extent { file, offset: *offset, length: *length }),
             Part::Row { .. } => Err(Rejection::BadUrl),
         }
+    }
+}
+
+impl Object {
+    pub(crate) async fn length(&self) -> Result<u64, Rejection> {
+        let about = store::with_retries(self.key.as_ref(), || self.store.head(&self.key)).await;
+        about.map(|about| about.size).map_err(absent)
+    }
+
+    /// Some of its bytes.
+    pub(crate) async fn read(&self, range: Range<u64>) -> Result<Bytes, Rejection> {
+        let range = &range;
+        let read = || async {
+            match self.store.get_range(&self.key, range.clone()).await {
+                Ok(bytes) => Ok(Some(bytes)),
+                // It is shorter than it was, which does not pass.
+                Err(error) => match self.store.head(&self.key).await {
+                    Ok(about) if about.size < range.end => Ok(None),
+                    _ => Err(error),
+                },
+            }
+        };
+        let bytes = store::with_retries(self.key.as_ref(), read).await.map_err(absent)?;
+        bytes.filter(|bytes| bytes.len() as u64 == range.end - range.start).ok_or(Rejection::Truncated)
+    }
+}
+
+fn absent(error: object_store::Error) -> Rejection {
+    match error {
+        object_store::Error::NotFound { .. } => Rejection::NotFound,
+        _ => Rejection::Unreadable,
     }
 }
 
@@ -103,7 +167,7 @@ fn refused(error: Errno) -> Rejection {
 /// # Errors
 /// If the file cannot be read as Parquet, or has no such column of bytes.
 pub(crate) fn rows(
-    file: File,
+    file: impl ChunkReader + 'static,
     column: &str,
     wanted: &[u64],
     mut each: impl FnMut(u64, Result<ByteArray, Rejection>) -> bool,
@@ -170,9 +234,8 @@ mod tests {
         // The operator's own word may be a link.
         let roots = Roots::new(&[at("entry")]).expect("a folder");
         let read = |name: &str| {
-            let url = FileUrl { path: at(name).into(), part: Part::Whole };
             let mut bytes = Vec::new();
-            roots.extent(&url)?.read(&mut bytes)?;
+            roots.extent(&at(name), &Part::Whole)?.read(&mut bytes)?;
             Ok::<_, Rejection>(String::from_utf8(bytes).expect("text"))
         };
         for good in ["root/a/1.jpg", "root/top.jpg", "root/./a//1.jpg"] {
@@ -199,6 +262,17 @@ mod tests {
     }
 
     #[test]
+    fn of_the_store_nothing_is_read_but_the_folder_for_pictures() {
+        let roots = Roots::default().and_in(Arc::new(object_store::memory::InMemory::new()));
+        let object = |key: &str| roots.object(key).map(|object| object.key.to_string());
+        assert_eq!(object("imports/birds/a b.tar"), Ok("imports/birds/a b.tar".to_owned()));
+        for bad in ["", "datasets/x/spec.json", "imports/../runs/x", "imports-2/a.tar", "imports//a.tar", "/"] {
+            assert_eq!(object(bad), Err(Rejection::BlockedAddress), "{bad}");
+        }
+        assert!(Roots::default().object("imports/a.tar").is_err());
+    }
+
+    #[test]
     fn a_part_of_a_file_is_read_alone_and_one_beyond_its_end_is_cut() {
         let folder = tempfile::tempdir().expect("a folder");
         let root = folder.path().canonicalize().expect("a folder");
@@ -207,7 +281,7 @@ mod tests {
         let read = |offset, length| {
             let part = Part::Bytes { name: "1.jpg".into(), offset, length };
             let mut bytes = Vec::new();
-            roots.extent(&FileUrl { path: root.join("a.tar").into(), part })?.read(&mut bytes).map(|()| bytes)
+            roots.extent(&root.join("a.tar"), &part)?.read(&mut bytes).map(|()| bytes)
         };
         assert_eq!(read(2, 3), Ok(b"234".to_vec()));
         assert_eq!([read(8, 3), read(1 << 40, 1)], [Err(Rejection::Truncated), Err(Rejection::Truncated)]);

@@ -1,5 +1,6 @@
 //! One URL of a list on its way to a body, over redirects and retries.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use proto::outcomes::LONGEST_URL;
@@ -36,6 +37,8 @@ pub(crate) struct Request {
     pub(crate) is_open: bool,
     retries: u32,
     pub(super) respect: Respect,
+    /// Of what is behind the URL, the bytes that are asked for; None: all.
+    pub(super) part: Option<Range<u64>>,
 }
 
 impl Request {
@@ -52,7 +55,15 @@ impl Request {
         }
         let (info, respect) = (ResponseInfo::default(), Respect::default());
         let (redirected, spent, is_open, retries) = (Vec::new(), Duration::ZERO, false, 0);
-        Ok(Self { url, redirected, info, spent, is_open, retries, respect })
+        Ok(Self { url, redirected, info, spent, is_open, retries, respect, part: None })
+    }
+
+    /// For some of the bytes of what is behind a URL.
+    pub(crate) fn of_part(url: &str, part: Range<u64>) -> Result<Self, Rejection> {
+        if part.is_empty() {
+            return Err(Rejection::TooSmall);
+        }
+        Ok(Self { part: Some(part), ..Self::new(url)? })
     }
 
     /// The same, of an owner who may say no by these signals.
