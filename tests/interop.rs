@@ -13,14 +13,7 @@ use demo_origin::rot::Rot;
 use proto::{Manifest, RunSpec, Stored, shard};
 use safetensors::{Dtype, tensor::TensorView};
 use seaweed::SeaweedFs;
-use support::{Cluster, root, s3_environment};
-
-/// A program of the environment that `make pytorch` makes.
-fn python(program: &str) -> Command {
-    let path = root().join("target/tools/pytorch/bin").join(program);
-    assert!(path.exists(), "{} is missing: make pytorch", path.display());
-    Command::new(path)
-}
+use support::{Cluster, python, root, s3_environment};
 
 fn printed(command: &mut Command) -> String {
     let output = command.output().expect("it can be started");

@@ -18,6 +18,7 @@ mod s3;
 mod wire;
 
 use std::path::Path;
+use std::process::Command;
 
 pub use address::FreeAddress;
 pub use authority::{Authority, Pair};
@@ -29,4 +30,14 @@ pub use wire::{Flow, Wire};
 /// The repository's folder.
 pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("tests/support/ lies in the repository")
+}
+
+/// A program of the environment that `make pytorch` makes.
+///
+/// # Panics
+/// If it is not there.
+pub fn python(program: &str) -> Command {
+    let path = root().join("target/tools/pytorch/bin").join(program);
+    assert!(path.exists(), "{} is missing: make pytorch", path.display());
+    Command::new(path)
 }
