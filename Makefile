@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test test-nccl sim soak soak-train bench-train bench-fetch bench-scale fuzz engine images dist try-cluster libtorch pytorch clean
+.PHONY: help setup build demo test test-nccl sim soak soak-train bench-train bench-fetch bench-import bench-scale fuzz engine images dist try-cluster libtorch pytorch clean
 
 tools := target/tools
 export PATH := $(CURDIR)/$(tools)/bin:$(PATH)
@@ -21,6 +21,8 @@ help:
 	@echo "make soak-train           a run whose ranks and agents are killed every 10 s for SECONDS=300; its ledger must be an undisturbed one's"
 	@echo "make bench-train          the trainer against PyTorch, torchvision and WebDataset on this machine [ARGS=--help]"
 	@echo "make bench-fetch          Gleaner and img2dataset on the same lists (PHOTOS=photos.tar: with these JPEGs; ROUNDS=2)"
+	@echo "make bench-import         Gleaner, img2dataset and Hugging Face's datasets on 10,000 pictures that are there already: a folder, tars,"
+	@echo "                          Parquet (PHOTOS=photos.tar: of these JPEGs; ROUNDS=2)"
 	@echo "make bench-scale          1, 2 and 4 workers against a slow web, and a site's budget that they keep together"
 	@echo "make fuzz                 feeds garbage to what reads lists, images and shards, each for SECONDS=60"
 	@echo "make setup                libtorch and the build's tools, into target/; every other target does it first"
@@ -76,6 +78,10 @@ bench-train: setup pytorch $(tools)/torchvision/ready
 bench-fetch: $(tools)/ready $(tools)/img2dataset/ready
 	PHOTOS="$(PHOTOS)" cargo bench --locked -p gleaner --bench fetch --no-default-features --features demo -- \
 	    --rival $(CURDIR)/$(tools)/img2dataset/bin/python $(ARGS)
+
+bench-import: $(tools)/ready pytorch $(tools)/img2dataset/ready
+	PHOTOS="$(PHOTOS)" cargo bench --locked -p gleaner --bench bench-import --no-default-features --features demo -- \
+	    --datasets $(CURDIR)/$(tools)/pytorch/bin/python --img2dataset $(CURDIR)/$(tools)/img2dataset/bin/python $(ARGS)
 
 bench-scale: $(tools)/ready
 	cargo bench --locked -p gleaner --bench scale --no-default-features --features demo
