@@ -149,6 +149,7 @@ fn an_exports_memory_does_not_depend_on_how_many_samples_there_are() {
             }
         };
         println!("export of {samples} samples as {form}: peak_mb={peak:.0}");
-        assert!(status.success() && (1.0..250.0).contains(&peak), "{form}: {peak} MB");
+        // Of which 190 are the program with libtorch in it.
+        assert!(status.success() && (1.0..400.0).contains(&peak), "{form}: {peak} MB");
     }
 }
