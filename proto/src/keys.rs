@@ -14,6 +14,8 @@
 //! datasets/<dataset>/manifests/000003.json               Create = version 3 of the manifest
 //! datasets/<dataset>/manifests/000003-<nonce>/skips/000007.bits  which of shard 7's samples version 3 skips
 //! datasets/<dataset>/manifests/000003-<nonce>/findings/000007.parquet  why, and which of them look like another one
+//! datasets/<dataset>/manifests/000003-<nonce>/gists.json  which objects hold the gists of version 3's shards
+//! datasets/<dataset>/manifests/000003-<nonce>/gists/000002-<sha256>.zst  gists of some shards of round 2
 //! runs/<run>/spec.json                                   Create: the resolved run spec; tombstone.json beside it once deleted
 //! runs/<run>/events/000012.json                          Create: the run's history, written by the coordinator alone
 //! runs/<run>/ledger/<generation>-<n>.json                what was really trained on
@@ -151,12 +153,43 @@ pub fn manifest(dataset: &DatasetId, version: u32) -> String {
 /// two coordinators that make a version at once, neither overwrites what the other's manifest names. (Older manifests
 /// name keys without one.)
 pub fn skips(of: &ShardId, version: u32, nonce: &str) -> String {
-    format!("{}/{version:06}-{nonce}/skips/{:06}.bits", manifests(&of.dataset), of.shard)
+    format!("{}/skips/{:06}.bits", beside_manifest(&of.dataset, version, nonce), of.shard)
 }
 
 /// `datasets/<dataset>/manifests/000003-<nonce>/findings/000007.parquet`, likewise.
 pub fn findings(of: &ShardId, version: u32, nonce: &str) -> String {
-    format!("{}/{version:06}-{nonce}/findings/{:06}.parquet", manifests(&of.dataset), of.shard)
+    format!("{}/findings/{:06}.parquet", beside_manifest(&of.dataset, version, nonce), of.shard)
+}
+
+/// `datasets/<dataset>/manifests/000003-<nonce>`
+pub fn beside_manifest(dataset: &DatasetId, version: u32, nonce: &str) -> String {
+    format!("{}/{version:06}-{nonce}", manifests(dataset))
+}
+
+/// `datasets/<dataset>/manifests/000003-<nonce>/gists.json`
+pub fn gist_list(dataset: &DatasetId, version: u32, nonce: &str) -> String {
+    format!("{}/gists.json", beside_manifest(dataset, version, nonce))
+}
+
+/// `datasets/<dataset>/manifests/000003-<nonce>/gists`
+pub fn gists_of(dataset: &DatasetId, version: u32, nonce: &str) -> String {
+    format!("{}/gists", beside_manifest(dataset, version, nonce))
+}
+
+/// `datasets/<dataset>/manifests/000003-<nonce>/gists/000002-<sha256>.zst`, with the digest of its bytes: it can be told
+/// whole also where no list names it.
+pub fn gists(dataset: &DatasetId, version: u32, nonce: &str, round: u32, sha256: &str) -> String {
+    format!("{}/{round:06}-{sha256}.zst", gists_of(dataset, version, nonce))
+}
+
+/// The round and the digest of `.../gists/000002-<sha256>.zst`.
+pub fn gists_named(key: &str) -> Result<(u32, &str), KeyError> {
+    let parse = || {
+        let (folder, file) = key.rsplit_once('/')?;
+        let (round, sha256) = file.strip_suffix(".zst")?.split_once('-')?;
+        folder.ends_with("/gists").then_some((round.parse().ok()?, sha256))
+    };
+    parse().ok_or_else(|| KeyError { what: "key of gists", text: key.to_owned() })
 }
 
 /// `runs/<run>`
@@ -286,6 +319,8 @@ mod tests {
                 prop_assert_eq!(attempt_of(&key).expect("built above"), (shard, attempt));
             }
             prop_assert_eq!(number(&slice(&of)).expect("built above"), u64::from(shard));
+            let gists = gists(&of.dataset, shard, "ab12", shard, "00ff");
+            prop_assert_eq!(gists_named(&gists).expect("built above"), (shard, "00ff"));
             prop_assert_eq!(number(&event("r", n)).expect("built above"), n);
         }
     }

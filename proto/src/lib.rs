@@ -14,7 +14,8 @@
 //! - [`opt_out`]: what owners may say against the use of their pictures;
 //! - [`rejection`], [`outcome_counts`], [`outcomes`]: what became of each URL;
 //! - [`shard`], [`index`]: tars and their blocks, and the object that commits them;
-//! - [`manifest`], [`findings`]: an immutable version of a dataset, and what was found out when it was made;
+//! - [`manifest`], [`findings`], [`gist`]: an immutable version of a dataset, what was found out when it was made, and
+//!   what the next version need not read again;
 //! - [`stored_run`], [`run_event`], [`run_ledger`], [`metric`]: what a run is, its history, what it was trained on, and
 //!   its learning curve;
 //! - [`dial`], [`session`]: how the coordinator is reached, and who may speak under a process's name;
@@ -28,6 +29,7 @@ pub mod dial;
 pub mod files;
 pub mod findings;
 pub mod format;
+pub mod gist;
 pub mod handover;
 pub mod ids;
 pub mod index;
