@@ -2,10 +2,11 @@
 //! store alone, whether or not a cluster works on it: what is listed may have gone and what is missing may have come by
 //! the time that it is looked at, so each finding is looked at twice.
 //!
-//! `dataset`, `shard` and `run` check one of what their names say; `garbage` finds what can be removed.
+//! `dataset`, `shard`, `gists` and `run` check one of what their names say; `garbage` finds what can be removed.
 
 mod dataset;
 mod garbage;
+mod gists;
 mod run;
 mod shard;
 

@@ -11,11 +11,10 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 
-use proto::columns::has_several_classes;
 use proto::findings::Finding;
+use proto::gist::GistSample;
 use proto::manifest::{Skip, Skips};
-use proto::outcomes::OutcomeRow;
-use proto::{DatasetSpec, Duplicates};
+use proto::{DatasetSpec, Duplicates, Split};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::near;
@@ -134,35 +133,33 @@ impl Finder {
         Self { rules, per_class, published_splits, contents: Spool::new(folder.clone()), findings, folder }
     }
 
-    /// Takes in a kept sample; `latest`: its URL was not fetched again later. The inner error is a row that cannot be
+    /// Takes in a kept sample; `latest`: its URL was not fetched again later. The inner error is one that cannot be
     /// right.
     pub(crate) fn push(
         &mut self,
         sample: SampleId,
         label: u32,
-        row: &OutcomeRow,
+        found: &GistSample,
         latest: bool,
     ) -> io::Result<Result<(), String>> {
         if !latest {
             self.findings.push(sample, Some(Skip::Superseded), None)?;
             return Ok(Ok(()));
         }
-        if row.columns.as_deref().is_some_and(has_several_classes) {
+        if found.several_classes {
             self.findings.push(sample, Some(Skip::SeveralClasses), None)?;
             return Ok(Ok(()));
         }
-        let mut sha256 = [0; 32];
-        if hex::decode_to_slice(row.sha256.as_deref().unwrap_or_default(), &mut sha256).is_err() {
-            return Ok(Err(format!("row {}: a kept row without SHA-256", row.key)));
-        }
-        let phash = row.phash.as_deref().and_then(|hash| u64::from_str_radix(hash, 16).ok());
+        let Some(sha256) = found.sha256 else {
+            return Ok(Err(format!("row {}: a kept row without SHA-256", sample.key)));
+        };
         let content = Content {
             sha256,
             sample,
-            phash: phash.unwrap_or(0),
+            phash: found.phash.unwrap_or(0),
             label,
-            has_phash: phash.is_some().into(),
-            train: (row.split() == Some(proto::Split::Train)).into(),
+            has_phash: found.phash.is_some().into(),
+            train: (found.split == Split::Train).into(),
             _unused: [0; 2],
         };
         self.contents.push(sha256[0], &[content.as_bytes()])?;

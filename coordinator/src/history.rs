@@ -78,7 +78,7 @@ pub(crate) struct History<'a> {
 pub(crate) struct Seen(pub(crate) Vec<u64>);
 
 impl Seen {
-    fn new(rounds: &[Round]) -> Self {
+    pub(crate) fn new(rounds: &[Round]) -> Self {
         let keys = rounds.last().filter(|_| rounds.len() > 1).map_or(0, Round::end_key);
         Self(vec![0; keys.div_ceil(64) as usize])
     }
@@ -109,9 +109,14 @@ impl<'a> History<'a> {
         Self { handle, store, dataset, rounds, labels, tolerance, damaged: RefCell::default() }
     }
 
-    /// The label of a row's class.
-    pub(crate) fn label(&self, row: &OutcomeRow) -> Option<u32> {
-        self.labels.get(row.synset.as_str()).copied()
+    /// The label of a class.
+    pub(crate) fn label(&self, synset: &str) -> Option<u32> {
+        self.labels.get(synset).copied()
+    }
+
+    /// Whether the dataset has a class of this label.
+    pub(crate) fn has_label(&self, label: u32) -> bool {
+        (label as usize) < self.labels.len()
     }
 
     /// What has turned out to be damaged so far, by shard.
@@ -122,15 +127,22 @@ impl<'a> History<'a> {
     /// The indexes of all shards, by number. In the place of one that is damaged, or whose tars are, stands that of a
     /// slice of which nothing was fetched.
     pub(crate) fn indexes(&self) -> Result<BTreeMap<u32, ShardIndex>, HistoryError> {
-        let tars = self.tars()?;
+        self.indexes_of(self.rounds.iter().flat_map(Round::shards), &self.tars()?)
+    }
+
+    /// The same of some shards.
+    pub(crate) fn indexes_of(
+        &self,
+        shards: impl IntoIterator<Item = u32>,
+        tars: &HashMap<String, u64>,
+    ) -> Result<BTreeMap<u32, ShardIndex>, HistoryError> {
         let mut indexes = BTreeMap::new();
-        let shards = self.rounds.iter().flat_map(Round::shards).map(|shard| self.dataset.shard(shard));
-        let read = futures::stream::iter(shards)
+        let read = futures::stream::iter(shards.into_iter().map(|shard| self.dataset.shard(shard)))
             .map(|of| async move { Ok::<_, StoreError>((of.shard, damage::read_index(self.store, &of).await?)) })
             .buffered(INDEXES);
         let mut read = std::pin::pin!(read);
         while let Some((shard, index)) = self.handle.block_on(read.try_next())? {
-            let index = match index.and_then(|index| self.check_index(index, &tars)) {
+            let index = match index.and_then(|index| self.check_index(&index, tars).map(|()| index)) {
                 Ok(index) => index,
                 Err(damaged) => {
                     self.note(damaged)?;
@@ -274,7 +286,7 @@ impl<'a> History<'a> {
     }
 
     /// Lengths of the tars that are there, by their keys.
-    fn tars(&self) -> Result<HashMap<String, u64>, StoreError> {
+    pub(crate) fn tars(&self) -> Result<HashMap<String, u64>, StoreError> {
         let mut all = HashMap::new();
         for split in Split::ALL {
             let there = self.handle.block_on(self.store.objects(&keys::tars(self.dataset, split)))?;
@@ -283,7 +295,8 @@ impl<'a> History<'a> {
         Ok(all)
     }
 
-    fn check_index(&self, index: ShardIndex, tars: &HashMap<String, u64>) -> Read<ShardIndex> {
+    /// Whether the tars that an index names are there.
+    pub(crate) fn check_index(&self, index: &ShardIndex, tars: &HashMap<String, u64>) -> Read<()> {
         let of = self.dataset.shard(index.shard);
         for tar in index.tars.values() {
             match tars.get(&tar.key) {
@@ -300,7 +313,7 @@ impl<'a> History<'a> {
                 return Err(damage::damaged(&of, &keys::index(&of), what));
             }
         }
-        Ok(index)
+        Ok(())
     }
 
     fn check_slice(&self, shard: u32, bytes: &[u8]) -> Result<(), String> {

@@ -1,13 +1,13 @@
 //! Sealing: committed indexes become a manifest. Classes, counts, mean and deviation, and the samples to skip.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use proto::findings::Finding;
-use proto::index::StoredFile;
+use proto::index::{ClassCounts, StoredFile};
 use proto::manifest::{Manifest, ManifestBlock, ManifestClass, ManifestShard, ManifestTar};
-use proto::outcomes::OutcomeRow;
 use proto::round::Round;
 use proto::shard::{Moments, sha256_hex};
 use proto::{DatasetId, DatasetSpec, FormatError, OutcomeCounts, ShardIndex, Split, Stored, keys, table};
@@ -15,7 +15,9 @@ use tokio::runtime::Handle;
 
 use crate::duplicates::{Finder, Findings, SampleFinding, SampleId};
 use crate::error::Error;
+use crate::gists::{Gists, name};
 use crate::history::{History, HistoryError, Tolerance, corrupt};
+use crate::puts::Puts;
 use crate::store::{Created, Store, StoreError, nonce};
 
 /// Why there is no manifest.
@@ -60,44 +62,48 @@ pub(crate) struct Sealing {
     /// For temporary files.
     pub(crate) folder: Option<PathBuf>,
     pub(crate) tolerance: Tolerance,
+    /// The version before: what it covers is not read again. None: all is read.
+    pub(crate) base: Option<Arc<Manifest>>,
 }
 
 /// Makes the manifest and puts it in place; of two coordinators that do so at once, both return the one that stands.
 /// Blocks its thread; `handle` does the store's part.
 pub(crate) fn seal(handle: &Handle, store: &Store, sealing: &Sealing) -> Result<Manifest, SealError> {
-    let Sealing { dataset, spec, version, rounds, .. } = sealing;
+    let Sealing { dataset, spec, version, rounds, base, .. } = sealing;
+    let (nonce, base) = (nonce(), base.as_deref());
     let history = History::new(handle, store, (dataset, spec), rounds, &sealing.tolerance);
-    let mut indexes = history.indexes()?;
-    let label = |index: &ShardIndex, row: &OutcomeRow| {
-        let what = || format!("row {}: {:?} is no class of the dataset", row.key, row.synset);
-        history.label(row).ok_or_else(|| corrupt(&name(dataset, index), what()))
-    };
+    let mut gists = Gists::find(&history, *version, &nonce, base)?;
+    let mut puts = Puts::new(handle, store);
 
     let mut totals = Totals::new(spec.classes.len());
     let mut finder = Finder::new(spec, sealing.folder.clone());
-    history.latest_first(&indexes, |index, rows| -> Result<(), SealError> {
-        for (row, _) in rows.iter().filter(|(_, latest)| *latest) {
-            let outcome = row.outcome().map_err(|error| corrupt(&name(dataset, index), error))?;
-            totals.outcomes[label(index, row)? as usize].add(outcome, 1);
+    let mut indexes = BTreeMap::new();
+    gists.latest_first(&mut puts, |gist, latest| -> Result<(), SealError> {
+        for (row, _) in gist.rows.iter().zip(latest).filter(|(_, latest)| **latest) {
+            totals.outcomes[row.label as usize].add(row.outcome, 1);
         }
-        for (ordinal, (row, latest)) in (0u32..).zip(&samples(rows)) {
-            let sample = SampleId { shard: index.shard, ordinal, key: row.key.max(0) as u64 };
-            let label = label(index, row)?;
-            let pushed = finder.push(sample, label, row, *latest);
-            pushed?.map_err(|what| corrupt(&name(dataset, index), what))?;
+        for (ordinal, ((row, found), latest)) in (0u32..).zip(gist.rows.iter().zip(&gist.samples).zip(latest)) {
+            let sample = SampleId { shard: gist.index.shard, ordinal, key: row.key.max(0) as u64 };
+            let pushed = finder.push(sample, row.label, found, *latest);
+            pushed?.map_err(|what| corrupt(&name(dataset, &gist.index), what))?;
         }
+        let mut index = gist.index;
+        totals.add(&index);
+        // Of thousands of shards, these would be most of it.
+        index.tars.values_mut().for_each(|tar| tar.per_class = ClassCounts::default());
+        indexes.insert(index.shard, index);
         Ok(())
     })?;
+    puts.finish()?;
     let damaged = history.damaged();
     indexes.retain(|shard, _| !damaged.contains_key(shard));
     let found = finder.find()?;
 
-    indexes.values().for_each(|index| totals.add(index));
-    let skipped_blocks = subtract_skipped(&history, &indexes, &found, &label, &mut totals)?;
+    let skipped_blocks = subtract_skipped(&gists, &found, &mut totals)?;
     let (mean, std) = totals.train.mean_and_std();
     let mut manifest = Manifest {
         format: 1,
-        nonce: nonce(),
+        nonce: nonce.clone(),
         dataset: dataset.clone(),
         version: *version,
         rounds: rounds.len() as u32,
@@ -112,10 +118,13 @@ pub(crate) fn seal(handle: &Handle, store: &Store, sealing: &Sealing) -> Result<
         shards: Vec::new(),
         damaged: damaged.into_values().collect(),
     };
-    let put = |key: String, bytes: Bytes| -> Result<StoredFile, SealError> {
-        let file = StoredFile { key, bytes: bytes.len() as u64, sha256: sha256_hex(&bytes) };
-        handle.block_on(store.put(&file.key, bytes))?;
-        Ok(file)
+    let before = handle.block_on(Before::of(store, base, gists.written_before()))?;
+    let mut put = |key: String, bytes: Bytes, before: Option<&StoredFile>| match before {
+        // The version before has put the same.
+        Some(before) if (before.bytes, &before.sha256) == (bytes.len() as u64, &sha256_hex(&bytes)) => {
+            Ok(before.clone())
+        }
+        _ => puts.put(key, bytes),
     };
     let Findings { mut skips, by_shard: mut findings } = found;
     for round in rounds {
@@ -123,7 +132,8 @@ pub(crate) fn seal(handle: &Handle, store: &Store, sealing: &Sealing) -> Result<
             let skips = match skips.remove(&shard) {
                 Some(skips) => {
                     let bytes = Bytes::copy_from_slice(skips.as_bytes());
-                    Some(put(keys::skips(&dataset.shard(shard), *version, &manifest.nonce), bytes)?)
+                    let key = keys::skips(&dataset.shard(shard), *version, &manifest.nonce);
+                    Some(put(key, bytes, before.file(shard, |named| &named.skips))?)
                 }
                 None => None,
             };
@@ -148,12 +158,15 @@ pub(crate) fn seal(handle: &Handle, store: &Store, sealing: &Sealing) -> Result<
             }
             let rows: Vec<Finding> = rows.iter().map(SampleFinding::row).collect();
             let key = keys::findings(&dataset.shard(shard), *version, &manifest.nonce);
-            let file = put(key, table::write(&rows)?.into())?;
+            let file = put(key, table::write(&rows)?.into(), before.file(shard, |named| &named.findings))?;
             if let Ok(at) = manifest.shards.binary_search_by_key(&shard, |named| named.shard) {
                 manifest.shards[at].findings = Some(file);
             }
         }
     }
+    puts.finish()?;
+    let list = gists.list()?.to_json();
+    handle.block_on(store.put(&keys::gist_list(dataset, *version, &nonce), list.into()))?;
     let key = keys::manifest(dataset, *version);
     match handle.block_on(store.create(&key, &manifest))? {
         Created::Won => Ok(manifest),
@@ -161,49 +174,69 @@ pub(crate) fn seal(handle: &Handle, store: &Store, sealing: &Sealing) -> Result<
     }
 }
 
-/// For errors about a shard's rows.
-fn name(dataset: &DatasetId, index: &ShardIndex) -> String {
-    index.outcomes_file.as_ref().map_or_else(|| keys::slice(&dataset.shard(index.shard)), |file| file.key.clone())
+/// What the version before has put for its shards and is still there as it was.
+#[derive(Default)]
+struct Before<'a> {
+    shards: HashMap<u32, &'a ManifestShard>,
+    /// Keys.
+    whole: HashSet<String>,
 }
 
-/// Reads the shards with skipped samples a second time, to take those samples' part away from the totals. Returns how
-/// many are skipped in each block.
+impl<'a> Before<'a> {
+    async fn of(store: &Store, base: Option<&'a Manifest>, written: Option<i64>) -> Result<Self, StoreError> {
+        let Some((base, written)) = base.zip(written) else { return Ok(Self::default()) };
+        let files = || base.shards.iter().flat_map(|shard| shard.skips.iter().chain(&shard.findings));
+        let folders: BTreeSet<&str> = files().filter_map(|file| folder_of(&file.key)).collect();
+        let lengths: HashMap<&str, u64> = files().map(|file| (file.key.as_str(), file.bytes)).collect();
+        let mut whole = HashSet::new();
+        for folder in folders {
+            for object in store.objects(folder).await? {
+                let key = object.location.to_string();
+                let is_as_it_was = object.last_modified.timestamp_micros() <= written;
+                if is_as_it_was && lengths.get(key.as_str()) == Some(&object.size) {
+                    whole.insert(key);
+                }
+            }
+        }
+        Ok(Self { shards: base.shards.iter().map(|named| (named.shard, named)).collect(), whole })
+    }
+
+    fn file(&self, shard: u32, of: impl Fn(&ManifestShard) -> &Option<StoredFile>) -> Option<&StoredFile> {
+        let file = of(self.shards.get(&shard)?).as_ref()?;
+        self.whole.contains(&file.key).then_some(file)
+    }
+}
+
+/// The folder of a version's files: that of `.../000003-<nonce>/skips/000007.bits`.
+fn folder_of(key: &str) -> Option<&str> {
+    Some(key.rsplit_once('/')?.0.rsplit_once('/')?.0)
+}
+
+/// Takes the part of skipped samples away from the totals. Returns how many are skipped in each block.
 fn subtract_skipped(
-    history: &History<'_>,
-    indexes: &BTreeMap<u32, ShardIndex>,
+    gists: &Gists<'_>,
     found: &Findings,
-    label: &impl Fn(&ShardIndex, &OutcomeRow) -> Result<u32, HistoryError>,
     totals: &mut Totals,
 ) -> Result<HashMap<(u32, Split), Vec<u32>>, SealError> {
     let mut skipped_blocks: HashMap<(u32, Split), Vec<u32>> = HashMap::new();
-    let with_skips = indexes.values().filter(|index| found.skips.contains_key(&index.shard));
-    history.each(with_skips, |index, rows| -> Result<(), SealError> {
-        let skips = &found.skips[&index.shard];
-        if history.damaged().contains_key(&index.shard) {
-            return Err(corrupt(&name(history.dataset, index), "it was damaged while it was sealed").into());
-        }
-        let samples = samples(rows.into_iter().map(|row| (row, true)).collect());
-        for (_, (row, _)) in (0u32..).zip(&samples).filter(|(ordinal, _)| skips.contains(*ordinal)) {
-            let Some(split) = row.split() else { continue };
-            totals.remove(split, label(index, row)?, &row.moments());
-            let blocks = index.tars.get(&split).map_or(&[][..], |tar| &tar.blocks);
-            let offset = row.offset.unwrap_or(0).max(0) as u64;
-            let at = blocks.partition_point(|block| block.offset <= offset).saturating_sub(1);
-            let counts = skipped_blocks.entry((index.shard, split)).or_insert_with(|| vec![0; blocks.len()]);
-            if let Some(count) = counts.get_mut(at) {
+    let is_wanted = |shard| found.skips.contains_key(&shard);
+    gists.again(is_wanted, |gist| -> Result<(), SealError> {
+        let shard = gist.index.shard;
+        let Some(skips) = found.skips.get(&shard) else { return Ok(()) };
+        for (ordinal, (row, sample)) in (0u32..).zip(gist.rows.iter().zip(&gist.samples)) {
+            if !skips.contains(ordinal) {
+                continue;
+            }
+            totals.remove(sample.split, row.label, &sample.moments);
+            let blocks = gist.index.tars.get(&sample.split).map_or(0, |tar| tar.blocks.len());
+            let counts = skipped_blocks.entry((shard, sample.split)).or_insert_with(|| vec![0; blocks]);
+            if let Some(count) = counts.get_mut(sample.block as usize) {
                 *count += 1;
             }
         }
         Ok(())
     })?;
     Ok(skipped_blocks)
-}
-
-/// The kept rows in the order of the shard's samples: split by split, each in the order of its tar.
-fn samples(mut rows: Vec<(OutcomeRow, bool)>) -> Vec<(OutcomeRow, bool)> {
-    rows.retain(|(row, _)| row.split().is_some());
-    rows.sort_by_key(|(row, _)| (row.split(), row.offset));
-    rows
 }
 
 /// Sums over all shards.
@@ -284,3 +317,6 @@ fn manifest_tars(index: &ShardIndex, skipped: &HashMap<(u32, Split), Vec<u32>>) 
     }
     tars
 }
+
+#[cfg(test)]
+mod tests;

@@ -14,6 +14,8 @@ use futures::TryStreamExt;
 use object_store::memory::InMemory;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
+use proto::gist::{self, GistList, GistWriter};
+use proto::index::StoredFile;
 use proto::run_event::{EventRecord, Member, RunEvent};
 use proto::shard::sha256_hex;
 use proto::stored_run::StoredRun;
@@ -144,6 +146,37 @@ async fn every_object_that_is_gone_cut_or_has_another_bit_is_found_by_its_key() 
 }
 
 #[tokio::test]
+async fn gists_that_say_what_their_shards_do_not_are_found_by_a_deep_check() {
+    let (store, id) = whole().await;
+    let manifest = proto::Manifest::from_json(&get(&*store, &keys::manifest(&id, 1)).await).expect("a manifest");
+    let list_key = keys::gist_list(&id, 1, &manifest.nonce);
+    let list = GistList::from_json(&get(&*store, &list_key).await).expect("a list");
+    let object = list.objects.last().expect("it has some");
+    let gists = gist::read(&id, object.round, &get(&*store, &object.file.key).await).expect("gists");
+    let plants: [fn(&mut Vec<gist::Gist>); 4] = [
+        |gists| gists[0].rows[0].label = 1 - gists[0].rows[0].label,
+        |gists| gists[0].samples[0].moments.sum[2] += 1,
+        |gists| gists[0].index.outcomes.add(Ok(()), 1),
+        |gists| gists.clear(),
+    ];
+    for (n, plant) in plants.into_iter().enumerate() {
+        let (store, mut gists, mut list) = (copy(&*store).await, gists.clone(), list.clone());
+        plant(&mut gists);
+        let mut writer = GistWriter::default();
+        gists.iter().for_each(|gist| writer.push(gist));
+        let (_, bytes) = writer.finish(&id, object.round).expect("memory");
+        let key = keys::gists(&id, 1, &manifest.nonce, object.round, &sha256_hex(&bytes));
+        let at = list.objects.len() - 1;
+        list.objects[at].file = StoredFile { key: key.clone(), bytes: bytes.len() as u64, sha256: sha256_hex(&bytes) };
+        put(&*store, &key, bytes).await;
+        put(&*store, &list_key, list.to_json()).await;
+        let found = |report: Report| report.findings.iter().any(|finding| finding.key == key);
+        assert!(found(check(&store, true).await), "plant {n}");
+        assert_eq!(found(check(&store, false).await), gists.is_empty(), "plant {n}: shards are not compared");
+    }
+}
+
+#[tokio::test]
 async fn garbage_is_what_nobody_can_name_any_more_and_nothing_else() {
     let (store, id) = whole().await;
     let before = objects(&*store).await;
@@ -157,6 +190,8 @@ async fn garbage_is_what_nobody_can_name_any_more_and_nothing_else() {
         keys::slice(&id.shard(900)),
         keys::skips(&id.shard(0), 1, "other"),
         keys::findings(&id.shard(0), 2, "other"),
+        keys::gists(&id, 1, "other", 1, "00ff"),
+        keys::gist_list(&id, 2, "other"),
         keys::slice(&dead.shard(0)),
         keys::index(&dead.shard(0)),
         keys::slice(&cut.shard(0)),
@@ -178,6 +213,7 @@ async fn garbage_is_what_nobody_can_name_any_more_and_nothing_else() {
     planted.sort();
     // A manifest that is being made.
     put(&*store, &keys::skips(&id.shard(0), 3, "being-made"), "x").await;
+    put(&*store, &keys::gists(&id, 3, "being-made", 1, "00ff"), "x").await;
 
     let shared = || Arc::clone(&store) as Arc<dyn ObjectStore>;
     assert!(audit::garbage(shared(), Duration::from_secs(3600)).await.expect("works").is_empty(), "all is too young");

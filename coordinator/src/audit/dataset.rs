@@ -9,6 +9,7 @@ use proto::manifest::{Manifest, ManifestBlock, ManifestShard, Skips};
 use proto::round::Round;
 use proto::{DatasetId, DatasetSpec, OutcomeCounts, ShardIndex, Split, Stored, keys, table};
 
+use super::shard::Checked;
 use super::{Audit, PARALLEL, same};
 use crate::damage::Labels;
 use crate::datasets::was_committed;
@@ -49,9 +50,11 @@ impl Audit {
         let shards = rounds.iter().flat_map(|round| round.shards().map(move |shard| (round, shard)));
         let checks = shards.map(|(round, shard)| self.check_shard(id, &labels, round, shard, round.round <= sealed));
         let mut checked = futures::stream::iter(checks).buffer_unordered(PARALLEL);
-        let mut indexes = BTreeMap::new();
-        while let Some((shard, index)) = checked.try_next().await? {
-            indexes.extend(index.map(|index| (shard, index)));
+        let (mut indexes, mut gists) = (BTreeMap::new(), BTreeMap::new());
+        while let Some(shard) = checked.try_next().await? {
+            let Some(Checked { index, gist }) = shard else { continue };
+            gists.extend(gist.map(|gist| (index.shard, gist)));
+            indexes.insert(index.shard, index);
         }
         drop(checked);
         let named: HashSet<u64> = rounds.iter().flat_map(Round::shards).map(u64::from).collect();
@@ -63,6 +66,7 @@ impl Audit {
         for manifest in manifests.values() {
             self.check_manifest(id, manifest, &rounds, &indexes).await?;
         }
+        self.check_gists(id, manifests.values(), &gists).await?;
         if let Some(latest) = manifests.values().next_back() {
             let damaged: BTreeSet<u32> = latest.damaged.iter().map(|damaged| damaged.shard).collect();
             let is_left_out = |key: &str| {

@@ -3,7 +3,7 @@
 //!
 //! - files of attempts at shards whose index names another attempt, and of shards that no round has;
 //! - slices of rounds that were never committed, and what is left of lists that were never read to their end;
-//! - skips and findings of manifests that another coordinator was the first to put;
+//! - skips, findings and gists of manifests that another coordinator was the first to put, unless a later one names them;
 //! - checkpoints that a run's own rule does not keep, weights and models that no event names;
 //! - everything under a tombstone.
 //!
@@ -25,6 +25,7 @@ use serde::Serialize;
 use super::{Audit, AuditError};
 use crate::damage;
 use crate::datasets::was_committed;
+use crate::gists::parse_list;
 use crate::store::{Created, Store, StoreError, nonce, wall_millis};
 
 /// An object that nobody needs any more.
@@ -196,6 +197,12 @@ impl Collector {
         while let Some((_, json)) = manifests.try_next().await? {
             let Ok(manifest) = Manifest::from_json(&json) else { return Ok(None) };
             named.version = named.version.max(manifest.version);
+            let list = keys::gist_list(id, manifest.version, &manifest.nonce);
+            if let Some(json) = self.audit.store.get(&list).await? {
+                let Ok(gists) = parse_list(&manifest, &json) else { return Ok(None) };
+                named.files.extend(gists.objects.into_iter().map(|object| object.file.key));
+                named.files.insert(list);
+            }
             for shard in manifest.shards {
                 let files = [shard.outcomes, shard.findings, shard.skips];
                 named.files.extend(files.into_iter().flatten().map(|file| file.key));
@@ -264,7 +271,7 @@ struct Named {
     /// Of all rounds.
     shards: HashSet<u32>,
     winners: BTreeMap<u32, Attempt>,
-    /// By indexes and manifests.
+    /// By indexes, manifests and their lists of gists.
     files: HashSet<String>,
     /// Of the latest manifest.
     version: u32,

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
+use proto::gist::Gist;
 use proto::index::Tar;
 use proto::outcomes::OutcomeRow;
 use proto::round::Round;
@@ -15,6 +16,13 @@ use super::Audit;
 use crate::damage::{self, Labels};
 use crate::store::StoreError;
 
+/// What is known of a shard whose index can be read.
+pub(super) struct Checked {
+    pub(super) index: ShardIndex,
+    /// The digest of its gist, if it was looked at deeply and is not closed.
+    pub(super) gist: Option<String>,
+}
+
 impl Audit {
     /// Checks a shard; its index, if that can be read. `sealed`: a manifest names it, so it must be committed.
     pub(super) async fn check_shard(
@@ -24,7 +32,7 @@ impl Audit {
         round: &Round,
         shard: u32,
         sealed: bool,
-    ) -> Result<(u32, Option<ShardIndex>), StoreError> {
+    ) -> Result<Option<Checked>, StoreError> {
         let of = id.shard(shard);
         let slice = &round.slices[(shard - round.first_slice) as usize];
         let entries = |bytes: Bytes| {
@@ -45,13 +53,13 @@ impl Audit {
             Some(Ok(index)) => index,
             Some(Err(damaged)) => {
                 self.found(&damaged.key, damaged.what);
-                return Ok((shard, None));
+                return Ok(None);
             }
             None => {
                 if sealed {
                     self.found(&key, "it is gone");
                 }
-                return Ok((shard, None));
+                return Ok(None);
             }
         };
         if index.outcomes.total() != u64::from(slice.urls) {
@@ -101,7 +109,11 @@ impl Audit {
                 None => self.found(&tar.key, "it is gone"),
             }
         }
-        Ok((shard, Some(index)))
+        let gist = rows.filter(|_| self.deep).and_then(|mut rows| {
+            let gist = Gist::new(index.clone(), &mut rows, |synset| labels.get(synset).copied());
+            gist.ok().map(|gist| gist.digest())
+        });
+        Ok(Some(Checked { index, gist }))
     }
 
     /// Reads a tar through.

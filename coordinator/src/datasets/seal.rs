@@ -122,6 +122,7 @@ impl Datasets {
             folder: self.folder.clone(),
             tolerance: dataset.tolerance(),
             spec: DatasetSpec::clone(&dataset.spec),
+            base: dataset.manifest.clone(),
         };
         let (store, handle) = (self.store.clone(), tokio::runtime::Handle::current());
         let sealed = tokio::task::spawn_blocking(move || seal(&handle, &store, &sealing)).await;

@@ -13,15 +13,16 @@ fn find(
 fn found(spec: &DatasetSpec, samples: &[(u8, u32, Split, Option<u64>)]) -> Vec<(i64, String, Option<i64>)> {
     let mut finder = Finder::new(spec, None);
     for (key, &(content, label, split, hash)) in (0u64..).zip(samples) {
-        let row = OutcomeRow {
-            key: key as i64,
-            sha256: Some(hex::encode([content; 32])),
-            phash: hash.map(|hash| format!("{hash:016x}")),
-            split: Some(split.name().to_owned()),
-            ..OutcomeRow::default()
+        let of = GistSample {
+            split,
+            several_classes: false,
+            sha256: Some([content; 32]),
+            phash: hash,
+            block: 0,
+            moments: proto::shard::Moments::default(),
         };
         let sample = SampleId { key, shard: (key % 3) as u32, ordinal: (key / 3) as u32 };
-        finder.push(sample, label, &row, true).expect("in memory").expect("a whole row");
+        finder.push(sample, label, &of, true).expect("in memory").expect("a whole one");
     }
     let found = finder.find().expect("in memory");
     let mut all = Vec::new();
