@@ -1,6 +1,6 @@
 //! Sealing, once all shards of a dataset are committed, and what it leaves to sweep.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -133,15 +133,6 @@ impl Datasets {
     /// were never committed: those whose numbers lie between the ones that the catalog names. (Behind them, a round may
     /// be on its way.)
     async fn sweep(&self, id: &DatasetId) -> Result<(), StoreError> {
-        let indexes = self.store.get_each(self.store.list(&keys::indexes(id)).await?);
-        // Of one that is damaged nobody knows which attempt has won.
-        let winner = |(key, json): (String, Bytes)| {
-            let of = id.shard(keys::number(&key).ok()?.try_into().ok()?);
-            let index = damage::parse_index(&of, &json).ok()?;
-            Some((index.shard, index.attempt))
-        };
-        let winners: HashMap<u32, Attempt> =
-            indexes.try_filter_map(|found| async move { Ok(winner(found)) }).try_collect().await?;
         let Ok((dataset, _)) = self.find(id) else { return Ok(()) };
         let named: HashSet<u32> = dataset.shards().into_iter().collect();
         let last = dataset.rounds.last().map_or(0, |round| round.first_slice);
@@ -150,14 +141,32 @@ impl Datasets {
             keys::number(key).is_ok_and(|n| u32::try_from(n).is_ok_and(|n| n < last && !named.contains(&n)))
         });
         self.store.delete_all(slices).await?;
+        // What the manifest names is the winner's. Of other files, the index knows.
+        let shards = dataset.manifest.iter().flat_map(|manifest| &manifest.shards);
+        let sealed = shards.filter_map(|shard| keys::attempt_of(&shard.outcomes.as_ref()?.key).ok());
+        let sealed: HashMap<u32, Attempt> = sealed.collect();
         let mut folders = vec![keys::outcomes_of(id)];
         folders.extend(Split::ALL.map(|split| keys::tars(id, split)));
         for folder in folders {
-            let mut garbage = self.store.list(&folder).await?;
-            garbage.retain(|key| {
-                keys::attempt_of(key)
-                    .is_ok_and(|(shard, attempt)| winners.get(&shard).is_some_and(|winner| *winner != attempt))
+            let others = self.store.list(&folder).await?.into_iter().filter_map(|key| {
+                let (shard, attempt) = keys::attempt_of(&key).ok()?;
+                (sealed.get(&shard) != Some(&attempt)).then_some((key, shard, attempt))
             });
+            let others: Vec<(String, u32, Attempt)> = others.collect();
+            let shards: BTreeSet<u32> = others.iter().map(|(_, shard, _)| *shard).collect();
+            let indexes = self.store.get_each(shards.into_iter().map(|shard| keys::index(&id.shard(shard))).collect());
+            // Of one that is damaged nobody knows which attempt has won.
+            let winner = |(key, json): (String, Bytes)| {
+                let of = id.shard(keys::number(&key).ok()?.try_into().ok()?);
+                let index = damage::parse_index(&of, &json).ok()?;
+                Some((index.shard, index.attempt))
+            };
+            let winners: HashMap<u32, Attempt> =
+                indexes.try_filter_map(|found| async move { Ok(winner(found)) }).try_collect().await?;
+            let is_lost = |(_, shard, attempt): &(String, u32, Attempt)| {
+                winners.get(shard).is_some_and(|winner| winner != attempt)
+            };
+            let garbage: Vec<String> = others.into_iter().filter(is_lost).map(|(key, ..)| key).collect();
             if !garbage.is_empty() {
                 info!(dataset = &**id, folder, objects = garbage.len(), "removing what lost attempts left");
                 self.store.delete_all(garbage).await?;
