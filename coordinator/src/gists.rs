@@ -1,4 +1,4 @@
-//! What sealing needs of all shards, read from the [gists](proto::gist) that the version before has left, and from
+//! What became of all URLs, as far as sealing and the search for what may come back need it: read from the [gists](proto::gist) that the version before has left, and from
 //! indexes and outcomes for shards that are new, damaged, closed, or not as they were.
 //!
 //! A gist holds as long as its shard's index and outcomes are listed as they were when they were read, and its tars are
@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use proto::gist::{self, Gist, GistList, GistObject, GistWriter, Mark};
 use proto::index::StoredFile;
+use proto::outcomes::OutcomeRow;
 use proto::round::Round;
 use proto::shard::sha256_hex;
 use proto::{DatasetId, Manifest, ShardIndex, Stored, keys};
@@ -26,8 +27,8 @@ const FULL: usize = 16 << 20;
 /// The gists of the shards of one version.
 pub(crate) struct Gists<'a> {
     history: &'a History<'a>,
+    /// Of the manifest that is made, if one is, as is the nonce.
     version: u32,
-    /// Of the manifest.
     nonce: &'a str,
     /// Objects that are there, by round.
     known: BTreeMap<u32, Vec<StoredFile>>,
@@ -79,23 +80,25 @@ impl<'a> Gists<'a> {
     }
 
     /// Hands out the gist of each shard, rounds from the last to the first; of each of its rows, whether it is its URL's
-    /// latest. That of a shard that is damaged comes from an index that stands in for its own.
+    /// latest; and the rows themselves, if they were read. That of a shard that is damaged comes from an index that
+    /// stands in for its own. Without `puts`, new gists are not kept.
     pub(crate) fn latest_first<E: From<HistoryError>>(
         &mut self,
-        puts: &mut Puts<'_>,
-        mut each: impl FnMut(Gist, &[bool]) -> Result<(), E>,
+        mut puts: Option<&mut Puts<'_>>,
+        mut each: impl FnMut(Gist, &[bool], Option<&[OutcomeRow]>) -> Result<(), E>,
     ) -> Result<(), E> {
         let history = self.history;
+        self.objects.clear();
         let mut seen = Seen::new(history.rounds);
-        let mut each = |gist: Gist| {
+        let mut each = |gist: Gist, rows: Option<&[OutcomeRow]>| {
             // A round has a URL once.
             let latest: Vec<bool> = gist.rows.iter().map(|row| seen.insert(row.key)).collect();
-            each(gist, &latest)
+            each(gist, &latest, rows)
         };
         let mut read_anew = 0;
         for round in history.rounds.iter().rev() {
             let mut left: BTreeSet<u32> = round.shards().collect();
-            for files in self.known.remove(&round.round).unwrap_or_default().chunks(AHEAD) {
+            for files in self.known.get(&round.round).cloned().unwrap_or_default().chunks(AHEAD) {
                 let reads = futures::future::join_all(files.iter().map(|file| read(history, file, round.round)));
                 for (file, gists) in files.iter().zip(history.handle.block_on(reads)) {
                     let gists = gists.map_err(HistoryError::from)?.unwrap_or_else(|what| {
@@ -107,7 +110,7 @@ impl<'a> Gists<'a> {
                         let shard = gist.index.shard;
                         if self.holds(&gist) && left.remove(&shard) {
                             shards.push(shard);
-                            each(gist)?;
+                            each(gist, None)?;
                         }
                     }
                     if !shards.is_empty() {
@@ -123,22 +126,22 @@ impl<'a> Gists<'a> {
                 let mut gist = gist.map_err(|what| corrupt(&name(history.dataset, index), what))?;
                 gist.marks = self.listed.marks(index);
                 // Those of shards that are damaged or closed are not kept.
-                if index.outcomes_file.is_some() {
+                if let Some(puts) = puts.as_deref_mut().filter(|_| index.outcomes_file.is_some()) {
                     writer.push(&gist);
                     if writer.len() >= FULL {
                         let object = self.write(std::mem::take(&mut writer), round, puts)?;
                         self.objects.push(object);
                     }
                 }
-                each(gist)
+                each(gist, Some(&rows))
             })?;
-            if !writer.is_empty() {
+            if let Some(puts) = puts.as_deref_mut().filter(|_| !writer.is_empty()) {
                 let object = self.write(writer, round, puts)?;
                 self.objects.push(object);
             }
         }
         let shards: usize = history.rounds.iter().map(|round| round.slices.len()).sum();
-        info!(dataset = &**history.dataset, shards, read_anew, "read what sealing needs");
+        info!(dataset = &**history.dataset, shards, read_anew, "read what became of all URLs");
         Ok(())
     }
 

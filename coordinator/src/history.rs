@@ -1,5 +1,5 @@
-//! What became of each URL so far: the outcomes of committed shards, read from the latest round to the first, so that a
-//! URL's first row is *the* outcome and all others are superseded.
+//! What became of each URL so far: the outcomes of committed shards. Of several rows of a URL that of the latest round is
+//! *the* outcome, and all others are superseded.
 //!
 //! A shard that is damaged is noted, and its URLs come as `unfetched`, out of its slice.
 
@@ -124,13 +124,8 @@ impl<'a> History<'a> {
         self.damaged.borrow().clone()
     }
 
-    /// The indexes of all shards, by number. In the place of one that is damaged, or whose tars are, stands that of a
+    /// The indexes of these shards, by number. In the place of one that is damaged, or whose tars are, stands that of a
     /// slice of which nothing was fetched.
-    pub(crate) fn indexes(&self) -> Result<BTreeMap<u32, ShardIndex>, HistoryError> {
-        self.indexes_of(self.rounds.iter().flat_map(Round::shards), &self.tars()?)
-    }
-
-    /// The same of some shards.
     pub(crate) fn indexes_of(
         &self,
         shards: impl IntoIterator<Item = u32>,
@@ -152,46 +147,6 @@ impl<'a> History<'a> {
             indexes.insert(shard, index);
         }
         Ok(indexes)
-    }
-
-    /// Hands out the rows of each shard, rounds from the last to the first. Of each row, whether it is its URL's
-    /// latest. The rows of one that is damaged come with an index that stands in for its own.
-    pub(crate) fn latest_first<E: From<HistoryError>>(
-        &self,
-        indexes: &BTreeMap<u32, ShardIndex>,
-        mut each: impl FnMut(&ShardIndex, Vec<(OutcomeRow, bool)>) -> Result<(), E>,
-    ) -> Result<(), E> {
-        let mut seen = Seen::new(self.rounds);
-        for round in self.rounds.iter().rev() {
-            let of_round = round.shards().filter_map(|shard| indexes.get(&shard));
-            self.each(of_round, |index, rows| {
-                // A round has a URL once.
-                let row = |row: OutcomeRow| {
-                    let latest = seen.insert(row.key);
-                    (row, latest)
-                };
-                each(index, rows.into_iter().map(row).collect())
-            })?;
-        }
-        Ok(())
-    }
-
-    /// The keys that have failed in more rounds than one; what nobody got to has not failed. None if that cannot be.
-    pub(crate) fn failed_twice(&self, indexes: &BTreeMap<u32, ShardIndex>) -> Result<Seen, HistoryError> {
-        let (mut once, mut twice) = (Seen::new(self.rounds), Seen::new(self.rounds));
-        if self.rounds.len() > 1 {
-            self.each(indexes.values(), |_, rows| -> Result<(), HistoryError> {
-                for row in rows {
-                    let Ok(Err(rejection)) = row.outcome() else { continue };
-                    let failed = rejection != Rejection::Unfetched && rejection.is_transient(row.http_status);
-                    if failed && !once.insert(row.key) {
-                        twice.insert(row.key);
-                    }
-                }
-                Ok(())
-            })?;
-        }
-        Ok(twice)
     }
 
     /// Hands out the rows of these shards, some of which are read ahead.

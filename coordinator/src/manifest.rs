@@ -78,7 +78,7 @@ pub(crate) fn seal(handle: &Handle, store: &Store, sealing: &Sealing) -> Result<
     let mut totals = Totals::new(spec.classes.len());
     let mut finder = Finder::new(spec, sealing.folder.clone());
     let mut indexes = BTreeMap::new();
-    gists.latest_first(&mut puts, |gist, latest| -> Result<(), SealError> {
+    gists.latest_first(Some(&mut puts), |gist, latest, _| -> Result<(), SealError> {
         for (row, _) in gist.rows.iter().zip(latest).filter(|(_, latest)| **latest) {
             totals.outcomes[row.label as usize].add(row.outcome, 1);
         }

@@ -3,15 +3,15 @@
 //! The slices come first, under numbers that nobody has used; the catalog's object commits them. What a coordinator
 //! that died in between has left is garbage, and the next round's numbers begin behind it.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
+use proto::gist::GistRow;
 use proto::manifest::{Manifest, ManifestClass};
-use proto::outcomes::OutcomeRow;
 use proto::round::{Cause, Round};
-use proto::{DatasetId, OutcomeCounts, Rejection, ShardIndex, Stored, keys};
+use proto::{DatasetId, DatasetSpec, OutcomeCounts, Rejection, ShardIndex, Stored, keys};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -20,12 +20,15 @@ use tracing::info;
 use super::{Dataset, Datasets, Stage};
 use crate::catalog::{Catalog, Dealing, RoundStart};
 use crate::error::Error;
-use crate::history::{History, Seen};
+use crate::gists::Gists;
+use crate::history::{History, HistoryError, Seen};
 use crate::sites::Deal;
 use crate::store::{Created, Store};
 
 /// Slices that are uploaded at the same time.
 const UPLOADS: usize = 8;
+/// Shards whose rows are read together, once their gists have shown that there is something in them.
+const LATER: usize = 32;
 
 /// Which URLs are fetched retry.
 #[derive(Debug, Clone)]
@@ -61,13 +64,13 @@ impl Retry {
         Self::Once { full }
     }
 
-    /// The latest outcome of a URL that is fetched again; None: it is not. `failed` are those that have failed in
-    /// several rounds.
-    fn selects(&self, row: &OutcomeRow, failed: Option<&Seen>) -> Option<Rejection> {
-        let rejection = row.outcome().ok()?.err()?;
+    /// The latest outcome of a URL that is fetched again; None: it is not. `synset` is its class, `failed` are those that
+    /// have failed in several rounds.
+    fn selects(&self, row: &GistRow, synset: &str, failed: Option<&Seen>) -> Option<Rejection> {
+        let rejection = row.outcome.err()?;
         let transient = || rejection.is_transient(row.http_status);
         let wanted = match self {
-            Self::Transient { full } => transient() && !full.contains(&row.synset),
+            Self::Transient { full } => transient() && !full.contains(synset),
             Self::Once { full } => {
                 let failed = || failed.is_some_and(|failed| failed.contains(row.key));
                 let retry = match rejection {
@@ -75,9 +78,9 @@ impl Retry {
                     Rejection::SliceFailed => false,
                     _ => transient() && !failed(),
                 };
-                retry && !full.contains(&row.synset)
+                retry && !full.contains(synset)
             }
-            Self::Left { short } => rejection == Rejection::ClassFull && short.contains(&row.synset),
+            Self::Left { short } => rejection == Rejection::ClassFull && short.contains(synset),
         };
         wanted.then_some(rejection)
     }
@@ -122,38 +125,105 @@ pub(super) fn may_be_opened(dataset: &Dataset) -> bool {
 }
 
 /// Whether the last round was an automatic one in which nobody got to anything: another one would be the same.
-fn stands_still(rounds: &[Round], indexes: &BTreeMap<u32, ShardIndex>) -> bool {
-    let Some(last) = rounds.last().filter(|last| last.cause == Cause::MayComeBack) else { return false };
-    last.shards().filter_map(|shard| indexes.get(&shard)).all(|index| {
+fn stands_still(history: &History<'_>) -> Result<bool, HistoryError> {
+    let last = history.rounds.last().filter(|last| last.cause == Cause::MayComeBack);
+    let Some(last) = last else { return Ok(false) };
+    let indexes = history.indexes_of(last.shards(), &history.tars()?)?;
+    Ok(indexes.values().all(|index| {
         let unfetched = index.outcomes.of(Err(Rejection::Unfetched)) == index.outcomes.total();
         unfetched && index.outcomes_file.is_some()
-    })
+    }))
 }
 
-/// Takes into `catalog` what is to be fetched again, and, if new lines are to be `compared`, what is known. Blocks its
-/// thread.
+/// The keys that have failed in more rounds than one; what nobody got to has not failed. None if that cannot be.
+fn failed_twice(history: &History<'_>, gists: &mut Gists<'_>) -> Result<Seen, Error> {
+    let (mut once, mut twice) = (Seen::new(history.rounds), Seen::new(history.rounds));
+    if history.rounds.len() > 1 {
+        gists.latest_first(None, |gist, _, _| -> Result<(), Error> {
+            for row in &gist.rows {
+                let Err(rejection) = row.outcome else { continue };
+                let failed = rejection != Rejection::Unfetched && rejection.is_transient(row.http_status);
+                if failed && !once.insert(row.key) {
+                    twice.insert(row.key);
+                }
+            }
+            Ok(())
+        })?;
+    }
+    Ok(twice)
+}
+
+/// Takes into `catalog` what is to be fetched again, and, if new lines are to be `compared`, what is known. `base` is the
+/// latest manifest: what it covers is read as far as something of it is fetched again. Blocks its thread.
 pub(crate) fn gather(
     history: &History<'_>,
+    base: Option<&Manifest>,
+    spec: &DatasetSpec,
     retry: &Retry,
-    slice_urls: u32,
     compared: bool,
     catalog: &mut Catalog,
 ) -> Result<(), Error> {
-    let indexes = history.indexes()?;
+    let mut gists = Gists::find(history, 0, "", base)?;
     let failed = match retry {
-        Retry::Once { .. } if stands_still(history.rounds, &indexes) => return Ok(()),
-        Retry::Once { .. } => Some(history.failed_twice(&indexes)?),
+        Retry::Once { .. } if stands_still(history)? => return Ok(()),
+        Retry::Once { .. } => Some(failed_twice(history, &mut gists)?),
         _ => None,
     };
-    history.latest_first(&indexes, |index, rows| -> Result<(), Error> {
-        for (row, _) in rows.iter().filter(|(_, latest)| *latest) {
-            let Some(rejection) = retry.selects(row, failed.as_ref()) else { continue };
-            let dealing = retry.dealing(slice_urls, index, rejection);
-            catalog.retry(dealing, row, rejection)?;
+    let mut indexes = BTreeMap::new();
+    let mut later = Vec::new();
+    gists.latest_first(None, |gist, latest, rows| -> Result<(), Error> {
+        let selects = |row: &GistRow| {
+            let synset = &spec.classes.get(row.label as usize)?.synset;
+            retry.selects(row, synset, failed.as_ref())
+        };
+        let selected = gist.rows.iter().zip(latest).map(|(row, latest)| if *latest { selects(row) } else { None });
+        match rows {
+            Some(rows) => {
+                for (row, rejection) in rows.iter().zip(selected) {
+                    let Some(rejection) = rejection else { continue };
+                    catalog.retry(retry.dealing(spec.slice_urls, &gist.index, rejection), row, rejection)?;
+                }
+            }
+            None => {
+                let selected = gist.rows.iter().zip(selected).filter_map(|(row, of)| Some((row.key, of?)));
+                let selected: HashMap<i64, Rejection> = selected.collect();
+                if !selected.is_empty() {
+                    later.push((gist.index.clone(), selected));
+                }
+            }
+        }
+        if later.len() >= LATER {
+            retry_later(history, spec, retry, &mut later, catalog)?;
+        }
+        if compared {
+            indexes.insert(gist.index.shard, gist.index);
         }
         Ok(())
     })?;
+    retry_later(history, spec, retry, &mut later, catalog)?;
     if compared { history.each_listed(&indexes, |url| catalog.push_known(url)) } else { Ok(()) }
+}
+
+/// Takes into `catalog` rows of shards of which only the gists were read.
+fn retry_later(
+    history: &History<'_>,
+    spec: &DatasetSpec,
+    retry: &Retry,
+    later: &mut Vec<(ShardIndex, HashMap<i64, Rejection>)>,
+    catalog: &mut Catalog,
+) -> Result<(), Error> {
+    let selected: HashMap<u32, &HashMap<i64, Rejection>> =
+        later.iter().map(|(index, selected)| (index.shard, selected)).collect();
+    history.each(later.iter().map(|(index, _)| index), |index, rows| -> Result<(), Error> {
+        let Some(selected) = selected.get(&index.shard) else { return Ok(()) };
+        for row in &rows {
+            let Some(&rejection) = selected.get(&row.key) else { continue };
+            catalog.retry(retry.dealing(spec.slice_urls, index, rejection), row, rejection)?;
+        }
+        Ok(())
+    })?;
+    later.clear();
+    Ok(())
 }
 
 /// Runs `cut` on a thread and stores the slices that it sends.
@@ -224,13 +294,13 @@ impl Datasets {
         let (handle, store, folder) = (Handle::current(), self.store.clone(), self.folder.clone());
         let (id, spec) = (dataset.id.clone(), Arc::clone(&dataset.spec));
         let (rounds, tolerance) = (Arc::clone(&dataset.rounds), dataset.tolerance());
-        let sites = Arc::clone(&self.sites);
+        let (sites, base) = (Arc::clone(&self.sites), dataset.manifest.clone());
         let round = put_slices(&self.store, &dataset.id, move |slices| {
             let mut spec = (*spec).clone();
             let mut catalog = Catalog::new(&spec, start, folder, sites);
             let of = spec.clone();
             let history = History::new(&handle, &store, (&id, &of), &rounds, &tolerance);
-            gather(&history, &retry, spec.slice_urls, false, &mut catalog)?;
+            gather(&history, base.as_deref(), &of, &retry, false, &mut catalog)?;
             catalog.cut(&mut spec, slices)
         });
         let round = round.await?;
@@ -289,47 +359,40 @@ impl Datasets {
 mod tests {
     use super::*;
 
-    fn row(outcome: Rejection, http_status: Option<i32>, synset: &str) -> OutcomeRow {
-        OutcomeRow {
-            synset: synset.to_owned(),
-            outcome: outcome.name().to_owned(),
-            http_status,
-            ..OutcomeRow::default()
-        }
+    fn row(rejection: Rejection, http_status: Option<i32>) -> GistRow {
+        GistRow { key: 0, label: 0, outcome: Err(rejection), http_status }
     }
 
     #[test]
     fn transient_failures_are_retried_unless_their_class_has_enough() {
         let retry = Retry::Transient { full: HashSet::from(["n2".to_owned()]) };
-        assert!(retry.selects(&row(Rejection::Timeout, None, "n1"), None).is_some());
-        assert!(retry.selects(&row(Rejection::HttpStatus, Some(503), "n1"), None).is_some());
-        assert!(retry.selects(&row(Rejection::Timeout, None, "n2"), None).is_none());
-        assert!(retry.selects(&row(Rejection::NotFound, Some(404), "n1"), None).is_none());
-        assert!(retry.selects(&row(Rejection::ClassFull, None, "n1"), None).is_none());
-        assert!(
-            retry.selects(&OutcomeRow { outcome: "kept".into(), ..row(Rejection::Dns, None, "n1") }, None).is_none()
-        );
+        assert!(retry.selects(&row(Rejection::Timeout, None), "n1", None).is_some());
+        assert!(retry.selects(&row(Rejection::HttpStatus, Some(503)), "n1", None).is_some());
+        assert!(retry.selects(&row(Rejection::Timeout, None), "n2", None).is_none());
+        assert!(retry.selects(&row(Rejection::NotFound, Some(404)), "n1", None).is_none());
+        assert!(retry.selects(&row(Rejection::ClassFull, None), "n1", None).is_none());
+        assert!(retry.selects(&GistRow { outcome: Ok(()), ..row(Rejection::Dns, None) }, "n1", None).is_none());
     }
 
     #[test]
     fn urls_that_were_left_are_opened_for_short_classes_alone() {
         let retry = Retry::Left { short: HashSet::from(["n1".to_owned()]) };
-        assert!(retry.selects(&row(Rejection::ClassFull, None, "n1"), None).is_some());
-        assert!(retry.selects(&row(Rejection::ClassFull, None, "n2"), None).is_none());
-        assert!(retry.selects(&row(Rejection::Timeout, None, "n1"), None).is_none());
+        assert!(retry.selects(&row(Rejection::ClassFull, None), "n1", None).is_some());
+        assert!(retry.selects(&row(Rejection::ClassFull, None), "n2", None).is_none());
+        assert!(retry.selects(&row(Rejection::Timeout, None), "n1", None).is_none());
     }
 
     #[test]
     fn the_automatic_round_asks_once_more_and_for_what_nobody_got_to_always() {
         let retry = Retry::Once { full: HashSet::new() };
         let none = Seen::default();
-        assert!(retry.selects(&row(Rejection::Dns, None, "n1"), Some(&none)).is_some());
-        assert!(retry.selects(&row(Rejection::NotFound, Some(404), "n1"), Some(&none)).is_none());
-        assert!(retry.selects(&row(Rejection::SliceFailed, None, "n1"), Some(&none)).is_none());
+        assert!(retry.selects(&row(Rejection::Dns, None), "n1", Some(&none)).is_some());
+        assert!(retry.selects(&row(Rejection::NotFound, Some(404)), "n1", Some(&none)).is_none());
+        assert!(retry.selects(&row(Rejection::SliceFailed, None), "n1", Some(&none)).is_none());
         let mut failed = Seen(vec![0]);
         failed.insert(0);
-        assert!(retry.selects(&row(Rejection::Dns, None, "n1"), Some(&failed)).is_none());
-        assert!(retry.selects(&row(Rejection::Unfetched, None, "n1"), Some(&failed)).is_some());
+        assert!(retry.selects(&row(Rejection::Dns, None), "n1", Some(&failed)).is_none());
+        assert!(retry.selects(&row(Rejection::Unfetched, None), "n1", Some(&failed)).is_some());
     }
 
     #[test]

@@ -155,7 +155,8 @@ pub(super) async fn refresh(
             tolerance.any |= start.accept_damage;
             let of = (&dataset.id, &*dataset.spec);
             let history = History::new(&handle, &store, of, &dataset.rounds, &tolerance);
-            gather(&history, &Retry::transient(&dataset), spec.slice_urls, lists > 0, &mut catalog)?;
+            let (base, retry) = (dataset.manifest.as_deref(), Retry::transient(&dataset));
+            gather(&history, base, &dataset.spec, &retry, lists > 0, &mut catalog)?;
             let round = catalog.cut(&mut spec, slices)?;
             Ok((Round { accepts_damage: start.accept_damage, ..round }, shown))
         }
