@@ -245,7 +245,7 @@ fn a_run_begins_with_the_state_dict_of_torchvisions_network() {
     cluster.start_worker("worker");
     dataset(&cluster);
     cluster.start_trainer("trainer", 1);
-    let weights = cluster.path("alexnet.safetensors").display().to_string();
+    let weights = cluster.path("alexnet.pth").display().to_string();
     let script = root().join("tests/python/alexnet_weights.py");
     let sums = printed(python("python").arg(script).args([&weights, "64"]));
     let sets = [
@@ -279,11 +279,48 @@ fn a_run_begins_with_the_state_dict_of_torchvisions_network() {
     }
     assert_eq!(taken, 12, "six layers of a weight and a bias");
     assert_eq!(tensors.tensor("classifier.6.bias").expect("the last layer").shape(), [3]);
-    let refused = cluster.try_gleaner(&["run", "submit", "--dataset", "small", "--from", "alexnet.pth"]);
+    let damaged = cluster.write("damaged.pth", "PK\u{3}\u{4}");
+    let refused = cluster.try_gleaner(&["run", "submit", "--dataset", "small", "--from", &damaged]);
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
-    assert!(refused.status.code() == Some(2) && said.contains("safetensors.torch"), "{said}");
+    assert!(refused.status.code() == Some(2) && said.contains("is it all there?"), "{said}");
     let events = cluster.json(&["run", "describe", "tuned"])["events"].to_string();
-    assert!(events.contains("the weights of the file alexnet.safetensors; the last layer is new"), "{events}");
+    assert!(events.contains("the weights of the file alexnet.pth; the last layer is new"), "{events}");
+}
+
+#[test]
+fn what_torch_saves_becomes_safetensors_of_the_same_bits_or_is_refused() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let script = root().join("tests/python/state_dicts.py");
+    printed(python("python").arg(&script).arg("write").arg(dir.path()));
+    let files = |folder: PathBuf| {
+        let all = std::fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("a file").path());
+        all.filter(|path| path.extension().is_some_and(|ending| ending == "pth"))
+    };
+    for path in files(dir.path().to_owned()) {
+        let converted = state_dict::convert(&std::fs::read(&path).expect("a file"));
+        let converted = converted.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        let is_normed =
+            !["parameters", "views", "views_legacy"].iter().any(|name| path.ends_with(format!("{name}.pth")));
+        let counts: &[&str] = if is_normed { &["norm.num_batches_tracked"] } else { &[] };
+        assert_eq!(converted.left_out, counts, "{}", path.display());
+        let head = safetensors::SafeTensors::deserialize(&converted.safetensors);
+        assert!(head.is_ok(), "{}: {head:?}", path.display());
+        std::fs::write(path.with_extension("safetensors"), converted.safetensors).expect("a folder to write to");
+    }
+    let checked = printed(python("python").arg(&script).arg("check").arg(dir.path()));
+    assert_eq!(checked.lines().count(), 10, "{checked}");
+    for path in files(dir.path().join("refused")) {
+        let name = path.file_stem().expect("a name").to_string_lossy().into_owned();
+        let said = state_dict::convert(&std::fs::read(&path).expect("a file")).expect_err(&name).to_string();
+        let reason = match &*name {
+            "network" => "\"torch.nn.modules.container.Sequential\", which no state dict needs",
+            "tensor" => "single tensor",
+            "protocol" => "pickle_protocol 4",
+            "sparse" => "torch._utils._rebuild_sparse_tensor",
+            _ => "TorchScript",
+        };
+        assert!(said.contains(reason), "{name}: {said}");
+    }
 }
 
 #[test]

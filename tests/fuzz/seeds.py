@@ -7,6 +7,7 @@ import json
 import struct
 import sys
 import tarfile
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -103,3 +104,16 @@ seed("door", "name", b"\1worker=*.gleaner")
 key = "MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAE" + "A" * 86 + "=="
 seed("door", "certificate", b"\2" + b"\x30\x82\x01\x00\x30\x81\xa7\xa0\x03\x02\x01\x02" + base64.b64decode(key))
 seed("door", "method", b"\3/grpc.health.v1.Health/Check")
+
+# State dicts: a tensor of 2 x 3 and its transposed, in a zip file and as it was before that.
+storage = b"((X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x06tQK\0"
+tensor = b"ctorch._utils\n_rebuild_tensor_v2\n" + storage + b"K%cK%c\x86K%cK%c\x86\x89ccollections\nOrderedDict\n)RtR"
+pickled = b"\x80\x02ccollections\nOrderedDict\n)Rq\0(X\x01\0\0\0a" + tensor % (2, 3, 3, 1) + b"X\x01\0\0\0b" + tensor % (3, 2, 1, 3) + b"u."
+numbers = struct.pack("<6f", *range(6))
+zipped = io.BytesIO()
+with zipfile.ZipFile(zipped, "w") as archive:
+    for name, data in [("data.pkl", pickled), ("byteorder", b"little"), ("data/0", numbers)]:
+        archive.writestr("a/" + name, data)
+seed("state_dict", "zip", zipped.getvalue())
+behind = b"\x80\x02]X\x01\0\0\x000a." + struct.pack("<q", 6) + numbers
+seed("state_dict", "legacy", bytes.fromhex("80028a0a6cfc9c46f9206aa850192e80024de9032e80027d2e") + pickled + behind)

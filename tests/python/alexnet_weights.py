@@ -1,11 +1,10 @@
-"""Writes weights of torchvision's AlexNet, an eighth as wide, as a safetensors file of its state dict.
+"""Writes weights of torchvision's AlexNet, an eighth as wide, as its state dict.
 
-    alexnet_weights.py OUT.safetensors CROP
+    alexnet_weights.py OUT.pth CROP
 
 Prints the sum of each tensor, one a line: NAME SUM.
 """
 
-import json
 import sys
 from collections import OrderedDict
 
@@ -40,13 +39,6 @@ classifier = torch.nn.Sequential(
     torch.nn.Linear(512, 1000),
 )
 network = torch.nn.Sequential(OrderedDict(features=features, classifier=classifier))
-head, data = {}, b""
-for name, tensor in network.state_dict().items():
-    bytes_ = tensor.numpy().tobytes()
-    head[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [len(data), len(data) + len(bytes_)]}
-    data += bytes_
-head = json.dumps(head).encode()
-with open(out, "wb") as file:
-    file.write(len(head).to_bytes(8, "little") + head + data)
+torch.save(network.state_dict(), out)
 for name, tensor in network.state_dict().items():
     print(name, tensor.double().sum().item())

@@ -4,7 +4,7 @@ import json
 
 import torch
 
-DTYPES = {"F32": torch.float32, "F64": torch.float64, "I64": torch.int64}
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64}
 
 
 def load_file(path):
@@ -15,6 +15,8 @@ def load_file(path):
 
     def tensor(info):
         begin, end = info["data_offsets"]
+        if begin == end:
+            return torch.empty(info["shape"], dtype=DTYPES[info["dtype"]])
         flat = torch.frombuffer(bytearray(data[start + begin : start + end]), dtype=DTYPES[info["dtype"]])
         return flat.reshape(info["shape"])
 

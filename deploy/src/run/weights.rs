@@ -10,32 +10,43 @@ use tonic::{Response, Status};
 
 use crate::client::Cluster;
 use crate::exit::{Ended, Exit};
+use crate::output::note;
 
 /// Bytes in one message.
 const PIECE: usize = 1 << 20;
 
-/// PyTorch's own format.
-const PICKLED: [&str; 3] = ["pth", "pt", "bin"];
+/// The endings of what PyTorch itself writes; `.pth.tar` is no tar.
+const PICKLED: [&str; 5] = ["pth", "pt", "bin", "ckpt", "tar"];
 
 /// Whether `--from` names a file, and no run.
 pub(super) fn is_file(text: &str) -> bool {
-    let ending = Path::new(text).extension().and_then(|ending| ending.to_str()).unwrap_or_default();
+    let ending = ending(Path::new(text));
     text.contains('/') || ending == "safetensors" || PICKLED.contains(&ending)
 }
 
-/// The file's bytes.
+fn ending(path: &Path) -> &str {
+    path.extension().and_then(|ending| ending.to_str()).unwrap_or_default()
+}
+
+/// The file's bytes, as a safetensors file if it is one of PyTorch.
 pub(super) fn read(path: &Path) -> Result<Bytes> {
     let name = path.display();
-    let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
-    if PICKLED.contains(&ending) {
-        return Err(Ended::usage(format!(
-            "--from {name}: pickled files are not read, since to read one is to run it; a state dict of PyTorch becomes a safetensors file by: \
-             python3 -c \"import torch, safetensors.torch as s; \
-             s.save_file(torch.load('{name}', map_location='cpu', weights_only=True), 'weights.safetensors')\""
-        )));
-    }
     let bytes = std::fs::read(path);
-    Ok(bytes.map_err(|error| Ended::error(Exit::NotFound, format!("cannot read {name}: {error}")))?.into())
+    let bytes = bytes.map_err(|error| Ended::error(Exit::NotFound, format!("cannot read {name}: {error}")))?;
+    if !PICKLED.contains(&ending(path)) {
+        return Ok(bytes.into());
+    }
+    let converted = state_dict::convert(&bytes).map_err(|error| {
+        Ended::usage(format!(
+            "--from {name}: {error}. Only state dicts are read here, and nothing of the file is run; what PyTorch loads becomes one by: \
+             python3 -c \"import torch; \
+             torch.save(torch.load('{name}', map_location='cpu', weights_only=True), 'state_dict.pth')\""
+        ))
+    })?;
+    if !converted.left_out.is_empty() {
+        note(format!("{name}: no weights, and left out: {}", converted.left_out.join(", ")));
+    }
+    Ok(converted.safetensors.into())
 }
 
 /// Submits a run that begins with these weights. Uploads take what they take, so that there is no deadline.
