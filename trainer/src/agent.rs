@@ -5,6 +5,7 @@ mod config;
 pub(crate) mod devices;
 mod last_lines;
 mod link;
+mod local_rank;
 mod logs;
 mod machine;
 pub mod metrics;
@@ -24,12 +25,13 @@ use proto::trace;
 use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
-use tracing::{Span, info, warn};
+use tracing::{info, warn};
 
 pub use self::config::{CacheConfig, Config};
 pub use self::devices::{describe, devices, problem};
 use self::last_lines::LastLines;
 use self::link::LinkEvent;
+use self::local_rank::LocalRank;
 use self::logs::Logs;
 use self::outbox::Outbox;
 pub use self::process::RANK_ENVIRONMENT;
@@ -38,6 +40,8 @@ use crate::learn::context::Setup;
 use crate::torch;
 
 const HEARTBEAT: Duration = Duration::from_millis(250);
+/// Events of ranks that may wait for the agent.
+const RANK_EVENTS: usize = 1024;
 /// Messages of a stream that reports leave for heartbeats.
 const HEARTBEAT_ROOM: usize = 32;
 /// Log lines are written to the store this often.
@@ -74,33 +78,6 @@ struct DeviceSlot {
     rank: Option<LocalRank>,
 }
 
-struct LocalRank {
-    id: u64,
-    process: Process,
-    run: String,
-    generation: u64,
-    rank: u32,
-    joined: bool,
-    /// The span of its generation, until it has left that.
-    span: Span,
-    /// The newest one.
-    heartbeat: pb::RankHeartbeat,
-    last_heard: Instant,
-    /// The newest lines that it wrote on stderr.
-    last_lines: LastLines,
-}
-
-impl LocalRank {
-    /// Ends the span of the generation, unless it has ended already.
-    fn end_span(&mut self, cause: Cause, detail: &str) {
-        let span = std::mem::replace(&mut self.span, Span::none());
-        span.record("step", trace::integer(self.heartbeat.step)).record("left", cause.as_str_name());
-        if matches!(cause, Cause::Collective | Cause::Error | Cause::Exited | Cause::Diverged) {
-            trace::failed(&span, detail);
-        }
-    }
-}
-
 /// Runs a trainer agent until `shutdown`, under a `name` that no other agent has. `rank_command` starts a rank process: a program that
 /// calls [`crate::run_rank`] on the same store, with stdin and stdout left to it. `used` is called with the store requests of the ranks.
 ///
@@ -121,7 +98,7 @@ pub async fn run(
     };
     let grace = Duration::from_secs(config.leave_seconds.into());
     let (address, interface) = link::advertised_address(&dial, config.advertise_address, config.interface)?;
-    let (rank_events, mut from_ranks) = mpsc::channel(1024);
+    let (rank_events, mut from_ranks) = mpsc::channel(RANK_EVENTS);
     let (serving, mut served) = mpsc::channel(16);
     let (links, mut from_link) = mpsc::channel(64);
     let mut agent = Agent {
@@ -151,13 +128,23 @@ pub async fn run(
     let (mut heartbeat, mut flush) = (interval(HEARTBEAT), interval(FLUSH));
     heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
     flush.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut end: Option<Instant> = None;
+    let (mut beaten, mut end) = (Instant::now(), None::<Instant>);
     loop {
         tokio::select! {
             Some(event) = from_link.recv() => agent.on_link(event),
             Some(event) = from_ranks.recv() => agent.on_rank(event),
             Some((serve, store)) = served.recv() => agent.on_served(serve, store),
-            _ = heartbeat.tick() => agent.heartbeat(),
+            _ = heartbeat.tick() => {
+                let stall = beaten.elapsed().saturating_sub(2 * HEARTBEAT);
+                beaten = Instant::now();
+                agent.slots.iter_mut().filter_map(|slot| slot.rank.as_mut()).for_each(|local| local.discount(stall));
+                // What ranks have said by now is no silence.
+                for _ in 0..RANK_EVENTS {
+                    let Ok(event) = from_ranks.try_recv() else { break };
+                    agent.on_rank(event);
+                }
+                agent.heartbeat();
+            }
             _ = flush.tick() => agent.logs.flush(),
             () = shutdown.cancelled(), if end.is_none() => {
                 end = Some(Instant::now());
@@ -447,7 +434,7 @@ impl Agent {
         metrics::set_devices(self.slots.len(), self.slots.iter().filter(|slot| slot.rank.is_some()).count());
         let of = |slot: &DeviceSlot| {
             slot.rank.as_ref().map_or_else(pb::DeviceHeartbeat::default, |local| pb::DeviceHeartbeat {
-                silent_millis: local.last_heard.elapsed().as_millis() as u64,
+                silent_millis: local.silence().as_millis() as u64,
                 rank: Some(local.heartbeat),
             })
         };

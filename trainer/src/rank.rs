@@ -151,15 +151,14 @@ fn write_reports(
     loop {
         let report = reports.recv_timeout(due.saturating_duration_since(Instant::now()));
         let over = matches!(report, Err(RecvTimeoutError::Disconnected));
-        let written = match report {
-            Ok(message) => write(message),
-            Err(_) => {
-                due = Instant::now() + HEARTBEAT_INTERVAL;
-                let used = used().map(rank_message::Message::StoreUse);
-                let alive = rank_message::Message::Heartbeat(heartbeat.alive());
-                used.into_iter().chain([alive]).try_for_each(|message| write(to_agent(message)))
-            }
-        };
+        let mut written = report.map_or(Ok(()), &mut write);
+        // Also if reports come one after the other.
+        if written.is_ok() && (over || Instant::now() >= due) {
+            due = Instant::now() + HEARTBEAT_INTERVAL;
+            let used = used().map(rank_message::Message::StoreUse);
+            let alive = rank_message::Message::Heartbeat(heartbeat.alive());
+            written = used.into_iter().chain([alive]).try_for_each(|message| write(to_agent(message)));
+        }
         if written.is_err() || over {
             return;
         }

@@ -113,8 +113,11 @@ impl Roster {
         let members = generations.flat_map(|generation| &mut generation.members);
         for member in members.filter(|member| member.device.agent == agent) {
             let device = heartbeat.devices.get(member.device.index as usize).copied().unwrap_or_default();
-            member.silent = Duration::from_millis(device.silent_millis);
-            member.heartbeat = device.rank.unwrap_or_default();
+            // What a rank was at when it left is told of it, whatever is on its device by now.
+            if member.departure.is_none() {
+                member.silent = Duration::from_millis(device.silent_millis);
+                member.heartbeat = device.rank.unwrap_or_default();
+            }
         }
         settled
     }

@@ -208,3 +208,30 @@ async fn an_agent_whose_store_is_replaced_comes_to_the_new_cluster_without_the_o
     stage.shutdown.cancel();
     stage.agent.await.expect("no panic").expect("an orderly end");
 }
+
+/// All on one thread, so that whatever holds that up holds up the agent.
+#[tokio::test]
+async fn an_agent_that_was_held_up_takes_its_own_silence_for_no_ranks() {
+    // Frames without a byte: signs of life.
+    let mut stage = Stage::with("while sleep 0.05; do printf '\\0\\0\\0\\0'; done").await;
+    let (mut said, to) = stage.next_stream().await;
+    tell(&to, coordinator_message::Message::Welcome(pb::Welcome { term: 6 })).await;
+    tell(&to, join(0)).await;
+    let beat = |message| match message {
+        agent_message::Message::Heartbeat(beat) if beat.devices[0].rank.is_some() => {
+            Some(beat.devices[0].silent_millis)
+        }
+        _ => None,
+    };
+    hear(&mut said, beat).await;
+    let held_up = 4000;
+    std::thread::sleep(Duration::from_millis(held_up));
+    for _ in 0..8 {
+        let silent = hear(&mut said, beat).await;
+        assert!(silent < held_up / 2, "the rank spoke all the time, and is said to be silent for {silent} ms");
+    }
+    tell(&to, coordinator_message::Message::Kill(pb::Kill { device: 0, run: "r".into(), generation: 4 })).await;
+    assert_eq!(hear(&mut said, left).await.0, 0);
+    stage.shutdown.cancel();
+    stage.agent.await.expect("no panic").expect("an orderly end");
+}

@@ -192,3 +192,19 @@ fn a_report_is_acknowledged_when_what_follows_from_it_is_written_and_counts_once
     assert!(next.sent.iter().any(|(_, message)| is_kill(message, 1)), "its training state is not trusted");
     assert_eq!(settled(&mut next), 4);
 }
+
+#[test]
+fn a_rank_is_told_with_what_it_was_at_though_others_take_long_to_leave() {
+    let mut scene = Scene::with_run(1, 2);
+    scene.hello("a", 2, vec![]);
+    scene.start(0);
+    scene.beat("a", &[0, 0], false);
+    scene.leave("a", 1, 1, 1, Cause::Exited, 7);
+    // Its process is gone, and its device has no rank until the next generation.
+    let there = pb::DeviceHeartbeat { silent_millis: 0, rank: Some(pb::RankHeartbeat::default()) };
+    let devices = vec![there, pb::DeviceHeartbeat::default()];
+    scene.roster.heartbeat(scene.now(), "a", &pb::Heartbeat { devices, leaving: false });
+    scene.leave("a", 1, 0, 0, Cause::Collective, 7);
+    let RunEvent::Failure { culprit: Some(culprit), reason, .. } = &scene.history[1].event else { panic!("a culprit") };
+    assert_eq!((culprit.rank, culprit.activity.as_str(), culprit.step), (1, "backward", 7), "{reason}");
+}
