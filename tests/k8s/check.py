@@ -77,6 +77,9 @@ CUSTOM = {
         ["apiVersion", "kind", "metadata", "spec"], apiVersion=TEXT, kind=TEXT, metadata=METADATA,
         spec=fields(["secretTargetRef"], secretTargetRef={"type": "array", "minItems": 1, "items": fields(
             ["parameter", "name", "key"], parameter={"enum": ["caCert", "tlsClientCert", "tlsClientKey"]}, name=TEXT, key=TEXT)})),
+    # kueue.sigs.k8s.io/docs/reference/kueue.v1beta1
+    "kueue.x-k8s.io/v1beta1 LocalQueue": fields(
+        ["apiVersion", "kind", "metadata", "spec"], apiVersion=TEXT, kind=TEXT, metadata=METADATA, spec=fields(["clusterQueue"], clusterQueue=TEXT)),
     # cert-manager.io/docs/reference/api-docs
     "cert-manager.io/v1 Issuer": fields(
         ["apiVersion", "kind", "metadata", "spec"], apiVersion=TEXT, kind=TEXT, metadata=METADATA,
@@ -167,9 +170,29 @@ def workload(item, have):
         refs = [ref for ref in every(spec, key) if not ref.get("optional")]
         wanted += [(kind, ref.get("name") or ref.get("secretName") or ref.get("claimName")) for ref in refs]
     yield from (f"{kind} {name} does not exist" for kind, name in wanted if (kind, name) not in have | PRINTED | GIVEN)
+    yield from kept(spec)
+    queue = get(item, "metadata.labels", {}).get("kueue.x-k8s.io/queue-name")
+    if queue and ("LocalQueue", queue) not in have:
+        yield f"LocalQueue {queue} does not exist"
     volumes = {volume["name"] for volume in spec.get("volumes", [])}
     for container in get(spec, "initContainers", []) + get(spec, "containers", []):
         yield from (f"container {container.get('name')}: {fault}" for fault in confined(container, volumes))
+
+
+def size(text):
+    """A number of bytes, of Kubernetes or of a flag."""
+    number, unit = re.fullmatch(r"(\d+)(\w*)", str(text)).groups()
+    return int(number) * {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}[unit.removesuffix("B").removesuffix("i")]
+
+
+def kept(spec):
+    """What a pod keeps in memory stays below what it requests, or it is the first to be evicted."""
+    in_memory = sum(size(volume["emptyDir"]["sizeLimit"]) for volume in spec.get("volumes", []) if get(volume, "emptyDir.medium") == "Memory")
+    for container in spec.get("containers", []):
+        cache = next((entry["value"] for entry in container.get("env", []) if entry["name"] == "GLEANER_CACHE_BYTES"), 0)
+        requested = get(container, "resources.requests.memory")
+        if cache and requested and size(cache) + in_memory >= size(requested):
+            yield f"keeps {cache} of pixels and {in_memory} bytes of volumes in memory, and requests {requested}"
 
 
 def ports(container):
@@ -236,6 +259,11 @@ def scaled(item, items):
         yield f"scales Deployment {name}, which does not exist"
     elif get(target[0], "spec.replicas") is not None:
         yield f"scales Deployment {name}, whose replicas are fixed"
+    # One that asks for a pod by device must know how many a pod has.
+    devices = [int(gpus) for other in target for limits in every(other, "limits") if (gpus := limits.get("nvidia.com/gpu"))]
+    asked = [of["perReplica"] for of in every(item, "metadata") if of.get("role") == "trainer"]
+    if devices and asked and asked != [str(sum(devices))]:
+        yield f"asks for a pod for each {asked[0]} devices, and a pod has {sum(devices)}"
     rivals = [other for other in items if get(other, "spec.scaleTargetRef.name") == name]
     if len(rivals) > 1:
         yield f"is one of {len(rivals)} that scale Deployment {name}"
@@ -330,6 +358,10 @@ BREAKS = (
     ("ScaledObject/worker", "apiVersion", "keda.sh/v1", "unknown kind or apiVersion"),
     ("ScaledObject/worker", "spec.triggers.0.authenticationRef", {"name": "coord"}, "TriggerAuthentication coord does not exist"),
     ("TriggerAuthentication/coordinator", "spec.secretTargetRef.0.name", "tls-kedo", "Secret tls-kedo does not exist"),
+    ("ScaledObject/trainer", "spec.triggers.0.metadata.perReplica", "4", "devices, and a pod has"),
+    ("Deployment/trainer", "spec.template.spec.containers.0.env.0", {"name": "GLEANER_CACHE_BYTES", "value": "4GiB"}, "keeps 4GiB of pixels"),
+    ("Deployment/trainer", "metadata.labels", {"kueue.x-k8s.io/queue-name": "x"}, "LocalQueue x does not exist"),
+    ("LocalQueue/trainers", "spec.clusterQueues", ["gpus"], "Additional properties are not allowed"),
     ("Certificate/tls-worker", "spec.issuerRef.name", "author", "Issuer author does not exist"),
     ("Certificate/tls-worker", "spec.renewBefore", "60d", "does not match"),
     ("ClusterRoleBinding/gleaner-token-reviewer", "subjects.0.name", "coord", "ServiceAccount coord does not exist"),
@@ -386,7 +418,7 @@ def self_test(overlays):
 
 
 def main():
-    self_test([render(MANIFESTS / "overlays" / name) for name in ("local", "autoscaled", "local-hpa", "autoscaled-tls", "local-accounts")])
+    self_test([render(MANIFESTS / "overlays" / name) for name in ("local", "autoscaled", "local-hpa", "autoscaled-tls", "local-accounts", "eks")])
     undocumented = sorted(name for name in METRICS if f"gleaner_{name}" not in GUIDE.read_text())
     if undocumented:
         raise SystemExit(f"{GUIDE.name} does not tell of the metrics {undocumented}")
