@@ -181,7 +181,7 @@ pub struct Ranks {
     /// this. Each normalises its part alone, so that a part should not be small; 0: up to 8, with 16 samples or more each,
     /// but no fewer than `max` or `min` says.
     pub lanes: u32,
-    /// Threads of each rank's tensor operations; 0: the machine's cores divided by the agent's devices.
+    /// Threads of each rank's tensor operations; 0: the machine's cores divided by the devices of all agents there.
     pub threads: u32,
     /// After so long without a sign of life a rank counts as lost; the other deadlines derive from it.
     pub failure_detection_seconds: f64,

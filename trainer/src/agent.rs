@@ -33,6 +33,7 @@ use self::last_lines::LastLines;
 use self::link::LinkEvent;
 use self::local_rank::LocalRank;
 use self::logs::Logs;
+use self::machine::Machine;
 use self::outbox::Outbox;
 pub use self::process::RANK_ENVIRONMENT;
 use self::process::{Event, Process, RankEvent};
@@ -57,6 +58,7 @@ struct Agent {
     rank_command: Vec<OsString>,
     /// Is called with the store requests that ranks have made.
     used: fn(&pb::StoreUse),
+    machine: Machine,
     slots: Vec<DeviceSlot>,
     rank_events: mpsc::Sender<RankEvent>,
     processes: u64,
@@ -108,6 +110,7 @@ pub async fn run(
         cache: config.cache,
         rank_command,
         used,
+        machine: Machine::join(devices.len()),
         slots: devices.into_iter().map(|device| DeviceSlot { device, rank: None }).collect(),
         rank_events,
         processes: 0,
@@ -123,7 +126,6 @@ pub async fn run(
     if let Some(problem) = devices::problem() {
         warn!("{problem}");
     }
-    let _alone = machine::claim();
     let link = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(link::keep_open(dial, Arc::clone(&store), links)));
     let (mut heartbeat, mut flush) = (interval(HEARTBEAT), interval(FLUSH));
     heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -292,16 +294,16 @@ impl Agent {
         if !own.is_empty() {
             join.traceparent = own;
         }
+        // Anew for each generation, because agents of this machine come and go.
+        join.cores = self.machine.share() as u32;
         if let Some(local) = &mut slot.rank {
             (local.generation, local.rank, local.joined, local.span) = (generation, rank, true, span);
             local.process.send(coordinator_message::Message::Join(join));
             return;
         }
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let setup = Setup {
             device: slot.device.clone(),
             advertise_address: self.address.clone(),
-            threads: (cores / self.slots.len()).max(1) as u32,
             cache_bytes: self.cache.cache_bytes / self.slots.len() as u64,
             cache_dir: self.cache.cache_dir.clone(),
             cache_disk_bytes: self.cache.cache_disk_bytes / self.slots.len() as u64,

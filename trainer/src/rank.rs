@@ -240,7 +240,10 @@ fn take_part(
     info!(run = join.run, generation = join.generation, rank = join.rank, world = join.world_size, "joining");
     flags.set_activity(Activity::Opening);
     let job = match job.take().filter(|job| job.run == join.run) {
-        Some(open) => job.insert(open),
+        Some(mut open) => {
+            open.use_cores(join.cores);
+            job.insert(open)
+        }
         None => job.insert(Job::open(context, join)?),
     };
     let device = job.device;

@@ -66,7 +66,6 @@ impl World {
         let setup = Setup {
             device: "cpu".to_owned(),
             advertise_address: "127.0.0.1".to_owned(),
-            threads: 1,
             // Holds about half of the images, so that samples come from it and from the store.
             cache_bytes: (80 * 3 * SIZE * SIZE) as u64,
             cache_dir: None,
@@ -95,6 +94,7 @@ impl World {
             manifest_key: self.manifest.key.clone(),
             manifest_sha256: self.manifest.sha256.clone(),
             elapsed_seconds: 1.0,
+            cores: 1,
             ..pb::Join::default()
         }
     }

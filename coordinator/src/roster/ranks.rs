@@ -46,6 +46,7 @@ impl Roster {
                 elapsed_seconds: elapsed,
                 start: run.sources.start.clone(),
                 traceparent: run.sources.traceparent.clone(),
+                cores: 0,
             }),
         };
         (0u32..).zip(&generation.members).map(join).collect()

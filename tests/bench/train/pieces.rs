@@ -176,7 +176,6 @@ pub fn run(store: &Path, spec: &RunSpec, cache_bytes: u64) -> Result<Figures> {
     let setup = Setup {
         device: "cpu".to_owned(),
         advertise_address: "127.0.0.1".to_owned(),
-        threads: spec.ranks.threads.max(1),
         cache_bytes,
         cache_dir: None,
         cache_disk_bytes: 0,
@@ -197,6 +196,7 @@ pub fn run(store: &Path, spec: &RunSpec, cache_bytes: u64) -> Result<Figures> {
         elapsed_seconds: 0.0,
         start: None,
         traceparent: String::new(),
+        cores: spec.ranks.threads.max(1),
     };
     let clock = Clock::start()?;
     let (orders, to_rank) = channel();

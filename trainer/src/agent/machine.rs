@@ -1,32 +1,76 @@
-//! Whether this agent has the machine for itself.
+//! How the agents of a machine share its cores: each locks a file of its own that says how many devices it has, and whoever starts a rank
+//! counts the devices of all.
 
 use std::fs::{File, TryLockError};
+use std::io::Write;
+use std::path::{Path, PathBuf};
 
-use tracing::warn;
+use tracing::info;
 
-/// What agents of a machine lock, in the folder for temporary files.
-const LOCK: &str = "gleaner-trainer.lock";
+/// So many agents of a machine are counted.
+const MOST: usize = 64;
 
-/// Takes the machine for this agent while what it returns is kept, or says that another one has it: each of them counts on all cores.
-pub(super) fn claim() -> Option<File> {
-    claim_in(&std::env::temp_dir()).unwrap_or_else(|()| {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        warn!(
-            "another trainer agent runs on this machine, and each gives all {cores} cores to its ranks, so that both are slow: one agent with \
-             --devices cpu:2 shares them out, or ranks.threads in the spec does"
-        );
-        None
-    })
+/// This agent among those of its machine.
+#[derive(Debug)]
+pub(super) struct Machine {
+    cores: usize,
+    devices: usize,
+    folder: PathBuf,
+    /// Is locked while it is open. None: nobody else can count this agent.
+    place: Option<File>,
 }
 
-/// Nothing if nobody can tell, an error if another agent has it.
-fn claim_in(folder: &std::path::Path) -> Result<Option<File>, ()> {
-    let file = File::options().create(true).truncate(false).write(true).open(folder.join(LOCK));
-    let Ok(file) = file else { return Ok(None) };
-    match file.try_lock() {
-        Ok(()) => Ok(Some(file)),
-        Err(TryLockError::WouldBlock) => Err(()),
-        Err(TryLockError::Error(_)) => Ok(None),
+impl Machine {
+    /// Takes a place for an agent with so many devices.
+    pub(super) fn join(devices: usize) -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let machine = Self::join_in(std::env::temp_dir(), cores, devices);
+        if machine.devices() > devices {
+            info!(
+                cores,
+                own = machine.devices,
+                of = machine.devices(),
+                "shares its cores with other trainer agents, by devices"
+            );
+        }
+        machine
+    }
+
+    fn join_in(folder: PathBuf, cores: usize, devices: usize) -> Self {
+        let place = (0..MOST).find_map(|place| {
+            // One of another user cannot be opened so.
+            let file = File::options().create(true).truncate(false).write(true).open(path(&folder, place)).ok()?;
+            file.try_lock().ok()?;
+            file.set_len(0).and_then(|()| write!(&file, "{devices}")).ok()?;
+            Some(file)
+        });
+        Self { cores, devices, folder, place }
+    }
+
+    /// The cores of each device here.
+    pub(super) fn share(&self) -> usize {
+        (self.cores / self.devices()).max(1)
+    }
+
+    /// The devices of all agents of this machine.
+    fn devices(&self) -> usize {
+        let own = if self.place.is_some() { 0 } else { self.devices };
+        let all = (0..MOST).map(|place| devices_of(&path(&self.folder, place)));
+        (own + all.sum::<usize>()).max(self.devices)
+    }
+}
+
+fn path(folder: &Path, place: usize) -> PathBuf {
+    folder.join(format!("gleaner-trainer-{place}.lock"))
+}
+
+/// The devices of the agent that has this place, 0 if there is none.
+fn devices_of(place: &Path) -> usize {
+    match File::open(place).map(|file| file.try_lock_shared()) {
+        Ok(Err(TryLockError::WouldBlock)) => {
+            std::fs::read_to_string(place).ok().and_then(|devices| devices.parse().ok()).unwrap_or(1)
+        }
+        _ => 0,
     }
 }
 
@@ -35,12 +79,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_second_agent_of_a_machine_is_told_of_the_first_until_that_has_ended() {
+    fn agents_of_a_machine_share_its_cores_by_devices_until_they_end() {
         let folder = tempfile::tempdir().expect("a folder");
-        let first = claim_in(folder.path()).expect("nobody else").expect("it can be locked");
-        assert!(claim_in(folder.path()).is_err());
-        drop(first);
-        assert!(claim_in(folder.path()).expect("it is free again").is_some());
-        assert!(claim_in(std::path::Path::new("/nowhere")).expect("nobody can tell").is_none());
+        let join = |devices| Machine::join_in(folder.path().to_owned(), 12, devices);
+        let first = join(1);
+        assert_eq!(first.share(), 12);
+        let second = join(2);
+        assert_eq!((first.share(), second.share()), (4, 4));
+        let third = join(30);
+        assert_eq!(third.share(), 1, "each has one at least");
+        drop(second);
+        assert_eq!(join(3).devices(), 34, "it has the place that is free again");
+        drop(third);
+        assert_eq!(first.share(), 12);
+        let alone = Machine::join_in("/nowhere".into(), 12, 2);
+        assert_eq!(alone.share(), 6, "nobody can tell of others");
     }
 }

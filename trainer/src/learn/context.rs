@@ -22,8 +22,6 @@ pub(crate) struct Setup {
     pub device: String,
     /// The address at which other machines reach this one.
     pub advertise_address: String,
-    /// This process's share of the machine's cores.
-    pub threads: u32,
     /// Decoded images may take this many bytes of memory.
     pub cache_bytes: u64,
     /// The folder for decoded images that have no room in memory, if there is one ...

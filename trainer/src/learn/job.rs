@@ -40,6 +40,8 @@ pub(crate) struct Job {
     pub(super) agreed_generation: u64,
     cache: Arc<Cache>,
     blocks: [Arc<BlockReader>; 3],
+    /// The share of the machine's cores that this rank has in its generation.
+    cores: u32,
 }
 
 impl Job {
@@ -61,11 +63,9 @@ impl Job {
         // Fails here if no epoch can be planned: that is the same for all epochs.
         EpochPlan::new(&blocks[0].kept(), spec.ranks.lanes, spec.train.batch, spec.seed, 0)?;
         let device = device::parse(&context.setup.device)?;
-        let threads = if spec.ranks.threads > 0 { spec.ranks.threads } else { context.setup.threads };
-        tch::set_num_threads(threads as i32);
         let kind = step::kind(spec.ranks.precision);
         let (model, sgd) = fresh(&spec, &manifest, device);
-        Ok(Self {
+        let mut job = Self {
             context: context.clone(),
             run: join.run.clone(),
             normalise: Normalise::new(manifest.mean, manifest.std, device, kind),
@@ -80,7 +80,17 @@ impl Job {
             model,
             sgd,
             blocks,
-        })
+            cores: 1,
+        };
+        job.use_cores(join.cores);
+        Ok(job)
+    }
+
+    /// From now on so many of the machine's cores are this rank's.
+    pub(crate) fn use_cores(&mut self, cores: u32) {
+        self.cores = cores.max(1);
+        let threads = if self.spec.ranks.threads > 0 { self.spec.ranks.threads } else { self.cores };
+        tch::set_num_threads(threads as i32);
     }
 
     /// Steps of the whole run.
@@ -99,7 +109,7 @@ impl Job {
             split,
             blocks: self.blocks[split as usize].clone(),
             cache: self.cache.clone(),
-            threads: self.context.setup.threads.max(1) as usize,
+            threads: self.cores as usize,
             device: self.device,
             runtime: self.context.runtime.clone(),
         }
