@@ -185,7 +185,7 @@ mod tests {
             (&["classify"], ""),
             (&["status"], ""),
             (&["web"], "web-listen store exit-with-stdin"),
-            (&["doctor"], "store"),
+            (&["doctor"], "store gpu devices"),
             (&["fsck"], "store deep"),
             (&["gc"], "store dry-run grace"),
             (&["token", "new"], "role name to"),

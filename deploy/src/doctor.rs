@@ -24,6 +24,13 @@ pub(crate) struct Args {
     /// Also check this store: a folder, or s3://, gs:// or az:// BUCKET/PREFIX
     #[arg(long, env = "GLEANER_STORE")]
     store: Option<String>,
+    /// Also train 20 steps of the default network on each GPU, or on what --devices names: how many images a second, and for what share of
+    /// the time the device works
+    #[arg(long)]
+    gpu: bool,
+    /// What --gpu tries, as of `gleaner trainer`: cpu, cuda:N, or several with commas [default: all GPUs]
+    #[arg(long, requires = "gpu", value_name = "DEVICES")]
+    devices: Option<String>,
     #[command(flatten)]
     cluster: ClusterArgs,
 }
@@ -40,6 +47,13 @@ struct Finding {
 /// Checks everything; fails if something is wrong.
 pub(crate) async fn run(args: Args) -> Result<()> {
     let mut findings = vec![finding("version", Ok(version())), finding("training", training())];
+    if args.gpu {
+        let tried = tokio::task::spawn_blocking(move || trials(args.devices.as_deref())).await;
+        match tried.unwrap_or_else(|panic| Err(panic.into())) {
+            Ok(trials) => findings.extend(trials.into_iter().map(|found| finding("steps", Ok(found)))),
+            Err(error) => findings.push(finding("steps", Err(error))),
+        }
+    }
     if let Some(location) = &args.store {
         let checked = tokio::time::timeout(DEADLINE, check_store(location)).await;
         let checked = checked.unwrap_or_else(|_| bail!("no answer within {} s", DEADLINE.as_secs()));
@@ -82,6 +96,33 @@ fn training() -> Result<String> {
         Some(problem) => bail!("{}; {problem}", trainer::describe()),
         None => Ok(trainer::describe()),
     }
+}
+
+/// What each device did.
+#[cfg(feature = "trainer")]
+fn trials(devices: Option<&str>) -> Result<Vec<String>> {
+    if devices.is_none() && trainer::devices() == ["cpu"] {
+        let of_cpus = "this program has a libtorch for CPUs; one for GPUs is built with the feature `nccl` (make libtorch CUDA=1)";
+        let why = trainer::problem().unwrap_or(of_cpus);
+        bail!("no GPU is seen here: {why}. --devices cpu tries the CPU");
+    }
+    let told = |trial: trainer::Trial| {
+        let trainer::Trial { device, precision, batch, steps, images_per_second, busy } = trial;
+        let worked = match busy {
+            Some(share) if device == "cpu" => format!("the cores worked for {:.0} % of the time", 100.0 * share),
+            Some(share) => format!("it worked for {:.0} % of the time", 100.0 * share),
+            None => "for what share of the time it worked nobody tells, for want of nvidia-smi".to_owned(),
+        };
+        format!("{device}: {images_per_second:.0} images a second in {steps} steps of {batch}, {precision}; {worked}")
+    };
+    Ok(trainer::trials(devices)?.into_iter().map(told).collect())
+}
+
+#[cfg(not(feature = "trainer"))]
+fn trials(_: Option<&str>) -> Result<Vec<String>> {
+    bail!(
+        "this binary has no trainer, and so no device: the image gleaner-trainer has it, or a build with the feature `trainer`"
+    )
 }
 
 #[cfg(not(feature = "trainer"))]

@@ -17,5 +17,6 @@ mod records;
 pub(crate) mod reports;
 pub(crate) mod schedule;
 pub(crate) mod step;
+pub(crate) mod synthetic;
 mod timing;
 pub(crate) mod train;

@@ -1,6 +1,6 @@
 //! The trainer: learns from what the workers fetched, on as many devices as there are, and goes on when some of them fail.
 //!
-//! It has five rooms. Each uses only those below it:
+//! It has five rooms, and `trial`, which takes a few steps to see how fast a device is. Each uses only those below it:
 //! - `agent` offers this machine's devices to the coordinator (`link`), runs a rank `process` on each that is assigned, and stores their `logs`;
 //! - `rank` is that process: it takes part in one generation after another, as its agent tells it in frames (`ipc`);
 //! - `learn` is a run on one rank (`job`): the ranks connect (`membership`) and `agree` on a state; `train` is the loop in the order of the
@@ -19,6 +19,7 @@ mod data;
 mod learn;
 mod rank;
 mod torch;
+mod trial;
 
 #[cfg(test)]
 mod tests;
@@ -26,3 +27,4 @@ mod tests;
 pub use agent::{CacheConfig, Config, RANK_ENVIRONMENT, describe, devices, metrics, problem, run};
 pub use learn::step::reference_step;
 pub use rank::run_rank;
+pub use trial::{Trial, trials};

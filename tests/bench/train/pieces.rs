@@ -13,20 +13,19 @@ use proto::pb::{self, left::Cause, rank_message::Message};
 use proto::shard::sha256_hex;
 use proto::{DatasetId, Manifest, RunSpec, Split, Stored, keys};
 use serde::Serialize;
-use tch::{Device, Kind, Tensor};
+use tch::Device;
 
-use crate::data::batch::{Batch, ColorJitter, Pixels};
 use crate::data::blocks::BlockReader;
 use crate::data::cache::Cache;
 use crate::data::loader::Loader;
 use crate::data::normalise::Normalise;
-use crate::data::plan::lanes_of;
-use crate::learn::alexnet::AlexNet;
 use crate::learn::context::{RankContext, Setup};
 use crate::learn::control::{ControlFlags, Heartbeat};
-use crate::learn::{schedule, step};
+use crate::learn::step;
+use crate::learn::synthetic::Synthetic;
 use crate::rank::serve;
-use crate::torch::{Group, Member, Op, Reducer, Store};
+use crate::torch::{Group, Member, Store};
+use crate::trial::cpu_seconds;
 
 /// Mean and standard deviation of the pictures' pixels.
 pub const MOMENTS: ([f64; 3], [f64; 3]) = ([0.48, 0.46, 0.41], [0.23, 0.22, 0.23]);
@@ -59,14 +58,6 @@ impl Clock {
     }
 }
 
-fn cpu_seconds() -> Result<f64> {
-    let stat = std::fs::read_to_string("/proc/self/stat")?;
-    let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
-    // The 14th and 15th field of the whole line, in ticks, of which Linux counts 100 a second.
-    let ticks = fields.split_whitespace().skip(11).take(2).map(str::parse::<f64>).sum::<Result<f64, _>>()?;
-    Ok(ticks / 100.0)
-}
-
 fn peak_mebibytes() -> Result<f64> {
     let status = std::fs::read_to_string("/proc/self/status")?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM")?;
@@ -87,49 +78,24 @@ pub fn meeting_place() -> Result<(impl Sized, u16)> {
 
 /// Trains `count` steps, after two that are not counted, on one batch in memory, as rank `rank` of `world`.
 pub fn steps(spec: &RunSpec, count: u64, rank: u32, world: u32, port: u16) -> Result<Figures> {
-    let (kind, device) = (step::kind(spec.ranks.precision), Device::Cpu);
     tch::set_num_threads(spec.ranks.threads.max(1) as i32);
     let member = Member {
         rank: rank as usize,
         world: world as usize,
         address: "127.0.0.1".to_owned(),
-        device,
+        device: Device::Cpu,
         timeout: Duration::from_secs(300),
     };
     let group = Group::join("127.0.0.1", port, member, || false)?;
-    let crop = i64::from(spec.input.crop);
-    let model = AlexNet::new(&spec.model, 1000, crop, spec.seed, kind, device);
-    let mut sgd = step::optimizer(&model, &spec.train);
-    let parameters: Vec<Tensor> = model.parameters().into_iter().map(|(_, parameter)| parameter).collect();
-    let compress = step::compression(spec.ranks.compress, world as usize);
-    let reducer = Reducer::new(&group, &parameters, 25 << 20, compress)?;
-    let normalise = Normalise::new(MOMENTS.0, MOMENTS.1, device, kind);
-    let lanes = i64::from(spec.ranks.lanes);
-    let mine = lanes_of(rank, world, spec.ranks.lanes);
-    let batch = i64::from(spec.train.batch);
-    let share = |lane: u32| (batch * (i64::from(lane) + 1) / lanes) - (batch * i64::from(lane) / lanes);
-    let shares: Vec<i64> = mine.map(share).collect();
-    let own: i64 = shares.iter().sum();
-    let pixels = Pixels {
-        pixels: Tensor::randint(256, [own, crop, crop, 3], (Kind::Uint8, device)),
-        jitters: vec![ColorJitter::default(); own as usize],
-        labels: Tensor::randint(1000, [own], (Kind::Int64, device)),
-        keys: (0..own as u64).collect(),
-    };
-    let mut batch = Batch { step: 0, samples: batch as u64, shares, pixels };
-    let mut clock = Clock::start()?;
-    for i in 0..count + 2 {
-        if i == 2 {
-            clock = Clock::start()?;
-        }
-        batch.step = i;
-        let computed = step::compute(spec, world as usize, &model, &normalise, &reducer, &batch, &|_| {})?;
-        group.all_reduce(&computed.measured, Op::Sum)?.wait(group.timeout())?;
-        sgd.step(schedule::learning_rate(i, 1000, &spec.train))?;
-        let measured = &computed.measured;
-        model.update_running(&(measured.narrow(0, 3, measured.size()[0] - 3) / lanes as f64));
+    let mut rank = Synthetic::new(spec, &group, (rank, world))?;
+    for _ in 0..2 {
+        rank.step()?;
     }
-    clock.stop("steps", count * own as u64)
+    let clock = Clock::start()?;
+    for _ in 0..count {
+        rank.step()?;
+    }
+    clock.stop("steps", count * rank.samples())
 }
 
 /// Reads and decodes the epochs of the spec from the folder of a dataset, whose manifest is its `manifest.json`, up to numbers on the device; figures of each epoch.

@@ -1,0 +1,80 @@
+//! Steps on one batch of random pixels that stays in memory: what a step takes without data to wait for.
+
+use proto::RunSpec;
+use tch::{Device, Kind, Tensor};
+
+use super::alexnet::AlexNet;
+use super::failure::Failure;
+use super::{schedule, step};
+use crate::data::batch::{Batch, ColorJitter, Pixels};
+use crate::data::normalise::Normalise;
+use crate::data::plan::lanes_of;
+use crate::torch::{Group, Op, Reducer, Sgd};
+
+/// Gradients travel in parts of so many bytes.
+const BUCKET_BYTES: usize = 25 << 20;
+const CLASSES: i64 = 1000;
+/// Steps of an epoch of ImageNet at a batch of 1,280.
+const STEPS_PER_EPOCH: u64 = 1000;
+/// Mean and standard deviation of pictures' pixels.
+const MOMENTS: ([f64; 3], [f64; 3]) = ([0.48, 0.46, 0.41], [0.23, 0.22, 0.23]);
+
+/// A rank that takes such steps, as one of a run would.
+pub(crate) struct Synthetic<'a> {
+    spec: &'a RunSpec,
+    group: &'a Group,
+    world: usize,
+    model: AlexNet,
+    sgd: Sgd,
+    reducer: Reducer,
+    normalise: Normalise,
+    batch: Batch,
+}
+
+impl<'a> Synthetic<'a> {
+    /// A rank of so many on the group's device.
+    pub(crate) fn new(spec: &'a RunSpec, group: &'a Group, (rank, world): (u32, u32)) -> Result<Self, Failure> {
+        let (kind, device) = (step::kind(spec.ranks.precision), group.device());
+        let crop = i64::from(spec.input.crop);
+        let model = AlexNet::new(&spec.model, CLASSES, crop, spec.seed, kind, device);
+        let sgd = step::optimizer(&model, &spec.train);
+        let parameters: Vec<Tensor> = model.parameters().into_iter().map(|(_, parameter)| parameter).collect();
+        let compress = step::compression(spec.ranks.compress, world as usize);
+        let reducer = Reducer::new(group, &parameters, BUCKET_BYTES, compress)?;
+        let normalise = Normalise::new(MOMENTS.0, MOMENTS.1, device, kind);
+        let (lanes, batch) = (i64::from(spec.ranks.lanes), i64::from(spec.train.batch));
+        let share = |lane: u32| (batch * (i64::from(lane) + 1) / lanes) - (batch * i64::from(lane) / lanes);
+        let shares: Vec<i64> = lanes_of(rank, world, spec.ranks.lanes).map(share).collect();
+        let own: i64 = shares.iter().sum();
+        let pixels = Pixels {
+            pixels: Tensor::randint(256, [own, crop, crop, 3], (Kind::Uint8, Device::Cpu)),
+            jitters: vec![ColorJitter::default(); own as usize],
+            labels: Tensor::randint(CLASSES, [own], (Kind::Int64, Device::Cpu)),
+            keys: (0..own as u64).collect(),
+        };
+        let batch = Batch { step: 0, samples: batch as u64, shares, pixels };
+        Ok(Self { spec, group, world: world as usize, model, sgd, reducer, normalise, batch })
+    }
+
+    /// Samples of this rank in a step.
+    pub(crate) fn samples(&self) -> u64 {
+        self.batch.pixels.keys.len() as u64
+    }
+
+    /// Takes the next step.
+    pub(crate) fn step(&mut self) -> Result<(), Failure> {
+        let Self { spec, group, world, model, sgd, reducer, normalise, batch } = self;
+        let computed = step::compute(spec, *world, model, normalise, reducer, batch, &|_| {})?;
+        let measured = &computed.measured;
+        group.all_reduce(measured, Op::Sum)?.wait(group.timeout())?;
+        sgd.step(schedule::learning_rate(batch.step, STEPS_PER_EPOCH, &spec.train))?;
+        model.update_running(&(measured.narrow(0, 3, measured.size()[0] - 3) / f64::from(spec.ranks.lanes)));
+        batch.step += 1;
+        Ok(())
+    }
+
+    /// Waits until the device has done all of it.
+    pub(crate) fn settle(&self) -> Result<(), Failure> {
+        Ok(self.group.settle()?)
+    }
+}
