@@ -12,6 +12,8 @@ use tracing::info;
 use crate::dial::DialArgs;
 use crate::kubernetes::KubernetesArgs;
 #[cfg(feature = "trainer")]
+use crate::kubernetes::PodArgs;
+#[cfg(feature = "trainer")]
 use crate::metered;
 use crate::metrics::{self, MetricsArgs, Role};
 use crate::process::{self, ShutdownArgs};
@@ -78,6 +80,8 @@ pub(crate) struct TrainerArgs {
     metrics: MetricsArgs,
     #[command(flatten)]
     config: trainer::Config,
+    #[command(flatten)]
+    pod: PodArgs,
 }
 
 /// Arguments of `gleaner rank`.
@@ -126,7 +130,11 @@ pub(crate) async fn trainer(args: TrainerArgs, telemetry: &TelemetryArgs) -> Res
     rank_command.extend(telemetry.for_child().into_iter().map(Into::into));
     let grace = GRACE + Duration::from_secs(args.config.leave_seconds.into());
     let agent = |shutdown| trainer::run(name, args.config, dial, store, rank_command, metered::add, shutdown);
-    until_shutdown(args.end, grace, agent).await
+    let tell = args.pod.tell(trainer::metrics::ranks)?;
+    tokio::select! {
+        result = until_shutdown(args.end, grace, agent) => result,
+        () = tell => bail!("nobody tells Kubernetes of this pod any more"),
+    }
 }
 
 /// Runs one rank until its agent ends it.

@@ -42,7 +42,7 @@ PRINTED = {("Secret", name) for name in re.findall(r'"(tls-\w+)"', (HERE.parents
 # Kubernetes has it in each namespace.
 GIVEN = {("ConfigMap", "kube-root-ca.crt")}
 # What is in no namespace.
-UNSPACED = {"Namespace", "ClusterRole", "ClusterRoleBinding"}
+UNSPACED = {"Namespace", "ClusterRole", "ClusterRoleBinding", "ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"}
 # The binary's flags that are variables too.
 SOURCES = [path.read_text() for path in HERE.parents[1].glob("*/src/**/*.rs")]
 FLAGS = {flag for text in SOURCES for flag in re.findall(r'env = "(GLEANER_\w+)"', text)}
@@ -275,8 +275,10 @@ def scaled(item, items):
 def named(item, have):
     """That what an object names is there."""
     kind = item.get("kind")
-    if kind == "ClusterRoleBinding":
-        wanted = [("ClusterRole", get(item, "roleRef.name")), *((subject["kind"], subject["name"]) for subject in get(item, "subjects", []))]
+    if kind == "ValidatingAdmissionPolicyBinding":
+        wanted = [("ValidatingAdmissionPolicy", get(item, "spec.policyName"))]
+    elif kind in ("RoleBinding", "ClusterRoleBinding"):
+        wanted = [(get(item, "roleRef.kind"), get(item, "roleRef.name")), *((subject["kind"], subject["name"]) for subject in get(item, "subjects", []))]
     elif kind == "ScaledObject":
         wanted = [("TriggerAuthentication", ref["name"]) for ref in every(item, "authenticationRef")]
     elif kind == "TriggerAuthentication":
@@ -365,6 +367,9 @@ BREAKS = (
     ("Certificate/tls-worker", "spec.issuerRef.name", "author", "Issuer author does not exist"),
     ("Certificate/tls-worker", "spec.renewBefore", "60d", "does not match"),
     ("ClusterRoleBinding/gleaner-token-reviewer", "subjects.0.name", "coord", "ServiceAccount coord does not exist"),
+    ("RoleBinding/trainer", "roleRef.name", "trainers", "Role trainers does not exist"),
+    ("ValidatingAdmissionPolicyBinding/gleaner-trainer", "spec.policyName", "gleaner", "ValidatingAdmissionPolicy gleaner does not exist"),
+    ("ValidatingAdmissionPolicy/gleaner-trainer", "spec.validation", [], "Additional properties are not allowed"),
     ("HorizontalPodAutoscaler/worker", "spec.scaleTargetRef.name", "coordinator", "whose replicas are fixed"),
     ("HorizontalPodAutoscaler/worker", "spec.maxReplica", 3, "Additional properties are not allowed"),
     ("PodMonitor/gleaner", "spec.podMetricsEndpoints.0.port", "http", "has no port ['http']"),

@@ -27,6 +27,11 @@ pub fn ready() -> bool {
     READY.get() == 1
 }
 
+/// Devices with a rank on them.
+pub fn ranks() -> u64 {
+    RANKS.get().try_into().unwrap_or(0)
+}
+
 pub(crate) fn set_ready(yes: bool) {
     READY.set(yes.into());
 }
