@@ -92,9 +92,11 @@ impl Generation {
             let Culprit { agent, address, device, activity, step, .. } = &culprit;
             let agent = agent.get(..8).unwrap_or(agent);
             let detail = &departure.detail;
-            let reason = format!(
-                "rank {rank} ({device} of agent {agent} at {address}): {detail}; it was at: {activity}, after step {step}"
-            );
+            let mut reason = format!("rank {rank} ({device} of agent {agent} at {address}): {detail}");
+            // A new coordinator knows nothing of a rank whose agent it has not heard.
+            if member.confirmed {
+                reason += &format!("; it was at: {activity}, after step {step}");
+            }
             let culprit = (blame(departure) > 1).then_some(culprit);
             return Some(Failure { culprit, cause: departure.cause, reason });
         }
@@ -120,6 +122,7 @@ fn culprit(rank: u32, member: &Member, silent: Duration, agents: &BTreeMap<Strin
     let device = agent.and_then(|agent| agent.devices.get(member.device.index as usize));
     let unknown = || "unknown".to_owned();
     let activity = member.heartbeat.activity().as_str_name().trim_start_matches("ACTIVITY_");
+    let activity = if member.confirmed { activity } else { "unknown" };
     Culprit {
         rank,
         agent: member.device.agent.clone(),

@@ -208,3 +208,21 @@ fn a_rank_is_told_with_what_it_was_at_though_others_take_long_to_leave() {
     let RunEvent::Failure { culprit: Some(culprit), reason, .. } = &scene.history[1].event else { panic!("a culprit") };
     assert_eq!((culprit.rank, culprit.activity.as_str(), culprit.step), (1, "backward", 7), "{reason}");
 }
+
+#[test]
+fn of_a_rank_whose_agent_a_new_coordinator_never_heard_nobody_says_what_it_was_at() {
+    let mut before = Scene::with_run(1, 2);
+    before.hello("a", 1, vec![]);
+    before.hello("b", 1, vec![]);
+    before.start(0);
+    let mut scene = Scene::new();
+    scene.history = before.history;
+    scene.roster.add(run("r", 1, 2, scene.now(), &scene.history));
+    let here = scene.occupied(&device("a", 0), 1, 0, true);
+    scene.hello("a", 1, vec![here]);
+    scene.wait(20.0, &["a"]);
+    scene.leave("a", 1, 0, 0, Cause::Collective, 7);
+    let RunEvent::Failure { culprit: Some(culprit), reason, .. } = &scene.history[1].event else { panic!("a culprit") };
+    assert_eq!((culprit.rank, culprit.activity.as_str()), (1, "unknown"));
+    assert!(reason.ends_with("did not come back after the coordinator's restart"), "{reason}");
+}
