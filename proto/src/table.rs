@@ -6,10 +6,12 @@ use bytes::Bytes;
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::errors::ParquetError;
 use parquet::file::properties::WriterProperties;
-use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::file::reader::{ChunkReader, FileReader, SerializedFileReader};
 use parquet::file::writer::SerializedFileWriter;
-use parquet::record::{Field, RecordWriter};
+use parquet::record::{Field, RecordWriter, Row as ParquetRow};
+use parquet::schema::types::Type as SchemaType;
 
+use crate::caught::caught;
 use crate::format::FormatError;
 
 /// A row. What is written is derived from its fields (`ParquetRecordWriter`); what is read is set column by column.
@@ -67,21 +69,49 @@ where
     encode().map_err(|error| FormatError(format!("{}: {error}", T::NAME)))
 }
 
+/// Opens a Parquet file, whoever has written it.
+///
+/// # Errors
+/// If it is none, or a damaged one.
+pub fn open<R: ChunkReader + 'static>(file: R) -> Result<SerializedFileReader<R>, ParquetError> {
+    caught(|| SerializedFileReader::new(file)).unwrap_or_else(damaged)
+}
+
+/// The rows of a Parquet file, of all columns or of some of them, up to the first one that cannot be read.
+///
+/// # Errors
+/// If the columns cannot be read.
+pub fn rows(
+    file: &dyn FileReader,
+    columns: Option<SchemaType>,
+) -> Result<impl Iterator<Item = Result<ParquetRow, ParquetError>>, ParquetError> {
+    let mut rows = caught(|| file.get_row_iter(columns)).unwrap_or_else(damaged)?;
+    let mut is_read = false;
+    Ok(std::iter::from_fn(move || {
+        let row = if is_read { None } else { caught(|| rows.next()).unwrap_or_else(|panic| Some(damaged(panic))) };
+        is_read |= !matches!(row, Some(Ok(_)));
+        row
+    }))
+}
+
+fn damaged<T>(panic: String) -> Result<T, ParquetError> {
+    Err(ParquetError::General(panic))
+}
+
 /// The rows of a file that [`write`] made, in order.
 ///
 /// # Errors
 /// If the bytes are no Parquet file, or a cut one.
 pub fn read<T: Row>(file: Bytes) -> Result<Vec<T>, FormatError> {
     let decode = || -> Result<Vec<T>, ParquetError> {
-        let rows = SerializedFileReader::new(file)?;
-        let row = |row: Result<parquet::record::Row, ParquetError>| {
+        let row = |row: Result<ParquetRow, ParquetError>| {
             let (row, mut out) = (row?, T::default());
             for (column, field) in row.get_column_iter() {
                 out.set(column, Value(field));
             }
             Ok(out)
         };
-        rows.get_row_iter(None)?.map(row).collect()
+        rows(&open(file)?, None)?.map(row).collect()
     };
     decode().map_err(|error| FormatError(format!("{}: {error}", T::NAME)))
 }

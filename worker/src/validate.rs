@@ -4,7 +4,6 @@
 
 use std::borrow::Cow;
 use std::io::{Cursor, ErrorKind};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::LazyLock;
 
 use anyhow::Context;
@@ -12,6 +11,7 @@ use bytes::Bytes;
 use image::ImageFormat as Format;
 use image::metadata::Orientation;
 use image::{ColorType, DynamicImage, ExtendedColorType, ImageDecoder, ImageEncoder, ImageError, ImageReader};
+use proto::caught::caught;
 use proto::dataset_spec::Verify;
 use proto::shard::Moments;
 use proto::{Chroma, Color, Filter, ImageFormat, Limits, Reencode, Rejection, Resize, ResizeMode};
@@ -159,7 +159,7 @@ impl Validator {
         room: FindRoom<'_>,
         validation: &mut Validation,
     ) -> Result<Stored, Refusal> {
-        let stored = catch_unwind(AssertUnwindSafe(|| self.store(bytes, rules, room, validation)));
+        let stored = caught(|| self.store(bytes, rules, room, validation));
         stored.unwrap_or_else(|_| {
             if let Ok(fresh) = Self::new() {
                 *self = fresh;

@@ -304,6 +304,14 @@ fn parquet_lists_are_read_whatever_their_codec_and_the_order_of_their_columns() 
         assert_eq!(kept, expected, "{codec:?}");
         let named = ListOptions { url_column: "x".into(), ..auto() };
         assert!(refusal("l", &file, &named).contains("it has label, n, URL"));
+        // Wherever it is damaged, it is read, or refused, and nothing panics.
+        let mut refused = 0;
+        for at in 0..file.len() {
+            let mut damaged = file.clone();
+            damaged[at] ^= 0xff;
+            refused += usize::from(all("l", &damaged, &auto()).is_err());
+        }
+        assert!(refused > file.len() / 5, "{codec:?}: {refused} of {}", file.len());
     }
 }
 

@@ -11,6 +11,7 @@ use parquet::record::{Field, Row};
 use parquet::schema::types::Type;
 use proto::columns::Columns;
 use proto::dataset_spec::UNLABELLED;
+use proto::table;
 use serde_json::{Map, Value};
 
 use super::entry::{Each, Line, ListOptions, clean_url, entry, unreadable};
@@ -136,10 +137,10 @@ pub(super) fn parquet(
     }
     file.rewind()?;
     let broken = |error: ParquetError| Error::Invalid(format!("{name}: cannot be read as Parquet: {error}"));
-    let reader = SerializedFileReader::new(file).map_err(broken)?;
+    let reader = table::open(file).map_err(broken)?;
     let (wanted, places, understood) = projection(name, &reader, options)?;
     let mut columns = Columns::default();
-    for (number, row) in (1..).zip(reader.get_row_iter(Some(wanted)).map_err(broken)?) {
+    for (number, row) in (1..).zip(table::rows(&reader, Some(wanted)).map_err(broken)?) {
         let row: Row = row.map_err(broken)?;
         let values: Vec<&Field> = row.get_column_iter().map(|(_, field)| field).collect();
         let value = |at: usize| Cow::Owned(values.get(at).map_or(Value::Null, |field| json(field)));

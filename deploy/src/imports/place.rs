@@ -9,9 +9,9 @@ use anyhow::{Context, Result};
 use futures::TryStreamExt;
 use object_store::path::Path as Key;
 use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt};
-use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::file::reader::FileReader;
 use proto::files::Place;
-use proto::keys;
+use proto::{keys, table};
 use url::Url;
 
 use super::remote::{Remote, Source, wait};
@@ -196,11 +196,11 @@ impl File {
         Ok(match self {
             Self::Path(path) => {
                 let file = std::fs::File::open(path).with_context(cannot)?;
-                Box::new(SerializedFileReader::new(file).with_context(cannot)?)
+                Box::new(table::open(file).with_context(cannot)?)
             }
             Self::Elsewhere { source, length } => {
                 let file = Remote::new(source.clone(), *length, PARQUET_WINDOW);
-                Box::new(SerializedFileReader::new(file).with_context(cannot)?)
+                Box::new(table::open(file).with_context(cannot)?)
             }
         })
     }

@@ -8,9 +8,9 @@ use parquet::basic::{ConvertedType, Type as Physical};
 use parquet::file::metadata::FileMetaData;
 use parquet::record::Field;
 use parquet::schema::types::Type;
-use proto::Split;
 use proto::columns::plain;
 use proto::files::{FileUrl, Part};
+use proto::{Split, table};
 use serde_json::{Map, Value};
 
 use super::place::File;
@@ -68,7 +68,7 @@ pub(super) fn read(file: &File, split: Option<Split>, lines: &mut Lines<'_>) -> 
         return (0..rows.max(0) as u64).try_for_each(|row| push(row, Map::new()));
     };
     let cannot = || format!("cannot read {file}");
-    for (n, row) in (0..).zip(reader.get_row_iter(Some(projection)).with_context(cannot)?) {
+    for (n, row) in (0..).zip(table::rows(&*reader, Some(projection)).with_context(cannot)?) {
         let row = row.with_context(cannot)?;
         push(n, row.get_column_iter().map(|(name, field)| (name.clone(), value(field))).collect())?;
     }

@@ -174,3 +174,39 @@ fn a_parquet_file_says_its_classes_by_name_and_in_their_order() {
         assert!(refused.contains(said), "{refused}");
     }
 }
+
+#[test]
+fn damage_to_a_tar_or_a_parquet_file_is_an_error_or_is_passed_over_and_never_a_panic() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let [tar, table] = ["a.tar", "a.parquet"].map(|name| folder.path().join(name));
+    parquet(&table, &[2, 0, -1, 1, 1, 0]);
+    let mut builder = tar::Builder::new(fs::File::create(&tar).expect("writable"));
+    for (name, data) in [("wren/0.jpg", &b"first"[..]), ("wren/0.json", br#"{"label": 1}"#), ("wren/1.jpg", b"second")]
+    {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(data.len() as u64);
+        header.set_cksum();
+        builder.append_data(&mut header, name, data).expect("written");
+    }
+    builder.into_inner().expect("written");
+    for path in [tar, table] {
+        let whole = fs::read(&path).expect("it is there");
+        let mut refused = 0;
+        for seed in 0..1500 {
+            let (mut random, mut bytes) = (fastrand::Rng::with_seed(seed), whole.clone());
+            for _ in 0..random.usize(1..6) {
+                let at = random.usize(..bytes.len());
+                bytes[at] = random.u8(..);
+            }
+            if random.u8(..) < 64 {
+                bytes.truncate(random.usize(..bytes.len()));
+            }
+            fs::write(&path, &bytes).expect("writable");
+            for unlabelled in [false, true] {
+                let files = Files { unlabelled, keep: vec!["all".into()], ..files(&[&path]) };
+                refused += u32::from(lines(&files).is_err());
+            }
+        }
+        assert!(refused > 300, "{}: {refused} of 3000 refused", path.display());
+    }
+}

@@ -6,6 +6,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use parquet::data_type::ByteArray;
+use proto::caught::caught;
 use proto::files::{self, FileUrl, Part, Place};
 use proto::{Limits, Rejection};
 use tokio::sync::mpsc;
@@ -188,5 +189,6 @@ impl Shared {
 pub(super) async fn blocking<T: Send + 'static>(
     read: impl FnOnce() -> Result<T, Rejection> + Send + 'static,
 ) -> Result<T, Rejection> {
-    tokio::task::spawn_blocking(read).await.unwrap_or(Err(Rejection::Unreadable))
+    let read = tokio::task::spawn_blocking(move || caught(read)).await;
+    read.ok().and_then(Result::ok).unwrap_or(Err(Rejection::Unreadable))
 }

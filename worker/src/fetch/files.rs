@@ -16,9 +16,9 @@ use object_store::{ObjectStore, ObjectStoreExt};
 use parquet::column::reader::ColumnReader;
 use parquet::data_type::ByteArray;
 use parquet::errors::ParquetError;
-use parquet::file::reader::{ChunkReader, FileReader, SerializedFileReader};
+use parquet::file::reader::{ChunkReader, FileReader};
 use proto::files::Part;
-use proto::{Rejection, keys};
+use proto::{Rejection, keys, table};
 use rustix::fs::{Mode, OFlags, open, openat};
 use rustix::io::Errno;
 
@@ -173,7 +173,7 @@ pub(crate) fn rows(
     mut each: impl FnMut(u64, Result<ByteArray, Rejection>) -> bool,
 ) -> Result<(), Rejection> {
     let unreadable = |_: ParquetError| Rejection::Unreadable;
-    let reader = SerializedFileReader::new(file).map_err(unreadable)?;
+    let reader = table::open(file).map_err(unreadable)?;
     let schema = reader.metadata().file_metadata().schema_descr();
     let leaf = schema.columns().iter().position(|leaf| leaf.path().string() == column);
     // A list has several pictures in a row.
