@@ -24,7 +24,7 @@ help:
 	@echo "make bench-import         Gleaner, img2dataset and Hugging Face's datasets on 10,000 pictures that are there already: a folder, tars,"
 	@echo "                          Parquet (PHOTOS=photos.tar: of these JPEGs; ROUNDS=2)"
 	@echo "make bench-scale          1, 2 and 4 workers against a slow web, and a site's budget that they keep together"
-	@echo "make fuzz                 feeds garbage to what reads lists, images and shards, each for SECONDS=60"
+	@echo "make fuzz                 feeds garbage to what reads lists, images, shards, imports and who comes in, each for SECONDS=60"
 	@echo "make setup                libtorch and the build's tools, into target/; every other target does it first"
 	@echo "make images               both container images, as archives in target/images; needs buildah. PROFILE=dev: quicker, if"
 	@echo "                          tests were run; IMAGES=gleaner: the small one alone"

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/../.."
 seconds=${1:-60}
 shift || true
 targets=("$@")
-((${#targets[@]})) || targets=(list image shard door state_dict)
+((${#targets[@]})) || targets=(list image shard door state_dict file)
 
 # A sanitizer is an unstable flag of the compiler, of which the stable one has all parts.
 export RUSTC_BOOTSTRAP=1

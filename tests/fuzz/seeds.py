@@ -117,3 +117,16 @@ with zipfile.ZipFile(zipped, "w") as archive:
 seed("state_dict", "zip", zipped.getvalue())
 behind = b"\x80\x02]X\x01\0\0\x000a." + struct.pack("<q", 6) + numbers
 seed("state_dict", "legacy", bytes.fromhex("80028a0a6cfc9c46f9206aa850192e80024de9032e80027d2e") + pickled + behind)
+
+# Imports: a Parquet file of three pictures in two row groups, and addresses of pictures in files.
+parquet = zlib.decompress(base64.b64decode(
+    "eNqNVD1P40AQHY83vihCyIqYVSxRuGEEUkAHUqhorncR8QMQTmI+pHD4Et8HLdXVV1BGgl9y5QlR8RMoKPkNzO6SKJEdOMv22Dvz3pt5a7n75XCXFK3S"
+    "akJI0ATwASDt9QlojdbakgspoGAdXMZH8BBktUGNKcIziI/qY4oTCdP6+UOgTWouQFEu5Xk+lpV+LSn3PScUUjgtV7I8yE5OpwhcRCA6hDSQmFvTtiJW"
+    "lCu9/6yDCmuulsm7hqNhB1rBuH+WXaQUQAdbtfOL9DQjBbSyIW+9qyIbu2eVp8XZBiSGgpRJDtNeNnTJT/00L84vv77ldRC1o4RhnVaiDgRhtOl4HR+B"
+    "VnqgB7zH9a22HQ7NVKGEA4EG0T7aLssEtgmLP9bH/MfjYZkAFwmUI3hr12ILXfBv5AevBN4KIrZbNyc9G85ij/QRPyP/xWphRqOrb3ytuC4B3rUBrQ33"
+    "Pk/8Ml3dzAEfGIG6q7s8UXytygxgGQxBtRMO/KL4UVU6MUNWOIHWiX81vqstccIK6yfUKONJhM04T0ffvmfFdj/Pt9PR6PJn/CMbjYUw3tvf+byzG5mv"
+    "Z3bCrTB05SfxClb7fp8="))
+seed("file", "parquet", parquet)
+seed("list", "parquet", b"\6" + parquet)
+seed("file", "row", b"https://a.example/x.parquet#column=image.bytes&of=1065&span=1&row=2")
+seed("file", "member", b"store:///imports/a.tar#name=wren/1.jpg&offset=512&length=99")

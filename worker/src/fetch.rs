@@ -21,6 +21,8 @@ pub(crate) use files::{Object, Roots, rows};
 pub(crate) use net::AddressRules;
 pub(crate) use request::{Request, ResponseInfo};
 pub(crate) use retry::FetchError;
+#[cfg(fuzzing)]
+pub(crate) use sparse::fuzz_sparse;
 pub(crate) use sparse::{End, LONGEST_PIECE, Sparse, groups};
 
 #[cfg(test)]

@@ -406,6 +406,12 @@ fn assignment(lease: &Lease, large: bool) -> anyhow::Result<Assignment> {
     })
 }
 
+/// Reads the columns of a Parquet file as an import from the web does: its end, and what a row group has of the column.
+#[cfg(fuzzing)]
+pub fn fuzz_parquet(bytes: &[u8]) {
+    fetch::fuzz_sparse(bytes);
+}
+
 /// Validates a body as any other, under limits that let small ones through; `choice` chooses how it is stored.
 #[cfg(fuzzing)]
 pub fn fuzz_image(choice: u8, bytes: &[u8]) {

@@ -111,6 +111,33 @@ impl ChunkReader for Sparse {
     }
 }
 
+/// Every column of a file is read, piece by piece.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz_sparse(bytes: &[u8]) {
+    let whole = Bytes::copy_from_slice(bytes);
+    let piece = |range: &Range<u64>| whole.slice(range.start as usize..range.end as usize);
+    let mut file = Sparse::new(whole.len() as u64);
+    let about = loop {
+        match proto::caught::caught(|| file.end()).unwrap_or(Err(Rejection::Unreadable)) {
+            // What is asked for lies in the file, and is more each time.
+            Ok(End::Missing(range)) => file = Sparse::new(whole.len() as u64).with(range.start, piece(&range)),
+            Ok(End::Read(about)) => break about,
+            Err(_) => return,
+        }
+    };
+    let columns = about.file_metadata().schema_descr().columns().iter();
+    for column in columns.map(|column| column.path().string()).collect::<Vec<_>>() {
+        let Ok(groups) = groups(&about, &column, &[0, 1, 5, u64::MAX]) else { continue };
+        for (range, wanted) in groups {
+            // Whoever is asked for bytes behind the end of a file answers that there are none.
+            if range.start <= range.end && range.end <= whole.len() as u64 {
+                let file = file.with(range.start, piece(&range));
+                let _ = proto::caught::caught(|| super::rows(file, &column, &wanted, |_, _| true));
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
