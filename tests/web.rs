@@ -3,8 +3,10 @@
 mod small;
 
 use std::collections::BTreeMap;
+use std::fs::Permissions;
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -432,4 +434,15 @@ fn where_other_machines_reach_them_pages_want_a_code_once() {
     assert!(shown.status() == "200" && shown.text().contains("Nothing here yet"), "{}", shown.text());
     assert_eq!(get_as(&pages, &pages, &format!("/?code={first}")).status(), "401", "it was used");
     assert_ne!(code(&cluster), first, "the next one is told");
+
+    // The browser of whoever starts them is shown the way in.
+    let (script, seen) = (cluster.path("browser"), cluster.path("seen"));
+    std::fs::write(&script, format!("#!/bin/sh\necho \"$@\" >>{}\n", seen.display())).expect("writable");
+    std::fs::set_permissions(&script, Permissions::from_mode(0o755)).expect("our own");
+    cluster.set_env("BROWSER", &script.display().to_string());
+    let address = FreeAddress::at("0.0.0.0");
+    cluster.spawn("shown", &["web", "--open", "--web-listen", &address.to_string(), "--coordinator", &coordinator]);
+    let begins = format!("http://127.0.0.1:{}/?code=", address.port());
+    let shown = || std::fs::read_to_string(&seen).unwrap_or_default();
+    cluster.eventually("the browser is shown them", |_| shown().starts_with(&begins) && shown().ends_with('\n'));
 }

@@ -145,7 +145,7 @@ mod tests {
         Cli::command().debug_assert();
         #[rustfmt::skip]
         let expected: [(&[&str], &str); 45] = [
-            (&["local"], "store listen insecure web-listen workers ranks leave-seconds allow-net import-root exit-with-stdin"),
+            (&["local"], "store listen insecure web-listen open workers ranks leave-seconds allow-net import-root exit-with-stdin"),
             (&["dataset", "create"], "urls store-key format synset-column url-column url-format columns limit dry-run unlabelled multi-label keep-columns verify respect synsets url-template class-names \
                 size resize no-upscale encode-format reencode quality validation test seed slice-urls per-class min-bytes spec set wait timeout"),
             (&["dataset", "import"], "class-column image-column store splits dry-run unlabelled keep-columns multi-label synsets class-names limit \
@@ -184,7 +184,7 @@ mod tests {
             (&["run", "delete"], "yes"),
             (&["classify"], ""),
             (&["status"], ""),
-            (&["web"], "web-listen store exit-with-stdin"),
+            (&["web"], "web-listen store open exit-with-stdin"),
             (&["doctor"], "store gpu devices"),
             (&["fsck"], "store deep"),
             (&["gc"], "store dry-run grace"),

@@ -56,6 +56,9 @@ pub(crate) struct Args {
     /// Address and port of the pages for a browser [default: 127.0.0.1:7071, or a free port if that is taken]
     #[arg(long, env = "GLEANER_WEB_LISTEN", value_name = "ADDRESS:PORT")]
     web_listen: Option<SocketAddr>,
+    /// Show the pages in this machine's browser, too: the one that BROWSER names, or else the desktop's
+    #[arg(long)]
+    open: bool,
     /// Fetch workers
     #[arg(long, default_value_t = 1)]
     workers: u32,
@@ -139,9 +142,9 @@ pub(crate) async fn run(args: Args, telemetry: TelemetryArgs) -> Result<()> {
             let stop = STOP + Duration::from_secs(args.leave_seconds.into());
             clients.spawn(Supervised { stop, ..child("trainer", &arguments) }.run(stop_clients.clone()));
         }
-        let until = stop_clients.clone();
+        let (open, until) = (args.open, stop_clients.clone());
         clients.spawn(async move {
-            if let Err(error) = web::serve(pages, cluster, until).await {
+            if let Err(error) = web::serve(pages, cluster, open, until).await {
                 warn!(%error, "the pages are served no more");
             }
         });

@@ -27,7 +27,7 @@ mod try_it;
 mod urls;
 
 use std::future::ready;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
@@ -84,6 +84,9 @@ pub(crate) struct Args {
     /// changed
     #[arg(long, value_name = "STORE")]
     store: Option<String>,
+    /// Show them in this machine's browser, too: the one that BROWSER names, or else the desktop's
+    #[arg(long)]
+    open: bool,
     #[command(flatten)]
     dial: DialArgs,
     #[command(flatten)]
@@ -98,12 +101,12 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     let Some(location) = args.store else {
         let dial = args.dial.dial()?;
         note(format!("pages of {dial} at http://{at}; Ctrl-C ends them"));
-        return serve(listener, Cluster::over(&dial), shutdown).await;
+        return serve(listener, Cluster::over(&dial), args.open, shutdown).await;
     };
     let (dial, _token, coordinator) = coordinator_of(&location, &shutdown).await?;
     note(format!("pages of {location}, as it is now, at http://{at}; Ctrl-C ends them"));
     tokio::select! {
-        served = serve(listener, Cluster::over(&dial), shutdown.clone()) => served,
+        served = serve(listener, Cluster::over(&dial), args.open, shutdown.clone()) => served,
         ended = coordinator => match ended? {
             Err(error) => Err(error.context(format!("--store {location}"))),
             Ok(()) => Ok(()),
@@ -147,18 +150,43 @@ async fn coordinator_of(
     Ok((dial, token, running))
 }
 
-/// Serves the pages of a cluster at `listener` until `shutdown`.
+/// Serves the pages of a cluster at `listener` until `shutdown`; with `open`, this machine's browser is shown them.
 ///
 /// # Errors
 /// If the listener fails.
-pub(crate) async fn serve(listener: TcpListener, cluster: Cluster, shutdown: CancellationToken) -> Result<()> {
+pub(crate) async fn serve(
+    listener: TcpListener,
+    cluster: Cluster,
+    open: bool,
+    shutdown: CancellationToken,
+) -> Result<()> {
     let at = listener.local_addr()?;
     let entry = (!at.ip().to_canonical().is_loopback()).then(|| Arc::new(Entry::new()));
     if let Some(entry) = &entry {
         tell_code(at, entry);
     }
+    if open {
+        open_browser(at, entry.as_deref());
+    }
     let router = router(Source::new(cluster), at, entry);
     Ok(axum::serve(listener, router).with_graceful_shutdown(shutdown.cancelled_owned()).await?)
+}
+
+/// Connections are taken from now on, so that a browser may ask at once.
+fn open_browser(at: SocketAddr, entry: Option<&Entry>) {
+    let host = match at.ip() {
+        IpAddr::V4(all) if all.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(all) if all.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        own => own,
+    };
+    let code = entry.map(|entry| format!("?code={}", entry.code())).unwrap_or_default();
+    let address = format!("http://{}/{code}", SocketAddr::new(host, at.port()));
+    // Some browsers are a command that lasts as long as they do.
+    std::thread::spawn(move || {
+        if let Err(error) = opener::open_browser(&address) {
+            complain(format!("--open: no browser could be started ({error}); open {address} in one"));
+        }
+    });
 }
 
 /// Tells whoever has started the pages how a browser on another machine gets in.

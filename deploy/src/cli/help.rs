@@ -63,7 +63,7 @@ const EXAMPLES: [(&str, &[&str]); 12] = [
         ],
     ),
     ("classify", &["gleaner classify birds-1 picture.jpg", "gleaner classify ./model ./holiday -o json"]),
-    ("web", &["gleaner web", "gleaner web --store ./data"]),
+    ("web", &["gleaner web --open", "gleaner web --store ./data"]),
 ];
 
 /// The same commands, with that said.
