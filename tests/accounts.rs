@@ -2,6 +2,8 @@
 //! TokenReviews as Kubernetes does, of tokens that the test writes down.
 #![allow(clippy::print_stdout, reason = "measured figures")]
 
+mod small;
+
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -17,10 +19,13 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use serde_json::{Value, json};
-use support::{Authority, Cluster, binary};
+use support::net::Net;
+use support::{Authority, Cluster, Wire, binary};
 
 /// What the coordinator shows of itself.
 const OWN: &str = "own.account.token";
+/// Who may what.
+const ACCOUNTS: &str = "admin=gleaner/ci,worker=gleaner/worker,trainer=gleaner/trainer,viewer=gleaner/looker";
 
 /// The double of an API server.
 #[derive(Default)]
@@ -79,6 +84,13 @@ impl Kubernetes {
         stream.flush().ok()
     }
 
+    /// A token as a pod has it, which is known from now on; its file.
+    fn pod(&self, cluster: &Cluster, account: &str, pod: &str) -> String {
+        let token = format!("header.{}.signature", pod.replace('-', "_"));
+        self.known.lock().expect("no panic").insert(token.clone(), (account.to_owned(), pod.to_owned()));
+        cluster.write(pod, &token)
+    }
+
     fn review(&self, question: &Value) -> Value {
         let Value::String(token) = &question["spec"]["token"] else { return json!({"kind": "Status"}) };
         let known = self.known.lock().expect("no panic");
@@ -103,41 +115,33 @@ fn pictures(count: u64, origin: &Origin) -> String {
     list::to_text(&(0..count).map(entry).collect::<Vec<_>>())
 }
 
+/// Starts a coordinator that takes nobody but over TLS, and asks this API server who pods are; the file of its authority. The test
+/// itself comes with the token of a file.
+fn start(cluster: &mut Cluster, authority: &Authority, api: &str, token: &str, more: &[&str]) -> String {
+    let ca = cluster.write("ca.crt", &authority.pem());
+    cluster.write("token", OWN);
+    cluster.set_env("GLEANER_COORDINATOR", &format!("https://{}", cluster.address()));
+    cluster.set_env("GLEANER_TLS_CA", &ca);
+    cluster.set_env("GLEANER_TOKEN_FILE", token);
+    let (host, _) = cluster.address().rsplit_once(':').expect("HOST:PORT");
+    let pair = authority.issue(host);
+    let [cert, key] = [cluster.write("server.pem", &pair.cert), cluster.write("server.key", &pair.key)];
+    let folder = cluster.path("").display().to_string();
+    let tls = ["--tls", "require", "--tls-cert", &cert, "--tls-key", &key];
+    let kubernetes = ["--kubernetes-api", api, "--kubernetes-account", &folder];
+    cluster.start_coordinator_with(&[&tls[..], &kubernetes, more].concat());
+    ca
+}
+
 #[test]
 fn pods_are_known_by_their_accounts_and_put_out_when_kubernetes_knows_them_no_more() {
     let authority = Authority::new("ours");
     let kubernetes = Arc::new(Kubernetes::default());
     let api = format!("https://{}", kubernetes.serve(&authority));
     let mut cluster = Cluster::new(None, Vec::new());
-    let ca = cluster.write("ca.crt", &authority.pem());
-    cluster.write("token", OWN);
-    // Tokens as pods have them, which the API server knows from now on.
-    let pod = |cluster: &Cluster, account: &str, pod: &str| {
-        let token = format!("header.{}.signature", pod.replace('-', "_"));
-        kubernetes.known.lock().expect("no panic").insert(token.clone(), (account.to_owned(), pod.to_owned()));
-        cluster.write(pod, &token)
-    };
+    let pod = |cluster: &Cluster, account: &str, pod: &str| kubernetes.pod(cluster, account, pod);
     let admin = pod(&cluster, "gleaner:ci", "ci-0");
-    cluster.set_env("GLEANER_COORDINATOR", &format!("https://{}", cluster.address()));
-    cluster.set_env("GLEANER_TLS_CA", &ca);
-    cluster.set_env("GLEANER_TOKEN_FILE", &admin);
-    let pair = authority.issue("127.0.0.1");
-    let [cert, key] = [cluster.write("server.pem", &pair.cert), cluster.write("server.key", &pair.key)];
-    let folder = cluster.path("").display().to_string();
-    cluster.start_coordinator_with(&[
-        "--tls",
-        "require",
-        "--tls-cert",
-        &cert,
-        "--tls-key",
-        &key,
-        "--kubernetes-api",
-        &api,
-        "--kubernetes-account",
-        &folder,
-        "--service-accounts",
-        "admin=gleaner/ci,worker=gleaner/worker,viewer=gleaner/looker",
-    ]);
+    let ca = start(&mut cluster, &authority, &api, &admin, &["--service-accounts", ACCOUNTS]);
 
     let origin = Origin::serve(Options { seed: 5, ..Options::default() }).expect("loopback");
     let urls = cluster.write("urls.txt", &pictures(40, &origin));
@@ -197,4 +201,60 @@ fn pods_are_known_by_their_accounts_and_put_out_when_kubernetes_knows_them_no_mo
     refused(&cluster, &worker, 1, "Kubernetes does not know the token");
     println!("ACCOUNTS: questions={asked} seconds={seconds:.1} put_out_s={put_out:.1}");
     assert!(put_out < 6.0 && f64::from(asked) < 8.0 + seconds, "{asked} questions in {seconds} s, {put_out} s");
+}
+
+/// Machines of their own, joined by a bridge, stand for pods: a real cluster is what `make try-cluster` needs.
+#[test]
+fn each_pod_comes_in_by_its_own_account_a_submitter_by_a_token_and_a_pod_without_either_gets_nothing() {
+    let Some(net) = Net::start(4) else { return };
+    let [authority, strangers] = ["ours", "a stranger's"].map(Authority::new);
+    let kubernetes = Arc::new(Kubernetes::default());
+    let api = format!("https://{}", kubernetes.serve(&authority));
+    let mut cluster = Cluster::listening_at(&net.gateway());
+    let anna = cluster.path("anna").display().to_string();
+    let line = cluster.gleaner(&["token", "new", "--role", "submitter", "--name", "anna", "--to", &anna]);
+    let tokens = cluster.write("tokens", &line);
+    start(&mut cluster, &authority, &api, &anna, &["--service-accounts", ACCOUNTS, "--tokens", &tokens]);
+
+    // Pods that have no token, one of another namespace, and a worker's where a trainer's is wanted.
+    let (host, stranger) = (net.gateway(), net.name(3));
+    let elsewhere = kubernetes.pod(&cluster, "default:worker", "elsewhere-0");
+    let worker = kubernetes.pod(&cluster, "gleaner:worker", "worker-0");
+    let other_ca = cluster.write("other.crt", &strangers.pem());
+    let net_of_all = format!("{host}/32");
+    let fetches = ["worker", "--allow-net", &net_of_all];
+    let trains = ["trainer", "--devices", "cpu"];
+    let plain = format!("http://{}", cluster.address());
+    for (name, role, flags, said) in [
+        ("without-token", &fetches[..], &["--token-file", "/dev/null"][..], "token"),
+        ("elsewhere", &fetches, &["--token-file", &elsewhere], "default/worker is none of"),
+        ("wrong-role", &trains, &["--token-file", &worker], "trainer"),
+        ("other-authority", &fetches, &["--token-file", &worker, "--tls-ca", &other_ca], "certificate"),
+        ("in-the-clear", &fetches, &["--token-file", &worker, "--coordinator", &plain], "https://"),
+    ] {
+        cluster.spawn_in(Some(&stranger), name, &[role, flags].concat());
+        cluster.eventually(name, |cluster| cluster.log(name).contains(said));
+    }
+
+    // Those that have one.
+    cluster.spawn_in(Some(&net.name(0)), "worker", &[&fetches[..], &["--token-file", &worker]].concat());
+    for n in 1..3 {
+        let name = format!("trainer-{n}");
+        let token = kubernetes.pod(&cluster, "gleaner:trainer", &name);
+        cluster.spawn_in(Some(&net.name(n)), &name, &[&trains[..], &["--token-file", &token]].concat());
+    }
+    let begun = Instant::now();
+    // With one host, which is led to from the other machines.
+    let origin = Origin::serve(Options { seed: 11, hosts: 1, ..Options::default() }).expect("loopback");
+    let wire = Wire::at(&host, &origin.hosts()[0]);
+    small::create(&cluster, &small::list(&origin).replace(&origin.hosts()[0], &wire.address().to_string()));
+    let fetched = begun.elapsed().as_secs_f64();
+    assert_eq!(cluster.json(&["dataset", "describe", "small"])["outcomes"]["kept"], 200);
+    small::submit(&cluster, "run", 2, &["ranks.min=2"]);
+    small::wait(&cluster, "run");
+    let trained = begun.elapsed().as_secs_f64() - fetched;
+    let status = cluster.json(&["status"]);
+    let len = |what: &str| status[what].as_array().map(Vec::len);
+    assert_eq!([len("workers"), len("agents")], [Some(1), Some(2)], "{status}");
+    println!("PODS: refused=5 fetched_s={fetched:.1} trained_s={trained:.1}");
 }

@@ -15,13 +15,21 @@ use support::Cluster;
 pub fn dataset(cluster: &mut Cluster) {
     cluster.start_worker("worker");
     let origin = Origin::serve(Options { seed: 11, ..Options::default() }).expect("loopback");
-    let list: String = (0..200)
-        .map(|n| {
-            let class = n as usize % 5;
-            format!("{}\t{}\n", CLASSES[class].synset, list::url(Rot::Good, (class, n), n, &origin))
-        })
-        .collect();
-    let urls = cluster.write("urls.txt", &list);
+    create(cluster, &list(&origin));
+}
+
+/// The list of `small`, whose pictures are at this origin.
+pub fn list(origin: &Origin) -> String {
+    let line = |n: u64| {
+        let class = n as usize % 5;
+        format!("{}\t{}\n", CLASSES[class].synset, list::url(Rot::Good, (class, n), n, origin))
+    };
+    (0..200).map(line).collect()
+}
+
+/// Makes the dataset `small` of its list.
+pub fn create(cluster: &Cluster, list: &str) {
+    let urls = cluster.write("urls.txt", list);
     let splits = ["--validation", "0.15", "--test", "0.15", "--size", "72", "--slice-urls", "50"];
     let wait = ["--wait", "--timeout", "120s"];
     cluster.gleaner(&[&["dataset", "create", "small", "--urls", &urls], &splits[..], &wait].concat());

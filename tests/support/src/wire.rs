@@ -27,14 +27,22 @@ pub struct Wire {
 }
 
 impl Wire {
-    /// A wire to this address, HOST:PORT, at which nobody need listen yet.
+    /// A wire on loopback to this address, HOST:PORT, at which nobody need listen yet.
     ///
     /// # Panics
     /// If loopback has no free port.
     pub fn to(address: &str) -> Self {
+        Self::at("127.0.0.1", address)
+    }
+
+    /// The same, with its near end at an own address of this machine's.
+    ///
+    /// # Panics
+    /// If the address is none of this machine's.
+    pub fn at(host: &str, address: &str) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
         let runtime = runtime.expect("a thread");
-        let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).expect("a free port");
+        let listener = runtime.block_on(TcpListener::bind((host, 0))).expect("a free port");
         let (to, own) = (address.to_owned(), listener.local_addr().expect("bound"));
         let (flow, told) = watch::channel(Flow::Passes);
         runtime.spawn(async move {
