@@ -8,6 +8,7 @@ use parquet::errors::{ParquetError, Result};
 use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
 use parquet::file::reader::{ChunkReader, Length};
 use proto::Rejection;
+use proto::caught::caught;
 
 /// The end of a file, which says where everything is, is looked for in so many bytes first.
 const END: u64 = 64 << 10;
@@ -73,7 +74,7 @@ pub(crate) fn groups(file: &ParquetMetaData, column: &str, mut wanted: &[u64]) -
         end += group.num_rows().max(0) as u64;
         let (here, later) = wanted.split_at(wanted.partition_point(|row| *row < end));
         if !here.is_empty() {
-            let (start, length) = group.column(leaf).byte_range();
+            let (start, length) = caught(|| group.column(leaf).byte_range()).map_err(|_| Rejection::Unreadable)?;
             if length > LONGEST_PIECE {
                 return Err(Rejection::TooLarge);
             }
@@ -118,7 +119,7 @@ pub(crate) fn fuzz_sparse(bytes: &[u8]) {
     let piece = |range: &Range<u64>| whole.slice(range.start as usize..range.end as usize);
     let mut file = Sparse::new(whole.len() as u64);
     let about = loop {
-        match proto::caught::caught(|| file.end()).unwrap_or(Err(Rejection::Unreadable)) {
+        match caught(|| file.end()).unwrap_or(Err(Rejection::Unreadable)) {
             // What is asked for lies in the file, and is more each time.
             Ok(End::Missing(range)) => file = Sparse::new(whole.len() as u64).with(range.start, piece(&range)),
             Ok(End::Read(about)) => break about,
@@ -132,7 +133,7 @@ pub(crate) fn fuzz_sparse(bytes: &[u8]) {
             // Whoever is asked for bytes behind the end of a file answers that there are none.
             if range.start <= range.end && range.end <= whole.len() as u64 {
                 let file = file.with(range.start, piece(&range));
-                let _ = proto::caught::caught(|| super::rows(file, &column, &wanted, |_, _| true));
+                let _ = caught(|| super::rows(file, &column, &wanted, |_, _| true));
             }
         }
     }
