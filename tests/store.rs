@@ -233,7 +233,8 @@ fn garbage_is_removed_while_the_cluster_works_and_nothing_that_it_needs() {
     cluster.gleaner(&["dataset", "delete", "dead", "-y"]);
     let describe = |cluster: &Cluster| cluster.json(&["dataset", "describe", "some"]);
     for n in 0..3 {
-        cluster.start_worker_with(&format!("worker-{n}"), &["--connections", "8"]);
+        // A slice each second, so that some are left for the last one, however slowly this asks.
+        cluster.start_worker_with(&format!("worker-{n}"), &["--connections", "1"]);
         let before = describe(&cluster)["shards_committed"].as_u64();
         cluster.eventually("shards are committed", |cluster| {
             cluster.gleaner(&["gc", "--grace", "1s"]);
