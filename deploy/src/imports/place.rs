@@ -184,6 +184,14 @@ impl File {
         }
     }
 
+    /// All of its bytes.
+    pub(super) fn bytes(&self) -> Result<u64> {
+        match self {
+            Self::Path(path) => Ok(path.metadata().with_context(|| format!("cannot read {self}"))?.len()),
+            Self::Elsewhere { length, .. } => Ok(*length),
+        }
+    }
+
     pub(super) fn tar(&self) -> Result<Box<dyn ReadSeek>> {
         Ok(match self {
             Self::Path(path) => Box::new(std::fs::File::open(path)?),

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use parquet::basic::{ConvertedType, Type as Physical};
 use parquet::file::metadata::FileMetaData;
 use parquet::record::Field;
@@ -49,7 +49,18 @@ pub(super) fn read(file: &File, split: Option<Split>, lines: &mut Lines<'_>) -> 
     let Layout { picture, class, projection } = layout(file, reader.metadata().file_metadata(), lines.files)?;
     // Elsewhere what has to be read together is a row group.
     let groups = reader.metadata().row_groups().iter().map(|group| group.num_rows().max(0) as u64);
-    let ends: Vec<u64> = groups.scan(0, |end, rows| Some(std::mem::replace(end, *end + rows) + rows)).collect();
+    let mut rows = 0u64;
+    let ends: Vec<u64> = groups
+        .map(|of_group| {
+            rows = rows.saturating_add(of_group);
+            rows
+        })
+        .collect();
+    let bytes = file.bytes()?;
+    // A few bytes can claim any number of rows, and each of them would be a line of the list.
+    if rows > bytes {
+        bail!("{file}: it claims to have {rows} rows, but has {bytes} bytes: so many pictures do not fit in there");
+    }
     let of = file.length();
     let mut push = |row: u64, columns: Map<String, Value>| {
         let mut columns = columns;
@@ -64,8 +75,7 @@ pub(super) fn read(file: &File, split: Option<Split>, lines: &mut Lines<'_>) -> 
         lines.push(Picture { url: FileUrl { place: file.place(), part }, class, split, columns })
     };
     let Some(projection) = projection else {
-        let rows = reader.metadata().file_metadata().num_rows();
-        return (0..rows.max(0) as u64).try_for_each(|row| push(row, Map::new()));
+        return (0..rows).try_for_each(|row| push(row, Map::new()));
     };
     let cannot = || format!("cannot read {file}");
     for (n, row) in (0..).zip(table::rows(&*reader, Some(projection)).with_context(cannot)?) {

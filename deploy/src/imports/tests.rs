@@ -176,6 +176,25 @@ fn a_parquet_file_says_its_classes_by_name_and_in_their_order() {
 }
 
 #[test]
+fn a_parquet_file_that_claims_more_rows_than_it_has_bytes_is_refused_before_the_first_line() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("a.parquet");
+    // The same picture, class and text again and again take almost no room.
+    parquet(&path, &[0; 100_000]);
+    for unlabelled in [false, true] {
+        let mut taken = 0;
+        let files = Files { unlabelled, ..files(&[&path]) };
+        let refused = files.each(&mut |_| {
+            taken += 1;
+            Ok(())
+        });
+        let refused = refused.expect_err("a claim").to_string();
+        assert!(refused.contains("claims to have 100000 rows"), "{refused}");
+        assert_eq!(taken, 0);
+    }
+}
+
+#[test]
 fn damage_to_a_tar_or_a_parquet_file_is_an_error_or_is_passed_over_and_never_a_panic() {
     let folder = tempfile::tempdir().expect("a folder");
     let [tar, table] = ["a.tar", "a.parquet"].map(|name| folder.path().join(name));
