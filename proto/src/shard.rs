@@ -153,9 +153,16 @@ impl TarWriter {
 
     /// The bytes written since the last call.
     pub fn take(&mut self) -> Bytes {
-        self.hasher.update(&self.pending);
-        self.taken += self.pending.len() as u64;
-        Bytes::from(std::mem::take(&mut self.pending))
+        self.take_up_to(usize::MAX)
+    }
+
+    /// The first so many of them; the others are left for the next call.
+    pub fn take_up_to(&mut self, bytes: usize) -> Bytes {
+        let left = self.pending.split_off(bytes.min(self.pending.len()));
+        let taken = std::mem::replace(&mut self.pending, left);
+        self.hasher.update(&taken);
+        self.taken += taken.len() as u64;
+        taken.into()
     }
 
     /// Bytes that [`TarWriter::take`] would return.
@@ -199,7 +206,8 @@ impl TarWriter {
         self.pending.extend_from_slice(header.as_bytes());
         let offset = self.position();
         self.pending.extend_from_slice(data);
-        self.pending.resize(self.pending.len().next_multiple_of(512), 0);
+        let end = self.position();
+        self.pending.resize(self.pending.len() + (end.next_multiple_of(512) - end) as usize, 0);
         offset
     }
 }
@@ -340,7 +348,9 @@ mod tests {
         for (i, image) in images.iter().enumerate() {
             let sample = Sample { key: i as u64 * 3, label: i as u32 % 7, image: Bytes::from(image.clone()) };
             let place = writer.append(&sample, &origin());
-            bytes.extend_from_slice(&writer.take());
+            let part = writer.take_up_to(300_000);
+            assert!(part.len() == 300_000 || writer.pending() == 0);
+            bytes.extend_from_slice(&part);
             samples.push((sample, place));
         }
         let (rest, length, sha256, blocks) = writer.finish();

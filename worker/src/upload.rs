@@ -4,7 +4,7 @@ use std::mem;
 use std::sync::Arc;
 
 use anyhow::Context;
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use object_store::path::Path;
 use object_store::{MultipartUpload, ObjectStore, ObjectStoreExt, PutMode, PutPayload};
 use proto::index::{ClassCounts, StoredFile, Tar};
@@ -65,17 +65,22 @@ impl TarUpload {
         self.samples += 1;
         self.per_class.add(sample.label);
         self.moments.add(moments);
-        if self.writer.pending() >= self.parts.as_ref().map_or(PART_BYTES, Parts::next_bytes) {
+        while self.writer.pending() >= self.next_bytes() {
             self.send_part().await.with_context(|| format!("failed to upload {}", self.key))?;
         }
         Ok(place)
     }
 
+    /// How large the next part is.
+    fn next_bytes(&self) -> usize {
+        self.parts.as_ref().map_or(PART_BYTES, Parts::next_bytes)
+    }
+
     async fn send_part(&mut self) -> anyhow::Result<()> {
-        let mut writer = mem::take(&mut self.writer);
+        let (mut writer, bytes) = (mem::take(&mut self.writer), self.next_bytes());
         // Hashing a part takes milliseconds, which other tasks must not wait for.
         let (writer, part) = tokio::task::spawn_blocking(move || {
-            let part = writer.take();
+            let part = writer.take_up_to(bytes);
             (writer, part)
         })
         .await?;
@@ -87,7 +92,7 @@ impl TarUpload {
                 begun.insert(Parts::new(with_retries(&self.key, || self.store.put_multipart(&path)).await?))
             }
         };
-        Ok(parts.put(&part).await?)
+        Ok(parts.send(part).await?)
     }
 
     /// Ends the tar; when this returns, it stands in the store.
@@ -96,7 +101,7 @@ impl TarUpload {
         let (rest, bytes, sha256, blocks) = tokio::task::spawn_blocking(move || writer.finish()).await?;
         let stored = match self.parts.take() {
             // Nothing can put a part again that the store did not take: the attempt fails.
-            Some(parts) => parts.finish(&rest).await,
+            Some(parts) => parts.finish(rest).await,
             None => put(&*self.store, &self.key, rest.into()).await,
         };
         stored.with_context(|| format!("failed to upload {}", self.key))?;
@@ -129,27 +134,16 @@ struct Parts {
     upload: Box<dyn MultipartUpload>,
     begun: usize,
     on_their_way: JoinSet<object_store::Result<()>>,
-    /// Less than a part.
-    rest: BytesMut,
 }
 
 impl Parts {
     fn new(upload: Box<dyn MultipartUpload>) -> Self {
-        Self { upload, begun: 0, on_their_way: JoinSet::new(), rest: BytesMut::new() }
+        Self { upload, begun: 0, on_their_way: JoinSet::new() }
     }
 
     /// How large the next part is.
     fn next_bytes(&self) -> usize {
         part_bytes(self.begun)
-    }
-
-    async fn put(&mut self, bytes: &[u8]) -> object_store::Result<()> {
-        self.rest.extend_from_slice(bytes);
-        while self.rest.len() >= self.next_bytes() {
-            let part = self.rest.split_to(self.next_bytes()).freeze();
-            self.send(part).await?;
-        }
-        Ok(())
     }
 
     async fn send(&mut self, part: Bytes) -> object_store::Result<()> {
@@ -165,12 +159,13 @@ impl Parts {
         self.on_their_way.join_next().await.map_or(Ok(()), |part| part?)
     }
 
-    async fn finish(mut self, bytes: &[u8]) -> object_store::Result<()> {
-        self.put(bytes).await?;
-        let rest = self.rest.split().freeze();
-        if !rest.is_empty() {
-            self.send(rest).await?;
+    async fn finish(mut self, mut rest: Bytes) -> object_store::Result<()> {
+        // What ends a tar may be more than its last part has room for.
+        while rest.len() > self.next_bytes() {
+            let part = rest.split_to(self.next_bytes());
+            self.send(part).await?;
         }
+        self.send(rest).await?;
         while !self.on_their_way.is_empty() {
             self.arrived().await?;
         }
@@ -233,7 +228,67 @@ pub(crate) async fn commit(store: &dyn ObjectStore, of: &ShardId, index: &ShardI
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
+    use object_store::memory::InMemory;
+    use object_store::{PutResult, UploadPart};
+
     use super::*;
+
+    /// Takes note of how large each part is.
+    #[derive(Debug)]
+    struct Measuring {
+        upload: Box<dyn MultipartUpload>,
+        sizes: Arc<Mutex<Vec<usize>>>,
+    }
+
+    #[tonic::async_trait]
+    impl MultipartUpload for Measuring {
+        fn put_part(&mut self, part: PutPayload) -> UploadPart {
+            self.sizes.lock().expect("no panic").push(part.content_length());
+            self.upload.put_part(part)
+        }
+
+        async fn complete(&mut self) -> object_store::Result<PutResult> {
+            self.upload.complete().await
+        }
+
+        async fn abort(&mut self) -> object_store::Result<()> {
+            self.upload.abort().await
+        }
+    }
+
+    #[tokio::test]
+    async fn all_parts_of_a_tar_but_the_last_are_alike_and_together_they_are_the_tar() {
+        // The last one is such that the end of the tar has no room in the part that it belongs to.
+        for last in [100, PART_BYTES - 4000, 2 * PART_BYTES + 100] {
+            let store = Arc::new(InMemory::new());
+            let mut upload = TarUpload::new(store.clone(), "a.tar".to_owned());
+            let origin = Origin {
+                synset: "n1".into(),
+                url: "http://x/".into(),
+                sha256: "00".into(),
+                width: 5,
+                height: 7,
+                columns: String::new(),
+            };
+            let sizes = Arc::default();
+            let begun = store.put_multipart(&Path::from("a.tar")).await.expect("memory");
+            upload.parts = Some(Parts::new(Box::new(Measuring { upload: begun, sizes: Arc::clone(&sizes) })));
+            for (key, bytes) in (0..).zip([3 << 20, 3 << 20, 17 << 20, 9 << 20, last]) {
+                let sample = Sample { key, label: 0, image: vec![key as u8; bytes].into() };
+                upload.append(&sample, &origin, &Moments::default()).await.expect("memory");
+                assert!(upload.writer.pending() < PART_BYTES);
+            }
+            let tar = upload.finish().await.expect("memory");
+            let stored = store.get(&Path::from("a.tar")).await.expect("it is there").bytes().await.expect("memory");
+            assert_eq!((stored.len() as u64, sha256_hex(&stored)), (tar.bytes, tar.sha256));
+            let sizes = sizes.lock().expect("no panic").clone();
+            let (end, alike) = sizes.split_last().expect("parts");
+            assert!(alike.len() >= 6 && alike.iter().all(|size| *size == PART_BYTES), "{sizes:?}");
+            assert!((1..=PART_BYTES).contains(end), "{sizes:?}");
+        }
+    }
 
     #[test]
     fn ten_thousand_parts_hold_a_terabyte_and_none_is_larger_than_s3_takes() {
