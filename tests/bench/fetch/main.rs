@@ -127,6 +127,8 @@ async fn main() -> Result<()> {
             let before = job.asked();
             let fetched = gleaner::fetch(job, folder.path()).with_context(|| format!("Gleaner, {}", job.name))?;
             ours[i].push(fetched.asked(before, job.asked()));
+            // A machine's speed changes within a minute, as its clock and its neighbours do.
+            floors[i].push(floor.seconds_per_1000()?);
             if let Some(python) = &args.rival {
                 let before = job.asked();
                 let fetched = rival::fetch(job, python, folder.path()).await;
