@@ -1,5 +1,6 @@
-//! What became of all URLs, as far as sealing and the search for what may come back need it: read from the [gists](proto::gist) that the version before has left, and from
-//! indexes and outcomes for shards that are new, damaged, closed, or not as they were.
+//! What became of all URLs, as far as sealing and the search for what may come back need it: read from the
+//! [gists](proto::gist) that the version before has left, and from indexes and outcomes for shards that are new, damaged,
+//! closed, or not as they were.
 //!
 //! A gist holds as long as its shard's index and outcomes are listed as they were when they were read, and its tars are
 //! there. Gists of a version that was never finished hold as well: so a sealing that was broken off is taken up again.
