@@ -401,6 +401,22 @@ mod tests {
         assert!(blocks.len() >= 5, "{blocks:?}");
     }
 
+    /// These numbers were computed in another language (Python's integers), from the words at the head of this file.
+    #[test]
+    fn the_order_of_samples_is_the_one_that_stored_runs_resume_by() {
+        let kept: Vec<u32> = (0..150).map(|block| block * 7 % 23).collect();
+        let of_epoch = |epoch| {
+            let plan = plan(&kept, 6, 60, epoch).expect("enough samples");
+            let shares = (0..6).flat_map(|lane| plan.lane(lane, 0));
+            let words = |sample_id: SampleId| [u64::from(sample_id.block), u64::from(sample_id.sample)];
+            let words = shares.flat_map(|share| {
+                [share.len() as u64].into_iter().chain(share.into_iter().flat_map(words)).collect::<Vec<_>>()
+            });
+            key(&words.collect::<Vec<_>>())
+        };
+        assert_eq!([0, 1].map(of_epoch), [0x2811_69b9_9a47_a14b, 0xc8a4_013e_3c3b_ccd6]);
+    }
+
     #[test]
     fn a_hundred_million_samples_are_planned_by_block_and_window() {
         let kept = vec![70; 1_430_000];
