@@ -38,6 +38,11 @@ fn ledgers_are_equal_whatever_the_ranks_and_whoever_is_killed() {
     let found = verify(&cluster, "one", "three");
     assert!(found["equal"] == true && found["steps_a"].as_u64() >= Some(60 * 5), "{found}");
 
+    submit(&cluster, "of-old", 1, &["plan=1"]);
+    wait(&cluster, "of-old");
+    let found = verify(&cluster, "of-old", "one");
+    assert!(found["plan_a"] == 1 && found["plan_b"] == 2, "{found}");
+
     submit(&cluster, "killed", 60, &["ranks.min=2"]);
     for at in [20, 120] {
         cluster.eventually("the run has gone so far", |cluster| step(cluster, "killed") >= at);

@@ -21,6 +21,7 @@ use proto::pb::rank_message::Message as Said;
 use proto::pb::run_service_client::RunServiceClient;
 use proto::pb::trainer_service_client::TrainerServiceClient;
 use proto::pb::{self, RunState};
+use proto::run_spec::Plan;
 use proto::{RunSpec, keys};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -187,6 +188,7 @@ async fn a_run_goes_from_its_submission_to_its_end_over_a_restart_of_the_coordin
     let serving = pb::Serving { run: "birds-1".to_owned(), generation: 1, port: 29500, error: String::new() };
     agent.say(ToCoordinator::Serving(serving)).await;
     let ToAgent::Join(join) = agent.hear().await else { panic!("a join") };
+    assert_eq!(RunSpec::from_json(&join.spec_json).expect("the stored spec").plan, Some(Plan::NEWEST), "written down");
     assert_eq!((join.store.as_str(), join.world_size, join.checkpoints), ("127.0.0.1:29500", 1, vec![]));
     let manifest = common::get(&*cluster.store, &join.manifest_key).await;
     assert_eq!(proto::shard::sha256_hex(&manifest), join.manifest_sha256);

@@ -26,6 +26,10 @@ pub struct RunSpec {
     /// The manifest's version; the latest one if left out. Always there in the stored spec.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub manifest: Option<u32>,
+    /// The rule by which epochs are shared out; the newest one if left out. Stored specs of runs that were submitted before
+    /// there was a second one do not have it: see [`RunSpec::plan`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub plan: Option<Plan>,
     /// Seed of weights, order, augmentation and dropout.
     #[serde(default)]
     pub seed: u64,
@@ -44,6 +48,39 @@ pub struct RunSpec {
     /// What is kept on the way.
     #[serde(default)]
     pub checkpoint: CheckpointSpec,
+}
+
+/// How the samples of an epoch are shared out to its steps and lanes. A run resumes by the one that it was submitted with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "u32", into = "u32")]
+pub enum Plan {
+    /// Each lane spreads its own samples over all steps, so that lanes may differ by one sample in any step.
+    Spread = 1,
+    /// All lanes have equally many samples in each step but the last of an epoch, where some may have one more.
+    Equal = 2,
+}
+
+impl Plan {
+    /// That of new runs.
+    pub const NEWEST: Self = Self::Equal;
+}
+
+impl TryFrom<u32> for Plan {
+    type Error = String;
+
+    fn try_from(number: u32) -> Result<Self, String> {
+        match number {
+            1 => Ok(Self::Spread),
+            2 => Ok(Self::Equal),
+            _ => Err(format!("plan = {number}: must be 1 or 2")),
+        }
+    }
+}
+
+impl From<Plan> for u32 {
+    fn from(plan: Plan) -> Self {
+        plan as Self
+    }
 }
 
 /// The network.
@@ -309,6 +346,11 @@ impl RunSpec {
         serde_json::to_string_pretty(self).expect("strings and numbers only")
     }
 
+    /// By which its epochs are shared out: whoever submits it chooses, and runs of before there was a choice have the first.
+    pub fn plan(&self) -> Plan {
+        self.plan.unwrap_or(Plan::Spread)
+    }
+
     /// The one knob from which every deadline of training derives.
     pub fn failure_detection(&self) -> Duration {
         Duration::from_secs_f64(self.ranks.failure_detection_seconds)
@@ -412,6 +454,16 @@ mod tests {
     }
 
     #[test]
+    fn a_spec_without_a_plan_is_of_the_first_and_stays_as_it_was_written() {
+        let old = RunSpec::from_json(r#"{"dataset": "birds", "manifest": 1}"#).expect("as it was stored once");
+        assert_eq!(old.plan(), Plan::Spread);
+        assert!(!old.to_json().contains("plan"), "agents of before there was a plan read it too");
+        let new = RunSpec { plan: Some(Plan::NEWEST), ..old };
+        assert!(new.to_json().contains("\"plan\": 2"), "{}", new.to_json());
+        assert_eq!(RunSpec::from_json(&new.to_json()).expect("own output").plan(), Plan::Equal);
+    }
+
+    #[test]
     fn lanes_and_ranks_that_nobody_chose_follow_from_what_was_chosen() {
         let resolved = |toml: &str| {
             let spec = RunSpec::from_toml(&format!("dataset = \"b\"\n{toml}")).expect(toml);
@@ -435,6 +487,7 @@ mod tests {
             ("dataset = \"b\"\n[model]\narch = \"vgg\"", "alexnet-bn"),
             ("dataset = \"b\"\n[train]\nbatch = 8\n[ranks]\nlanes = 8", "2 x ranks.lanes"),
             ("dataset = \"b\"\n[ranks]\nlanes = 8\nmax = 9", "1 to ranks.lanes"),
+            ("dataset = \"b\"\nplan = 3", "must be 1 or 2"),
             ("dataset = \"b\"\n[train]\nfreeze = [\"feature\"]", "\"feature\": must be a part of the network"),
             ("dataset = \"b\"\n[train]\nfreeze = [\"features\", \"classifier\"]", "less than the whole"),
         ] {

@@ -101,6 +101,7 @@ impl Runs {
 
     /// Whether two runs were trained on the same samples.
     pub(crate) async fn compare(&self, a: &str, b: &str) -> Result<pb::CompareRunsResponse, Error> {
+        let [plan_a, plan_b] = [self.plan(a)?, self.plan(b)?];
         let (a, b) = (self.ledger(a).await?, self.ledger(b).await?);
         let (steps_equal, first) = a.compare(&b);
         let line = |side: Option<&(u64, Line)>| {
@@ -111,7 +112,13 @@ impl Runs {
         };
         let [first_a, first_b] = first.unwrap_or([None, None]).map(line);
         let (steps_a, steps_b) = (a.steps(), b.steps());
-        Ok(pb::CompareRunsResponse { equal: first.is_none(), steps_a, steps_b, steps_equal, first_a, first_b })
+        let equal = first.is_none();
+        Ok(pb::CompareRunsResponse { equal, steps_a, steps_b, steps_equal, first_a, first_b, plan_a, plan_b })
+    }
+
+    fn plan(&self, name: &str) -> Result<u32, Error> {
+        let inner = self.lock();
+        inner.roster.find(name).map(|run| run.spec.plan().into()).ok_or_else(|| inner.no_run(name))
     }
 
     async fn ledger(&self, run: &str) -> Result<Ledger, Error> {

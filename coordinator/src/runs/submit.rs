@@ -5,6 +5,7 @@ use std::sync::Arc;
 use proto::ids::IdError;
 use proto::manifest::Manifest;
 use proto::run_event::{EventRecord, RunEvent};
+use proto::run_spec::Plan;
 use proto::stored_run::StoredRun;
 use proto::{RunName, RunSpec, Split, Stored, keys, pb};
 
@@ -80,6 +81,7 @@ impl Runs {
             return Err(Error::Precondition(format!("dataset {:?} {why}", spec.dataset)));
         }
         let version = *spec.manifest.get_or_insert(latest.version);
+        spec.plan.get_or_insert(Plan::NEWEST);
         let manifest_key = keys::manifest(&dataset.id, version);
         let missing = || Error::NotFound(format!("dataset {:?} has no manifest of version {version}", spec.dataset));
         let json = self.store.get(&manifest_key).await?.ok_or_else(missing)?;

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Result;
 use proto::pb::{GetMetricsRequest, GetRunRequest, Metric, Run};
+use proto::run_spec::Plan;
 use serde_json::{Value, json};
 
 use super::verify::{self, Args};
@@ -90,6 +91,8 @@ fn settings(run: &Run) -> BTreeMap<String, String> {
     }
     let mut settings = BTreeMap::new();
     walk("", &serde_json::from_str(&run.spec_json).unwrap_or(Value::Null), &mut settings);
+    // Runs that were submitted before there was a second plan do not name theirs.
+    settings.entry("plan".to_owned()).or_insert_with(|| u32::from(Plan::Spread).to_string());
     settings
 }
 
@@ -128,5 +131,7 @@ mod tests {
             [("train.batch".to_owned(), texts("64", Some("32"))), ("train.decay".to_owned(), texts("[1,2]", None))];
         assert_eq!(differing(&a, &b), expected);
         assert!(differing(&a, &a).is_empty());
+        let newer = run(r#"{"seed": 1, "plan": 2, "train": {"batch": 32}}"#);
+        assert_eq!(differing(&b, &newer), [("plan".to_owned(), texts("1", Some("2")))]);
     }
 }

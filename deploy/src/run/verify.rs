@@ -39,7 +39,7 @@ pub(super) async fn ask(cluster: &Cluster, Args { a, b, .. }: &Args) -> Result<C
 
 /// For people.
 pub(super) fn lines(Args { a, b, .. }: &Args, found: &CompareRunsResponse) -> Vec<String> {
-    let CompareRunsResponse { equal, steps_a, steps_b, steps_equal, first_a, first_b } = found;
+    let CompareRunsResponse { equal, steps_a, steps_b, steps_equal, first_a, first_b, plan_a, plan_b } = found;
     if *equal {
         return vec![format!("equal: {a} and {b} were trained on the same samples in each of {steps_a} steps")];
     }
@@ -53,11 +53,36 @@ pub(super) fn lines(Args { a, b, .. }: &Args, found: &CompareRunsResponse) -> Ve
         }
         None => format!("{run}: has no such step"),
     });
-    [differing].into_iter().chain(first).collect()
+    let plans = format!(
+        "{a} has plan {plan_a}, {b} plan {plan_b}: these share the samples of an epoch out to steps differently"
+    );
+    [differing].into_iter().chain((plan_a != plan_b).then_some(plans)).chain(first).collect()
 }
 
 /// A failure if they differ, so that a script can ask.
 pub(super) fn ended(Args { a, b, .. }: &Args, found: &CompareRunsResponse) -> Result<()> {
     let differ = || Ended::error(Exit::Failed, format!("{a} and {b} were not trained on the same samples"));
     if found.equal { Ok(()) } else { Err(differ()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, clap::Parser)]
+    struct Cli {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    #[test]
+    fn runs_that_differ_name_their_plans_if_these_do() {
+        let Cli { args } = clap::Parser::parse_from(["verify", "one", "other"]);
+        let found = CompareRunsResponse { steps_a: 9, steps_b: 9, plan_a: 1, plan_b: 2, ..Default::default() };
+        let said = lines(&args, &found);
+        assert_eq!(said.len(), 4);
+        assert!(said[1].starts_with("one has plan 1, other plan 2: "), "{}", said[1]);
+        assert_eq!(lines(&args, &CompareRunsResponse { plan_a: 2, ..found }).len(), 3);
+        assert_eq!(lines(&args, &CompareRunsResponse { equal: true, ..found }).len(), 1);
+    }
 }

@@ -4,13 +4,16 @@
 //! A run shuffles the blocks and lays them end to end; lane v of V owns an equal part of that line, cut inside blocks where it must be, and
 //! owns it in every epoch: so a rank decodes no other samples than those that it has cached, and a cluster reads the store once. An epoch
 //! shuffles each lane's pieces of blocks; within a window of pieces the lane's samples are shuffled, and what comes out is spread evenly
-//! over the epoch's steps.
+//! over the epoch's steps, by the run's [`Plan`]: lane by lane, or by the shortest lane for all, so that lanes have equal shares. A share
+//! differs from another of the same epoch by one sample at the most.
 //!
 //! Only the current windows are held sample by sample: 100,000,000 samples are some million blocks, and a lane's position is found from
 //! these.
 
 use std::ops::Range;
 use std::sync::Arc;
+
+use proto::run_spec::Plan;
 
 use super::random::{key, shuffle};
 
@@ -46,6 +49,7 @@ pub(crate) struct EpochPlan {
     order: Vec<u32>,
     /// `ends[i]`: where on the line block `order[i]` ends.
     ends: Vec<u64>,
+    plan: Plan,
     lanes: u32,
     steps: u64,
     /// The epoch's.
@@ -90,7 +94,14 @@ impl EpochPlan {
     ///
     /// # Errors
     /// If a lane's share of a step could have fewer than two samples.
-    pub(crate) fn new(kept: &[u32], lanes: u32, batch: u32, seed: u64, epoch: u64) -> Result<Self, TooFewSamples> {
+    pub(crate) fn new(
+        kept: &[u32],
+        plan: Plan,
+        lanes: u32,
+        batch: u32,
+        seed: u64,
+        epoch: u64,
+    ) -> Result<Self, TooFewSamples> {
         let mut order: Vec<u32> = (0..kept.len() as u32).filter(|&block| kept[block as usize] > 0).collect();
         shuffle(&mut order, key(&[seed]));
         let mut end = 0;
@@ -107,7 +118,7 @@ impl EpochPlan {
             let at_least = u64::from(lanes) * 3;
             return Err(TooFewSamples { samples: end, steps, lanes, at_least });
         }
-        Ok(Self { order, ends, lanes, steps, seed: key(&[seed, epoch]) })
+        Ok(Self { order, ends, plan, lanes, steps, seed: key(&[seed, epoch]) })
     }
 
     /// Samples of step `step` (counted within the epoch) in all lanes together.
@@ -147,17 +158,29 @@ impl EpochPlan {
         UseTimes(use_times)
     }
 
+    /// Samples of the epoch.
+    fn total(&self) -> u64 {
+        self.ends.last().copied().unwrap_or(0)
+    }
+
     /// The part of the line that a lane owns.
     fn line(&self, lane: u32) -> Range<u64> {
-        let samples = self.ends.last().copied().unwrap_or(0);
-        let cut = |lane: u32| part(samples, u64::from(lane), u64::from(self.lanes));
+        let cut = |lane: u32| part(self.total(), u64::from(lane), u64::from(self.lanes));
         cut(lane)..cut(lane + 1)
     }
 
     /// The part of its samples that a lane owns in one step.
     fn share(&self, lane: u32, step: u64) -> Range<u64> {
         let line = self.line(lane);
-        let cut = |step| part(line.end - line.start, step, self.steps);
+        let (own, steps) = (line.end - line.start, self.steps);
+        // Lanes differ by one sample at the most.
+        let shortest = self.total() / u64::from(self.lanes);
+        let cut = |step| match self.plan {
+            Plan::Spread => part(own, step, steps),
+            Plan::Equal if step == steps => own,
+            // Rounded up, so that the last step, which has what longer lanes have more, is one of the smaller ones without it.
+            Plan::Equal => shortest - part(shortest, steps - step, steps),
+        };
         cut(step)..cut(step + 1)
     }
 
@@ -288,15 +311,19 @@ fn overlap(a: &Range<u64>, b: &Range<u64>) -> Range<u64> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use std::collections::HashMap;
+    use std::collections::{HashMap, HashSet};
 
     fn all(kept: &[u32]) -> Vec<SampleId> {
         let of = |(block, &n): (usize, &u32)| (0..n).map(move |sample| SampleId { block: block as u32, sample });
         kept.iter().enumerate().flat_map(of).collect()
     }
 
-    fn plan(kept: &[u32], lanes: u32, batch: u32, epoch: u64) -> Option<Arc<EpochPlan>> {
-        EpochPlan::new(kept, lanes, batch, 7, epoch).ok().map(Arc::new)
+    fn plan(kept: &[u32], plan: Plan, lanes: u32, batch: u32, epoch: u64) -> Option<Arc<EpochPlan>> {
+        EpochPlan::new(kept, plan, lanes, batch, 7, epoch).ok().map(Arc::new)
+    }
+
+    fn plans() -> impl Strategy<Value = Plan> {
+        prop_oneof![Just(Plan::Spread), Just(Plan::Equal)]
     }
 
     fn blocks() -> impl Strategy<Value = Vec<u32>> {
@@ -310,32 +337,46 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(200))]
         #[test]
-        fn an_epoch_has_every_sample_once_in_equal_lanes_and_shares(kept in blocks(), lanes in 1u32..20, batch in 2u32..300, epoch in 0u64..3) {
+        fn an_epoch_has_every_sample_once_in_equal_lanes_and_shares(
+            kept in blocks(), by in plans(), lanes in 1u32..20, batch in 2u32..300, epoch in 0u64..3,
+        ) {
             let total = all(&kept).len() as u64;
-            let Some(plan) = plan(&kept, lanes, batch, epoch) else {
+            let Some(plan) = plan(&kept, by, lanes, batch, epoch) else {
                 prop_assert!(total / u64::from(lanes) / steps_per_epoch(total, batch) < 2);
                 return Ok(());
             };
             let mut seen = Vec::new();
             let mut sizes = Vec::new();
+            let mut of_steps = vec![HashSet::new(); plan.steps as usize];
+            let (mut least, mut most) = (usize::MAX, 0);
             for lane in 0..lanes {
                 let shares: Vec<_> = plan.lane(lane, 0).collect();
                 prop_assert_eq!(shares.len() as u64, plan.steps);
                 prop_assert!(shares.iter().zip(0..).all(|(share, step)| share.len() as u64 <= plan.samples(step)));
-                let (least, most) = (shares.iter().map(Vec::len).min(), shares.iter().map(Vec::len).max());
-                prop_assert!(least >= Some(2) && most <= least.map(|n| n + 1));
+                for (share, of_step) in shares.iter().zip(&mut of_steps) {
+                    (least, most) = (least.min(share.len()), most.max(share.len()));
+                    of_step.insert(share.len());
+                }
                 sizes.push(shares.iter().map(Vec::len).sum::<usize>());
                 seen.extend(shares.into_iter().flatten());
             }
             prop_assert_eq!((0..plan.steps).map(|step| plan.samples(step)).sum::<u64>(), total);
             prop_assert!(sizes.iter().max() <= sizes.iter().min().map(|n| n + 1).as_ref());
+            prop_assert!(least >= 2 && most <= least + 1);
+            if by == Plan::Equal {
+                let last = of_steps.pop().expect("an epoch has steps");
+                prop_assert!(of_steps.iter().all(|shares| shares.len() == 1));
+                prop_assert_eq!(last.len() == 1, total.is_multiple_of(u64::from(lanes)));
+            }
             seen.sort_unstable();
             prop_assert_eq!(seen, all(&kept));
         }
 
         #[test]
-        fn a_lane_that_begins_in_the_middle_goes_on_as_one_that_did_not(kept in blocks(), lanes in 1u32..10, from in 0u64..200) {
-            let Some(plan) = plan(&kept, lanes, lanes * 5, 1) else { return Ok(()) };
+        fn a_lane_that_begins_in_the_middle_goes_on_as_one_that_did_not(
+            kept in blocks(), by in plans(), lanes in 1u32..10, from in 0u64..200,
+        ) {
+            let Some(plan) = plan(&kept, by, lanes, lanes * 5, 1) else { return Ok(()) };
             for lane in 0..lanes {
                 let whole: Vec<_> = plan.lane(lane, 0).skip(from as usize).collect();
                 prop_assert_eq!(plan.lane(lane, from).collect::<Vec<_>>(), whole);
@@ -343,8 +384,8 @@ mod tests {
         }
 
         #[test]
-        fn ranks_own_all_lanes_and_know_how_often_they_use_a_block(kept in blocks(), world in 1u32..8) {
-            let Some(plan) = plan(&kept, 8, 40, 0) else { return Ok(()) };
+        fn ranks_own_all_lanes_and_know_how_often_they_use_a_block(kept in blocks(), by in plans(), world in 1u32..8) {
+            let Some(plan) = plan(&kept, by, 8, 40, 0) else { return Ok(()) };
             let mut next = 0;
             for rank in 0..world {
                 let own_lanes = lanes_of(rank, world, 8);
@@ -361,8 +402,11 @@ mod tests {
         }
 
         #[test]
-        fn lanes_own_the_same_samples_in_every_epoch_and_say_when_their_turn_is(kept in blocks(), lanes in 1u32..10, from in 0u32..4) {
-            let (Some(one), Some(other)) = (plan(&kept, lanes, lanes * 5, 1), plan(&kept, lanes, lanes * 5, 2)) else { return Ok(()) };
+        fn lanes_own_the_same_samples_in_every_epoch_and_say_when_their_turn_is(
+            kept in blocks(), by in plans(), lanes in 1u32..10, from in 0u32..4,
+        ) {
+            let of_epoch = |epoch| plan(&kept, by, lanes, lanes * 5, epoch);
+            let (Some(one), Some(other)) = (of_epoch(1), of_epoch(2)) else { return Ok(()) };
             let owned = from.min(lanes - 1)..lanes;
             let use_times = other.use_times(owned.clone());
             for lane in 0..lanes {
@@ -390,7 +434,7 @@ mod tests {
     fn epochs_and_seeds_change_the_order_and_steps_mix_blocks() {
         let kept = [100; 40];
         let first = |seed, epoch| {
-            let plan = Arc::new(EpochPlan::new(&kept, 4, 64, seed, epoch).expect("enough samples"));
+            let plan = Arc::new(EpochPlan::new(&kept, Plan::NEWEST, 4, 64, seed, epoch).expect("enough samples"));
             plan.lane(0, 0).next().expect("a step")
         };
         assert_ne!(first(1, 0), first(1, 1));
@@ -405,8 +449,8 @@ mod tests {
     #[test]
     fn the_order_of_samples_is_the_one_that_stored_runs_resume_by() {
         let kept: Vec<u32> = (0..150).map(|block| block * 7 % 23).collect();
-        let of_epoch = |epoch| {
-            let plan = plan(&kept, 6, 60, epoch).expect("enough samples");
+        let digest = |by, epoch| {
+            let plan = plan(&kept, by, 6, 60, epoch).expect("enough samples");
             let shares = (0..6).flat_map(|lane| plan.lane(lane, 0));
             let words = |sample_id: SampleId| [u64::from(sample_id.block), u64::from(sample_id.sample)];
             let words = shares.flat_map(|share| {
@@ -414,15 +458,18 @@ mod tests {
             });
             key(&words.collect::<Vec<_>>())
         };
-        assert_eq!([0, 1].map(of_epoch), [0x2811_69b9_9a47_a14b, 0xc8a4_013e_3c3b_ccd6]);
+        assert_eq!([0, 1].map(|epoch| digest(Plan::Spread, epoch)), [0x2811_69b9_9a47_a14b, 0xc8a4_013e_3c3b_ccd6]);
+        assert_eq!([0, 1].map(|epoch| digest(Plan::Equal, epoch)), [0x5fb9_63f3_f3bf_a76f, 0xaa8e_087e_3e6a_d4fd]);
     }
 
     #[test]
     fn a_hundred_million_samples_are_planned_by_block_and_window() {
         let kept = vec![70; 1_430_000];
-        let plan = Arc::new(EpochPlan::new(&kept, 64, 4096, 1, 2).expect("enough samples"));
-        let mut lane = plan.lane(63, plan.steps - 3);
-        assert_eq!(lane.by_ref().map(|share| share.len()).min(), Some(64));
-        assert!(lane.sample_ids.len() <= 70 * WINDOW_BLOCKS / 64);
+        for by in [Plan::Spread, Plan::Equal] {
+            let plan = Arc::new(EpochPlan::new(&kept, by, 64, 4096, 1, 2).expect("enough samples"));
+            let mut lane = plan.lane(63, plan.steps - 3);
+            assert_eq!(lane.by_ref().map(|share| share.len()).min(), Some(64));
+            assert!(lane.sample_ids.len() <= 70 * WINDOW_BLOCKS / 64);
+        }
     }
 }

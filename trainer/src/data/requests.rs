@@ -37,11 +37,12 @@ pub(super) fn training(
     from: u64,
 ) -> impl Iterator<Item = BatchRequest> + Send + 'static {
     let (seed, train, lanes, input) = (spec.seed, spec.train.clone(), spec.ranks.lanes, spec.input.clone());
+    let by = spec.plan();
     let steps = steps_per_epoch(kept.iter().map(|&n| u64::from(n)).sum(), train.batch);
     (from / steps..u64::from(train.epochs))
         .map_while(move |epoch| {
             // This cannot fail: `Job::open` has made such a plan, and whether one is possible is the same for all epochs.
-            let plan = |epoch| EpochPlan::new(&kept, lanes, train.batch, seed, epoch).ok();
+            let plan = |epoch| EpochPlan::new(&kept, by, lanes, train.batch, seed, epoch).ok();
             let next_use = match epoch + 1 < u64::from(train.epochs) {
                 true => NextUse::InEpoch(epoch as u32 + 1, Arc::new(plan(epoch + 1)?.use_times(own_lanes.clone()))),
                 false => NextUse::Never,
@@ -77,7 +78,7 @@ pub(super) fn needed(
     let steps = steps_per_epoch(kept.iter().map(|&n| u64::from(n)).sum(), spec.train.batch);
     let epoch = from / steps;
     let use_times = |epoch: u64| match epoch < u64::from(spec.train.epochs) {
-        true => EpochPlan::new(kept, spec.ranks.lanes, spec.train.batch, spec.seed, epoch)
+        true => EpochPlan::new(kept, spec.plan(), spec.ranks.lanes, spec.train.batch, spec.seed, epoch)
             .map_or(NextUse::Never, |plan| NextUse::InEpoch(epoch as u32, Arc::new(plan.use_times(own_lanes.clone())))),
         false => NextUse::Never,
     };

@@ -61,7 +61,7 @@ impl Job {
         );
         let blocks = Split::ALL.map(|split| Arc::new(BlockReader::new(context.store.clone(), &manifest, split)));
         // Fails here if no epoch can be planned: that is the same for all epochs.
-        EpochPlan::new(&blocks[0].kept(), spec.ranks.lanes, spec.train.batch, spec.seed, 0)?;
+        EpochPlan::new(&blocks[0].kept(), spec.plan(), spec.ranks.lanes, spec.train.batch, spec.seed, 0)?;
         let device = device::parse(&context.setup.device)?;
         let kind = step::kind(spec.ranks.precision);
         let (model, sgd) = fresh(&spec, &manifest, device);
