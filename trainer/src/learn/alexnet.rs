@@ -20,6 +20,7 @@
 
 mod dropout;
 mod formats;
+pub(crate) mod norm;
 
 use std::mem::MaybeUninit;
 
@@ -27,12 +28,12 @@ use proto::network::{self, Network};
 use proto::run_spec::{Arch, Model};
 use tch::{Device, Kind, Tensor};
 
+use self::norm::Norm;
 use crate::data::random;
 use crate::torch::tensor::{self, Named};
 
-/// Weight of one step's statistics in the running ones, and the floor of a variance (PyTorch's defaults).
+/// Weight of one step's statistics in the running ones (PyTorch's default).
 const NORM_MOMENTUM: f64 = 0.1;
-const NORM_EPS: f64 = 1e-5;
 
 /// Of `alexnet-2012`: responses are divided by (2 + 1e-4 x the sum of the squares of 5 neighbouring channels)^(3/4).
 const RESPONSE_CHANNELS: i64 = 5;
@@ -71,14 +72,6 @@ struct Layer {
     weight: Tensor,
     bias: Option<Tensor>,
     norm: Option<Norm>,
-}
-
-#[derive(Debug)]
-struct Norm {
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    variance: Tensor,
 }
 
 impl AlexNet {
@@ -292,49 +285,8 @@ impl Layer {
                 Init::Normal(bias) => leaf(Tensor::full(shape, bias, (kind, device)), shape),
             }
         });
-        let norm = norm.then(|| Norm {
-            weight: Tensor::ones(&shape[..1], (kind, device)).set_requires_grad(true),
-            bias: Tensor::zeros(&shape[..1], (kind, device)).set_requires_grad(true),
-            mean: Tensor::zeros(&shape[..1], (kind, device)),
-            variance: Tensor::ones(&shape[..1], (kind, device)),
-        });
+        let norm = norm.then(|| Norm::new(shape[0], kind, device));
         Self { name, weight, bias, norm }
-    }
-}
-
-impl Norm {
-    /// Lane by lane with libtorch's own kernel, so that a lane's numbers cannot depend on which other lanes stand beside it.
-    fn train(&self, x: &Tensor, shares: &[i64], statistics: &mut Vec<Tensor>) -> Tensor {
-        let (sums, lanes): (Vec<_>, Vec<_>) = x
-            .split_with_sizes(shares, 0)
-            .iter()
-            .map(|lane| {
-                // Running statistics that forget all at once are the lane's own.
-                let (mean, variance) = (self.mean.zeros_like(), self.mean.zeros_like());
-                let y = lane.batch_norm(
-                    Some(&self.weight),
-                    Some(&self.bias),
-                    Some(&mean),
-                    Some(&variance),
-                    true,
-                    1.0,
-                    NORM_EPS,
-                    true,
-                );
-                (Tensor::cat(&[mean, variance], 0), y)
-            })
-            .unzip();
-        // In f64, so that the order of summing over lanes and ranks does not show in f32.
-        statistics.push(Tensor::stack(&sums, 0).sum_dim_intlist([0_i64].as_slice(), false, Kind::Double));
-        match lanes.as_slice() {
-            [all] => all.shallow_clone(),
-            lanes => Tensor::cat(lanes, 0),
-        }
-    }
-
-    fn evaluate(&self, x: &Tensor) -> Tensor {
-        let (mean, variance) = (Some(&self.mean), Some(&self.variance));
-        x.batch_norm(Some(&self.weight), Some(&self.bias), mean, variance, false, 0.0, NORM_EPS, true)
     }
 }
 
@@ -369,10 +321,15 @@ mod tests {
 
     #[test]
     fn two_lanes_on_one_rank_give_what_each_gives_alone() {
-        let (a, b) = (3, 4);
-        let (images, keys) = (images(a + b, 64), [1, 2, 3, 4, 5, 6, 7]);
+        // Of other shares, and of the same.
+        two_lanes(3, 4);
+        two_lanes(3, 3);
+    }
+
+    fn two_lanes(a: i64, b: i64) {
+        let (images, keys) = (images(a + b, 64), &[1, 2, 3, 4, 5, 6, 7][..(a + b) as usize]);
         let together = network(Arch::AlexnetBn, 0.125, 5, 64);
-        let forward = together.train(&images, &[a, b], &keys);
+        let forward = together.train(&images, &[a, b], keys);
         let weights = Tensor::arange((a + b) * 5, (Kind::Double, Device::Cpu)).view([a + b, 5]).cos();
         (&forward.logits * &weights).sum(Kind::Double).backward();
 

@@ -6,7 +6,7 @@
 use anyhow::{Context, Result};
 use tch::{CModule, Kind, Tensor};
 
-use super::{AlexNet, Layer, NORM_EPS, RESPONSE_ALPHA, RESPONSE_BIAS, RESPONSE_CHANNELS};
+use super::{AlexNet, Layer, RESPONSE_ALPHA, RESPONSE_BIAS, RESPONSE_CHANNELS, norm};
 use crate::learn::onnx::{Attribute, Dimension, Graph};
 
 impl AlexNet {
@@ -134,7 +134,7 @@ impl Layer {
             let bias = self.bias.as_ref().map(|bias| bias.detach().to_device(tch::Device::Cpu).to_kind(Kind::Double));
             let Some(norm) = &self.norm else { return (weight, bias) };
             let value = |tensor: &Tensor| tensor.detach().to_device(tch::Device::Cpu).to_kind(Kind::Double);
-            let factor = value(&norm.weight) / (value(&norm.variance) + NORM_EPS).sqrt();
+            let factor = value(&norm.weight) / (value(&norm.variance) + norm::EPS).sqrt();
             let mean = value(&norm.mean) - bias.unwrap_or_else(|| value(&norm.mean).zeros_like());
             let bias = value(&norm.bias) - mean * &factor;
             let mut per_output = vec![1; weight.dim()];
