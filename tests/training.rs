@@ -159,3 +159,31 @@ fn a_run_goes_on_from_an_older_checkpoint_than_a_damaged_one_and_another_begins_
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(refused.status.code() == Some(2) && said.contains("model.arch = \"alexnet-slim\""), "{said}");
 }
+
+#[test]
+fn agents_that_were_started_for_a_run_take_no_other_and_end_with_it() {
+    let mut cluster = Cluster::start();
+    dataset(&mut cluster);
+    let for_run = |cluster: &mut Cluster, name: &str, run: &str| {
+        cluster.spawn(name, &["trainer", "--advertise-address", "127.0.0.1", "--devices", "cpu", "--run", run]);
+    };
+    for_run(&mut cluster, "first", "gang");
+    for_run(&mut cluster, "second", "gang");
+    for_run(&mut cluster, "stranger", "another");
+    submit(&cluster, "gang", 3, &["ranks.min=2", "ranks.max=3"]);
+    wait(&cluster, "gang");
+    let run = cluster.json(&["run", "describe", "gang"]);
+    assert_eq!(run["world_size"].as_u64(), Some(2), "the third device is for another run: {run}");
+    cluster.eventually("they have ended", |cluster| !cluster.is_alive("first") && !cluster.is_alive("second"));
+    assert!(cluster.is_alive("stranger"));
+    for agent in ["first", "second"] {
+        let said = cluster.log(agent);
+        assert!(said.contains("agent ended") && !said.contains("has failed"), "{said}");
+    }
+
+    submit(&cluster, "another", 500, &["ranks.max=1"]);
+    cluster.eventually("it trains", |cluster| step(cluster, "another") >= 2);
+    cluster.gleaner(&["run", "cancel", "another"]);
+    cluster.eventually("its agent has ended", |cluster| !cluster.is_alive("stranger"));
+    assert!(cluster.log("stranger").contains("run \"another\" was cancelled"), "{}", cluster.log("stranger"));
+}

@@ -57,6 +57,8 @@ pub(crate) struct Agent {
     pub(crate) address: String,
     pub(crate) devices: Vec<Device>,
     pub(crate) connected: bool,
+    /// The run that it was started for, if it is of use to no other.
+    only: Option<String>,
     /// It is shutting down.
     leaving: bool,
     heard: Duration,
@@ -312,6 +314,18 @@ impl Roster {
         }
     }
 
+    /// How the run has ended that this agent was started for.
+    pub(crate) fn end_for(&self, agent: &str) -> pb::RunState {
+        let only = self.agents.get(agent).and_then(|agent| agent.only.as_ref());
+        let ended = only.and_then(|run| self.ended.get(run));
+        ended.map_or(pb::RunState::Unspecified, Run::state)
+    }
+
+    /// Whether a device's agent may have ranks of this run.
+    fn serves(&self, device: &DeviceId, run: &str) -> bool {
+        self.agents.get(&device.agent).is_some_and(|agent| agent.serves(run))
+    }
+
     fn devices_of(&self, run: &str) -> Vec<DeviceId> {
         self.devices(|_| true, |device| device.holds(run))
     }
@@ -323,6 +337,13 @@ impl Roster {
             devices.extend(matching.map(|(index, _)| DeviceId { agent: name.clone(), index }));
         }
         devices
+    }
+}
+
+impl Agent {
+    /// Whether it may have ranks of this run.
+    fn serves(&self, run: &str) -> bool {
+        self.only.as_deref().is_none_or(|only| only == run)
     }
 }
 

@@ -265,7 +265,8 @@ impl Runs {
             Input::AgentMessage { agent, message, .. } => match &message {
                 agent_message::Message::Heartbeat(heartbeat) => {
                     let acknowledged = inner.roster.heartbeat(now, &agent, heartbeat);
-                    let ack = Message::HeartbeatAck(pb::HeartbeatAck { acknowledged });
+                    let ended = inner.roster.end_for(&agent).into();
+                    let ack = Message::HeartbeatAck(pb::HeartbeatAck { acknowledged, ended });
                     vec![Action::Send { agent, message: ack }]
                 }
                 agent_message::Message::Serving(serving) => inner.roster.serving(now, &agent, serving),

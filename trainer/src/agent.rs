@@ -9,6 +9,7 @@ mod local_rank;
 mod logs;
 mod machine;
 pub mod metrics;
+mod only_run;
 mod outbox;
 mod process;
 
@@ -34,6 +35,7 @@ use self::link::LinkEvent;
 use self::local_rank::LocalRank;
 use self::logs::Logs;
 use self::machine::Machine;
+use self::only_run::OnlyRun;
 use self::outbox::Outbox;
 pub use self::process::RANK_ENVIRONMENT;
 use self::process::{Event, Process, RankEvent};
@@ -68,6 +70,7 @@ struct Agent {
     logs: Logs,
     term: u64,
     to_coordinator: Option<mpsc::Sender<pb::AgentMessage>>,
+    only_run: OnlyRun,
     /// Whether the agent is shutting down.
     leaving: bool,
     /// What the coordinator must hear.
@@ -80,11 +83,12 @@ struct DeviceSlot {
     rank: Option<LocalRank>,
 }
 
-/// Runs a trainer agent until `shutdown`, under a `name` that no other agent has. `rank_command` starts a rank process: a program that
-/// calls [`crate::run_rank`] on the same store, with stdin and stdout left to it. `used` is called with the store requests of the ranks.
+/// Runs a trainer agent until `shutdown`, or until the only run that it has ranks of has ended, under a `name` that no other agent has.
+/// `rank_command` starts a rank process: a program that calls [`crate::run_rank`] on the same store, with stdin and stdout left to it. `used`
+/// is called with the store requests of the ranks.
 ///
 /// # Errors
-/// If the settings are wrong. Whatever fails later is retried, or reported to the coordinator.
+/// If the settings are wrong, or that run has failed or was cancelled. Whatever else fails later is retried, or reported to the coordinator.
 pub async fn run(
     name: String,
     config: Config,
@@ -119,6 +123,7 @@ pub async fn run(
         logs: Logs::new(Arc::clone(&store)),
         term: 0,
         to_coordinator: None,
+        only_run: OnlyRun::new(config.run),
         leaving: false,
         outbox: Outbox::default(),
     };
@@ -153,6 +158,10 @@ pub async fn run(
                 agent.leave_all();
             }
         }
+        if end.is_none() && agent.only_run.is_over() {
+            end = Some(Instant::now());
+            agent.leave_all();
+        }
         if end.is_some_and(|end| end.elapsed() > grace || !agent.busy()) {
             break;
         }
@@ -165,7 +174,7 @@ pub async fn run(
         warn!("logs not written in time");
     }
     info!("agent ended");
-    Ok(())
+    agent.only_run.end()
 }
 
 impl Agent {
@@ -211,6 +220,7 @@ impl Agent {
             advertise_address: self.address.clone(),
             devices: self.slots.iter().map(|slot| slot.device.clone()).collect(),
             occupied: occupied.collect(),
+            only_run: self.only_run.name.clone(),
         }
     }
 
@@ -234,6 +244,7 @@ impl Agent {
             Message::Kill(kill) => self.kill(&kill),
             Message::HeartbeatAck(ack) => {
                 self.outbox.acknowledged(ack.acknowledged);
+                self.only_run.hear(ack.ended());
                 for local in self.slots.iter().filter_map(|slot| slot.rank.as_ref()) {
                     local.process.send(Message::HeartbeatAck(ack));
                 }

@@ -25,7 +25,8 @@ impl Roster {
         }
         let address = hello.advertise_address.clone();
         let reports = self.agents.remove(&hello.agent).map(|agent| agent.reports).unwrap_or_default();
-        let agent = Agent { address, devices, connected: true, leaving: false, heard: now.at, reports };
+        let only = Some(hello.only_run.clone()).filter(|run| !run.is_empty());
+        let agent = Agent { address, devices, connected: true, only, leaving: false, heard: now.at, reports };
         self.agents.insert(hello.agent.clone(), agent);
         let concerned = self.live.values().filter(|run| run.agents().any(|agent| *agent == hello.agent));
         let concerned: Vec<String> = concerned.map(|run| run.name.clone()).collect();

@@ -24,7 +24,6 @@ impl Roster {
             self.live.values().map(|run| (run.queue_number, run.name.clone())).collect();
         queue.sort();
         let available = |agent: &Agent| agent.connected && !agent.leaving && now.at < agent.heard + QUIET;
-        let total = self.devices(available, |_| true).len() as u32;
         let mut free = self.devices(available, |device| device.occupant.is_none());
         for (position, (_, name)) in queue.iter().enumerate() {
             if !self.is_waiting(name) {
@@ -33,20 +32,28 @@ impl Roster {
             let mut survivors = self.devices(available, |device| device.holds(name));
             // The furthest training state first: rank 0 gives it to the others.
             survivors.sort_by_key(|device| Reverse(self.occupant(device).map_or(0, |occupant| occupant.step)));
-            let agents = survivors.iter().chain(&free).map(|device| &device.agent).collect::<HashSet<_>>().len();
+            let total = self.devices(|agent| available(agent) && agent.serves(name), |_| true).len() as u32;
+            let (mut usable, others): (Vec<DeviceId>, Vec<DeviceId>) =
+                std::mem::take(&mut free).into_iter().partition(|device| self.serves(device, name));
+            free = others;
+            // First those that no other run has a use for.
+            usable.sort_by_key(|device| self.agents.get(&device.agent).is_none_or(|agent| agent.only.is_none()));
+            let agents = survivors.iter().chain(&usable).map(|device| &device.agent).collect::<HashSet<_>>().len();
             let Some(run) = self.live.get_mut(name) else { continue };
             let (min, max) = (run.spec.ranks.min, run.spec.ranks.max);
-            let there = (survivors.len() + free.len()) as u32;
+            let there = (survivors.len() + usable.len()) as u32;
             if there < min {
                 run.enough_since = None;
                 let holding = match survivors.len() {
                     0 => String::new(),
                     n => format!(" and {n} hold its state"),
                 };
-                run.reason = format!("needs {min} ranks; {} devices are free{holding}, on {agents} agents", free.len());
+                run.reason =
+                    format!("needs {min} ranks; {} devices are free{holding}, on {agents} agents", usable.len());
                 // What could start once others have ended must not be overtaken for ever.
-                if min <= total {
-                    free.clear();
+                if min > total {
+                    free.append(&mut usable);
+                } else {
                     let later = queue.iter().skip(position + 1).map(|(_, name)| name.as_str());
                     self.take_from_later(later, (min - there) as usize, available, actions);
                 }
@@ -59,7 +66,8 @@ impl Roster {
             let mut devices = survivors;
             devices.truncate(take);
             let rest = if alone { 0 } else { take - devices.len() };
-            let taken: Vec<DeviceId> = free.drain(..rest.min(free.len())).collect();
+            let taken: Vec<DeviceId> = usable.drain(..rest.min(usable.len())).collect();
+            free.append(&mut usable);
             let all_there = there >= max && run.generation == 0;
             if now.at < run.backoff_until {
                 run.reason = "waits a little after a failure before the next try".to_owned();
@@ -89,6 +97,7 @@ impl Roster {
         actions: &mut Vec<Action>,
     ) {
         let holding = self.devices(available, |device| device.holds(name));
+        let usable: Vec<DeviceId> = free.iter().filter(|device| self.serves(device, name)).cloned().collect();
         let Some(run) = self.live.get_mut(name).filter(|run| !run.cancelling && !run.is_closing()) else { return };
         let max = run.spec.ranks.max as usize;
         let Some(generation) = run.active_mut() else { return };
@@ -96,8 +105,9 @@ impl Roster {
         let back = holding.iter().filter(outside).count();
         let trains = generation.phase == GenerationPhase::Training && generation.members.iter().all(|m| m.joined);
         let room = max.saturating_sub(generation.members.len());
-        if trains && room > 0 && free.len() + back > 0 && now.at >= generation.formed + GROW_PAUSE {
-            free.drain(..free.len().min(room.saturating_sub(back)));
+        if trains && room > 0 && usable.len() + back > 0 && now.at >= generation.formed + GROW_PAUSE {
+            let taken: HashSet<&DeviceId> = usable.iter().take(room.saturating_sub(back)).collect();
+            free.retain(|device| !taken.contains(device));
             generation.enter(now, GenerationPhase::Leaving { reason: LeaveReason::Grow, aborted: false });
             generation.order_leave(name, false, false, actions);
         }

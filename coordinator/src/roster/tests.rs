@@ -5,6 +5,7 @@ use proto::pb::rank_message::Message as Said;
 use proto::run_event::{Culprit, EventRecord};
 
 mod events;
+mod only;
 
 /// A roster, its clock, and what it has decided; the agents answer as real ones do.
 struct Scene {
@@ -69,11 +70,17 @@ impl Scene {
     }
 
     fn hello(&mut self, agent: &str, devices: usize, occupied: Vec<pb::Occupied>) {
+        self.hello_for("", agent, devices, occupied);
+    }
+
+    /// Of an agent that was started for a run.
+    fn hello_for(&mut self, only_run: &str, agent: &str, devices: usize, occupied: Vec<pb::Occupied>) {
         let hello = pb::Hello {
             agent: agent.into(),
             advertise_address: format!("{agent}.local"),
             devices: vec!["cpu".into(); devices],
             occupied,
+            only_run: only_run.into(),
             ..pb::Hello::default()
         };
         let actions = self.roster.hello(self.now(), &hello);

@@ -15,6 +15,10 @@ pub struct Config {
     /// [default: all GPUs, or else one cpu]
     #[arg(long, env = "GLEANER_DEVICES")]
     pub devices: Option<String>,
+    /// Have ranks of this run alone, wait for it if it is not there, and end with it: with exit code 1 if it failed or was cancelled
+    /// [default: any run, until told to end]
+    #[arg(long, env = "GLEANER_RUN", value_name = "NAME")]
+    pub run: Option<String>,
     /// When told to end, ranks have so many seconds to finish their step, to hand over or to write a checkpoint
     #[arg(long, env = "GLEANER_LEAVE_SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=3600), value_name = "N")]
     pub leave_seconds: u32,

@@ -48,6 +48,11 @@ struct Stage {
 impl Stage {
     /// An agent with two devices whose ranks run `script`.
     async fn with(script: &str) -> Self {
+        Self::of_run(script, None).await
+    }
+
+    /// The same, started for a run.
+    async fn of_run(script: &str, only: Option<&str>) -> Self {
         // Free again at once, for the server; the agent tries until it is there.
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
         let address = listener.local_addr().expect("it is bound");
@@ -63,6 +68,7 @@ impl Stage {
             interface: None,
             devices: Some("cpu:2".to_owned()),
             cache: Default::default(),
+            run: only.map(str::to_owned),
             leave_seconds: 10,
         };
         let dial = Dial::new(&coordinator).expect("an address");
@@ -234,4 +240,28 @@ async fn an_agent_that_was_held_up_takes_its_own_silence_for_no_ranks() {
     assert_eq!(hear(&mut said, left).await.0, 0);
     stage.shutdown.cancel();
     stage.agent.await.expect("no panic").expect("an orderly end");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_was_started_for_a_run_says_so_and_ends_with_it() {
+    for (state, how) in [(pb::RunState::Done, None), (pb::RunState::Failed, Some("run \"r\" has failed"))] {
+        let mut stage = Stage::of_run("cat > /dev/null", Some("r")).await;
+        let (mut said, to) = stage.next_stream().await;
+        assert_eq!(hear(&mut said, hello).await.only_run, "r");
+        tell(&to, coordinator_message::Message::Welcome(pb::Welcome { term: 6 })).await;
+        let ack = |ended: pb::RunState| {
+            coordinator_message::Message::HeartbeatAck(pb::HeartbeatAck { acknowledged: 0, ended: ended.into() })
+        };
+        let leaving = |message| match message {
+            agent_message::Message::Heartbeat(beat) => Some(beat.leaving),
+            _ => None,
+        };
+        for _ in 0..4 {
+            tell(&to, ack(pb::RunState::Unspecified)).await;
+            assert!(!hear(&mut said, leaving).await, "the run goes on");
+        }
+        tell(&to, ack(state)).await;
+        let ended = timeout(DEADLINE, stage.agent).await.expect("in time").expect("no panic");
+        assert_eq!(ended.err().map(|error| error.to_string()).as_deref(), how);
+    }
 }
