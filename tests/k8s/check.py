@@ -80,6 +80,13 @@ CUSTOM = {
     # kueue.sigs.k8s.io/docs/reference/kueue.v1beta1
     "kueue.x-k8s.io/v1beta1 LocalQueue": fields(
         ["apiVersion", "kind", "metadata", "spec"], apiVersion=TEXT, kind=TEXT, metadata=METADATA, spec=fields(["clusterQueue"], clusterQueue=TEXT)),
+    # jobset.sigs.k8s.io/docs/reference/jobset.v1alpha2; the Job within is Kubernetes' own
+    "jobset.x-k8s.io/v1alpha2 JobSet": fields(
+        ["apiVersion", "kind", "metadata", "spec"], apiVersion=TEXT, kind=TEXT, metadata=METADATA,
+        spec=fields(
+            ["replicatedJobs"], network=fields(enableDNSHostnames={"type": "boolean"}), ttlSecondsAfterFinished=COUNT,
+            replicatedJobs={"type": "array", "minItems": 1, "items": fields(
+                ["name", "template"], name=TEXT, replicas=COUNT, template=fields(["spec"], spec={"type": "object"}))})),
     # cert-manager.io/docs/reference/api-docs
     "cert-manager.io/v1 Issuer": fields(
         ["apiVersion", "kind", "metadata", "spec"], apiVersion=TEXT, kind=TEXT, metadata=METADATA,
@@ -155,10 +162,24 @@ def differs(item, wanted):
     return (f"{path} is not {value}" for path, value in wanted.items() if get(item, path) != value)
 
 
-def workload(item, have):
-    template, spec = get(item, "spec.template"), get(item, "spec.template.spec")
-    labels = get(template, "metadata.labels", {})
-    if not get(item, "spec.selector.matchLabels") or not matches(get(item, "spec.selector"), labels):
+def jobs(item):
+    """The Jobs that a JobSet makes."""
+    return [{"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": job.get("name")}, "spec": get(job, "template.spec", {})}
+            for job in get(item, "spec.replicatedJobs", [])]
+
+
+def templates(item):
+    """Those of an object's pods."""
+    return [found for of in [item, *jobs(item)] if (found := get(of, "spec.template"))]
+
+
+def workload(item, template, have):
+    spec, labels = get(template, "spec"), get(template, "metadata.labels", {})
+    chosen = get(item, "spec.selector.matchLabels") and matches(get(item, "spec.selector"), labels)
+    if jobs(item) and spec.get("restartPolicy") not in ("Never", "OnFailure"):
+        yield "restarts pods of a Job that have ended well"
+    # A Job's selector is made for it.
+    if not chosen and not jobs(item):
         yield "selector does not match its own pods' labels"
     yield from differs(spec, CONFINED_POD)
     if not get(spec, "securityContext.runAsUser", 0) or get(spec, "hostNetwork") or any(every(spec, "hostPath")):
@@ -308,7 +329,7 @@ def check(items):
     """All faults of one overlay's objects, each with the object that it is in."""
     faults, have, pods = [], {(item.get("kind"), get(item, "metadata.name")) for item in items}, []
     namespaces = {name for kind, name in have if kind == "Namespace"}
-    for template in filter(None, (get(item, "spec.template") for item in items)):
+    for template in (template for item in items for template in templates(item)):
         pods.append((get(template, "metadata.labels", {}), set().union(*map(ports, get(template, "spec.containers", [])))))
 
     def found(selector):
@@ -316,8 +337,8 @@ def check(items):
 
     for item in items:
         kind, here = item.get("kind"), list(schema(json.dumps(item)))
-        if get(item, "spec.template"):
-            here += workload(item, have)
+        here += [fault for job in jobs(item) for fault in schema(json.dumps(job))]
+        here += [fault for template in templates(item) for fault in workload(item, template, have)]
         if kind == "Service":
             here += service(item, found)
         if kind == "NetworkPolicy":
@@ -363,6 +384,12 @@ BREAKS = (
     ("ScaledObject/trainer", "spec.triggers.0.metadata.perReplica", "4", "devices, and a pod has"),
     ("Deployment/trainer", "spec.template.spec.containers.0.env.0", {"name": "GLEANER_CACHE_BYTES", "value": "4GiB"}, "keeps 4GiB of pixels"),
     ("Deployment/trainer", "metadata.labels", {"kueue.x-k8s.io/queue-name": "x"}, "LocalQueue x does not exist"),
+    ("JobSet/birds-1", "spec.replicatedJob", [], "Additional properties are not allowed"),
+    ("JobSet/birds-1", "spec.replicatedJobs.0.template.spec.paralelism", 4, "Additional properties are not allowed"),
+    ("JobSet/birds-1", "spec.replicatedJobs.0.template.spec.template.spec.securityContext.runAsUser", 0, "runs as root"),
+    ("JobSet/birds-1", "spec.replicatedJobs.0.template.spec.template.spec.containers.0.envFrom.0.configMapRef.name", "st", "ConfigMap st does not exist"),
+    ("JobSet/birds-1", "spec.replicatedJobs.0.template.spec.template.spec.restartPolicy", "Always", "restarts pods of a Job that"),
+    ("JobSet/birds-1", "metadata.labels", {"kueue.x-k8s.io/queue-name": "x"}, "LocalQueue x does not exist"),
     ("LocalQueue/trainers", "spec.clusterQueues", ["gpus"], "Additional properties are not allowed"),
     ("Certificate/tls-worker", "spec.issuerRef.name", "author", "Issuer author does not exist"),
     ("Certificate/tls-worker", "spec.renewBefore", "60d", "does not match"),
@@ -423,7 +450,7 @@ def self_test(overlays):
 
 
 def main():
-    self_test([render(MANIFESTS / "overlays" / name) for name in ("local", "autoscaled", "local-hpa", "autoscaled-tls", "local-accounts", "eks")])
+    self_test([render(MANIFESTS / "overlays" / name) for name in ("local", "autoscaled", "local-hpa", "autoscaled-tls", "local-accounts", "eks", "gang")])
     undocumented = sorted(name for name in METRICS if f"gleaner_{name}" not in GUIDE.read_text())
     if undocumented:
         raise SystemExit(f"{GUIDE.name} does not tell of the metrics {undocumented}")
