@@ -2,11 +2,12 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test test-nccl sim soak soak-train bench-train bench-fetch bench-import bench-scale fuzz engine images dist try-cluster libtorch pytorch clean
+.PHONY: help setup build demo test test-nccl sim soak soak-train bench-train bench-gpu bench-fetch bench-import bench-scale fuzz engine images dist try-cluster libtorch pytorch clean
 
 tools := target/tools
 export PATH := $(CURDIR)/$(tools)/bin:$(PATH)
 python := $(tools)/venv/bin/python
+comma := ,
 
 help:
 	@echo "make demo [ARGS=...]      a rotted URL list goes in, a trained AlexNet comes out; all on this machine"
@@ -20,6 +21,8 @@ help:
 	@echo "                          must have its outcome in the end, and fsck finds nothing [SEED=1]"
 	@echo "make soak-train           a run whose ranks and agents are killed every 10 s for SECONDS=300; its ledger must be an undisturbed one's"
 	@echo "make bench-train          the trainer against PyTorch, torchvision and WebDataset on this machine [ARGS=--help]"
+	@echo "make bench-gpu            the trainer on a GPU against PyTorch, eager and compiled, on the same one; ARGS=\"--devices cpu\": on the CPU"
+	@echo "                          [CUDA=1: built with 'make libtorch CUDA=1'; PYTHON=python3: one whose torch sees the GPU]"
 	@echo "make bench-fetch          Gleaner and img2dataset on the same lists (PHOTOS=photos.tar: with these JPEGs; ROUNDS=2)"
 	@echo "make bench-import         Gleaner, img2dataset and Hugging Face's datasets on 10,000 pictures that are there already: a folder, tars,"
 	@echo "                          Parquet (PHOTOS=photos.tar: of these JPEGs; ROUNDS=2)"
@@ -73,6 +76,11 @@ soak-train: setup
 bench-train: setup pytorch $(tools)/torchvision/ready
 	cargo build --locked --release -p gleaner-trainer --features bench --example bench
 	PYTHONPATH=$(tools)/torchvision $(tools)/pytorch/bin/python tests/bench/train/train.py --bench target/release/examples/bench $(ARGS)
+
+# PYTHON brings its own torchvision and webdataset, or goes without.
+bench-gpu: setup pytorch $(tools)/torchvision/ready
+	$(if $(CUDA),LIBTORCH=$(CURDIR)/target/libtorch-cuda )cargo build --locked --release -p gleaner-trainer --features bench$(if $(CUDA),$(comma)nccl) --example bench
+	$(if $(PYTHON),$(PYTHON),PYTHONPATH=$(tools)/torchvision $(tools)/pytorch/bin/python) tests/bench/train/gpu.py --bench target/release/examples/bench $(ARGS)
 
 # The build of `make images`, as fetch workers are deployed.
 bench-fetch: $(tools)/ready $(tools)/img2dataset/ready

@@ -1,10 +1,11 @@
-//! The trainer's side of `make bench-train`: does one piece of work and prints its figures as lines of JSON.
+//! The trainer's side of `make bench-train` and `make bench-gpu`: does one piece of work and prints its figures as lines of JSON.
 //!
 //! ```text
 //! bench data STORE IMAGES SIZE
-//! bench step SPEC STEPS WORLD       as many processes of this program as WORLD says
-//! bench loader SPEC STORE CACHE_BYTES
-//! bench run SPEC STORE CACHE_BYTES
+//! bench step SPEC STEPS DEVICE,...              a process of this program for each device
+//! bench norm SPEC TIMES DEVICE                  a batch norm of each lane alone, in several ways
+//! bench loader SPEC STORE CACHE_BYTES DEVICE
+//! bench run SPEC STORE CACHE_BYTES DEVICE
 //! ```
 #![allow(clippy::print_stdout, reason = "its figures are what it is for")]
 
@@ -31,30 +32,36 @@ fn main() -> Result<()> {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     match args[..] {
         ["data", store, images, size] => data(Path::new(store), images.parse()?, size.parse()?),
-        ["step", spec, steps, world] => {
+        ["step", spec, steps, devices] => {
             let (_place, port) = bench::meeting_place()?;
-            if world == "1" {
-                return say(&bench::steps(&read(spec)?, steps.parse()?, 0, 1, port)?);
+            let devices: Vec<&str> = devices.split(',').collect();
+            if let [device] = devices[..] {
+                return say(&bench::steps(&read(spec)?, steps.parse()?, 0, 1, device, port)?);
             }
-            let rank = |rank: u32| {
+            let (world, port) = (devices.len().to_string(), port.to_string());
+            let rank = |(rank, device): (usize, &&str)| {
                 let mut command = Command::new(std::env::current_exe()?);
-                let port = port.to_string();
-                command.args(["rank", spec, steps, world, &rank.to_string(), &port]).stdin(Stdio::null());
+                command.args(["rank", spec, steps, &world, &rank.to_string(), device, &port]).stdin(Stdio::null());
                 command.spawn().context("this program again")
             };
-            let ranks = (0..world.parse()?).map(rank).collect::<Result<Vec<_>>>()?;
+            let ranks = devices.iter().enumerate().map(rank).collect::<Result<Vec<_>>>()?;
             for mut rank in ranks {
                 ensure!(rank.wait()?.success(), "a rank failed");
             }
             Ok(())
         }
-        ["rank", spec, steps, world, rank, port] => {
-            say(&bench::steps(&read(spec)?, steps.parse()?, rank.parse()?, world.parse()?, port.parse()?)?)
+        ["rank", spec, steps, world, rank, device, port] => {
+            say(&bench::steps(&read(spec)?, steps.parse()?, rank.parse()?, world.parse()?, device, port.parse()?)?)
         }
-        ["loader", spec, store, cache] => {
-            bench::loader(Path::new(store), &read(spec)?, cache.parse()?)?.iter().try_for_each(say)
+        ["norm", spec, times, device] => {
+            bench::norm::ways(&read(spec)?, times.parse()?, device)?.iter().try_for_each(say)
         }
-        ["run", spec, store, cache] => say(&bench::run(Path::new(store), &read(spec)?, cache.parse()?)?),
+        ["loader", spec, store, cache, device] => {
+            bench::loader(Path::new(store), &read(spec)?, cache.parse()?, device)?.iter().try_for_each(say)
+        }
+        ["run", spec, store, cache, device] => {
+            bench::run(Path::new(store), &read(spec)?, cache.parse()?, device)?.iter().try_for_each(say)
+        }
         _ => bail!("see the head of tests/bench/train/main.rs"),
     }
 }

@@ -1,5 +1,8 @@
-//! The pieces of work of `make bench-train`, each as a rank does it; each says what it took. They use the trainer's rooms and are compiled
-//! within its crate (its feature `bench`).
+//! The pieces of work of `make bench-train` and `make bench-gpu`, each as a rank does it; each says what it took. They use the trainer's
+//! rooms and are compiled within its crate (its feature `bench`).
+
+#[path = "norm.rs"]
+pub mod norm;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -13,7 +16,6 @@ use proto::pb::{self, left::Cause, rank_message::Message};
 use proto::shard::sha256_hex;
 use proto::{DatasetId, Manifest, RunSpec, Split, Stored, keys};
 use serde::Serialize;
-use tch::Device;
 
 use crate::data::blocks::BlockReader;
 use crate::data::cache::Cache;
@@ -24,8 +26,11 @@ use crate::learn::control::{ControlFlags, Heartbeat};
 use crate::learn::step;
 use crate::learn::synthetic::Synthetic;
 use crate::rank::serve;
-use crate::torch::{Group, Member, Store};
+use crate::torch::{Group, Member, Store, device};
 use crate::trial::cpu_seconds;
+
+/// Steps that are not counted: in the first ones libtorch chooses how it computes, on a GPU for longer.
+const BEFORE: [u64; 2] = [2, 10];
 
 /// Mean and standard deviation of the pictures' pixels.
 pub const MOMENTS: ([f64; 3], [f64; 3]) = ([0.48, 0.46, 0.41], [0.23, 0.22, 0.23]);
@@ -76,30 +81,35 @@ pub fn meeting_place() -> Result<(impl Sized, u16)> {
     Ok((store, port))
 }
 
-/// Trains `count` steps, after two that are not counted, on one batch in memory, as rank `rank` of `world`.
-pub fn steps(spec: &RunSpec, count: u64, rank: u32, world: u32, port: u16) -> Result<Figures> {
+/// Trains `count` steps, after some that are not counted, on one batch in memory, as rank `rank` of `world` on `device`.
+pub fn steps(spec: &RunSpec, count: u64, rank: u32, world: u32, device: &str, port: u16) -> Result<Figures> {
     tch::set_num_threads(spec.ranks.threads.max(1) as i32);
     let member = Member {
         rank: rank as usize,
         world: world as usize,
         address: "127.0.0.1".to_owned(),
-        device: Device::Cpu,
+        device: device::parse(device)?,
         timeout: Duration::from_secs(300),
     };
+    let before = BEFORE[usize::from(member.device.is_cuda())];
     let group = Group::join("127.0.0.1", port, member, || false)?;
     let mut rank = Synthetic::new(spec, &group, (rank, world))?;
-    for _ in 0..2 {
+    for _ in 0..before {
         rank.step()?;
     }
+    rank.settle()?;
     let clock = Clock::start()?;
     for _ in 0..count {
         rank.step()?;
     }
+    rank.settle()?;
     clock.stop("steps", count * rank.samples())
 }
 
-/// Reads and decodes the epochs of the spec from the folder of a dataset, whose manifest is its `manifest.json`, up to numbers on the device; figures of each epoch.
-pub fn loader(store: &Path, spec: &RunSpec, cache_bytes: u64) -> Result<Vec<Figures>> {
+/// Reads and decodes the epochs of the spec from the folder of a dataset, whose manifest is its `manifest.json`, up to numbers on the device;
+/// figures of each epoch.
+pub fn loader(store: &Path, spec: &RunSpec, cache_bytes: u64, device: &str) -> Result<Vec<Figures>> {
+    let device = device::parse(device)?;
     let manifest = Manifest::from_json(&std::fs::read(store.join("manifest.json"))?)?;
     let runtime = tokio::runtime::Runtime::new()?;
     let folder: Arc<dyn ObjectStore> = Arc::new(LocalFileSystem::new_with_prefix(store)?);
@@ -111,10 +121,10 @@ pub fn loader(store: &Path, spec: &RunSpec, cache_bytes: u64) -> Result<Vec<Figu
         blocks: blocks.clone(),
         cache: Arc::new(Cache::new(cache_bytes, None)?),
         threads: threads as usize,
-        device: Device::Cpu,
+        device,
         runtime: runtime.handle().clone(),
     };
-    let normalise = Normalise::new(manifest.mean, manifest.std, Device::Cpu, step::kind(spec.ranks.precision));
+    let normalise = Normalise::new(manifest.mean, manifest.std, device, step::kind(spec.ranks.precision));
     let mut figures = Vec::new();
     let mut clock = Clock::start()?;
     let mut batches = loader.train(spec, 0..spec.ranks.lanes, 0)?;
@@ -126,21 +136,23 @@ pub fn loader(store: &Path, spec: &RunSpec, cache_bytes: u64) -> Result<Vec<Figu
             ensure!(input.size()[0] == batch.pixels.keys.len() as i64, "a batch of another size");
             images += input.size()[0] as u64;
         }
+        norm::settle(device);
         figures.push(clock.stop(&format!("epoch {epoch}"), images)?);
         clock = Clock::start()?;
     }
     Ok(figures)
 }
 
-/// Trains the whole run of the spec from such a folder, as a rank that is alone: with ledger, checkpoints, export.
-pub fn run(store: &Path, spec: &RunSpec, cache_bytes: u64) -> Result<Figures> {
+/// Trains the whole run of the spec from such a folder, as a rank that is alone: with ledger, checkpoints, export. Figures of all of it, and
+/// of all epochs but the first, if there are more.
+pub fn run(store: &Path, spec: &RunSpec, cache_bytes: u64, device: &str) -> Result<Vec<Figures>> {
     let runtime = tokio::runtime::Runtime::new()?;
     let folder: Arc<dyn ObjectStore> = Arc::new(LocalFileSystem::new_with_prefix(store)?);
     let manifest = std::fs::read(store.join("manifest.json"))?;
     let manifest_key = keys::manifest(&dataset(), 1);
     runtime.block_on(folder.put(&manifest_key.as_str().into(), manifest.clone().into()))?;
     let setup = Setup {
-        device: "cpu".to_owned(),
+        device: device.to_owned(),
         advertise_address: "127.0.0.1".to_owned(),
         cache_bytes,
         cache_dir: None,
@@ -173,13 +185,22 @@ pub fn run(store: &Path, spec: &RunSpec, cache_bytes: u64) -> Result<Figures> {
     let flags = Arc::new(ControlFlags::new(&join, heartbeat.clone()));
     std::thread::spawn(move || serve(&context, &to_rank, &reports, &heartbeat, &|| {}));
     orders.send((join, flags))?;
-    let mut images = 0;
+    let (mut images, mut first, mut later) = (0, None, None);
     for message in said {
         match message.message {
             Some(Message::Stepped(stepped)) => {
-                images += stepped.metrics.iter().filter(|m| m.kind == "train").map(|m| m.samples).sum::<u64>();
+                // One at the end of each epoch.
+                for point in stepped.metrics.iter().filter(|point| point.kind == "train") {
+                    images += point.samples;
+                    match &first {
+                        None => first = Some((Clock::start()?, images)),
+                        Some((clock, of_first)) => later = Some(clock.stop("later epochs", images - of_first)?),
+                    }
+                }
             }
-            Some(Message::Left(left)) if left.cause() == Cause::Finished => return clock.stop("run", images),
+            Some(Message::Left(left)) if left.cause() == Cause::Finished => {
+                return Ok([clock.stop("run", images)?].into_iter().chain(later).collect());
+            }
             Some(Message::Left(left)) => bail!("the rank left: {}", left.detail),
             _ => {}
         }

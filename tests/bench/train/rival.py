@@ -1,13 +1,17 @@
-"""What `make bench-train` compares with: the same work in PyTorch, torchvision and WebDataset.
+"""What `make bench-train` and `make bench-gpu` compare with: the same work in PyTorch, torchvision and WebDataset.
 
-    rival.py step SPEC STEPS WORLD          a process for each of WORLD ranks
-    rival.py loader SPEC TARS EPOCHS
-    rival.py run SPEC TARS
+    rival.py step SPEC STEPS DEVICE,... WORDS         a process for each device
+    rival.py loader SPEC TARS EPOCHS DEVICE
+    rival.py run SPEC TARS DEVICE WORDS
+
+WORDS say how, as in `compile+bf16+channels_last`: `eager`, `compile` (torch.compile) or `graphs` (the same with CUDA graphs), `tf32`
+(products of matrices too; convolutions compute in it by default), `bf16` (autocast), `channels_last`.
 
 Prints its figures as lines of JSON, as the trainer's `bench` does: processor time of this process and its children, time that passed,
 and the most memory of this process alone.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -16,9 +20,7 @@ import time
 import tomllib
 
 import torch
-import webdataset
 from torch import nn
-from torchvision import transforms
 
 MEAN, STD = [0.48, 0.46, 0.41], [0.23, 0.22, 0.23]
 
@@ -81,10 +83,11 @@ def optimizer(model, train):
     )
 
 
-def step(model, sgd, loss, images, labels):
+def step(model, sgd, loss, images, labels, half):
     sgd.zero_grad(set_to_none=True)
-    logits = model(images)
-    value = loss(logits, labels)
+    with half:
+        logits = model(images)
+    value = loss(logits.float(), labels)
     value.backward()
     sgd.step()
     # What a training loop keeps of each step.
@@ -93,21 +96,48 @@ def step(model, sgd, loss, images, labels):
     return value.item(), hits[0].item(), hits.sum().item()
 
 
-def steps(rank, spec, count, world):
-    train, crop = spec["train"], spec["input"]["crop"]
+def settle(device):
+    """Waits until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def prepared(model, device, words):
+    """The model on its device, what it computes within, and how its images lie."""
+    if "tf32" in words:
+        torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    layout = torch.channels_last if "channels_last" in words else torch.contiguous_format
+    half = torch.autocast(device.type, torch.bfloat16) if "bf16" in words else contextlib.nullcontext()
+    return model.to(device, memory_format=layout), half, layout
+
+
+def compiled(model, words):
+    if "graphs" in words:
+        return torch.compile(model, mode="reduce-overhead")
+    return torch.compile(model) if "compile" in words else model
+
+
+def steps(rank, spec, count, devices, words):
+    train, crop, world, device = spec["train"], spec["input"]["crop"], len(devices), torch.device(devices[rank])
     torch.set_num_threads(spec["ranks"]["threads"])
-    model = alexnet(spec["model"], crop, 1000)
+    model, half, layout = prepared(alexnet(spec["model"], crop, 1000), device, words)
     if world > 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world)
         model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     sgd, loss = optimizer(model, train), nn.CrossEntropyLoss()
+    model = compiled(model, words)
     own = train["batch"] // world
-    images, labels = torch.randn(own, 3, crop, crop), torch.randint(1000, (own,))
-    for i in range(count + 2):
-        if i == 2:
+    images, labels = torch.randn(own, 3, crop, crop), torch.randint(1000, (own,), device=device)
+    images = images.to(device, memory_format=layout)
+    before = 10 if device.type == "cuda" else 2
+    for i in range(count + before):
+        if i == before:
+            settle(device)
             clock = Clock()
-        step(model, sgd, loss, images, labels)
+        step(model, sgd, loss, images, labels, half)
+    settle(device)
     clock.stop("steps", count * own)
     if world > 1:
         torch.distributed.destroy_process_group()
@@ -115,6 +145,9 @@ def steps(rank, spec, count, world):
 
 def loader(spec, tars, workers):
     """WebDataset's recipe for one node: shuffled shards and a shuffle buffer, decoded and augmented in worker processes."""
+    import webdataset
+    from torchvision import transforms
+
     given, crop = spec["input"], spec["input"]["crop"]
     light = [given.get("brightness", 0.2), given.get("contrast", 0.0), given.get("saturation", 0.0)]
     cut = transforms.RandomCrop(crop)
@@ -131,32 +164,40 @@ def loader(spec, tars, workers):
         .map_tuple(augment, lambda label: int(label))
         .batched(spec["train"]["batch"])
     )
-    return webdataset.WebLoader(dataset, batch_size=None, num_workers=workers)
+    return webdataset.WebLoader(dataset, batch_size=None, num_workers=min(workers, len(tars)))
 
 
-def epochs(spec, tars, count):
+def epochs(spec, tars, count, device):
     """Each epoch has workers of its own, so that their processor time is known when it ends."""
     threads = spec["ranks"]["threads"]
     torch.set_num_threads(threads)
     for epoch in range(count):
         clock, images = Clock(), 0
         for batch, _ in loader(spec, tars, threads):
+            batch.to(device)
             images += len(batch)
+        settle(device)
         clock.stop(f"epoch {epoch}", images)
 
 
-def run(spec, tars):
+def run(spec, tars, device, words):
     train, threads = spec["train"], spec["ranks"]["threads"]
-    clock, images = Clock(), 0
+    clock, images, later = Clock(), 0, None
     torch.set_num_threads(threads)
-    model = alexnet(spec["model"], spec["input"]["crop"], 10)
+    model, half, layout = prepared(alexnet(spec["model"], spec["input"]["crop"], 10), device, words)
     sgd, loss = optimizer(model, train), nn.CrossEntropyLoss(label_smoothing=train.get("label_smoothing", 0.0))
+    network = compiled(model, words)
     for epoch in range(train["epochs"]):
         for batch, labels in loader(spec, tars, threads):
-            step(model, sgd, loss, batch, torch.as_tensor(labels))
+            batch, labels = batch.to(device, memory_format=layout), torch.as_tensor(labels, device=device)
+            step(network, sgd, loss, batch, labels, half)
             images += len(batch)
         torch.save({"model": model.state_dict(), "sgd": sgd.state_dict()}, os.path.join(os.path.dirname(tars[0]), "rival.pt"))
+        if later is None:
+            later, first = Clock(), images
     clock.stop("run", images)
+    if images > first:
+        later.stop("later epochs", images - first)
 
 
 if __name__ == "__main__":
@@ -164,15 +205,15 @@ if __name__ == "__main__":
     with open(path, "rb") as file:
         spec = tomllib.load(file)
     if command == "step":
-        count, world = map(int, rest)
-        if world == 1:
-            steps(0, spec, count, 1)
+        count, devices, words = int(rest[0]), rest[1].split(","), rest[2].split("+")
+        if len(devices) == 1:
+            steps(0, spec, count, devices, words)
         else:
-            torch.multiprocessing.spawn(steps, (spec, count, world), nprocs=world)
+            torch.multiprocessing.spawn(steps, (spec, count, devices, words), nprocs=len(devices))
     else:
         with open(rest[0]) as file:
             tars = file.read().split()
         if command == "loader":
-            epochs(spec, tars, int(rest[1]))
+            epochs(spec, tars, int(rest[1]), torch.device(rest[2]))
         else:
-            run(spec, tars)
+            run(spec, tars, torch.device(rest[1]), rest[2].split("+"))

@@ -5,120 +5,23 @@ the proportional set sizes of all processes of a side together.
 """
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-SPEC = """dataset = "bench"
-[model]
-arch = "{arch}"
-width = {width}
-[input]
-crop = {crop}
-cut = "{cut}"
-[train]
-epochs = {epochs}
-batch = {batch}
-[ranks]
-lanes = {lanes}
-max = 1
-threads = {threads}
-"""
-STEP = dict(arch="alexnet-bn", width=1.0, crop=224, cut="translate", epochs=1, batch=32, lanes=4)
-LOADER = dict(STEP, epochs=3, batch=64)
-RUN = dict(arch="alexnet-slim", width=0.25, crop=112, cut="translate", epochs=3, batch=64, lanes=4)
+from sides import LOADER, RUN, STEP, Bench
 
 
-def processes(root):
-    """A process and all its descendants."""
-    children = {}
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            try:
-                with open(f"/proc/{entry.name}/stat") as file:
-                    parent = int(file.read().rpartition(")")[2].split()[1])
-                children.setdefault(parent, []).append(int(entry.name))
-            except OSError:
-                pass
-    found = [root]
-    for process in found:
-        found += children.get(process, [])
-    return found
+class Train(Bench):
+    name = "bench-train"
 
-
-def memory(process):
-    try:
-        with open(f"/proc/{process}/smaps_rollup") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith("Pss:")) / 1024
-    except (OSError, StopIteration):
-        return 0.0
-
-
-def figures(command, env):
-    """What a command printed, and the most memory that it and its children held."""
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, env=env)
-    peak, ended = 0.0, threading.Event()
-
-    def watch():
-        nonlocal peak
-        while not ended.wait(0.1):
-            peak = max(peak, sum(map(memory, processes(process.pid))))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    printed = process.communicate(timeout=1800)[0]
-    ended.set()
-    watcher.join()
-    if process.returncode:
-        sys.exit(f"failed: {' '.join(map(str, command))}")
-    return [json.loads(line) for line in printed.splitlines()], peak
-
-
-class Bench:
-    def __init__(self, args, folder):
-        self.args, self.folder, self.specs = args, Path(folder), 0
-        # No more threads than both sides are told to use, and none that burns processor time while it waits for another.
-        self.env = os.environ | {"OMP_NUM_THREADS": str(args.threads), "OMP_WAIT_POLICY": "PASSIVE", "MASTER_PORT": "29511"}
-        self.rival = [sys.executable, HERE / "rival.py"]
-
-    def spec(self, **values):
-        self.specs += 1
-        path = self.folder / f"{self.specs}.toml"
-        path.write_text(SPEC.format(**values))
-        return path
-
-    def data(self, name, images, size):
-        store = self.folder / name
-        store.mkdir()
-        figures([self.args.bench, "data", store, images, size], self.env)
-        return store
-
-    def turns(self, ours, theirs, repetitions):
-        """Both commands again and again, one after the other, and the other way round the next time."""
-        results = ([], [])
-        for i in range(repetitions):
-            for side in (0, 1) if i % 2 == 0 else (1, 0):
-                results[side].append(figures((ours, theirs)[side], self.env))
-        return results
-
-    def say(self, name, **values):
-        number = lambda value: value if isinstance(value, str) else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
-        self.lines.append(f"bench-train {name}: " + " ".join(f"{key}={number(value)}" for key, value in values.items()))
-        print(self.lines[-1], flush=True)
-
-    def steps(self, name, world, threads):
+    def steps(self, name, devices, threads):
         spec = self.spec(**STEP, threads=threads)
         count = self.args.steps
         results = self.turns(
-            [self.args.bench, "step", spec, count, world],
-            [*self.rival, "step", spec, count, world],
+            [self.args.bench, "step", spec, count, devices],
+            [*self.rival, "step", spec, count, devices, "eager"],
             self.args.repetitions,
         )
 
@@ -141,8 +44,8 @@ class Bench:
         threads = self.args.threads
         spec = self.spec(**LOADER | dict(cut=cut), threads=threads)
         results = self.turns(
-            [self.args.bench, "loader", spec, store, 2 << 30],
-            [*self.rival, "loader", spec, store / "tars.txt", 1],
+            [self.args.bench, "loader", spec, store, 2 << 30, "cpu"],
+            [*self.rival, "loader", spec, store / "tars.txt", 1, "cpu"],
             self.args.repetitions,
         )
         rate = lambda epoch: epoch["images"] / epoch["cpu"]
@@ -161,8 +64,8 @@ class Bench:
     def run(self, store):
         spec = self.spec(**RUN, threads=self.args.threads)
         results = self.turns(
-            [self.args.bench, "run", spec, store, 1 << 30],
-            [*self.rival, "run", spec, store / "tars.txt"],
+            [self.args.bench, "run", spec, store, 1 << 30, "cpu"],
+            [*self.rival, "run", spec, store / "tars.txt", "cpu", "eager"],
             self.args.repetitions,
         )
         cpu, wall = ([statistics.median(run[0][key] for run, _ in results[side]) for side in (0, 1)] for key in ("cpu", "wall"))
@@ -190,8 +93,7 @@ def main():
     print("ours/theirs in every pair; cpu = processor seconds of all processes of a side")
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="bench-train-") as folder:
-        bench = Bench(args, folder)
-        bench.lines = []
+        bench = Train(args, folder)
         wanted = lambda part: args.only in (None, part)
         if wanted("loader"):
             store = bench.data("photos-256", args.images, 256)
@@ -200,9 +102,9 @@ def main():
         if wanted("epoch"):
             bench.run(bench.data("photos-128", args.images, 128))
         if wanted("step"):
-            bench.steps("step", 1, args.threads)
+            bench.steps("step", "cpu", args.threads)
         if wanted("ddp"):
-            bench.steps("ddp", 2, max(args.threads // 2, 1))
+            bench.steps("ddp", "cpu,cpu", max(args.threads // 2, 1))
         print(f"{time.monotonic() - begun:.0f} s")
         print("\n".join(bench.lines))
 

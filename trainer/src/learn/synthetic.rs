@@ -1,5 +1,6 @@
 //! Steps on one batch of random pixels that stays in memory: what a step takes without data to wait for.
 
+use anyhow::Context;
 use proto::RunSpec;
 use tch::{Device, Kind, Tensor};
 
@@ -9,6 +10,8 @@ use super::{schedule, step};
 use crate::data::batch::{Batch, ColorJitter, Pixels};
 use crate::data::normalise::Normalise;
 use crate::data::plan::lanes_of;
+use crate::data::random;
+use crate::torch::tensor::{Chunk, Slab};
 use crate::torch::{Group, Op, Reducer, Sgd};
 
 /// Gradients travel in parts of so many bytes.
@@ -47,7 +50,7 @@ impl<'a> Synthetic<'a> {
         let shares: Vec<i64> = lanes_of(rank, world, spec.ranks.lanes).map(share).collect();
         let own: i64 = shares.iter().sum();
         let pixels = Pixels {
-            pixels: Tensor::randint(256, [own, crop, crop, 3], (Kind::Uint8, Device::Cpu)),
+            pixels: random_bytes(&[own, crop, crop, 3], device)?,
             jitters: vec![ColorJitter::default(); own as usize],
             labels: Tensor::randint(CLASSES, [own], (Kind::Int64, Device::Cpu)),
             keys: (0..own as u64).collect(),
@@ -77,4 +80,13 @@ impl<'a> Synthetic<'a> {
     pub(crate) fn settle(&self) -> Result<(), Failure> {
         Ok(self.group.settle()?)
     }
+}
+
+/// In the memory that a loader has for the device.
+fn random_bytes(shape: &[i64], device: Device) -> Result<Tensor, Failure> {
+    let mut chunk = Slab::new(shape, device)?.chunk(shape.iter().product::<i64>() as usize);
+    for (eight, i) in chunk.chunks_mut(8).zip(0..) {
+        eight.copy_from_slice(&random::bits(0, i).to_le_bytes()[..eight.len()]);
+    }
+    Ok(Chunk::join(vec![chunk]).context("one chunk is the whole slab")?)
 }
