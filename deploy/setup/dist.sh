@@ -37,7 +37,7 @@ for arch in ${@:-x86_64 aarch64}; do
     cp README.md LICENSE "$out/$name/"
     tar --create --xz --sort=name --owner=0 --group=0 --mtime=@0 --file "$out/$name.tar.xz" --directory "$out" "$name"
 
-    newest=$(objdump -T "$out/$name/gleaner" 2>/dev/null | grep -o 'GLIBC_[0-9.]*' | sort -uV | tail -1)
+    newest=$(readelf --version-info "$out/$name/gleaner" | grep -o 'GLIBC_[0-9.]*' | sort -uV | tail -1)
     [[ $arch != "$(uname -m)" ]] || "$out/$name/gleaner" --version
     ls -l "$wheel" "$out/$name.tar.xz" | awk '{ print $5, $9 }'
     echo "$arch: wants nothing newer than ${newest:-?}; $(stat -c %s "$out/$name/gleaner") bytes"
