@@ -1,5 +1,5 @@
-//! Tells the binary and its tests where to find libtorch when they start: crate `trainer` knows, but a linker argument reaches only the
-//! package that prints it.
+//! Tells the binary and its tests where to find libtorch when they start: crate `trainer` knows, but a linker argument
+//! reaches only the package that prints it.
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");

@@ -1,5 +1,5 @@
-//! Pods that are known by the tokens of their service accounts, with real processes over TLS. The API server is a double: it answers
-//! TokenReviews as Kubernetes does, of tokens that the test writes down.
+//! Pods that are known by the tokens of their service accounts, with real processes over TLS. The API server is a
+//! double: it answers TokenReviews as Kubernetes does, of tokens that the test writes down.
 #![allow(clippy::print_stdout, reason = "measured figures")]
 
 mod small;
@@ -115,8 +115,8 @@ fn pictures(count: u64, origin: &Origin) -> String {
     list::to_text(&(0..count).map(entry).collect::<Vec<_>>())
 }
 
-/// Starts a coordinator that takes nobody but over TLS, and asks this API server who pods are; the file of its authority. The test
-/// itself comes with the token of a file.
+/// Starts a coordinator that takes nobody but over TLS, and asks this API server who pods are; the file of its
+/// authority. The test itself comes with the token of a file.
 fn start(cluster: &mut Cluster, authority: &Authority, api: &str, token: &str, more: &[&str]) -> String {
     let ca = cluster.write("ca.crt", &authority.pem());
     cluster.write("token", OWN);

@@ -1,4 +1,5 @@
-//! The pages in a real browser: they load without a complaint, suit a phone and a keyboard, and a network sees there what it sees elsewhere.
+//! The pages in a real browser: they load without a complaint, suit a phone and a keyboard, and a network sees there
+//! what it sees elsewhere.
 
 mod small;
 

@@ -1,4 +1,5 @@
-//! Ranks, agents and networks that fail under a run: how soon the others go on, who is named, and that nothing is lost or doubled.
+//! Ranks, agents and networks that fail under a run: how soon the others go on, who is named, and that nothing is lost
+//! or doubled.
 //!
 //! Each agent is a process with one device and an address of its own: on loopback, or in a network namespace.
 

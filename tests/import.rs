@@ -122,8 +122,8 @@ fn a_folder_becomes_a_dataset_with_one_outcome_for_each_file_and_its_own_splits(
     assert_eq!(outcomes(&back), [("kept", 21)].into());
 }
 
-/// A web server of the files below a folder, which gives parts of them, but of what is below `whole`; how many parts workers
-/// have asked it for, which have a name, unlike the command. It takes its time for them.
+/// A web server of the files below a folder, which gives parts of them, but of what is below `whole`; how many parts
+/// workers have asked it for, which have a name, unlike the command. It takes its time for them.
 fn serve(folder: PathBuf) -> (String, Arc<AtomicU64>) {
     let listener = TcpListener::bind("127.0.0.1:0").expect("loopback");
     let address = format!("http://{}", listener.local_addr().expect("it is bound"));

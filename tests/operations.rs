@@ -53,7 +53,8 @@ fn metric(text: &str, name: &str) -> Option<f64> {
 fn workers_come_and_go_in_the_middle_of_a_dataset_each_uses_its_connections_and_nothing_is_lost() {
     const URLS: u64 = 500;
     const CONNECTIONS: usize = 6;
-    // The origin's pause, not this machine's cores, is what a worker with few connections is bound by; so most URLs are gone.
+    // The origin's pause, not this machine's cores, is what a worker with few connections is bound by; so most URLs are
+    // gone.
     let origin = web(Options { seed: 11, delay: Duration::from_millis(700), ..Options::default() });
     let list = urls(URLS, 10, &origin);
     let mut cluster = Cluster::start();

@@ -1,4 +1,5 @@
-//! Lists as they are published and what other tools read of them: made-up samples of each, and Hugging Face's `datasets`.
+//! Lists as they are published and what other tools read of them: made-up samples of each, and Hugging Face's
+//! `datasets`.
 
 use std::collections::BTreeMap;
 use std::io::Write;

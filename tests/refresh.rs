@@ -1,5 +1,5 @@
-//! A dataset over several rounds, with real processes: what failed once is fetched again, classes that have enough stop, and what
-//! is exported is what the manifest counts.
+//! A dataset over several rounds, with real processes: what failed once is fetched again, classes that have enough
+//! stop, and what is exported is what the manifest counts.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -15,7 +15,8 @@ use proto::shard::split_block;
 use serde_json::Value;
 use support::Cluster;
 
-/// Serves pictures under `/good`; what is under `/weak` answers 503 and what is under `/silent` nothing, until it has recovered.
+/// Serves pictures under `/good`; what is under `/weak` answers 503 and what is under `/silent` nothing, until it has
+/// recovered.
 struct Server {
     address: String,
     recovered: AtomicBool,

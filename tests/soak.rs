@@ -1,5 +1,6 @@
-//! `make soak`: a cluster of real processes, of which something is killed, stopped, cut off or confused every second, over a store that
-//! fails. In the end each URL has its outcome, no site was asked faster than it may be, and `gleaner fsck` finds nothing.
+//! `make soak`: a cluster of real processes, of which something is killed, stopped, cut off or confused every second,
+//! over a store that fails. In the end each URL has its outcome, no site was asked faster than it may be, and `gleaner
+//! fsck` finds nothing.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -291,7 +292,8 @@ fn soak() {
         let seen = outcomes(&folder.path().join("cluster"), &manifest);
         assert!(seen.keys().eq(list.keys()), "{name}: {} URLs have an outcome, of {}", seen.len(), list.len());
         for (url, outcomes) in seen {
-            // What is kept is never asked for again; what is gone may be, by a refresh, and what a round had no time for is.
+            // What is kept is never asked for again; what is gone may be, by a refresh, and what a round had no time
+            // for is.
             let told = outcomes.iter().filter(|outcome| *outcome == list[&url]).count();
             let open = outcomes.iter().filter(|outcome| *outcome == "unfetched").count();
             let right = if list[&url] == "kept" { told == 1 } else { told >= 1 };

@@ -1,4 +1,5 @@
-//! A cluster over TLS, with real processes: who is let in, and certificates and authorities that are replaced meanwhile.
+//! A cluster over TLS, with real processes: who is let in, and certificates and authorities that are replaced
+//! meanwhile.
 #![allow(clippy::print_stdout, reason = "measured figures")]
 
 mod small;
@@ -29,7 +30,8 @@ fn write_pair(cluster: &Cluster, name: &str, pair: &Pair) -> [String; 2] {
     [cluster.write(&format!("{name}.pem"), &pair.cert), cluster.write(&format!("{name}.key"), &pair.key)]
 }
 
-/// A cluster whose command line and workers come over TLS and trust `authority`, which is in `ca.pem`. Nothing is started.
+/// A cluster whose command line and workers come over TLS and trust `authority`, which is in `ca.pem`. Nothing is
+/// started.
 fn cluster_of(authority: &Authority) -> Cluster {
     let mut cluster = Cluster::new(None, Vec::new());
     let coordinator = format!("https://{}", cluster.address());
@@ -158,8 +160,8 @@ fn flags_that_would_let_in_anybody_are_refused() {
     refused(&tls[..2], "--tls-cert");
 }
 
-/// A cluster of which coordinator, caller and command line know the authority `old`, with the coordinator's flags. Each side has a
-/// file of authorities, for they are replaced at different times.
+/// A cluster of which coordinator, caller and command line know the authority `old`, with the coordinator's flags. Each
+/// side has a file of authorities, for they are replaced at different times.
 fn cluster_to_rotate(old: &Authority, metrics: &FreeAddress) -> (Cluster, Vec<String>) {
     let mut cluster = cluster_of(old);
     let client_ca = cluster.write("client-ca.pem", &old.pem());
@@ -179,7 +181,8 @@ fn whole(Pair { cert, key }: Pair) -> String {
     cert + &key
 }
 
-/// Replaces every certificate and the authority itself, while `role` works and `call` calls, over and over: none of its calls may fail.
+/// Replaces every certificate and the authority itself, while `role` works and `call` calls, over and over: none of its
+/// calls may fail.
 fn rotate(
     cluster: &Cluster,
     role: &'static str,

@@ -1,6 +1,6 @@
-//! Faults that are the cluster's own, and not the web's: no way out, a typo in the settings, a store that fails, workers
-//! that are told to leave. With real processes: nothing that can be fetched is lost, nothing is fetched twice, and what is
-//! wrong is said.
+//! Faults that are the cluster's own, and not the web's: no way out, a typo in the settings, a store that fails,
+//! workers that are told to leave. With real processes: nothing that can be fetched is lost, nothing is fetched twice,
+//! and what is wrong is said.
 
 #![allow(clippy::print_stdout, reason = "measured figures")]
 

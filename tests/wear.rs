@@ -1,5 +1,5 @@
-//! Strangers who only take: uploads that send nothing, connections that say nothing, a worker that leases and never renews. The
-//! others' work goes on.
+//! Strangers who only take: uploads that send nothing, connections that say nothing, a worker that leases and never
+//! renews. The others' work goes on.
 #![allow(clippy::print_stdout, reason = "measured figures")]
 
 use std::io::Write;

@@ -41,8 +41,8 @@ use crate::door::Peer;
 /// How often a file of tokens is read again.
 const PERIOD: Duration = Duration::from_secs(1);
 
-/// Who may call: the tokens that are good now, service accounts, and the names of certificates. With none of them, everybody may do
-/// everything.
+/// Who may call: the tokens that are good now, service accounts, and the names of certificates. With none of them,
+/// everybody may do everything.
 pub(crate) struct Access {
     tokens: Option<RwLock<Tokens>>,
     clients: Vec<ClientName>,
@@ -91,7 +91,8 @@ impl Speaker {
 }
 
 impl Access {
-    /// Everybody may do everything, or those of a file of tokens, of certificates or of service accounts, what their roles may.
+    /// Everybody may do everything, or those of a file of tokens, of certificates or of service accounts, what their
+    /// roles may.
     ///
     /// # Errors
     /// If the file cannot be read, or is none.

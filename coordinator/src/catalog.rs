@@ -1,9 +1,9 @@
 //! The catalog: all URLs of a list, dealt into slices by their sites, in bounded memory.
 //!
 //! Lines come together by their URLs first: one that stands in the list again is fetched once, and may have several
-//! classes. Entries go into the partitions of a [`Spool`] by a hash of their site; `dealing` makes slices of them. Within
-//! a slice they are in the order of a hash of (seed, ordinal, synset, URL). Nothing else decides, so the same list gives
-//! the same slices.
+//! classes. Entries go into the partitions of a [`Spool`] by a hash of their site; `dealing` makes slices of them.
+//! Within a slice they are in the order of a hash of (seed, ordinal, synset, URL). Nothing else decides, so the same
+//! list gives the same slices.
 
 use std::collections::{BTreeMap, HashSet};
 use std::io::Read;
@@ -161,8 +161,8 @@ impl Catalog {
         }
     }
 
-    /// The same, of which at most so many new URLs are taken: a sample that the seed chooses. Lines of more than `largest` bytes
-    /// together are too many, however few they were packed into.
+    /// The same, of which at most so many new URLs are taken: a sample that the seed chooses. Lines of more than
+    /// `largest` bytes together are too many, however few they were packed into.
     pub(crate) fn limited(self, limit: u64, largest: u64) -> Self {
         Self { limit, largest, ..self }
     }

@@ -1,6 +1,6 @@
 //! Damage: committed objects that are gone, or are not what those that name them say. It is a finding with a name, and
-//! not the end of a dataset. What seems damaged is read once more, whole, so that a torn answer is not taken for it, and
-//! what a GET does not find is damage only if a listing does not have it either.
+//! not the end of a dataset. What seems damaged is read once more, whole, so that a torn answer is not taken for it,
+//! and what a GET does not find is damage only if a listing does not have it either.
 
 use std::collections::{BTreeMap, HashMap};
 

@@ -1,6 +1,6 @@
 //! What became of all URLs, as far as sealing and the search for what may come back need it: read from the
-//! [gists](proto::gist) that the version before has left, and from indexes and outcomes for shards that are new, damaged,
-//! closed, or not as they were.
+//! [gists](proto::gist) that the version before has left, and from indexes and outcomes for shards that are new,
+//! damaged, closed, or not as they were.
 //!
 //! A gist holds as long as its shard's index and outcomes are listed as they were when they were read, and its tars are
 //! there. Gists of a version that was never finished hold as well: so a sealing that was broken off is taken up again.
@@ -80,9 +80,9 @@ impl<'a> Gists<'a> {
         self.written_micros
     }
 
-    /// Hands out the gist of each shard, rounds from the last to the first; of each of its rows, whether it is its URL's
-    /// latest; and the rows themselves, if they were read. That of a shard that is damaged comes from an index that
-    /// stands in for its own. Without `puts`, new gists are not kept.
+    /// Hands out the gist of each shard, rounds from the last to the first; of each of its rows, whether it is its
+    /// URL's latest; and the rows themselves, if they were read. That of a shard that is damaged comes from an index
+    /// that stands in for its own. Without `puts`, new gists are not kept.
     pub(crate) fn latest_first<E: From<HistoryError>>(
         &mut self,
         mut puts: Option<&mut Puts<'_>>,

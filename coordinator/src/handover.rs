@@ -1,5 +1,5 @@
-//! What coordinators leave to those that follow them, so that a restart costs neither time nor what was learned of sites:
-//! whether parts of sites' budgets may still be in use, and the rates that sites bear.
+//! What coordinators leave to those that follow them, so that a restart costs neither time nor what was learned of
+//! sites: whether parts of sites' budgets may still be in use, and the rates that sites bear.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

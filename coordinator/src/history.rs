@@ -1,5 +1,5 @@
-//! What became of each URL so far: the outcomes of committed shards. Of several rows of a URL that of the latest round is
-//! *the* outcome, and all others are superseded.
+//! What became of each URL so far: the outcomes of committed shards. Of several rows of a URL that of the latest round
+//! is *the* outcome, and all others are superseded.
 //!
 //! A shard that is damaged is noted, and its URLs come as `unfetched`, out of its slice.
 

@@ -1,5 +1,5 @@
-//! Lists as they are sent: a few bytes of each in memory, the rest in a temporary file, and no thread held while a caller is silent.
-//! A list is read once it is whole, at the pace of the disk and not of whoever sends it.
+//! Lists as they are sent: a few bytes of each in memory, the rest in a temporary file, and no thread held while a
+//! caller is silent. A list is read once it is whole, at the pace of the disk and not of whoever sends it.
 
 use std::collections::BTreeMap;
 use std::io::SeekFrom;

@@ -384,8 +384,8 @@ impl Ledger {
         self.lost = lost;
     }
 
-    /// Decides about a shard that was checked and has no index; its slice has so many URLs, and its dataset may be about
-    /// to be `finished`. None: its attempt has come back meanwhile.
+    /// Decides about a shard that was checked and has no index; its slice has so many URLs, and its dataset may be
+    /// about to be `finished`. None: its attempt has come back meanwhile.
     pub(crate) fn decide(&mut self, now: Now, id: &ShardId, urls: u32, finished: bool) -> Option<Decision> {
         let (lease, commits) = (self.lease, self.commits);
         let open = self.open(id)?;

@@ -9,13 +9,14 @@
 //! - `ledger` (pure): who may make which shard until when;
 //! - `sites`, `shares` (pure): how much of which site each worker may use; `site_rules` (pure): what sites say may be
 //!   taken from them;
-//! - `datasets`, `manifest`, `history`, `damage`: the state of all datasets, their sealing, what became of each URL, and
-//!   what cannot be read any more;
+//! - `datasets`, `manifest`, `history`, `damage`: the state of all datasets, their sealing, what became of each URL,
+//!   and what cannot be read any more;
 //! - `duplicates`, `near` (pure): which samples do not count;
 //! - `roster` (pure), `runs`: which rank runs where, and each run's history;
-//! - `service`: the gRPC face of all that; `access` stands in front of it: who may do what; [`door`]: the connections over
-//!   which it is reached, plain or over TLS;
-//! - [`audit`]: what in a store does not add up, and what is garbage, for commands that look at it without a coordinator;
+//! - `service`: the gRPC face of all that; `access` stands in front of it: who may do what; [`door`]: the connections
+//!   over which it is reached, plain or over TLS;
+//! - [`audit`]: what in a store does not add up, and what is garbage, for commands that look at it without a
+//!   coordinator;
 //! - [`metrics`], `store`, `cluster`, `clock`, `term`, `handover`, `error`: what they stand on.
 
 mod access;
@@ -119,14 +120,15 @@ pub struct Config {
     /// stands for any text; roles are viewer, submitter, worker, trainer, admin
     #[arg(long, value_name = "ROLE=NAME", value_delimiter = ',', requires = "tls_client_ca")]
     pub tls_client_names: Vec<ClientName>,
-    /// Which service accounts of Kubernetes may call as what: worker=gleaner/worker,trainer=gleaner/trainer. Their pods show tokens for the
-    /// audience `gleaner`, of which the API server is asked whose they are
+    /// Which service accounts of Kubernetes may call as what: worker=gleaner/worker,trainer=gleaner/trainer. Their pods
+    /// show tokens for the audience `gleaner`, of which the API server is asked whose they are
     #[arg(long, env = "GLEANER_SERVICE_ACCOUNTS", value_name = "ROLE=NAMESPACE/ACCOUNT", value_delimiter = ',')]
     pub service_accounts: Vec<AccountRole>,
     /// Listen where other machines reach it without tokens or without TLS, because the network keeps others out
     #[arg(long, env = "GLEANER_INSECURE", value_parser = clap::builder::FalseyValueParser::new())]
     pub insecure: bool,
-    /// Lists may have so many bytes, as they are sent and as they are unpacked; each is kept in a temporary file until it is whole
+    /// Lists may have so many bytes, as they are sent and as they are unpacked; each is kept in a temporary file until
+    /// it is whole
     #[arg(long, env = "GLEANER_LARGEST_LIST", value_name = "BYTES", default_value_t = 64 << 30)]
     pub largest_list: u64,
     /// What may be asked of one site
@@ -153,8 +155,8 @@ const LARGEST_HEAD: u32 = 16 << 10;
 /// How long open calls may go on once the end was asked for.
 const DRAIN: Duration = Duration::from_secs(3);
 
-/// How often the store is asked whether a higher term has begun: so many times in a lease, and never less often than the
-/// other.
+/// How often the store is asked whether a higher term has begun: so many times in a lease, and never less often than
+/// the other.
 const TERM_CHECKS: u32 = 4;
 const TERM_CHECK_PERIOD: Duration = Duration::from_secs(30);
 

@@ -1,12 +1,14 @@
-//! The roster: which rank of which run is on which device. A pure state machine: it takes the time as an argument and returns
-//! [`Action`]s in the order in which they must be done.
+//! The roster: which rank of which run is on which device. A pure state machine: it takes the time as an argument and
+//! returns [`Action`]s in the order in which they must be done.
 //!
-//! It decides by events. A decision that must outlast this coordinator is proposed as the run's next event, and takes effect only when
-//! the caller says that the event is [`Roster::written`]: so whatever a run shows, devices that it frees included, is durable. Each run has
-//! a queue of events of its own, so that one which cannot be written holds up no other run.
+//! It decides by events. A decision that must outlast this coordinator is proposed as the run's next event, and takes
+//! effect only when the caller says that the event is [`Roster::written`]: so whatever a run shows, devices that it
+//! frees included, is durable. Each run has a queue of events of its own, so that one which cannot be written holds up
+//! no other run.
 //!
-//! `agents` handles what agents say of themselves, `ranks` what ranks report. `run` is one run as its events tell it, `generation` one
-//! membership of ranks with the table of its life, `detection` finds out who is lost and who is to blame, `schedule` gives devices to runs.
+//! `agents` handles what agents say of themselves, `ranks` what ranks report. `run` is one run as its events tell it,
+//! `generation` one membership of ranks with the table of its life, `detection` finds out who is lost and who is to
+//! blame, `schedule` gives devices to runs.
 
 mod agents;
 mod detection;
@@ -154,7 +156,8 @@ impl Roster {
         actions
     }
 
-    /// Proposes that an ended run is queued again, from the checkpoint of this step or the newest, perhaps with so many epochs.
+    /// Proposes that an ended run is queued again, from the checkpoint of this step or the newest, perhaps with so many
+    /// epochs.
     pub(crate) fn resume(
         &mut self,
         name: &str,
@@ -218,7 +221,8 @@ impl Roster {
         }
     }
 
-    /// Does whatever the time calls for. Silence counts here alone: to be called when everything that arrived has been handled.
+    /// Does whatever the time calls for. Silence counts here alone: to be called when everything that arrived has been
+    /// handled.
     pub(crate) fn tick(&mut self, now: Now) -> Vec<Action> {
         let mut actions = Vec::new();
         let names: Vec<String> = self.live.keys().cloned().collect();
@@ -234,7 +238,8 @@ impl Roster {
         actions
     }
 
-    /// Takes a live run as far as what is known and written allows. Silence counts only if `detect`. True: it has begun to wait for devices.
+    /// Takes a live run as far as what is known and written allows. Silence counts only if `detect`. True: it has begun
+    /// to wait for devices.
     fn advance(&mut self, now: Now, detect: bool, name: &str, actions: &mut Vec<Action>) -> bool {
         let Some(run) = self.live.get_mut(name) else { return false };
         let (detection, cancelling) = (run.detection(), run.cancelling);

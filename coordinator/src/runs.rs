@@ -1,6 +1,8 @@
-//! The runs: their stored history, the agents' connections, and the one task that feeds the roster and does what it says.
+//! The runs: their stored history, the agents' connections, and the one task that feeds the roster and does what it
+//! says.
 //!
-//! `submit` makes new ones, with the `weights` that they begin with, `delete` removes them; `curve` and `history` hold and read what ranks have measured and stored; `view` is what readers see.
+//! `submit` makes new ones, with the `weights` that they begin with, `delete` removes them; `curve` and `history` hold
+//! and read what ranks have measured and stored; `view` is what readers see.
 
 mod curve;
 mod delete;
@@ -383,7 +385,8 @@ impl Runs {
         self.request(name, Request::Cancel).await
     }
 
-    /// Queues an ended run again, from the checkpoint of this step or the newest; one that is done only with more `epochs`.
+    /// Queues an ended run again, from the checkpoint of this step or the newest; one that is done only with more
+    /// `epochs`.
     pub(crate) async fn resume(
         &self,
         name: &str,

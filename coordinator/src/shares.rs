@@ -7,8 +7,9 @@
 //! follows another knows of no parts: until the last one that there can be has ended, it only prolongs what is held,
 //! unless the other one has left word that all had come back (see `handover`).
 //!
-//! A worker that is alone at a site has all of it. Others that come share it evenly, as long as each one's rate is worth
-//! it; at slow sites they take turns. What the holders learn of a site's rate is kept for those who come after them.
+//! A worker that is alone at a site has all of it. Others that come share it evenly, as long as each one's rate is
+//! worth it; at slow sites they take turns. What the holders learn of a site's rate is kept for those who come after
+//! them.
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
@@ -40,7 +41,8 @@ pub(crate) struct Demand {
     pub(crate) held: u32,
     /// It has URLs for it.
     pub(crate) wanted: bool,
-    /// What it has found out that the whole site bears: requests per second (0: no limit), and whether it bears no more.
+    /// What it has found out that the whole site bears: requests per second (0: no limit), and whether it bears no
+    /// more.
     pub(crate) rate: (f64, bool),
     /// The site wants to be left alone for so long.
     pub(crate) quiet: Duration,

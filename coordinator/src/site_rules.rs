@@ -1,5 +1,5 @@
-//! What sites say may be taken from them (`robots.txt` and the like), as workers have read it. A pure state machine; time
-//! comes in as an argument.
+//! What sites say may be taken from them (`robots.txt` and the like), as workers have read it. A pure state machine;
+//! time comes in as an argument.
 //!
 //! **Each file is fetched once for the whole cluster in [`FRESH`].** The worker that asks for one first is to fetch it;
 //! others wait until it has told, or has taken too long. All of it is in memory alone, within a bound: what is lost, by

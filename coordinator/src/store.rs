@@ -377,7 +377,8 @@ mod tests {
     enum Odd {
         /// Takes every put, whatever its condition: what some S3 servers do.
         Careless(InMemory),
-        /// Tells the winner that somebody was first: what a client hears that tries again, since the first answer was lost.
+        /// Tells the winner that somebody was first: what a client hears that tries again, since the first answer was
+        /// lost.
         Deaf(InMemory),
     }
 

@@ -76,8 +76,8 @@ pub(crate) async fn answer<T>(call: impl Future<Output = Result<Response<T>, Sta
     }
 }
 
-/// The answer of a call that may be repeated with the same request id: repeated while the coordinator is away, unless it was
-/// never there.
+/// The answer of a call that may be repeated with the same request id: repeated while the coordinator is away, unless
+/// it was never there.
 pub(crate) async fn insist<T, F>(call: impl FnMut() -> F) -> Result<T, Status>
 where
     F: Future<Output = Result<T, Status>>,
@@ -147,8 +147,8 @@ pub(crate) async fn follow<T, R>(
     }
 }
 
-/// Waits for `work`, but not longer than `timeout` and not after Ctrl-C. Both leave the work itself running; `again` is the
-/// command that comes back to it.
+/// Waits for `work`, but not longer than `timeout` and not after Ctrl-C. Both leave the work itself running; `again` is
+/// the command that comes back to it.
 pub(crate) async fn wait_for<R>(
     work: impl Future<Output = Result<R>>,
     timeout: Option<Duration>,

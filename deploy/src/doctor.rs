@@ -24,8 +24,8 @@ pub(crate) struct Args {
     /// Also check this store: a folder, or s3://, gs:// or az:// BUCKET/PREFIX
     #[arg(long, env = "GLEANER_STORE")]
     store: Option<String>,
-    /// Also train 20 steps of the default network on each GPU, or on what --devices names: how many images a second, and for what share of
-    /// the time the device works
+    /// Also train 20 steps of the default network on each GPU, or on what --devices names: how many images a second,
+    /// and for what share of the time the device works
     #[arg(long)]
     gpu: bool,
     /// What --gpu tries, as of `gleaner trainer`: cpu, cuda:N, or several with commas [default: all GPUs]

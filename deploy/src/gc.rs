@@ -21,7 +21,8 @@ pub(crate) struct Args {
     /// Show what would be removed, and remove nothing
     #[arg(long)]
     dry_run: bool,
-    /// Leave what was written within this time: longer than any list takes to be uploaded, or a checkpoint to be written
+    /// Leave what was written within this time: longer than any list takes to be uploaded, or a checkpoint to be
+    /// written
     #[arg(long, value_parser = humantime::parse_duration, default_value = "24h", value_name = "TIME")]
     grace: Duration,
     /// How to answer

@@ -1,5 +1,6 @@
-//! Pictures that are there already, as lines of a list: files in folders, members of tars, rows of Parquet files; on disk, in
-//! the cluster's store, on the web. What is read here is names, classes and texts; the pictures are read by the workers.
+//! Pictures that are there already, as lines of a list: files in folders, members of tars, rows of Parquet files; on
+//! disk, in the cluster's store, on the web. What is read here is names, classes and texts; the pictures are read by
+//! the workers.
 
 mod place;
 mod remote;

@@ -1,4 +1,5 @@
-//! Kubernetes' API server: of it the coordinator asks whose a service account's token is, and to it a trainer says what its pod is worth.
+//! Kubernetes' API server: of it the coordinator asks whose a service account's token is, and to it a trainer says what
+//! its pod is worth.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -40,8 +41,8 @@ pub(crate) struct KubernetesArgs {
     /// Kubernetes' API server [default: that of the cluster that this pod is in]
     #[arg(long, env = "GLEANER_KUBERNETES_API", value_name = "URL", requires = "service_accounts")]
     kubernetes_api: Option<String>,
-    /// Folder of the files `token`, shown to the API server, and `ca.crt`, its authority's certificate; both are read again for each
-    /// question
+    /// Folder of the files `token`, shown to the API server, and `ca.crt`, its authority's certificate; both are read
+    /// again for each question
     #[arg(long, env = "GLEANER_KUBERNETES_ACCOUNT", value_name = "FOLDER", default_value = OWN_ACCOUNT)]
     kubernetes_account: PathBuf,
 }
@@ -64,13 +65,15 @@ impl KubernetesArgs {
 #[cfg(feature = "trainer")]
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct PodArgs {
-    /// The pod that this agent is in: Kubernetes is told how many ranks it has, so that of too many pods it takes idle ones away first
+    /// The pod that this agent is in: Kubernetes is told how many ranks it has, so that of too many pods it takes idle
+    /// ones away first
     #[arg(long, env = "GLEANER_POD", value_name = "NAME")]
     pod: Option<String>,
     /// Kubernetes' API server [default: that of the cluster that this pod is in]
     #[arg(long, env = "GLEANER_KUBERNETES_API", value_name = "URL", requires = "pod")]
     kubernetes_api: Option<String>,
-    /// Folder of the files `token`, shown to the API server, `ca.crt`, its authority's certificate, and `namespace`, the pod's
+    /// Folder of the files `token`, shown to the API server, `ca.crt`, its authority's certificate, and `namespace`,
+    /// the pod's
     #[arg(long, env = "GLEANER_KUBERNETES_ACCOUNT", value_name = "FOLDER", default_value = OWN_ACCOUNT)]
     kubernetes_account: PathBuf,
 }
@@ -228,7 +231,8 @@ struct User {
 }
 
 impl ReviewStatus {
-    /// The account whose token it is. An API server that does not know audiences names none, and its answer is not for us.
+    /// The account whose token it is. An API server that does not know audiences names none, and its answer is not for
+    /// us.
     fn account(self) -> Option<Account> {
         let is_for_us = self.authenticated && self.audiences.iter().any(|audience| audience == AUDIENCE);
         let user = self.user.username.strip_prefix(USER).filter(|_| is_for_us)?;

@@ -45,7 +45,8 @@ pub(crate) enum Source {
     Files(Box<Files>),
 }
 
-/// What is sent up; the last is `None`. A stream that ends without it broke off, and must never be taken for a whole list.
+/// What is sent up; the last is `None`. A stream that ends without it broke off, and must never be taken for a whole
+/// list.
 pub(crate) type Piece = Option<CreateDatasetRequest>;
 
 impl Source {
@@ -102,8 +103,8 @@ impl Source {
     }
 }
 
-/// The requests that go up: all pieces until the end is marked; without the mark it never ends, so that the connection breaks
-/// instead.
+/// The requests that go up: all pieces until the end is marked; without the mark it never ends, so that the connection
+/// breaks instead.
 pub(crate) fn requests(pieces: mpsc::Receiver<Piece>) -> impl Stream<Item = CreateDatasetRequest> + Send + 'static {
     stream::unfold(pieces, |mut pieces| async {
         match pieces.recv().await {
@@ -212,9 +213,9 @@ async fn get(client: &reqwest::Client, url: &str) -> Result<reqwest::Response> {
         .with_context(|| format!("cannot read the list {url}"))
 }
 
-/// The classes of a file that `flag` names: `synset`, a tab, a comma or, behind a word with a digit in it as ids have, a
-/// blank, and a name for people, which may be missing. A line without any of these is a class, perhaps with blanks in it. Empty
-/// lines and those that begin with `#` are left out, and so is the header of Open Images' class descriptions.
+/// The classes of a file that `flag` names: `synset`, a tab, a comma or, behind a word with a digit in it as ids have,
+/// a blank, and a name for people, which may be missing. A line without any of these is a class, perhaps with blanks in
+/// it. Empty lines and those that begin with `#` are left out, and so is the header of Open Images' class descriptions.
 pub(crate) fn parse_synsets(flag: &str, text: &str) -> Result<Vec<Class>> {
     let mut classes = Vec::new();
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));

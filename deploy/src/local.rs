@@ -66,7 +66,8 @@ pub(crate) struct Args {
     /// CPU]
     #[arg(long)]
     ranks: Option<u32>,
-    /// When told to end, ranks have so many seconds to finish their step and to write a checkpoint: on a CPU a step may take long
+    /// When told to end, ranks have so many seconds to finish their step and to write a checkpoint: on a CPU a step may
+    /// take long
     #[arg(long, env = "GLEANER_LEAVE_SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..=3600), value_name = "N")]
     leave_seconds: u32,
     /// Nets (CIDR) that workers may reach although they are private; loopback is always among them here

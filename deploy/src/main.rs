@@ -2,16 +2,18 @@
 //! commands for people. The work itself is in the roles' crates.
 //!
 //! - [`cli`]: the command tree; [`exit`]: how a command ends; [`output`]: what it prints;
-//! - [`roles`]: `coordinator`, `worker`, `trainer`, `rank`; [`local`]: all of them as one process tree; [`store`]: opens the store,
-//!   [`metered`] counts its requests, [`overlay`] keeps what is written out of it,
-//!   [`metrics`] serves the counts over HTTP; [`process`]: sockets and the signal to end;
-//! - [`dial`], [`credentials`], [`client`]: the way to the coordinator, and what is shown to it; [`token`] makes tokens,
-//!   [`secrets`] certificates; [`tls`]: certificates that are read, and [`watched`]; [`private`] files are for oneself alone;
-//! - [`dataset`], [`lists`], [`run`], [`settings`], [`status`], [`doctor`]: for people; [`web`]: the same for a browser;
-//!   [`classify`]: what a trained model sees in pictures;
-//!   [`fsck`], [`gc`]: what in a store does not add up, and what nobody needs any more, without a coordinator;
-//!   [`confirm`] asks before something is deleted, [`time`] writes moments and spans;
-//! - [`man`] writes manual pages; `demo`: the whole job, shown on one machine; [`allocator`]: how a worker's process uses memory.
+//! - [`roles`]: `coordinator`, `worker`, `trainer`, `rank`; [`local`]: all of them as one process tree; [`store`]:
+//!   opens the store, [`metered`] counts its requests, [`overlay`] keeps what is written out of it, [`metrics`] serves
+//!   the counts over HTTP; [`process`]: sockets and the signal to end;
+//! - [`dial`], [`credentials`], [`client`]: the way to the coordinator, and what is shown to it; [`token`] makes
+//!   tokens, [`secrets`] certificates; [`tls`]: certificates that are read, and [`watched`]; [`private`] files are for
+//!   oneself alone;
+//! - [`dataset`], [`lists`], [`run`], [`settings`], [`status`], [`doctor`]: for people; [`web`]: the same for a
+//!   browser; [`classify`]: what a trained model sees in pictures; [`fsck`], [`gc`]: what in a store does not add up,
+//!   and what nobody needs any more, without a coordinator; [`confirm`] asks before something is deleted, [`time`]
+//!   writes moments and spans;
+//! - [`man`] writes manual pages; `demo`: the whole job, shown on one machine; [`allocator`]: how a worker's process
+//!   uses memory.
 
 mod allocator;
 mod classify;

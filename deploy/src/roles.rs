@@ -144,7 +144,8 @@ pub(crate) async fn rank(args: RankArgs, spans: Spans) -> Result<()> {
     trainer::run_rank(store, metered::take, move || spans.flush()).await
 }
 
-/// The session of this process, and what the cluster calls it: by its host, which is a pod's own name, and by the session.
+/// The session of this process, and what the cluster calls it: by its host, which is a pod's own name, and by the
+/// session.
 fn own_session() -> (Session, String) {
     let session = Session::new(uuid::Uuid::new_v4().simple().to_string());
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();

@@ -30,7 +30,8 @@ pub(crate) enum Command {
 /// Arguments of `gleaner cluster secrets`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The authority's certificate and key (PEM): taken if the file is there, made if not. Keep it: whoever has it may call as anybody
+    /// The authority's certificate and key (PEM): taken if the file is there, made if not. Keep it: whoever has it may
+    /// call as anybody
     #[arg(long, value_name = "FILE")]
     authority: PathBuf,
     /// Also certify the coordinator under this host name or address, beside those that its Service has; may be repeated

@@ -12,7 +12,8 @@ pub(crate) fn read(path: &std::path::Path) -> Result<Table> {
     text.parse().map_err(|e| Ended::usage(format!("{name}: {e}")))
 }
 
-/// Sets `train.epochs=3` in `table`. The value is TOML; what is none is taken as a string, so that words need no quotes.
+/// Sets `train.epochs=3` in `table`. The value is TOML; what is none is taken as a string, so that words need no
+/// quotes.
 pub(crate) fn set(table: &mut Table, assignment: &str) -> Result<()> {
     let wrong = |what: &str| Ended::usage(format!("--set {assignment}: {what}"));
     let (path, text) = assignment.split_once('=').ok_or_else(|| wrong("write KEY=VALUE"))?;

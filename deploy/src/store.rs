@@ -15,7 +15,8 @@ use crate::metered::Metered;
 /// What every role takes.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct StoreArgs {
-    /// The cluster's object store: a folder, or s3://, gs:// or az:// BUCKET/PREFIX with AWS_*, GOOGLE_* or AZURE_* variables
+    /// The cluster's object store: a folder, or s3://, gs:// or az:// BUCKET/PREFIX with AWS_*, GOOGLE_* or AZURE_*
+    /// variables
     #[arg(long, env = "GLEANER_STORE")]
     pub(crate) store: String,
 }

@@ -1,7 +1,7 @@
 //! Logs on standard error, and spans to an OpenTelemetry collector if somebody asks for them.
 //!
-//! Spans are exported in batches by a thread of their own: whatever becomes of the collector, nobody waits for it but the end of
-//! the process, and a rank that leaves its generation in order, neither for long.
+//! Spans are exported in batches by a thread of their own: whatever becomes of the collector, nobody waits for it but
+//! the end of the process, and a rank that leaves its generation in order, neither for long.
 
 use std::io::IsTerminal;
 use std::sync::Arc;
@@ -39,7 +39,8 @@ pub(crate) struct TelemetryArgs {
     /// How log lines on standard error look; GLEANER_LOG or RUST_LOG chooses which there are
     #[arg(long, global = true, env = "GLEANER_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub(crate) log_format: LogFormat,
-    /// Export spans to the OpenTelemetry collector at this address, over OTLP's gRPC: http://HOST:4317, or https [default: there are none]
+    /// Export spans to the OpenTelemetry collector at this address, over OTLP's gRPC: http://HOST:4317, or https
+    /// [default: there are none]
     #[arg(long, global = true, env = "OTEL_EXPORTER_OTLP_ENDPOINT", value_name = "URL")]
     otlp_endpoint: Option<String>,
 }
@@ -76,9 +77,9 @@ struct Exporting {
     runtime: Arc<Runtime>,
 }
 
-/// Installs the process's log, and the export of spans if `args` have an address for them; `service` is the process's name there unless
-/// OTEL_SERVICE_NAME says another. GLEANER_LOG or RUST_LOG chooses what is logged ("debug", "worker=debug,info"); without them it is
-/// `default_log`.
+/// Installs the process's log, and the export of spans if `args` have an address for them; `service` is the process's
+/// name there unless OTEL_SERVICE_NAME says another. GLEANER_LOG or RUST_LOG chooses what is logged ("debug",
+/// "worker=debug,info"); without them it is `default_log`.
 ///
 /// # Errors
 /// If the address is none, or no thread can be started.
@@ -156,7 +157,8 @@ impl Spans {
         let _ = flushed.recv_timeout(FLUSH);
     }
 
-    /// Exports the last spans of the process, unless that takes too long. To be called when nothing runs any more that could hold one.
+    /// Exports the last spans of the process, unless that takes too long. To be called when nothing runs any more that
+    /// could hold one.
     pub(crate) fn end(self) {
         if let Some(Exporting { provider, runtime }) = self.0 {
             // What failed has been logged.

@@ -1,5 +1,5 @@
-//! TLS by rustls: which certificates are shown, and whose are trusted. Both are read again when their files change, so that
-//! certificates and authorities are rotated while everything runs.
+//! TLS by rustls: which certificates are shown, and whose are trusted. Both are read again when their files change, so
+//! that certificates and authorities are rotated while everything runs.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
@@ -56,8 +56,8 @@ pub(crate) struct ServerTlsArgs {
     /// Whether callers come over TLS
     #[arg(long, value_enum, default_value_t = Mode::Off)]
     tls: Mode,
-    /// The coordinator's certificate with those between it and its authority (PEM); read again when it changes, or on SIGHUP, as are the
-    /// next two
+    /// The coordinator's certificate with those between it and its authority (PEM); read again when it changes, or on
+    /// SIGHUP, as are the next two
     #[arg(long, value_name = "FILE")]
     tls_cert: Option<PathBuf>,
     /// The key of that certificate (PEM)

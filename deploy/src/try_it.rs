@@ -1,7 +1,8 @@
-//! The page on which a browser asks a trained network, without anything leaving the device: as `gleaner web` serves it, and as a folder
-//! that any web server can.
+//! The page on which a browser asks a trained network, without anything leaving the device: as `gleaner web` serves it,
+//! and as a folder that any web server can.
 //!
-//! The network runs in `engine.wasm.gz`, which is the crate `classifier` as `make engine` builds it; `make test` knows if it is another's.
+//! The network runs in `engine.wasm.gz`, which is the crate `classifier` as `make engine` builds it; `make test` knows
+//! if it is another's.
 
 use std::io::Read;
 

@@ -23,8 +23,9 @@ pub(crate) struct Files {
 }
 
 impl Files {
-    /// Builds the value, and again whenever the files have changed, or this process was sent SIGHUP if that is to be heeded.
-    /// What cannot be built is refused with a warning, and the value before stays: files are replaced one after the other.
+    /// Builds the value, and again whenever the files have changed, or this process was sent SIGHUP if that is to be
+    /// heeded. What cannot be built is refused with a warning, and the value before stays: files are replaced one after
+    /// the other.
     ///
     /// # Errors
     /// If it cannot be built the first time.

@@ -1,15 +1,17 @@
-//! `gleaner web`: pages in which a browser shows the cluster, its datasets with their pictures, and its runs with their curves.
+//! `gleaner web`: pages in which a browser shows the cluster, its datasets with their pictures, and its runs with their
+//! curves.
 //!
-//! Whatever a page shows, it asks the coordinator for, as the command line does, so that both always say the same; nothing can be changed
-//! here. A page is rendered on the server and readable without a script; the script asks for it again while it is looked at.
-//! `gleaner local` serves the pages too. Once a cluster is gone, `gleaner web --store` shows what it has left: a coordinator in this
-//! process answers then, whose store is [`crate::overlay`]'s, so that nothing of the store changes.
+//! Whatever a page shows, it asks the coordinator for, as the command line does, so that both always say the same;
+//! nothing can be changed here. A page is rendered on the server and readable without a script; the script asks for it
+//! again while it is looked at. `gleaner local` serves the pages too. Once a cluster is gone, `gleaner web --store`
+//! shows what it has left: a coordinator in this process answers then, whose store is [`crate::overlay`]'s, so that
+//! nothing of the store changes.
 //!
 //! - [`home`], [`dataset`], [`urls`], [`changes`], [`run`], [`mistakes`], [`compare`], [`try_it`]: one page each;
 //! - [`entry`]: who is shown them, where other machines reach them;
 //! - [`page`]: the frame around each of them, and what is told when there is none;
-//! - [`chart`]: lines and bars as SVG; [`progress`]: how far a dataset is; [`pictures`]: the stored pictures of a dataset; [`source`]: what is
-//!   kept of the coordinator's answers.
+//! - [`chart`]: lines and bars as SVG; [`progress`]: how far a dataset is; [`pictures`]: the stored pictures of a
+//!   dataset; [`source`]: what is kept of the coordinator's answers.
 
 mod changes;
 mod chart;
@@ -76,12 +78,12 @@ const POLICY: &str = "default-src 'none'; style-src 'self'; script-src 'self' 'w
 /// Arguments of `gleaner web`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Address and port at which the pages are served; where other machines reach it, a browser needs a code that is told
-    /// here. Whoever is let in sees all of the cluster, but can change nothing
+    /// Address and port at which the pages are served; where other machines reach it, a browser needs a code that is
+    /// told here. Whoever is let in sees all of the cluster, but can change nothing
     #[arg(long, env = "GLEANER_WEB_LISTEN", value_name = "ADDRESS:PORT", default_value = DEFAULT_LISTEN)]
     web_listen: SocketAddr,
-    /// Show what lies in this store (a folder, s3://, gs:// or az://), as it is now, and ask no coordinator: nothing in it is
-    /// changed
+    /// Show what lies in this store (a folder, s3://, gs:// or az://), as it is now, and ask no coordinator: nothing in
+    /// it is changed
     #[arg(long, value_name = "STORE")]
     store: Option<String>,
     /// Show them in this machine's browser, too: the one that BROWSER names, or else the desktop's
@@ -114,8 +116,8 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     }
 }
 
-/// A coordinator in this process that knows what is in a store and leaves it as it is, and the token for which it answers, so that it does
-/// not answer to others on this machine.
+/// A coordinator in this process that knows what is in a store and leaves it as it is, and the token for which it
+/// answers, so that it does not answer to others on this machine.
 async fn coordinator_of(
     location: &str,
     shutdown: &CancellationToken,
@@ -231,8 +233,8 @@ fn router(source: Source, at: SocketAddr, entry: Option<Arc<Entry>>) -> Router {
         }))
 }
 
-/// Answers only those who asked for this machine by its address, with a code or cookie where that is wanted, and tells the
-/// browser to trust nothing else.
+/// Answers only those who asked for this machine by its address, with a code or cookie where that is wanted, and tells
+/// the browser to trust nothing else.
 async fn guard(request: Request<Body>, next: Next, at: SocketAddr, entry: Option<&Entry>) -> Response {
     let admission =
         |request: &Request<Body>| entry.map_or(Admission::Page, |entry| entry.admit(request.uri(), request.headers()));
@@ -266,8 +268,8 @@ async fn guard(request: Request<Body>, next: Next, at: SocketAddr, entry: Option
     response
 }
 
-/// A page. The connection to the coordinator may have ended in between, because certificates were replaced or the coordinator was: then
-/// another try has another one.
+/// A page. The connection to the coordinator may have ended in between, because certificates were replaced or the
+/// coordinator was: then another try has another one.
 async fn answer(request: Request<Body>, next: Next) -> Response {
     let mut again = Request::new(Body::empty());
     request.method().clone_into(again.method_mut());
@@ -280,8 +282,8 @@ async fn answer(request: Request<Body>, next: Next) -> Response {
     }
 }
 
-/// Whether a request names no host but this machine: by an address or as localhost. Any other name may be one that its owner has
-/// pointed here, so that a page of his can read what is answered (DNS rebinding).
+/// Whether a request names no host but this machine: by an address or as localhost. Any other name may be one that its
+/// owner has pointed here, so that a page of his can read what is answered (DNS rebinding).
 fn is_own(headers: &HeaderMap) -> bool {
     let Some(host) = headers.get(HOST).and_then(|host| host.to_str().ok()) else { return false };
     let name = host.rsplit_once(':').filter(|(_, port)| port.parse::<u16>().is_ok()).map_or(host, |(name, _)| name);

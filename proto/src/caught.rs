@@ -1,4 +1,5 @@
-//! Panics of libraries that read what strangers have written: where that is damaged, some of them panic instead of saying so.
+//! Panics of libraries that read what strangers have written: where that is damaged, some of them panic instead of
+//! saying so.
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};

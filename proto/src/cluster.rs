@@ -30,8 +30,8 @@ pub struct ClusterRecord {
 
 stored!(ClusterRecord, "cluster", format, nonce);
 
-/// The id of a process's own cluster, as its store tells it; empty: not known yet. Clones share it. As an interceptor it
-/// lets the calls of a client carry the id.
+/// The id of a process's own cluster, as its store tells it; empty: not known yet. Clones share it. As an interceptor
+/// it lets the calls of a client carry the id.
 #[derive(Debug, Clone, Default)]
 pub struct OwnCluster(Arc<RwLock<String>>);
 

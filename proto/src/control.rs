@@ -1,5 +1,5 @@
-//! What people decide about a dataset after it was created (see [`crate::keys::control`]): one object for each decision,
-//! numbered from 1, of which a later one counts more.
+//! What people decide about a dataset after it was created (see [`crate::keys::control`]): one object for each
+//! decision, numbered from 1, of which a later one counts more.
 
 use serde::{Deserialize, Serialize};
 

@@ -119,7 +119,8 @@ pub struct Splits {
     pub test: f64,
     /// Goes into the hash, so that two datasets can be split differently.
     pub salt: String,
-    /// The column of the list that says the split; it is kept. Empty: there is none. Where it says nothing, the bytes do.
+    /// The column of the list that says the split; it is kept. Empty: there is none. Where it says nothing, the bytes
+    /// do.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub column: String,
 }

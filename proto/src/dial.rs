@@ -1,5 +1,5 @@
-//! How any role or command reaches the coordinator: its address, the limits of the connection, and what every call over it
-//! carries.
+//! How any role or command reaches the coordinator: its address, the limits of the connection, and what every call over
+//! it carries.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -24,7 +24,8 @@ use tonic::{Request, Status};
 
 /// For a connection to be made.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How often a connection is tried, also while it is idle: one whose other end is gone would be waited for without an end.
+/// How often a connection is tried, also while it is idle: one whose other end is gone would be waited for without an
+/// end.
 const KEEP_ALIVE_PERIOD: Duration = Duration::from_secs(10);
 /// For the other end to answer such a try.
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -195,7 +196,8 @@ impl fmt::Display for Dial {
     }
 }
 
-/// What every call carries so that it is known who makes it: asked for anew with each call, and nothing unless somebody says what.
+/// What every call carries so that it is known who makes it: asked for anew with each call, and nothing unless somebody
+/// says what.
 #[derive(Clone, Default)]
 pub struct Credentials(Option<Arc<Write>>);
 

@@ -1,13 +1,13 @@
-//! The gist of a shard: what sealing needs of its index and its outcomes, in a tenth of the time that those take to read.
-//! Each version of a manifest leaves the gists of the shards that it has read, so that the next one reads those of new
-//! shards alone.
+//! The gist of a shard: what sealing needs of its index and its outcomes, in a tenth of the time that those take to
+//! read. Each version of a manifest leaves the gists of the shards that it has read, so that the next one reads those
+//! of new shards alone.
 //!
 //! Gists lie together in objects (see [`crate::keys::gists`]), each with shards of one round; a [`GistList`] beside the
 //! manifest names the objects that hold all of its shards, older versions' among them. They say nothing that the shards
 //! do not say: where one is gone, damaged or of another format, its shards are read instead.
 //!
-//! An object is packed by zstd. In it stand a [`Head`] and then the gists, each a JSON document behind its length and the
-//! columns of the rows, all numbers little-endian.
+//! An object is packed by zstd. In it stand a [`Head`] and then the gists, each a JSON document behind its length and
+//! the columns of the rows, all numbers little-endian.
 
 use std::collections::BTreeMap;
 
@@ -35,8 +35,8 @@ pub struct GistList {
     pub dataset: DatasetId,
     /// Of the manifest.
     pub version: u32,
-    /// When the latest of the version's skips, findings and gists was written, in microseconds since 1970 by the store's
-    /// clock: one that was written later is not the one that was named.
+    /// When the latest of the version's skips, findings and gists was written, in microseconds since 1970 by the
+    /// store's clock: one that was written later is not the one that was named.
     pub written_micros: i64,
     /// Each shard is in one of them at the most.
     pub objects: Vec<GistObject>,

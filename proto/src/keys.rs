@@ -176,8 +176,8 @@ pub fn gists_of(dataset: &DatasetId, version: u32, nonce: &str) -> String {
     format!("{}/gists", beside_manifest(dataset, version, nonce))
 }
 
-/// `datasets/<dataset>/manifests/000003-<nonce>/gists/000002-<sha256>.zst`, with the digest of its bytes: it can be told
-/// whole also where no list names it.
+/// `datasets/<dataset>/manifests/000003-<nonce>/gists/000002-<sha256>.zst`, with the digest of its bytes: it can be
+/// told whole also where no list names it.
 pub fn gists(dataset: &DatasetId, version: u32, nonce: &str, round: u32, sha256: &str) -> String {
     format!("{}/{round:06}-{sha256}.zst", gists_of(dataset, version, nonce))
 }

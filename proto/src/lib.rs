@@ -6,8 +6,8 @@
 //! - [`site`]: what has a budget; [`files`]: addresses of pictures that are there already;
 //! - [`dataset_spec`], [`run_spec`]: what people ask for;
 //! - [`columns`]: what of a list travels with its pictures;
-//! - [`format`], [`table`]: what stored objects have in common: numbered JSON documents, and rows as Parquet; [`caught`]: libraries
-//!   that panic where what they read is damaged;
+//! - [`format`], [`table`]: what stored objects have in common: numbered JSON documents, and rows as Parquet;
+//!   [`caught`]: libraries that panic where what they read is damaged;
 //! - [`cluster`], [`term`], [`handover`]: which cluster a process belongs to, the begin of a coordinator's time in
 //!   office, and what it leaves to the next one;
 //! - [`round`], [`slice`], [`control`], [`tombstone`]: the parts of a dataset's catalog, the URLs of one shard, what is

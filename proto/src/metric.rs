@@ -5,8 +5,8 @@ use serde::{Deserialize, Serialize};
 use crate::format::{FormatError, stored};
 use crate::pb;
 
-/// A run's curve as it is held in memory, made of many objects of points: who opens a long run reads the newest of these and what was
-/// stored after it (see [`crate::keys::curve`]). It can be made again at any time.
+/// A run's curve as it is held in memory, made of many objects of points: who opens a long run reads the newest of
+/// these and what was stored after it (see [`crate::keys::curve`]). It can be made again at any time.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CurveSummary {

@@ -56,8 +56,8 @@ macro_rules! rejections {
 }
 
 rejections! {
-    /// The line has no URL that can be parsed, its scheme is neither http nor https (of imported files: file), or its port is one of those that
-    /// browsers do not ask because something else is spoken there (22, 25 ...).
+    /// The line has no URL that can be parsed, its scheme is neither http nor https (of imported files: file), or its
+    /// port is one of those that browsers do not ask because something else is spoken there (22, 25 ...).
     BadUrl = "bad_url",
     /// Its class had enough samples already, so it was not fetched.
     ClassFull = "class_full",

@@ -26,8 +26,8 @@ pub struct RunSpec {
     /// The manifest's version; the latest one if left out. Always there in the stored spec.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub manifest: Option<u32>,
-    /// The rule by which epochs are shared out; the newest one if left out. Stored specs of runs that were submitted before
-    /// there was a second one do not have it: see [`RunSpec::plan`].
+    /// The rule by which epochs are shared out; the newest one if left out. Stored specs of runs that were submitted
+    /// before there was a second one do not have it: see [`RunSpec::plan`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub plan: Option<Plan>,
     /// Seed of weights, order, augmentation and dropout.
@@ -50,7 +50,8 @@ pub struct RunSpec {
     pub checkpoint: CheckpointSpec,
 }
 
-/// How the samples of an epoch are shared out to its steps and lanes. A run resumes by the one that it was submitted with.
+/// How the samples of an epoch are shared out to its steps and lanes. A run resumes by the one that it was submitted
+/// with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "u32", into = "u32")]
 pub enum Plan {
@@ -176,12 +177,12 @@ pub struct Train {
     /// A rank computes a step in parts of so many samples at the most, and adds up their gradients, to need less
     /// memory: whole lanes, at least one at a time; 0: all at once.
     pub micro_batch: u32,
-    /// Parts of the network that stay as they begin, by the names of their tensors or what these begin with: `features`,
-    /// `classifier.1`. Running statistics of norms go on moving.
+    /// Parts of the network that stay as they begin, by the names of their tensors or what these begin with:
+    /// `features`, `classifier.1`. Running statistics of norms go on moving.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub freeze: Vec<String>,
-    /// The learning rate of the last layer, which is new when a network is taken from elsewhere, is so many times that of
-    /// the others.
+    /// The learning rate of the last layer, which is new when a network is taken from elsewhere, is so many times that
+    /// of the others.
     pub head_factor: f64,
     /// It ends early when so many epochs have brought no better validation; 0: never.
     pub stop_after: u32,
@@ -215,8 +216,8 @@ pub struct Ranks {
     /// More are not used; 0: as many as there are lanes, up to 8.
     pub max: u32,
     /// Virtual ranks: the fixed parts of each global batch. The same numbers come out for any number of ranks up to
-    /// this. Each normalises its part alone, so that a part should not be small; 0: up to 8, with 16 samples or more each,
-    /// but no fewer than `max` or `min` says.
+    /// this. Each normalises its part alone, so that a part should not be small; 0: up to 8, with 16 samples or more
+    /// each, but no fewer than `max` or `min` says.
     pub lanes: u32,
     /// Threads of each rank's tensor operations; 0: the machine's cores divided by the devices of all agents there.
     pub threads: u32,
@@ -259,8 +260,8 @@ pub enum Compress {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct CheckpointSpec {
-    /// A checkpoint is written each time this many epochs have passed (0.5: twice an epoch), whenever the validation is as
-    /// good as never before, and at the end.
+    /// A checkpoint is written each time this many epochs have passed (0.5: twice an epoch), whenever the validation is
+    /// as good as never before, and at the end.
     pub every_epochs: f64,
     /// So many of the newest are kept, and the best.
     pub keep: u32,
@@ -346,7 +347,8 @@ impl RunSpec {
         serde_json::to_string_pretty(self).expect("strings and numbers only")
     }
 
-    /// By which its epochs are shared out: whoever submits it chooses, and runs of before there was a choice have the first.
+    /// By which its epochs are shared out: whoever submits it chooses, and runs of before there was a choice have the
+    /// first.
     pub fn plan(&self) -> Plan {
         self.plan.unwrap_or(Plan::Spread)
     }

@@ -1,6 +1,6 @@
-//! The session of one process: a secret that it makes at its start and sends along with its calls. What the cluster calls
-//! the process ends with a digest of the secret, so that nobody else can speak under its name, whatever token they share,
-//! and every coordinator can check that without having met the process before.
+//! The session of one process: a secret that it makes at its start and sends along with its calls. What the cluster
+//! calls the process ends with a digest of the secret, so that nobody else can speak under its name, whatever token
+//! they share, and every coordinator can check that without having met the process before.
 
 use std::fmt;
 

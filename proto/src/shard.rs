@@ -2,8 +2,8 @@
 //!
 //! A sample is three members of a tar, one after the other: `KEY.jpg` or `KEY.png`, `KEY.cls` (its label in decimal),
 //! `KEY.json` (where it came from, and the columns of its list that travel with it), KEY being 12 digits. One without a
-//! class, or with several, has no `KEY.cls`; one with a caption has `KEY.txt`, too. A tar is cut into blocks of whole samples, a few MB each,
-//! which can be read by range and understood alone.
+//! class, or with several, has no `KEY.cls`; one with a caption has `KEY.txt`, too. A tar is cut into blocks of whole
+//! samples, a few MB each, which can be read by range and understood alone.
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};

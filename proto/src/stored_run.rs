@@ -54,8 +54,8 @@ pub struct StartWeights {
     pub from_classes: u64,
     /// Classes of this run.
     pub classes: u64,
-    /// For each class of this run its row of their last layer; a class without one begins anew. Runs that were submitted before
-    /// this was stored take all rows if there are as many, or else none.
+    /// For each class of this run its row of their last layer; a class without one begins anew. Runs that were
+    /// submitted before this was stored take all rows if there are as many, or else none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rows: Option<Vec<Option<u32>>>,
     /// The copy's folder.

@@ -19,8 +19,8 @@ pub trait Row: Default {
     /// What the file is, for errors.
     const NAME: &'static str;
 
-    /// Takes in the value of a column that is not null. Columns that a later version adds are passed over; rows that are only
-    /// written take in none.
+    /// Takes in the value of a column that is not null. Columns that a later version adds are passed over; rows that
+    /// are only written take in none.
     fn set(&mut self, _column: &str, _value: Value<'_>) {}
 }
 

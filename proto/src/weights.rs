@@ -73,7 +73,8 @@ impl Head {
     }
 }
 
-/// For each of the classes of a network the row of the last layer of another one that was trained to tell it, if there is one.
+/// For each of the classes of a network the row of the last layer of another one that was trained to tell it, if there
+/// is one.
 pub fn rows<'a>(own: impl IntoIterator<Item = &'a str>, theirs: &[String]) -> Vec<Option<u32>> {
     let places: BTreeMap<&str, u32> = theirs.iter().map(String::as_str).zip(0..).collect();
     own.into_iter().map(|synset| places.get(synset).copied()).collect()

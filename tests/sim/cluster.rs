@@ -195,7 +195,8 @@ impl Sim {
         }
     }
 
-    /// Waits until what goes on by itself, sealing, has come to rest. Ends the process if its term is over or it has died.
+    /// Waits until what goes on by itself, sealing, has come to rest. Ends the process if its term is over or it has
+    /// died.
     fn settle(&mut self, number: u64) {
         let Some(coordinator) = self.coordinators.get(&number) else { return };
         let began = std::time::Instant::now();

@@ -1,6 +1,6 @@
 //! A large cluster, of which URLs are only counted: a thousand workers, a hundred million URLs in ten thousand slices.
-//! The coordinator's code and what it keeps in the store are real, but for rows, so nothing is sealed; the next round is
-//! made of what the committed indexes say that nobody got to.
+//! The coordinator's code and what it keeps in the store are real, but for rows, so nothing is sealed; the next round
+//! is made of what the committed indexes say that nobody got to.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

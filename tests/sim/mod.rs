@@ -1,7 +1,7 @@
-//! `make sim`: a whole cluster in one thread. What decides is the coordinator's real code, with the worker's `hosts` and
-//! `pace`; store, clocks and network are simulated, and what goes wrong is drawn from a seed: processes die, stand still
-//! past their leases and come again, messages are lost, late or doubled, the store fails before or after the effect,
-//! coordinators follow each other or are two at once, clocks run unlike each other.
+//! `make sim`: a whole cluster in one thread. What decides is the coordinator's real code, with the worker's `hosts`
+//! and `pace`; store, clocks and network are simulated, and what goes wrong is drawn from a seed: processes die, stand
+//! still past their leases and come again, messages are lost, late or doubled, the store fails before or after the
+//! effect, coordinators follow each other or are two at once, clocks run unlike each other.
 //!
 //! The same seed gives the same trace. In the end every URL must have its outcome once, no site may have been asked for
 //! more than it bears, and `fsck` finds nothing. Bugs can be planted: tests see to it that each is found.

@@ -1,5 +1,6 @@
-//! The agent offers this machine's devices and runs a rank process on each that is assigned. It decides nothing: it passes messages on
-//! between coordinator and ranks, reports which ranks are silent or gone, serves the stores of generations, and stores logs.
+//! The agent offers this machine's devices and runs a rank process on each that is assigned. It decides nothing: it
+//! passes messages on between coordinator and ranks, reports which ranks are silent or gone, serves the stores of
+//! generations, and stores logs.
 
 mod config;
 pub(crate) mod devices;
@@ -83,12 +84,13 @@ struct DeviceSlot {
     rank: Option<LocalRank>,
 }
 
-/// Runs a trainer agent until `shutdown`, or until the only run that it has ranks of has ended, under a `name` that no other agent has.
-/// `rank_command` starts a rank process: a program that calls [`crate::run_rank`] on the same store, with stdin and stdout left to it. `used`
-/// is called with the store requests of the ranks.
+/// Runs a trainer agent until `shutdown`, or until the only run that it has ranks of has ended, under a `name` that no
+/// other agent has. `rank_command` starts a rank process: a program that calls [`crate::run_rank`] on the same store,
+/// with stdin and stdout left to it. `used` is called with the store requests of the ranks.
 ///
 /// # Errors
-/// If the settings are wrong, or that run has failed or was cancelled. Whatever else fails later is retried, or reported to the coordinator.
+/// If the settings are wrong, or that run has failed or was cancelled. Whatever else fails later is retried, or
+/// reported to the coordinator.
 pub async fn run(
     name: String,
     config: Config,
@@ -387,7 +389,8 @@ impl Agent {
         self.report_left((run, generation, rank), device as u32, Cause::Exited, (0, killed));
     }
 
-    /// Frees what the agent holds for a run whose last rank here left `generation`: the store, unless it is a later generation's, and logs.
+    /// Frees what the agent holds for a run whose last rank here left `generation`: the store, unless it is a later
+    /// generation's, and logs.
     fn release(&mut self, run: &str, generation: u64) {
         if !self.slots.iter().filter_map(|slot| slot.rank.as_ref()).any(|local| local.run == run) {
             if self.stores.get(run).is_some_and(|(of, _)| *of <= generation) {

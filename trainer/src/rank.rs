@@ -1,7 +1,8 @@
-//! The rank process takes part in one generation after another, as its agent tells it, and keeps its state between them.
+//! The rank process takes part in one generation after another, as its agent tells it, and keeps its state between
+//! them.
 //!
-//! It has three threads: one reads the agent's messages, one trains, one writes reports and heartbeats. So a rank that trains, validates or
-//! waits for data sends heartbeats, and a process that hangs does not.
+//! It has three threads: one reads the agent's messages, one trains, one writes reports and heartbeats. So a rank that
+//! trains, validates or waits for data sends heartbeats, and a process that hangs does not.
 
 pub(crate) mod ipc;
 
@@ -35,9 +36,10 @@ const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(250);
 /// The name of the training thread.
 const TRAINING_THREAD: &str = "train";
 
-/// Runs one rank until its agent closes its stdin. On SIGTERM it leaves its generation after the step, with a checkpoint, and ends.
-/// `used` returns the store requests since its last call, for the agent. `flush` is called after the rank has left a generation in order,
-/// to export the generation's span before the process may be killed; it must return soon.
+/// Runs one rank until its agent closes its stdin. On SIGTERM it leaves its generation after the step, with a
+/// checkpoint, and ends. `used` returns the store requests since its last call, for the agent. `flush` is called after
+/// the rank has left a generation in order, to export the generation's span before the process may be killed; it must
+/// return soon.
 ///
 /// # Errors
 /// If the agent sends nothing, or something that is not a message.
@@ -46,8 +48,8 @@ pub async fn run_rank(
     used: fn() -> Option<pb::StoreUse>,
     flush: impl Fn() + Send + 'static,
 ) -> Result<()> {
-    // A rank without one of its threads would keep the other ranks waiting. A process that has exited is replaced. The training thread
-    // says why it ends.
+    // A rank without one of its threads would keep the other ranks waiting. A process that has exited is replaced. The
+    // training thread says why it ends.
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
         hook(info);
@@ -106,7 +108,8 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
     Ok(())
 }
 
-/// Reads messages until the agent is gone. A `Leave` sets the flags of its generation at once, whatever the training thread does.
+/// Reads messages until the agent is gone. A `Leave` sets the flags of its generation at once, whatever the training
+/// thread does.
 fn read_orders(
     orders: &Sender<(pb::Join, Arc<ControlFlags>)>,
     heartbeat: &Arc<Heartbeat>,
@@ -165,7 +168,8 @@ fn write_reports(
     }
 }
 
-/// Takes part in one generation after another, until there are no more of them, the process was told to terminate, or its device failed.
+/// Takes part in one generation after another, until there are no more of them, the process was told to terminate, or
+/// its device failed.
 pub(crate) fn serve(
     context: &RankContext,
     orders: &Receiver<(pb::Join, Arc<ControlFlags>)>,

@@ -1,5 +1,5 @@
-//! Whole runs of one to seven ranks on a small dataset in a folder, without a coordinator. Ranks are threads here; processes of their own
-//! they are in the tests of the binary.
+//! Whole runs of one to seven ranks on a small dataset in a folder, without a coordinator. Ranks are threads here;
+//! processes of their own they are in the tests of the binary.
 
 use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -28,7 +28,8 @@ fn dataset() -> DatasetId {
     "d-1".parse().expect("an id")
 }
 
-/// A store with a dataset of three classes, which differ in colour: 150 samples to train on, 12 each to validate and to test.
+/// A store with a dataset of three classes, which differ in colour: 150 samples to train on, 12 each to validate and to
+/// test.
 pub(crate) struct World {
     folder: tempfile::TempDir,
     runtime: tokio::runtime::Runtime,

@@ -1,14 +1,15 @@
-//! What libtorch has and `tch` does not bind: its own c10d, the engine inside PyTorch's DistributedDataParallel, on `tch` tensors; autocast;
-//! a fused optimizer; the memory of tensors as slices. The only room with unsafe code for libtorch.
+//! What libtorch has and `tch` does not bind: its own c10d, the engine inside PyTorch's DistributedDataParallel, on
+//! `tch` tensors; autocast; a fused optimizer; the memory of tensors as slices. The only room with unsafe code for
+//! libtorch.
 //!
-//! A generation is one [`Group`], made over one [`Store`]. Its [`Reducer`] averages gradients while backward still runs; its small
-//! all-reduces carry everything else. After any error a group is of no more use: [`Aborter::abort`] it, drop reducer and group, and make
-//! the next generation's.
+//! A generation is one [`Group`], made over one [`Store`]. Its [`Reducer`] averages gradients while backward still
+//! runs; its small all-reduces carry everything else. After any error a group is of no more use: [`Aborter::abort`] it,
+//! drop reducer and group, and make the next generation's.
 //!
 //! NCCL or gloo is one branch in the making of a group (`shim.cc`); all code on this side is the same in both builds.
 //!
-//! **A group and what is made from it stay on one thread**: the order in which a rank starts its collectives must be that of all others.
-//! Only its [`Aborter`] crosses threads.
+//! **A group and what is made from it stay on one thread**: the order in which a rank starts its collectives must be
+//! that of all others. Only its [`Aborter`] crosses threads.
 #![allow(unsafe_code, reason = "tensors and c10d's objects cross into C++ here, and nowhere else")]
 
 mod autocast;

@@ -1,4 +1,5 @@
-//! A few steps on a device, to see that it can train, how fast, and whether it or this machine's processor is what holds it up.
+//! A few steps on a device, to see that it can train, how fast, and whether it or this machine's processor is what
+//! holds it up.
 
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -32,13 +33,13 @@ pub struct Trial {
     pub steps: u32,
     /// Over all of them.
     pub images_per_second: f64,
-    /// The share of the time in which the device worked: of a GPU as its driver tells (`nvidia-smi`), of the CPU how many of its cores were
-    /// busy with this. None: nobody tells.
+    /// The share of the time in which the device worked: of a GPU as its driver tells (`nvidia-smi`), of the CPU how
+    /// many of its cores were busy with this. None: nobody tells.
     pub busy: Option<f64>,
 }
 
-/// Trains the default network on random pixels, on each of the devices that `--devices` names, or on all GPUs. On a GPU once as it is, and
-/// once in bf16.
+/// Trains the default network on random pixels, on each of the devices that `--devices` names, or on all GPUs. On a GPU
+/// once as it is, and once in bf16.
 ///
 /// # Errors
 /// If there is no such device, or it fails.
@@ -102,7 +103,8 @@ fn trial(name: &str, precision: &'static str, batch: u32, least: u32) -> Result<
     Ok(Trial { device: name.to_owned(), precision, batch, steps, images_per_second, busy })
 }
 
-/// The shares of its time in which a GPU works, again and again until it is `over`. None of the first second, which has a part of before.
+/// The shares of its time in which a GPU works, again and again until it is `over`. None of the first second, which has
+/// a part of before.
 fn gpu_uses(name: &str, over: &AtomicBool) -> Vec<f64> {
     let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
     let gpu = driver_name(name, visible.as_deref());

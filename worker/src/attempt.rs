@@ -102,7 +102,8 @@ pub(crate) enum AttemptResult {
 /// hosts: from then on the attempt leaves connections idle. Once the files are uploaded, cancelling is too late and the
 /// attempt commits.
 ///
-/// An attempt that is told to leave, lasts or waits too long or loses its way out commits what it has, the rest as `unfetched`.
+/// An attempt that is told to leave, lasts or waits too long or loses its way out commits what it has, the rest as
+/// `unfetched`.
 ///
 /// # Errors
 /// If the slice cannot be parsed, the store fails, or nothing was finished for want of a way out. The attempt's files

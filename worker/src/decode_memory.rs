@@ -1,5 +1,5 @@
-//! Memory for pictures that are being decoded, over all threads together: how much of it a picture takes is known from its
-//! header, before anything is decoded, whatever its author packed into few bytes.
+//! Memory for pictures that are being decoded, over all threads together: how much of it a picture takes is known from
+//! its header, before anything is decoded, whatever its author packed into few bytes.
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
@@ -49,8 +49,8 @@ pub(crate) struct Places {
 }
 
 impl Places {
-    /// Takes so many bytes, in the place of those that are held; waits for others to give theirs back, and calls `waiting`
-    /// each second meanwhile.
+    /// Takes so many bytes, in the place of those that are held; waits for others to give theirs back, and calls
+    /// `waiting` each second meanwhile.
     pub(crate) fn take(&mut self, bytes: u64, waiting: impl Fn()) -> Room {
         let shared = self.memory.all / SHARED;
         if bytes > self.memory.all - shared {

@@ -3,7 +3,8 @@
 //! A decoder that never comes back from a picture cannot be stopped. It costs that picture, which is rejected after
 //! [`DEADLINE`], and a thread, in whose place another one starts; too many of them end the process.
 //!
-//! Pictures that take much memory are decoded one at a time, on a thread of their own, so that they do not hold up the others.
+//! Pictures that take much memory are decoded one at a time, on a thread of their own, so that they do not hold up the
+//! others.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -80,8 +80,8 @@ impl Coordinator {
         self.client.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Asks for a shard once, of one `large` site or of many; none if there is nothing to do. Until there was a response
-    /// it does not wait for work, so that it is soon known whether there is a coordinator.
+    /// Asks for a shard once, of one `large` site or of many; none if there is nothing to do. Until there was a
+    /// response it does not wait for work, so that it is soon known whether there is a coordinator.
     pub(crate) async fn lease(&self, large: bool) -> Result<Option<Lease>, Status> {
         let wait = if self.reached.load(Ordering::Relaxed) { LEASE_WAIT } else { Duration::ZERO };
         if self.cluster.id().is_empty() {

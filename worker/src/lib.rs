@@ -9,9 +9,10 @@
 //! - `fetch`: a URL to its body under limits; a file each for the HTTP client, redirects, retries, the memory of
 //!   bodies, compressed bodies, texts, name look-ups and permitted addresses; and for files that are there already.
 //! - `opt_out`: what owners say against the use of their pictures, in files of their sites and in headers.
-//! - `decode_pool`, `decode_memory`, `validate`, `format`, `placeholder`: a body to a stored picture or a rejection, on threads of their
-//!   own; `thumbnail`: a few of the rejected ones, to be looked at.
-//! - `pixels`: JPEG, scaling to the stored size, measuring. `prepare` does the same for pictures that a trained network is to see.
+//! - `decode_pool`, `decode_memory`, `validate`, `format`, `placeholder`: a body to a stored picture or a rejection, on
+//!   threads of their own; `thumbnail`: a few of the rejected ones, to be looked at.
+//! - `pixels`: JPEG, scaling to the stored size, measuring. `prepare` does the same for pictures that a trained network
+//!   is to see.
 //! - `way_out`: whether the worker reaches the web at all, or takes its own trouble for the world's.
 //! - `upload`, `store`: tars that are uploaded while they grow, and the index, put last and only if there is none;
 //!   operations on the store are tried again, with `backoff`.
@@ -108,8 +109,8 @@ pub struct Config {
     #[arg(long, env = "GLEANER_DECODE_THREADS", value_name = "N")]
     pub decode_threads: Option<NonZero<u16>>,
 
-    /// Memory for pictures that are being decoded, on all threads together, in MiB; one that needs more than three quarters of it is
-    /// rejected as too_many_pixels.
+    /// Memory for pictures that are being decoded, on all threads together, in MiB; one that needs more than three
+    /// quarters of it is rejected as too_many_pixels.
     #[arg(long, env = "GLEANER_DECODE_MEMORY", default_value = "2048", value_name = "MIB")]
     pub decode_memory: NonZero<u32>,
 
@@ -135,7 +136,8 @@ pub struct Config {
     #[arg(long, env = "GLEANER_PROBE", value_delimiter = ',', value_name = "URL", value_parser = parse_probe)]
     pub probe: Vec<String>,
 
-    /// Also read datasets' files below this folder, for whoever may create datasets; may be repeated. Links are not followed.
+    /// Also read datasets' files below this folder, for whoever may create datasets; may be repeated. Links are not
+    /// followed.
     #[arg(long, env = "GLEANER_IMPORT_ROOT", value_delimiter = ',', value_name = "FOLDER")]
     pub import_root: Vec<PathBuf>,
 }

@@ -1,5 +1,5 @@
-//! A picture as a trained network is to see it: stored as that of any fetched body is, and read back. So a network meets in its use what it
-//! has met in its training, JPEG's own rounding and all.
+//! A picture as a trained network is to see it: stored as that of any fetched body is, and read back. So a network
+//! meets in its use what it has met in its training, JPEG's own rounding and all.
 
 use anyhow::Context;
 use proto::{ImageFormat, Limits, Reencode, Rejection, Resize};

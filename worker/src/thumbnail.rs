@@ -1,4 +1,5 @@
-//! Small pictures of what is rejected, a few for each reason in each shard: so that somebody can see whether the reason holds.
+//! Small pictures of what is rejected, a few for each reason in each shard: so that somebody can see whether the reason
+//! holds.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 

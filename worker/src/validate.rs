@@ -309,8 +309,8 @@ fn enter(room: FindRoom<'_>, bytes: u64) -> Result<(), Refusal> {
     }
 }
 
-/// How many bytes a picture of so many pixels takes at its worst: as it is decoded and as it is made 8-bit RGB; and what its decoder
-/// may hold of it meanwhile.
+/// How many bytes a picture of so many pixels takes at its worst: as it is decoded and as it is made 8-bit RGB; and
+/// what its decoder may hold of it meanwhile.
 fn held_bytes(pixels: u64, color: ColorType) -> (u64, u64) {
     let decoded = u64::from(color.bytes_per_pixel());
     let (rgb, rgba) = (3, 4);

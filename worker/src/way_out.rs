@@ -31,8 +31,8 @@ const MANY_URLS: u64 = 8;
 const REMEMBERED: usize = 8;
 /// Of those, told to the coordinator.
 const TOLD: usize = 4;
-/// In [`PAUSE`]: a dead host is often quicker than a living one, so a worker that has nothing to ask waits so long for a
-/// picture among what is under way before it takes itself for offline.
+/// In [`PAUSE`]: a dead host is often quicker than a living one, so a worker that has nothing to ask waits so long for
+/// a picture among what is under way before it takes itself for offline.
 const BLIND_GRACE: u32 = 3;
 /// In [`PAUSE`]: for so long a worker that has nothing to ask takes itself for offline, each time that it doubts.
 const BLIND_PAUSES: [u32; 5] = [2, 4, 8, 16, 30];

@@ -14,13 +14,13 @@ pub struct WebArgs {
     #[arg(long, env = "GLEANER_CONTACT", value_name = "URL", value_parser = parse_contact)]
     pub contact: Option<String>,
 
-    /// What requests call themselves instead of Gleaner/VERSION, such as "Birds/1.0"; its first word is the name under which
-    /// robots.txt may speak to this worker.
+    /// What requests call themselves instead of Gleaner/VERSION, such as "Birds/1.0"; its first word is the name under
+    /// which robots.txt may speak to this worker.
     #[arg(long, env = "GLEANER_USER_AGENT", value_name = "TEXT", value_parser = parse_user_agent)]
     pub user_agent: Option<String>,
 
-    /// Reach the web through this proxy, http://[USER:PASSWORD@]HOST[:PORT] or https://...; it looks names up, and decides
-    /// which addresses may be reached.
+    /// Reach the web through this proxy, http://[USER:PASSWORD@]HOST[:PORT] or https://...; it looks names up, and
+    /// decides which addresses may be reached.
     #[arg(long, env = "GLEANER_PROXY", hide_env_values = true, value_name = "URL")]
     pub proxy: Option<Proxy>,
 

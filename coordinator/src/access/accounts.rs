@@ -1,5 +1,5 @@
-//! Who is known by the token of a Kubernetes service account. Whose a token is, the API server says (TokenReview); its answers are kept for
-//! a moment, so that it is asked once in a few seconds for each process, however often that calls.
+//! Who is known by the token of a Kubernetes service account. Whose a token is, the API server says (TokenReview); its
+//! answers are kept for a moment, so that it is asked once in a few seconds for each process, however often that calls.
 
 use std::collections::HashMap;
 use std::future::ready;
@@ -31,7 +31,8 @@ struct Counts {
     bad: Duration,
     /// Without any answer the last one.
     silence: Duration,
-    /// The tokens of open calls are looked at so often: with `good` it is how long a token that is good no more can still be used.
+    /// The tokens of open calls are looked at so often: with `good` it is how long a token that is good no more can
+    /// still be used.
     period: Duration,
 }
 
@@ -43,7 +44,8 @@ const COUNTS: Counts = Counts {
 };
 /// For one answer.
 const PATIENCE: Duration = Duration::from_secs(3);
-/// Tokens that are asked for at once of which nothing is known yet: whoever sends garbage keeps the API server no busier.
+/// Tokens that are asked for at once of which nothing is known yet: whoever sends garbage keeps the API server no
+/// busier.
 const STRANGERS: usize = 16;
 /// Tokens of which an answer is kept.
 const MOST_TOKENS: usize = 16_384;

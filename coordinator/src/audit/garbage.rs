@@ -1,14 +1,15 @@
-//! What nobody needs any more. Only what no index, manifest, round or event names, and what nobody can name any more, and
-//! only once it is older than a grace period:
+//! What nobody needs any more. Only what no index, manifest, round or event names, and what nobody can name any more,
+//! and only once it is older than a grace period:
 //!
 //! - files of attempts at shards whose index names another attempt, and of shards that no round has;
 //! - slices of rounds that were never committed, and what is left of lists that were never read to their end;
-//! - skips, findings and gists of manifests that another coordinator was the first to put, unless a later one names them;
+//! - skips, findings and gists of manifests that another coordinator was the first to put, unless a later one names
+//!   them;
 //! - checkpoints that a run's own rule does not keep, weights and models that no event names;
 //! - everything under a tombstone.
 //!
-//! The listing is older than all that is read to judge it, and what is committed once is never changed: what was not named
-//! then can be named later only by whoever is still at it, which the grace period leaves time for.
+//! The listing is older than all that is read to judge it, and what is committed once is never changed: what was not
+//! named then can be named later only by whoever is still at it, which the grace period leaves time for.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;

@@ -82,7 +82,8 @@ impl Datasets {
         let id = &dataset.id;
         let decision = match wanted {
             Wanted::Decision(decision) => decision,
-            // Sealing may open another round, which is not fetched then; and a repeated call finds what the first has done.
+            // Sealing may open another round, which is not fetched then; and a repeated call finds what the first has
+            // done.
             Wanted::FinishAfter(_) if !matches!(dataset.stage, Stage::Fetching | Stage::Sealing) => {
                 if dataset.is_finished() {
                     return Ok(());

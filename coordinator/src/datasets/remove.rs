@@ -10,8 +10,8 @@ use super::Datasets;
 use crate::error::Error;
 use crate::store::{StoreError, nonce, wall_millis};
 
-/// Whether, of a dataset without a catalog, these keys show that it had one. If not, they are a list that was never read
-/// to its end, or what somebody wrote after the dataset had been deleted.
+/// Whether, of a dataset without a catalog, these keys show that it had one. If not, they are a list that was never
+/// read to its end, or what somebody wrote after the dataset had been deleted.
 pub(crate) fn was_committed(id: &DatasetId, keys: &[String]) -> bool {
     let any = |folder: String| keys.iter().any(|key| key.starts_with(&format!("{folder}/")));
     let is_whole = any(keys::slices(id)) || keys.contains(&keys::dataset_spec(id));

@@ -64,8 +64,8 @@ impl Retry {
         Self::Once { full }
     }
 
-    /// The latest outcome of a URL that is fetched again; None: it is not. `synset` is its class, `failed` are those that
-    /// have failed in several rounds.
+    /// The latest outcome of a URL that is fetched again; None: it is not. `synset` is its class, `failed` are those
+    /// that have failed in several rounds.
     fn selects(&self, row: &GistRow, synset: &str, failed: Option<&Seen>) -> Option<Rejection> {
         let rejection = row.outcome.err()?;
         let transient = || rejection.is_transient(row.http_status);
@@ -153,8 +153,8 @@ fn failed_twice(history: &History<'_>, gists: &mut Gists<'_>) -> Result<Seen, Er
     Ok(twice)
 }
 
-/// Takes into `catalog` what is to be fetched again, and, if new lines are to be `compared`, what is known. `base` is the
-/// latest manifest: what it covers is read as far as something of it is fetched again. Blocks its thread.
+/// Takes into `catalog` what is to be fetched again, and, if new lines are to be `compared`, what is known. `base` is
+/// the latest manifest: what it covers is read as far as something of it is fetched again. Blocks its thread.
 pub(crate) fn gather(
     history: &History<'_>,
     base: Option<&Manifest>,

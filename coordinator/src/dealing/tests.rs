@@ -85,8 +85,8 @@ proptest! {
 }
 
 /// How many pairs of one class there are among what is trained on together, against a uniform shuffle of all: in a
-/// lane's part of a batch, and in a whole one. The trainer lays blocks of 2 MiB end to end in a random order, gives each
-/// lane an equal part of that line, and shuffles within windows of 128 blocks of all lanes together (`EpochPlan`).
+/// lane's part of a batch, and in a whole one. The trainer lays blocks of 2 MiB end to end in a random order, gives
+/// each lane an equal part of that line, and shuffles within windows of 128 blocks of all lanes together (`EpochPlan`).
 fn pairs_against_uniform(slices: &[Vec<u32>]) -> (f64, f64) {
     const BLOCK: usize = 80;
     const LANES: usize = 8;

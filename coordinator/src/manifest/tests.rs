@@ -278,8 +278,8 @@ impl World {
         self.seal(version, None, &self.without_gists()).expect("seals fully")
     }
 
-    /// Another round of what is to be fetched again, and its lines, each with whether it is tried just once. Which of the
-    /// slices of a large site has a line depends on the order in which shards were read.
+    /// Another round of what is to be fetched again, and its lines, each with whether it is tried just once. Which of
+    /// the slices of a large site has a line depends on the order in which shards were read.
     fn gather(&self, retry: &Retry, base: Option<&Manifest>, objects: &Arc<Counted>) -> (Round, Vec<(bool, String)>) {
         let store = Store::new(Arc::clone(objects) as Arc<dyn ObjectStore>);
         let tolerance = Tolerance { any: true, ..Tolerance::default() };

@@ -104,7 +104,8 @@ impl Roster {
         }
     }
 
-    /// An agent is there, and says when it last heard of its processes. Returns up to which number its reports are settled.
+    /// An agent is there, and says when it last heard of its processes. Returns up to which number its reports are
+    /// settled.
     pub(crate) fn heartbeat(&mut self, now: Now, agent: &str, heartbeat: &pb::Heartbeat) -> u64 {
         let Some(known) = self.agents.get_mut(agent) else { return 0 };
         known.reports.settle(&self.live);
@@ -145,8 +146,8 @@ impl Reports {
         true
     }
 
-    /// A report is settled when its run has nothing left to write. How a rank left is part of the event that follows when all have left, so
-    /// that settles only with the generation.
+    /// A report is settled when its run has nothing left to write. How a rank left is part of the event that follows
+    /// when all have left, so that settles only with the generation.
     fn settle(&mut self, live: &BTreeMap<String, Run>) {
         let is_open = |report: &Report| {
             let Some(run) = live.get(&report.run) else { return false };

@@ -14,8 +14,8 @@ use super::{Action, Agent, kill};
 const JOIN_DEADLINE: Duration = Duration::from_secs(120);
 /// An agent whose stream broke has so long to come back, if the ranks around it have felt a loss.
 const RECONNECT: Duration = Duration::from_secs(1);
-/// A new coordinator gives agents so long, beside the failure detection, to come back: on Kubernetes they find it only some seconds
-/// after it is ready.
+/// A new coordinator gives agents so long, beside the failure detection, to come back: on Kubernetes they find it only
+/// some seconds after it is ready.
 const RECOVERY_MARGIN: Duration = Duration::from_secs(10);
 
 impl Generation {
@@ -80,8 +80,9 @@ impl Generation {
         }
     }
 
-    /// Why it cannot go on, if so. Of those that failed by themselves the first is to blame, since the others may have failed for it; then
-    /// those that did not leave when another one had failed; last those that only felt the loss of another one.
+    /// Why it cannot go on, if so. Of those that failed by themselves the first is to blame, since the others may have
+    /// failed for it; then those that did not leave when another one had failed; last those that only felt the loss of
+    /// another one.
     pub(super) fn failure(&self, agents: &BTreeMap<String, Agent>) -> Option<Failure> {
         let departures = (0u32..).zip(&self.members).filter_map(|(rank, m)| Some((rank, m, m.departure.as_ref()?)));
         let failed = departures.filter(|(_, _, departure)| blame(departure) > 0);

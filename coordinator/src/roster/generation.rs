@@ -71,8 +71,8 @@ pub(super) struct Departure {
     pub(super) induced: bool,
 }
 
-/// A hello did not have a member at work. It counts as departed from `due` on, unless the rank's own report, which may be on its way
-/// behind the hello, comes first.
+/// A hello did not have a member at work. It counts as departed from `due` on, unless the rank's own report, which may
+/// be on its way behind the hello, comes first.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Absence {
     pub(super) due: Duration,
@@ -145,7 +145,8 @@ impl Member {
         self.departure.as_ref().map(|departure| departure.cause)
     }
 
-    /// A process that failed by itself, or was given up, has a training state that nobody can trust; one that exited has none.
+    /// A process that failed by itself, or was given up, has a training state that nobody can trust; one that exited
+    /// has none.
     pub(super) fn is_untrusted(&self) -> bool {
         matches!(self.cause(), Some(Cause::Error | Cause::Unspecified | Cause::Diverged))
     }

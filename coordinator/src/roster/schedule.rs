@@ -87,7 +87,8 @@ impl Roster {
         self.live.get(name).is_some_and(waits)
     }
 
-    /// Has a generation leave after its step if it can have more ranks: free devices, or such as hold an old training state of the run.
+    /// Has a generation leave after its step if it can have more ranks: free devices, or such as hold an old training
+    /// state of the run.
     fn grow(
         &mut self,
         now: Now,
@@ -113,8 +114,8 @@ impl Roster {
         }
     }
 
-    /// Takes `missing` devices from waiting runs that hold training state but cannot start with what they hold, the last in the queue first:
-    /// two such runs would wait for each other for ever. Takes none if they have fewer.
+    /// Takes `missing` devices from waiting runs that hold training state but cannot start with what they hold, the
+    /// last in the queue first: two such runs would wait for each other for ever. Takes none if they have fewer.
     fn take_from_later<'a>(
         &mut self,
         later: impl Iterator<Item = &'a str>,

@@ -16,8 +16,8 @@ const KINDS: [MetricKind; 4] = [MetricKind::Step, MetricKind::Train, MetricKind:
 pub(super) struct Curve([BTreeMap<u64, pb::Metric>; KINDS.len()]);
 
 impl Curve {
-    /// Adds a point. After a return to a checkpoint steps are done again: of two points of one kind and step that of the higher generation
-    /// stands.
+    /// Adds a point. After a return to a checkpoint steps are done again: of two points of one kind and step that of
+    /// the higher generation stands.
     pub(super) fn add(&mut self, point: pb::Metric) {
         let Some(kind) = KINDS.iter().position(|kind| kind.name() == point.kind) else { return };
         let points = &mut self.0[kind];

@@ -1,4 +1,5 @@
-//! The end of a run that nobody needs any more: a tombstone, then everything under it; and of datasets that no run needs.
+//! The end of a run that nobody needs any more: a tombstone, then everything under it; and of datasets that no run
+//! needs.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -56,8 +57,8 @@ impl Runs {
         Ok(removed)
     }
 
-    /// Removes everything under a run in the background, and once more after `late` what was still written then; its tombstone last.
-    /// The name is taken until then.
+    /// Removes everything under a run in the background, and once more after `late` what was still written then; its
+    /// tombstone last. The name is taken until then.
     pub(super) fn remove(self: &Arc<Self>, name: &str, late: Duration) -> watch::Receiver<()> {
         let (done, removed) = watch::channel(());
         self.lock().deleting.insert(name.to_owned(), removed.clone());

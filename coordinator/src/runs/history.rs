@@ -20,7 +20,8 @@ const SUMMARISED: usize = 256;
 /// Of a run that goes on.
 const SUMMARISE_EVERY: Duration = Duration::from_secs(3600);
 
-/// What the store has of a run's curve. That of a long run lies in thousands of objects, so a summary is left to whoever asks next.
+/// What the store has of a run's curve. That of a long run lies in thousands of objects, so a summary is left to
+/// whoever asks next.
 pub(super) async fn stored_curve(store: &Store, run: &str) -> Result<Curve, StoreError> {
     let mut curve = Curve::default();
     let mut covered = BTreeSet::new();
@@ -132,7 +133,8 @@ impl Runs {
         Ok(ledger)
     }
 
-    /// Sees to it that a summary of the run's curve is in the store, in the background; of a run that goes on once in a while.
+    /// Sees to it that a summary of the run's curve is in the store, in the background; of a run that goes on once in a
+    /// while.
     pub(super) fn summarise(&self, run: &str) {
         {
             let mut inner = self.lock();
@@ -151,8 +153,8 @@ impl Runs {
         });
     }
 
-    /// Removes, beside everything else, the run's checkpoints that are not kept. `made`: step and generation of the newest; what a later
-    /// generation is writing, no event names yet.
+    /// Removes, beside everything else, the run's checkpoints that are not kept. `made`: step and generation of the
+    /// newest; what a later generation is writing, no event names yet.
     pub(super) fn remove_old_checkpoints(&self, run: &str, made: (u64, u64)) {
         let kept: HashSet<String> = match self.lock().roster.find(run) {
             Some(known) => known.checkpoints.iter().map(|checkpoint| checkpoint.key.clone()).collect(),

@@ -131,8 +131,8 @@ impl Runs {
     async fn commit(&self, name: String, mut stored: StoredRun) -> Result<String, Error> {
         self.term.check(&self.store).await?;
         if let Some(start) = &mut stored.start {
-            // Copied, since the other run goes on removing its old checkpoints. A file that was sent is where it belongs, unless another run
-            // has got the name meanwhile.
+            // Copied, since the other run goes on removing its old checkpoints. A file that was sent is where it
+            // belongs, unless another run has got the name meanwhile.
             let folder = keys::start(&name, &stored.nonce);
             for file in start.digests.keys().filter(|_| start.key != folder) {
                 self.store.copy(&format!("{}/{file}", start.key), &format!("{folder}/{file}")).await?;

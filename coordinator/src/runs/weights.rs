@@ -20,7 +20,8 @@ const FILE: &str = "state.safetensors";
 /// A sender that is silent for so long has lost its file.
 const IDLE: Duration = Duration::from_secs(600);
 
-/// Beside the tensors that a network has a file may have so many bytes of others, and tensors may be of numbers of 8 bytes.
+/// Beside the tensors that a network has a file may have so many bytes of others, and tensors may be of numbers of 8
+/// bytes.
 const ROOM: u64 = 64 << 20;
 
 /// Weights of a file, in the store.
@@ -33,8 +34,8 @@ pub(crate) struct Sent {
 }
 
 impl Runs {
-    /// Takes the file that follows a request for a run, and stores it where a run of that name would have it. What is not submitted in the
-    /// end is garbage there.
+    /// Takes the file that follows a request for a run, and stores it where a run of that name would have it. What is
+    /// not submitted in the end is garbage there.
     pub(crate) async fn receive_weights(
         &self,
         request: &pb::SubmitRunRequest,

@@ -96,7 +96,8 @@ impl DatasetService for DatasetApi {
             (None, 0) => return Err(Error::NotFound(format!("dataset {name:?} has no manifest yet")).into()),
             (_, given) => given,
         };
-        // As it comes from the store, and no faster than the caller takes it: a manifest can be large, and callers many.
+        // As it comes from the store, and no faster than the caller takes it: a manifest can be large, and callers
+        // many.
         let json = self.0.store.stream(&keys::manifest(&dataset.id, version), None).await.map_err(Error::from)?;
         let json =
             json.ok_or_else(|| Error::NotFound(format!("dataset {name:?} has no manifest of version {version}")))?;

@@ -19,8 +19,8 @@ const LAST_LINES: Duration = Duration::from_secs(4);
 
 type Lines = mpsc::Sender<Result<pb::LogLine, Status>>;
 
-/// Sends the stored lines, and with `follow` those that are stored later, until a while after the run's end. Lines come from the store alone,
-/// so none is doubled, and they are there after death and cancel.
+/// Sends the stored lines, and with `follow` those that are stored later, until a while after the run's end. Lines come
+/// from the store alone, so none is doubled, and they are there after death and cancel.
 pub(super) async fn send(runs: &Runs, request: &pb::GetLogsRequest, sender: &Lines) -> Result<(), Error> {
     let pb::GetLogsRequest { run, follow, rank, tail, since_seconds } = request;
     let since = (*since_seconds > 0).then(|| wall_millis().saturating_sub(since_seconds * 1000) as i64);

@@ -1,5 +1,5 @@
-//! What a URL of the origin serves: a function of its path and of the origin's seed. `/KIND/CLASS/NUMBER/n.jpg` shows picture `NUMBER` of
-//! `CLASS` in the manner of [`Rot`] `KIND`; `/files/...` serves a folder's files.
+//! What a URL of the origin serves: a function of its path and of the origin's seed. `/KIND/CLASS/NUMBER/n.jpg` shows
+//! picture `NUMBER` of `CLASS` in the manner of [`Rot`] `KIND`; `/files/...` serves a folder's files.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -30,8 +30,8 @@ pub struct Options {
     pub delay: Duration,
     /// Requests a second of one host, above which it answers 429; 0: it bears any.
     pub bears: f64,
-    /// JPEGs that are shown instead of drawings, each under many numbers, made a different file by a comment that holds the
-    /// number. Formats other than plain JPEG are drawn all the same.
+    /// JPEGs that are shown instead of drawings, each under many numbers, made a different file by a comment that holds
+    /// the number. Formats other than plain JPEG are drawn all the same.
     pub photos: Vec<Bytes>,
     /// Speaks HTTPS instead of HTTP.
     pub tls: Option<Arc<ServerConfig>>,

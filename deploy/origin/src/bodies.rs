@@ -118,7 +118,8 @@ fn thumbnail(picture: Picture) -> Vec<u8> {
 pub(super) const TINY_GIF: &[u8] =
     b"GIF89a\x01\0\x01\0\x80\0\0\0\0\0\xff\xff\xff!\xf9\x04\x01\0\0\0\0,\0\0\0\0\x01\0\x01\0\0\x02\x02D\x01\0;";
 
-/// The picture that says that a photo is gone: grey, with a few dark bars for words. About 2.3 kB, or 132 kB with a heavy grain.
+/// The picture that says that a photo is gone: grey, with a few dark bars for words. About 2.3 kB, or 132 kB with a
+/// heavy grain.
 pub(super) fn placeholder(large: bool) -> Bytes {
     static BOTH: [OnceLock<Bytes>; 2] = [OnceLock::new(), OnceLock::new()];
     BOTH[usize::from(large)]

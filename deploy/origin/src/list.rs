@@ -18,13 +18,13 @@ pub struct Entry {
     pub rot: Rot,
     /// Class and number of the picture that it shows, if it shows one.
     pub picture: (usize, u64),
-    /// Whether the manifest counts it, if it is kept: placeholders and pictures under several classes it skips wholly, and
-    /// of copies within a class it counts one, here the original (it counts the one with the lowest key).
+    /// Whether the manifest counts it, if it is kept: placeholders and pictures under several classes it skips wholly,
+    /// and of copies within a class it counts one, here the original (it counts the one with the lowest key).
     pub counts: bool,
 }
 
-/// The list: `per_class` URLs for each of [`CLASSES`], shuffled, rotted in the shares of [`Rot::share`]; from 200 URLs on, every
-/// kind is there. URLs are spread over the origin's hosts.
+/// The list: `per_class` URLs for each of [`CLASSES`], shuffled, rotted in the shares of [`Rot::share`]; from 200 URLs
+/// on, every kind is there. URLs are spread over the origin's hosts.
 pub fn rotted(seed: u64, per_class: usize, origin: &Origin) -> Vec<Entry> {
     let total = per_class * CLASSES.len();
     let mut rots = Vec::with_capacity(total);

@@ -1,6 +1,5 @@
-//! A web origin on loopback that serves photos, and serves them as badly as the web does: written on bare sockets, because no
-//! HTTP server would send wrong lengths, resets and garbage.
-//! What a URL serves is told in [`crate::answer`].
+//! A web origin on loopback that serves photos, and serves them as badly as the web does: written on bare sockets,
+//! because no HTTP server would send wrong lengths, resets and garbage. What a URL serves is told in [`crate::answer`].
 
 use std::collections::HashMap;
 use std::io;

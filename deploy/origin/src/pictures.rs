@@ -1,6 +1,7 @@
 //! Labelled pictures without a download: drawings of Twemoji on cluttered backgrounds, as JPEGs of photo size.
 //!
-//! A picture is a pure function of (seed, class, number), the same on every machine. The graphics are Twemoji's, CC-BY 4.0.
+//! A picture is a pure function of (seed, class, number), the same on every machine. The graphics are Twemoji's, CC-BY
+//! 4.0.
 
 use std::sync::OnceLock;
 
@@ -174,8 +175,8 @@ impl Picture {
         }
     }
 
-    /// One of the class's drawings: 30 to 75 % of the shorter side, turned by up to 30 degrees, inside of the central square
-    /// (a centre crop is usual), its colours shaken.
+    /// One of the class's drawings: 30 to 75 % of the shorter side, turned by up to 30 degrees, inside of the central
+    /// square (a centre crop is usual), its colours shaken.
     fn drawing(&mut self, drawings: &[Sprite], random: &mut Random) {
         let sprite = &drawings[random.below(drawings.len() as u32) as usize];
         let gains: [u32; 3] = std::array::from_fn(|_| 192 + random.below(96));
@@ -264,8 +265,8 @@ pub fn compress(
         .expect("options fit the format and the buffer its size")
 }
 
-/// Cosine and sine of the angle with this tangent, between -90 and 90 degrees. Unlike a library's sine, a square root is rounded
-/// the same everywhere.
+/// Cosine and sine of the angle with this tangent, between -90 and 90 degrees. Unlike a library's sine, a square root
+/// is rounded the same everywhere.
 fn turn(tangent: f32) -> (f32, f32) {
     let cos = 1.0 / (1.0 + tangent * tangent).sqrt();
     (cos, tangent * cos)

@@ -24,8 +24,8 @@ macro_rules! rots {
                 match self { $(Rot::$variant => $share),+ }
             }
 
-            /// What a worker with the default limits, which may reach loopback and nothing else that is private, makes of it.
-            /// Whether the manifest then counts it is another question: `list::Entry::counts`.
+            /// What a worker with the default limits, which may reach loopback and nothing else that is private, makes
+            /// of it. Whether the manifest then counts it is another question: `list::Entry::counts`.
             pub fn expected(self) -> Outcome {
                 match self { $(Rot::$variant => $expected),+ }
             }

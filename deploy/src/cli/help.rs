@@ -1,5 +1,5 @@
-//! What `--help` says beside each flag's own words: flags that every command has stand together at the end, and under the commands for
-//! people there are examples.
+//! What `--help` says beside each flag's own words: flags that every command has stand together at the end, and under
+//! the commands for people there are examples.
 
 use clap::{Arg, Command};
 

@@ -87,8 +87,8 @@ pub(crate) struct RefreshArgs {
     import: Vec<String>,
     #[command(flatten)]
     columns: FileColumns,
-    /// Go on although so many shards are damaged that the store itself may be wrong: leave them out, and fetch their URLs
-    /// again
+    /// Go on although so many shards are damaged that the store itself may be wrong: leave them out, and fetch their
+    /// URLs again
     #[arg(long)]
     accept_damage: bool,
     /// Wait until the dataset is ready

@@ -1,4 +1,5 @@
-//! `gleaner dataset import`: a dataset of pictures that are there already. A list of them goes up; the workers read them.
+//! `gleaner dataset import`: a dataset of pictures that are there already. A list of them goes up; the workers read
+//! them.
 
 use std::path::PathBuf;
 
@@ -20,9 +21,9 @@ use crate::settings;
 pub(crate) struct ImportArgs {
     /// Its name: a-z, 0-9, - and .
     name: String,
-    /// Folders with a folder for each class, perhaps within folders train, val and test; tars in WebDataset's layout; Parquet
-    /// files with pictures in them; as paths, which the workers must see as well, http(s) addresses of tars and Parquet files, or
-    /// store:imports/... in the cluster's own store
+    /// Folders with a folder for each class, perhaps within folders train, val and test; tars in WebDataset's layout;
+    /// Parquet files with pictures in them; as paths, which the workers must see as well, http(s) addresses of tars and
+    /// Parquet files, or store:imports/... in the cluster's own store
     #[arg(required = true, value_name = "PATH|URL")]
     from: Vec<String>,
     #[command(flatten)]
@@ -36,7 +37,8 @@ pub(crate) struct ImportArgs {
     /// There are no classes: store and export the pictures, and train on none
     #[arg(long, conflicts_with_all = ["synsets", "class_names", "class_column"])]
     unlabelled: bool,
-    /// What travels with the pictures: columns of Parquet files, members of KEY.json, caption for KEY.txt; all: everything
+    /// What travels with the pictures: columns of Parquet files, members of KEY.json, caption for KEY.txt; all:
+    /// everything
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     keep_columns: Vec<String>,
     /// Pictures under several classes: the first of these, all (stored, but not trained on), or drop such pictures

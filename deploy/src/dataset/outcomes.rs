@@ -21,8 +21,8 @@ const NEAR: &str = "near_duplicate";
 pub(crate) struct Args {
     #[command(flatten)]
     from: DatasetArgs,
-    /// Only URLs with this outcome: kept, a rejection (timeout, not_found ...), why a kept image does not count (duplicate,
-    /// near_training ...), or near_duplicate; may be repeated
+    /// Only URLs with this outcome: kept, a rejection (timeout, not_found ...), why a kept image does not count
+    /// (duplicate, near_training ...), or near_duplicate; may be repeated
     #[arg(long, value_parser = outcome, value_name = "OUTCOME")]
     outcome: Vec<String>,
     /// Only URLs of this class; may be repeated

@@ -166,8 +166,8 @@ impl Reader {
         })
     }
 
-    /// What became of the URLs of a shard; one that the coordinator has closed, or that is damaged, has no file, only its
-    /// slice.
+    /// What became of the URLs of a shard; one that the coordinator has closed, or that is damaged, has no file, only
+    /// its slice.
     pub(super) async fn rows(&self, manifest: &Manifest, shard: &ManifestShard) -> Result<Vec<OutcomeRow>> {
         let Some(file) = &shard.outcomes else {
             let of = manifest.dataset.shard(shard.shard);

@@ -26,7 +26,8 @@ pub(super) struct SpecArgs {
     /// What stored images are: jpg or png [default: jpg]
     #[arg(long, value_name = "FORMAT")]
     encode_format: Option<String>,
-    /// Which images are encoded again: always, or only as needed, when they are not as they would be stored [default: always]
+    /// Which images are encoded again: always, or only as needed, when they are not as they would be stored [default:
+    /// always]
     #[arg(long, value_name = "WHEN")]
     reencode: Option<String>,
     /// JPEG quality of stored images, 1 to 100 [default: 95]

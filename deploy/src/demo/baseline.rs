@@ -11,7 +11,8 @@ use proto::{Sample, Split, shard};
 const SIDE: usize = 16;
 const VALUES: usize = SIDE * SIDE * 3;
 
-/// Top-1 accuracy on the test split of the class whose mean training picture, at 16 x 16 pixels, is nearest (Euclidean).
+/// Top-1 accuracy on the test split of the class whose mean training picture, at 16 x 16 pixels, is nearest
+/// (Euclidean).
 ///
 /// # Errors
 /// If the store does not hold what the manifest names.

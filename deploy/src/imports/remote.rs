@@ -1,5 +1,5 @@
-//! Files that are elsewhere, read as if they were here: piece by piece, each asked for again if it does not come, so that
-//! memory depends on no file's length and a connection that breaks costs a piece.
+//! Files that are elsewhere, read as if they were here: piece by piece, each asked for again if it does not come, so
+//! that memory depends on no file's length and a connection that breaks costs a piece.
 
 use std::io::{self, Read, Seek, SeekFrom};
 use std::ops::Range;

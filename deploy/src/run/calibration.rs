@@ -1,4 +1,5 @@
-//! Pictures by which a network's activations are measured: some of the validation split of the dataset that it was trained on.
+//! Pictures by which a network's activations are measured: some of the validation split of the dataset that it was
+//! trained on.
 
 use anyhow::{Context, Result};
 use futures::TryStreamExt;
@@ -15,7 +16,8 @@ use crate::exit::{Ended, Exit};
 /// Enough for scales that more pictures do not change.
 const PICTURES: usize = 256;
 
-/// Pictures from all over the run's validation split, or, if it has none, of what it was trained on; prepared for its network `onnx`.
+/// Pictures from all over the run's validation split, or, if it has none, of what it was trained on; prepared for its
+/// network `onnx`.
 ///
 /// # Errors
 /// If the dataset is gone.

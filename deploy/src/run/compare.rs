@@ -1,5 +1,5 @@
-//! `gleaner run compare`: what was changed from one run to the other, what came of it, and whether both were trained on the same
-//! samples; it ends as `run verify` does.
+//! `gleaner run compare`: what was changed from one run to the other, what came of it, and whether both were trained on
+//! the same samples; it ends as `run verify` does.
 
 use std::collections::{BTreeMap, BTreeSet};
 

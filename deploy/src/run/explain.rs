@@ -95,7 +95,8 @@ pub(crate) fn measured(run: &str, points: &[Metric]) -> Explanation {
         ("ranks", explanation.rank_wait_seconds),
         ("network", explanation.network_wait_seconds),
     ];
-    // Computing is what a run is for: something else bounds it only if a faster one would speed it up by a tenth and more.
+    // Computing is what a run is for: something else bounds it only if a faster one would speed it up by a tenth and
+    // more.
     let other = parts[1..].iter().copied().max_by(|(_, one), (_, other)| one.total_cmp(other));
     if steps > 0 {
         let other = other.filter(|(_, seconds)| *seconds > 0.1 * explanation.step_seconds);

@@ -1,7 +1,8 @@
 //! `gleaner run export`: curves for TensorBoard.
 //!
-//! An event file is a row of records (length, its checksum, an `Event` of TensorFlow's `event.proto`, its checksum); the checksums are
-//! CRC-32C, turned and moved as TensorFlow's `crc32c.h` says, since records may themselves lie in records.
+//! An event file is a row of records (length, its checksum, an `Event` of TensorFlow's `event.proto`, its checksum);
+//! the checksums are CRC-32C, turned and moved as TensorFlow's `crc32c.h` says, since records may themselves lie in
+//! records.
 
 use std::path::{Path, PathBuf};
 

@@ -12,7 +12,8 @@ use crate::client::{Cluster, TimeoutArgs, answer, insist};
 pub(crate) struct Args {
     #[command(flatten)]
     of: NameArgs,
-    /// So many in all, more than it has done; the learning rate goes on as in a run of that length, and nothing ends it early
+    /// So many in all, more than it has done; the learning rate goes on as in a run of that length, and nothing ends it
+    /// early
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     epochs: u32,
     /// Wait until the run has ended

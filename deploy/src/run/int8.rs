@@ -1,7 +1,8 @@
 //! A network with 8-bit weights and activations, for phones and pages: a quarter of the bytes.
 //!
-//! Static quantisation as ONNX's `QuantizeLinear` and `DequantizeLinear` say it, in the places where ONNX Runtime looks for them: weights
-//! symmetric and channel by channel, activations by one scale each, measured on pictures; biases in 32 bits. The outputs stay f32.
+//! Static quantisation as ONNX's `QuantizeLinear` and `DequantizeLinear` say it, in the places where ONNX Runtime looks
+//! for them: weights symmetric and channel by channel, activations by one scale each, measured on pictures; biases in
+//! 32 bits. The outputs stay f32.
 
 use std::collections::HashMap;
 

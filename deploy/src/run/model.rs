@@ -46,8 +46,8 @@ enum ModelFormat {
     OnnxInt8,
     /// model.pt: for libtorch and PyTorch
     Torchscript,
-    /// index.html and what belongs to it: a page that any web server can serve, on which a browser asks the model (in 8 bits if
-    /// onnx-int8 is asked for as well)
+    /// index.html and what belongs to it: a page that any web server can serve, on which a browser asks the model (in 8
+    /// bits if onnx-int8 is asked for as well)
     Page,
 }
 
@@ -61,7 +61,8 @@ enum Weights {
 }
 
 impl Weights {
-    /// The file that has them, of those that a run's model has. Where the last weights are the best there are no others.
+    /// The file that has them, of those that a run's model has. Where the last weights are the best there are no
+    /// others.
     fn file(self, file: &str, digests: &BTreeMap<String, String>) -> String {
         let last = file.replacen("model.", "last.", 1);
         if self == Self::Last && digests.contains_key(&last) { last } else { file.to_owned() }

@@ -35,13 +35,13 @@ pub(crate) struct Args {
     /// The run's name; DATASET-N if left out
     #[arg(long)]
     name: Option<String>,
-    /// Begin with the weights of this run's newest checkpoint, of that at a step (--from birds-1@1200), or of a .safetensors file or a
-    /// state dict by torch.save (.pth) with tensors named as in torchvision. The networks must be the same. Of the last layer those
-    /// classes that are known there keep their rows
+    /// Begin with the weights of this run's newest checkpoint, of that at a step (--from birds-1@1200), or of a
+    /// .safetensors file or a state dict by torch.save (.pth) with tensors named as in torchvision. The networks must
+    /// be the same. Of the last layer those classes that are known there keep their rows
     #[arg(long, value_name = "RUN[@STEP]|FILE", value_parser = from)]
     from: Option<Begin>,
-    /// Submit nothing; print the resolved spec, how many steps it makes, what memory a rank needs, and how long it takes if a run of
-    /// the same network tells
+    /// Submit nothing; print the resolved spec, how many steps it makes, what memory a rank needs, and how long it
+    /// takes if a run of the same network tells
     #[arg(long)]
     dry_run: bool,
     /// Wait until the run has ended

@@ -1,4 +1,5 @@
-//! Lines and bars as SVG. Every chart can be read without colours: lines differ in their dashes, and a table stands below.
+//! Lines and bars as SVG. Every chart can be read without colours: lines differ in their dashes, and a table stands
+//! below.
 
 use maud::{Markup, html};
 

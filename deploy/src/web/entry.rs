@@ -1,5 +1,5 @@
-//! Who is shown the pages where other machines reach them: browsers that have brought a code. Each code lets one browser
-//! in, which gets a cookie for it; the next code is then told where the pages are served from.
+//! Who is shown the pages where other machines reach them: browsers that have brought a code. Each code lets one
+//! browser in, which gets a cookie for it; the next code is then told where the pages are served from.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -1,4 +1,5 @@
-//! What a run's network gets wrong: it looks at pictures that it has never seen, here, the first time that somebody asks.
+//! What a run's network gets wrong: it looks at pictures that it has never seen, here, the first time that somebody
+//! asks.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

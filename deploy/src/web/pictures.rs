@@ -67,8 +67,8 @@ pub(super) async fn read(
     Ok(counting.map(|(n, sample)| (found(n, sample), sample.clone())).collect())
 }
 
-/// Up to `most` pictures that count, from blocks all over the dataset, from the `page`th choice of them on; of `class` alone, if given.
-/// Reads at most `most` blocks.
+/// Up to `most` pictures that count, from blocks all over the dataset, from the `page`th choice of them on; of `class`
+/// alone, if given. Reads at most `most` blocks.
 pub(super) async fn sheet(
     source: &Source,
     name: &str,

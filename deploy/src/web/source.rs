@@ -1,5 +1,5 @@
-//! What pages need of the coordinator's answers, and what is kept of them between two pages: manifests and blocks of pictures, which never
-//! change, and a run's points for a moment, because a page is asked for again and again.
+//! What pages need of the coordinator's answers, and what is kept of them between two pages: manifests and blocks of
+//! pictures, which never change, and a run's points for a moment, because a page is asked for again and again.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};

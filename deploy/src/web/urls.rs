@@ -1,5 +1,5 @@
-//! A dataset's URLs, those with one outcome or with a text in them: what the pictures look like, when they were asked, from
-//! where, how large they are, how long it took.
+//! A dataset's URLs, those with one outcome or with a text in them: what the pictures look like, when they were asked,
+//! from where, how large they are, how long it took.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::ControlFlow;

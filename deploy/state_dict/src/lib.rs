@@ -1,6 +1,6 @@
-//! State dicts as `torch.save` writes them, made safetensors files. A pickle is a program for a machine that can call whatever it names;
-//! here it is read by one (`pickle`) that knows the few operations and names of which state dicts are made, and that runs nothing. The
-//! storages lie in a `zip` file, or, before PyTorch 1.6, behind the pickle.
+//! State dicts as `torch.save` writes them, made safetensors files. A pickle is a program for a machine that can call
+//! whatever it names; here it is read by one (`pickle`) that knows the few operations and names of which state dicts
+//! are made, and that runs nothing. The storages lie in a `zip` file, or, before PyTorch 1.6, behind the pickle.
 
 mod error;
 mod pickle;
@@ -24,7 +24,8 @@ const LEGACY: &[u8] = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\
 /// Under these names checkpoints have the state dict of their network beside whatever else they have.
 const WITHIN: [&str; 3] = ["state_dict", "model_state_dict", "model"];
 
-/// Tensors may share storages, so that together they may have more bytes than the file, but not more than so many times as many.
+/// Tensors may share storages, so that together they may have more bytes than the file, but not more than so many times
+/// as many.
 const MOST: usize = 4;
 
 /// A tensor of more is refused.
@@ -42,8 +43,8 @@ pub struct Converted {
     pub left_out: Vec<String>,
 }
 
-/// Makes a safetensors file of one by PyTorch: a state dict, or a checkpoint that has one. Of the names of its tensors the parts `module`,
-/// which `DataParallel` puts there, are left out.
+/// Makes a safetensors file of one by PyTorch: a state dict, or a checkpoint that has one. Of the names of its tensors
+/// the parts `module`, which `DataParallel` puts there, are left out.
 ///
 /// # Errors
 /// If the file is none, is damaged, or has anything in it that no state dict needs.

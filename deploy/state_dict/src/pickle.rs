@@ -1,6 +1,6 @@
-//! A reader of pickles that runs nothing: it knows the operations and the names that a saved state dict is made of, and refuses all others.
-//! Each operation makes at most one value, and values refer to each other by number, so that no pickle needs more memory than a small
-//! multiple of its own length.
+//! A reader of pickles that runs nothing: it knows the operations and the names that a saved state dict is made of, and
+//! refuses all others. Each operation makes at most one value, and values refer to each other by number, so that no
+//! pickle needs more memory than a small multiple of its own length.
 
 use std::collections::HashMap;
 

@@ -10,7 +10,8 @@ use crate::error::{Error, Result, refuse};
 /// What a zip file begins with.
 pub(crate) const SIGNATURE: &[u8] = b"PK\x03\x04";
 
-/// Bytes of the records' fixed parts: that which ends the file, that of an entry in the list, and that before its bytes.
+/// Bytes of the records' fixed parts: that which ends the file, that of an entry in the list, and that before its
+/// bytes.
 const END: usize = 22;
 const LISTED: usize = 46;
 const LOCAL: usize = 30;

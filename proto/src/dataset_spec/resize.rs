@@ -63,8 +63,8 @@ pub enum ResizeMode {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Filter {
-    /// Lanczos' filter of three lobes, the sharpest. Much smaller images are made from JPEGs that were decoded at 1/2, 1/4
-    /// or 1/8 of their size.
+    /// Lanczos' filter of three lobes, the sharpest. Much smaller images are made from JPEGs that were decoded at 1/2,
+    /// 1/4 or 1/8 of their size.
     #[default]
     Lanczos3,
     /// The mean of what a pixel covers, as OpenCV's `INTER_AREA` and so img2dataset; enlarged as by `lanczos3`.

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use super::{Arch, Model};
 
-/// Crops under this have a first convolution of stride 2 instead of 4: the maps behind it would be too small to tell shapes apart.
+/// Crops under this have a first convolution of stride 2 instead of 4: the maps behind it would be too small to tell
+/// shapes apart.
 const SMALL_CROP: u32 = 96;
 
 /// The last layer, with a row for each class.
@@ -95,8 +96,9 @@ impl Network {
         all
     }
 
-    /// Bytes that a rank needs for a step in numbers of 32 bits, `samples` at a time: weights, gradients and momenta, what forward keeps for
-    /// backward, and the two largest gradients on the way. An estimate: kernels need some room more.
+    /// Bytes that a rank needs for a step in numbers of 32 bits, `samples` at a time: weights, gradients and momenta,
+    /// what forward keeps for backward, and the two largest gradients on the way. An estimate: kernels need some room
+    /// more.
     pub fn memory(&self, crop: u32, samples: u64) -> u64 {
         let numbers: u64 = self.parameters().values().map(|shape| shape.iter().product::<u64>()).sum();
         let (mut of_sample, mut largest) = (3 * u64::from(crop * crop) * 4, 0);
@@ -177,7 +179,8 @@ mod tests {
         let full = network(Arch::AlexnetBn, 1000, 224);
         let weights = full.memory(224, 0);
         assert_eq!(weights, 3 * 4 * 61_110_184);
-        // Seven million bytes a sample: 1.4 million numbers are kept, and the gradients of the first layer are the largest.
+        // Seven million bytes a sample: 1.4 million numbers are kept, and the gradients of the first layer are the
+        // largest.
         let sample = full.memory(224, 1) - weights;
         assert!((6_500_000..8_000_000).contains(&sample), "{sample}");
         assert_eq!(full.memory(224, 256), weights + 256 * sample);

@@ -1,16 +1,17 @@
 //! `make bench-fetch`: Gleaner and img2dataset fetch the same lists from the same origin, in turn, in one run.
 //!
-//! The origin is a part of this process; what is measured are other processes: a worker (and beside it its coordinator), and
-//! img2dataset with all its processes. Three lists: good photos over HTTP, good photos over HTTPS, and a rotted list. Both sides
-//! store WebDataset tars of 256 x 256 pixels at quality 95, centre crop, with the same connections and timeouts. The floor
-//! is what one thread of this process needs to decode, resize and encode the same photos and to do nothing else.
+//! The origin is a part of this process; what is measured are other processes: a worker (and beside it its
+//! coordinator), and img2dataset with all its processes. Three lists: good photos over HTTP, good photos over HTTPS,
+//! and a rotted list. Both sides store WebDataset tars of 256 x 256 pixels at quality 95, centre crop, with the same
+//! connections and timeouts. The floor is what one thread of this process needs to decode, resize and encode the same
+//! photos and to do nothing else.
 //!
-//! A fourth list is of one site that answers 429 above two requests a second, and of which neither side is told anything:
-//! four workers of ours, and as many threads of img2dataset's as they have connections. What counts there is how much is
-//! kept, and how many answers were 429.
+//! A fourth list is of one site that answers 429 above two requests a second, and of which neither side is told
+//! anything: four workers of ours, and as many threads of img2dataset's as they have connections. What counts there is
+//! how much is kept, and how many answers were 429.
 //!
-//! Figures are medians over the rounds. CPU time is user and system time; the rival's is counted from its first request on,
-//! so that its start does not hide in the figures of a short list (the table has it with its start as well).
+//! Figures are medians over the rounds. CPU time is user and system time; the rival's is counted from its first request
+//! on, so that its start does not hide in the figures of a short list (the table has it with its start as well).
 
 #![allow(clippy::print_stdout, reason = "the figures are the output")]
 

@@ -1,10 +1,11 @@
-//! `make bench-import`: Gleaner, img2dataset and Hugging Face's `datasets` make the same dataset of pictures that are there
-//! already, in turn: out of a folder for each class, WebDataset tars, and a Parquet file.
+//! `make bench-import`: Gleaner, img2dataset and Hugging Face's `datasets` make the same dataset of pictures that are
+//! there already, in turn: out of a folder for each class, WebDataset tars, and a Parquet file.
 //!
-//! All of them decode each picture, cut and scale it to 256 x 256 pixels, and store it as a JPEG of quality 95 in tars. (Gleaner
-//! also counts and hashes, tells copies apart, and writes an outcome for each.) img2dataset reads the folder as a list of
-//! `file://` URLs, and knows neither tars nor Parquet. Time runs from the start of the command to its end; Gleaner's cluster
-//! of one worker runs already, and its CPU seconds are the worker's, the coordinator's and the command's together.
+//! All of them decode each picture, cut and scale it to 256 x 256 pixels, and store it as a JPEG of quality 95 in tars.
+//! (Gleaner also counts and hashes, tells copies apart, and writes an outcome for each.) img2dataset reads the folder
+//! as a list of `file://` URLs, and knows neither tars nor Parquet. Time runs from the start of the command to its end;
+//! Gleaner's cluster of one worker runs already, and its CPU seconds are the worker's, the coordinator's and the
+//! command's together.
 //!
 //! Figures are medians over the rounds.
 

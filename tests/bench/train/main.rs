@@ -1,4 +1,5 @@
-//! The trainer's side of `make bench-train` and `make bench-gpu`: does one piece of work and prints its figures as lines of JSON.
+//! The trainer's side of `make bench-train` and `make bench-gpu`: does one piece of work and prints its figures as
+//! lines of JSON.
 //!
 //! ```text
 //! bench data STORE IMAGES SIZE
@@ -66,8 +67,8 @@ fn main() -> Result<()> {
     }
 }
 
-/// Writes a dataset of `images` training samples of `size` x `size` pixels in ten classes into the folder `store`, its manifest to
-/// `manifest.json` there, and the names of its tars to `tars.txt`.
+/// Writes a dataset of `images` training samples of `size` x `size` pixels in ten classes into the folder `store`, its
+/// manifest to `manifest.json` there, and the names of its tars to `tars.txt`.
 fn data(store: &Path, images: u32, size: u32) -> Result<()> {
     let pictures: Vec<_> = (0..PICTURES.min(images)).map(|n| picture(n.into(), size as usize, size as usize)).collect();
     let shards: Vec<[(Split, u32); 1]> =

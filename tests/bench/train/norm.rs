@@ -1,4 +1,5 @@
-//! A batch norm of each lane's part of a batch alone, in the two ways of [`Norm::train`] and in another one, on lanes of equal shares.
+//! A batch norm of each lane's part of a batch alone, in the two ways of [`Norm::train`] and in another one, on lanes
+//! of equal shares.
 
 use anyhow::{Result, ensure};
 use proto::RunSpec;
@@ -14,7 +15,8 @@ type Way = fn(&Norm, &Tensor, i64, &mut Vec<Tensor>) -> Tensor;
 
 const WAYS: [(&str, Way); 3] = [("lanes", lane_by_lane), ("view", on_view), ("channels", Norm::as_channels)];
 
-/// Forward and backward through all norms of the spec's network, each on an input of its size, so many times in each way; figures of each.
+/// Forward and backward through all norms of the spec's network, each on an input of its size, so many times in each
+/// way; figures of each.
 ///
 /// # Errors
 /// If one of them computes something else.

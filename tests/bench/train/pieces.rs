@@ -1,5 +1,5 @@
-//! The pieces of work of `make bench-train` and `make bench-gpu`, each as a rank does it; each says what it took. They use the trainer's
-//! rooms and are compiled within its crate (its feature `bench`).
+//! The pieces of work of `make bench-train` and `make bench-gpu`, each as a rank does it; each says what it took. They
+//! use the trainer's rooms and are compiled within its crate (its feature `bench`).
 
 #[path = "norm.rs"]
 pub mod norm;
@@ -81,7 +81,8 @@ pub fn meeting_place() -> Result<(impl Sized, u16)> {
     Ok((store, port))
 }
 
-/// Trains `count` steps, after some that are not counted, on one batch in memory, as rank `rank` of `world` on `device`.
+/// Trains `count` steps, after some that are not counted, on one batch in memory, as rank `rank` of `world` on
+/// `device`.
 pub fn steps(spec: &RunSpec, count: u64, rank: u32, world: u32, device: &str, port: u16) -> Result<Figures> {
     tch::set_num_threads(spec.ranks.threads.max(1) as i32);
     let member = Member {
@@ -106,8 +107,8 @@ pub fn steps(spec: &RunSpec, count: u64, rank: u32, world: u32, device: &str, po
     clock.stop("steps", count * rank.samples())
 }
 
-/// Reads and decodes the epochs of the spec from the folder of a dataset, whose manifest is its `manifest.json`, up to numbers on the device;
-/// figures of each epoch.
+/// Reads and decodes the epochs of the spec from the folder of a dataset, whose manifest is its `manifest.json`, up to
+/// numbers on the device; figures of each epoch.
 pub fn loader(store: &Path, spec: &RunSpec, cache_bytes: u64, device: &str) -> Result<Vec<Figures>> {
     let device = device::parse(device)?;
     let manifest = Manifest::from_json(&std::fs::read(store.join("manifest.json"))?)?;
@@ -143,8 +144,8 @@ pub fn loader(store: &Path, spec: &RunSpec, cache_bytes: u64, device: &str) -> R
     Ok(figures)
 }
 
-/// Trains the whole run of the spec from such a folder, as a rank that is alone: with ledger, checkpoints, export. Figures of all of it, and
-/// of all epochs but the first, if there are more.
+/// Trains the whole run of the spec from such a folder, as a rank that is alone: with ledger, checkpoints, export.
+/// Figures of all of it, and of all epochs but the first, if there are more.
 pub fn run(store: &Path, spec: &RunSpec, cache_bytes: u64, device: &str) -> Result<Vec<Figures>> {
     let runtime = tokio::runtime::Runtime::new()?;
     let folder: Arc<dyn ObjectStore> = Arc::new(LocalFileSystem::new_with_prefix(store)?);

@@ -6,9 +6,9 @@ use std::net::{IpAddr, SocketAddr};
 
 use socket2::{Domain, Socket, Type};
 
-/// An address of this machine with a free port, which stays free until somebody listens there: a socket is bound to it, without
-/// listening. The system gives such a port to nobody who asks for any port, and lets whoever names it listen (SO_REUSEADDR, which
-/// both std and tokio set). Until then connections are refused.
+/// An address of this machine with a free port, which stays free until somebody listens there: a socket is bound to it,
+/// without listening. The system gives such a port to nobody who asks for any port, and lets whoever names it listen
+/// (SO_REUSEADDR, which both std and tokio set). Until then connections are refused.
 #[derive(Debug)]
 pub struct FreeAddress {
     address: SocketAddr,

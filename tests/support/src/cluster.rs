@@ -188,8 +188,8 @@ impl Cluster {
         self.processes.remove(at).1
     }
 
-    /// When, in seconds of the day, the last rank of a generation logged that it holds the agreed state; None while the store does not
-    /// have that line.
+    /// When, in seconds of the day, the last rank of a generation logged that it holds the agreed state; None while the
+    /// store does not have that line.
     pub fn agreed(&self, run: &str, generation: u64) -> Option<f64> {
         let files = std::fs::read_dir(Path::new(&self.store).join(proto::keys::logs_of(run))).ok()?.flatten();
         let of_it =
@@ -269,8 +269,8 @@ impl Cluster {
         serde_json::from_str(&text).unwrap_or_else(|e| panic!("gleaner {args:?}: {e}: {text}"))
     }
 
-    /// Waits until `done`: asks at once, soon again, and then less and less often, down to twice a second, since most questions are
-    /// processes that take time from what is waited for.
+    /// Waits until `done`: asks at once, soon again, and then less and less often, down to twice a second, since most
+    /// questions are processes that take time from what is waited for.
     ///
     /// # Panics
     /// If that takes too long.

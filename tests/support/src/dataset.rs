@@ -9,7 +9,8 @@ use proto::manifest::{ManifestBlock, ManifestClass, ManifestShard, ManifestTar, 
 use proto::shard::{Origin, TarWriter, sha256_hex};
 use proto::{Attempt, DatasetId, Manifest, OutcomeCounts, Resize, Sample, Split, Stored, keys};
 
-/// What [`write`] writes. Keys count up from 0, in the order of shards, splits and samples; the label of key `k` is `k % classes`.
+/// What [`write`] writes. Keys count up from 0, in the order of shards, splits and samples; the label of key `k` is `k
+/// % classes`.
 pub struct Dataset<'a> {
     /// `<name>-<uid>`.
     pub dataset: &'a DatasetId,
@@ -113,8 +114,8 @@ fn put(store: &Path, key: &str, bytes: &[u8]) -> StoredFile {
     StoredFile { key: key.to_owned(), bytes: bytes.len() as u64, sha256: sha256_hex(bytes) }
 }
 
-/// A JPEG of `width` x `height` pixels with noise in all sizes, as photographs have it: it is about as long as one of them. Each seed
-/// gives another one.
+/// A JPEG of `width` x `height` pixels with noise in all sizes, as photographs have it: it is about as long as one of
+/// them. Each seed gives another one.
 ///
 /// # Panics
 /// If it has no pixels.

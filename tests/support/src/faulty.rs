@@ -77,7 +77,8 @@ enum Kind {
     Delete,
 }
 
-/// What goes wrong in stores, to be changed at any time. The same seed and requests in the same order give the same faults.
+/// What goes wrong in stores, to be changed at any time. The same seed and requests in the same order give the same
+/// faults.
 #[derive(Debug, Clone)]
 pub struct Faults(Arc<Mutex<State>>);
 

@@ -1,10 +1,10 @@
 //! What tests and benches share. It knows the contracts alone, so that every crate's tests can use it.
 //!
-//! - [`Cluster`]: real processes over one store, and the command line; [`process`]: what the kernel knows of them, and signals;
-//!   [`net`]: machines with addresses of their own; [`FreeAddress`]: one that nobody takes in between; [`Wire`]: a network that can be
-//!   cut;
-//! - [`FaultyStore`]: a store that fails, loses answers, delays, damages and refuses as its [`Faults`] say; [`S3`]: any store behind
-//!   S3's protocol, for processes;
+//! - [`Cluster`]: real processes over one store, and the command line; [`process`]: what the kernel knows of them, and
+//!   signals; [`net`]: machines with addresses of their own; [`FreeAddress`]: one that nobody takes in between;
+//!   [`Wire`]: a network that can be cut;
+//! - [`FaultyStore`]: a store that fails, loses answers, delays, damages and refuses as its [`Faults`] say; [`S3`]: any
+//!   store behind S3's protocol, for processes;
 //! - [`Authority`]: signs certificates; [`dataset`]: a dataset with its manifest, made by hand.
 
 mod address;

@@ -3,7 +3,8 @@
 use std::net::UdpSocket;
 use std::process::Command;
 
-/// So many machines, each with one interface, `eth0`, and the test's own namespace as the gateway. Removed when it is dropped.
+/// So many machines, each with one interface, `eth0`, and the test's own namespace as the gateway. Removed when it is
+/// dropped.
 pub struct Net {
     prefix: String,
     subnet: String,

@@ -1,5 +1,5 @@
-//! Any store behind S3's protocol, so that real processes can use one that fails on purpose: as much of the protocol as the roles
-//! speak, in the path style. Signatures are not checked.
+//! Any store behind S3's protocol, so that real processes can use one that fails on purpose: as much of the protocol as
+//! the roles speak, in the path style. Signatures are not checked.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;

@@ -3,8 +3,9 @@
 /// Settings of a trainer agent.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Config {
-    /// Host name or address at which the ranks of other machines reach this one, and which this one has: ranks listen at it, so that one
-    /// that is translated on the way (NAT, a published port of a container) is of no use [default: that from which the coordinator is reached]
+    /// Host name or address at which the ranks of other machines reach this one, and which this one has: ranks listen
+    /// at it, so that one that is translated on the way (NAT, a published port of a container) is of no use [default:
+    /// that from which the coordinator is reached]
     #[arg(long, env = "GLEANER_ADVERTISE_ADDRESS", value_name = "HOST")]
     pub advertise_address: Option<String>,
     /// Network interface over which ranks talk to each other: its first address is advertised, and NCCL takes it
@@ -15,8 +16,8 @@ pub struct Config {
     /// [default: all GPUs, or else one cpu]
     #[arg(long, env = "GLEANER_DEVICES")]
     pub devices: Option<String>,
-    /// Have ranks of this run alone, wait for it if it is not there, and end with it: with exit code 1 if it failed or was cancelled
-    /// [default: any run, until told to end]
+    /// Have ranks of this run alone, wait for it if it is not there, and end with it: with exit code 1 if it failed or
+    /// was cancelled [default: any run, until told to end]
     #[arg(long, env = "GLEANER_RUN", value_name = "NAME")]
     pub run: Option<String>,
     /// When told to end, ranks have so many seconds to finish their step, to hand over or to write a checkpoint
@@ -33,8 +34,8 @@ pub struct CacheConfig {
     /// Decoded images may take so much memory (16GiB, or a number of bytes), all ranks of this machine together
     #[arg(long, env = "GLEANER_CACHE_BYTES", default_value = "1GiB", value_parser = size, value_name = "SIZE")]
     pub cache_bytes: u64,
-    /// Folder for decoded images that have no room in memory; what is in it vanishes with the trainer, however that ends
-    /// [default: none are kept]
+    /// Folder for decoded images that have no room in memory; what is in it vanishes with the trainer, however that
+    /// ends [default: none are kept]
     #[arg(long, env = "GLEANER_CACHE_DIR", value_name = "DIR")]
     pub cache_dir: Option<std::path::PathBuf>,
     /// Decoded images may take so much of that folder, all ranks of this machine together

@@ -11,7 +11,8 @@ pub fn devices() -> Vec<String> {
     }
 }
 
-/// What `--devices` means: `cpu`, `cpu:N` (N ranks on the CPU), `cuda` (all GPUs), `cuda:N` (that one), or several of these with commas.
+/// What `--devices` means: `cpu`, `cpu:N` (N ranks on the CPU), `cuda` (all GPUs), `cuda:N` (that one), or several of
+/// these with commas.
 pub(crate) fn chosen(text: &str) -> Result<Vec<String>> {
     let mut chosen = Vec::new();
     for word in text.split(',').map(str::trim) {

@@ -1,5 +1,5 @@
-//! The stream to the coordinator. It is reconnected after every error for as long as the agent runs: a coordinator may be dead for
-//! minutes, and ranks go on training meanwhile.
+//! The stream to the coordinator. It is reconnected after every error for as long as the agent runs: a coordinator may
+//! be dead for minutes, and ranks go on training meanwhile.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket};
@@ -38,8 +38,9 @@ pub(crate) enum LinkEvent {
     Message(Box<pb::coordinator_message::Message>),
 }
 
-/// The address at which other machines reach this one, and its network interface if that is known: the given `address`, the first address
-/// of the given `interface`, or else the local address of the route to the coordinator. A given address may be a host name.
+/// The address at which other machines reach this one, and its network interface if that is known: the given `address`,
+/// the first address of the given `interface`, or else the local address of the route to the coordinator. A given
+/// address may be a host name.
 pub(crate) fn advertised_address(
     coordinator: &Dial,
     address: Option<String>,
@@ -67,7 +68,8 @@ pub(crate) fn advertised_address(
 /// This machine's network interfaces by name, each as often as it has addresses.
 fn interfaces() -> Result<Vec<(String, IpAddr)>> {
     let all = if_addrs::get_if_addrs().context("failed to list this machine's network interfaces")?;
-    // A link-local address of IPv6 is of no use to another machine: it is valid only together with an interface of that machine.
+    // A link-local address of IPv6 is of no use to another machine: it is valid only together with an interface of that
+    // machine.
     let reachable = |address: IpAddr| !matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local());
     Ok(all
         .into_iter()

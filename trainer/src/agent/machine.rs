@@ -1,5 +1,5 @@
-//! How the agents of a machine share its cores: each locks a file of its own that says how many devices it has, and whoever starts a rank
-//! counts the devices of all.
+//! How the agents of a machine share its cores: each locks a file of its own that says how many devices it has, and
+//! whoever starts a rank counts the devices of all.
 
 use std::fs::{File, TryLockError};
 use std::io::Write;

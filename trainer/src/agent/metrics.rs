@@ -1,5 +1,5 @@
-//! What a trainer agent measures of itself. The names are stable: dashboards and alerts stand on them. What a run does is told by the
-//! coordinator, which hears of all its ranks.
+//! What a trainer agent measures of itself. The names are stable: dashboards and alerts stand on them. What a run does
+//! is told by the coordinator, which hears of all its ranks.
 
 use std::sync::LazyLock;
 

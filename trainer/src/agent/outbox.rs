@@ -1,4 +1,5 @@
-//! Reports of this agent's ranks to the coordinator. Each is kept until it is acknowledged, and sent again over the next stream.
+//! Reports of this agent's ranks to the coordinator. Each is kept until it is acknowledged, and sent again over the
+//! next stream.
 
 use std::collections::VecDeque;
 
@@ -15,7 +16,8 @@ pub(super) struct Outbox {
 }
 
 impl Outbox {
-    /// Adds a report. Only the newest step of a device is kept among unsent reports; the curve's points are in the store as well.
+    /// Adds a report. Only the newest step of a device is kept among unsent reports; the curve's points are in the
+    /// store as well.
     pub(super) fn push(&mut self, mut report: pb::RankMessage) {
         if let Some(Message::Stepped(newest)) = &mut report.message {
             let mut unsent = self.reports.split_off(self.sent);

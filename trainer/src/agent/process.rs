@@ -15,8 +15,9 @@ use crate::learn::context::Setup;
 use crate::rank::ipc;
 use crate::torch::NCCL_ENVIRONMENT;
 
-/// Environment of every rank process: glibc keeps the memory that a step gives back for the next one. By default it returns large pieces to
-/// the system at once, and a batch costs more in page faults than in all that is done to its pixels.
+/// Environment of every rank process: glibc keeps the memory that a step gives back for the next one. By default it
+/// returns large pieces to the system at once, and a batch costs more in page faults than in all that is done to its
+/// pixels.
 pub const RANK_ENVIRONMENT: [(&str, &str); 2] =
     [("MALLOC_MMAP_THRESHOLD_", "1000000000"), ("MALLOC_TRIM_THRESHOLD_", "4000000000")];
 

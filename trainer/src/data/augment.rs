@@ -1,6 +1,7 @@
 //! Augmentation: crops a part of a stored image, scales and flips it, and draws its color jitter.
 //!
-//! What is drawn for a sample depends on seed, epoch and the sample's key alone. The pixels are the same whether the image was cached or not.
+//! What is drawn for a sample depends on seed, epoch and the sample's key alone. The pixels are the same whether the
+//! image was cached or not.
 
 use std::sync::Arc;
 
@@ -89,8 +90,8 @@ impl Augmentation {
 }
 
 /// Width and height of a random crop (the Inception networks' augmentation, Szegedy et al., 2015, as torchvision's
-/// `RandomResizedCrop` draws it): its area is a uniform share of the image's, the logarithm of its aspect ratio uniform. If none of ten
-/// fits, the largest part with the nearest ratio.
+/// `RandomResizedCrop` draws it): its area is a uniform share of the image's, the logarithm of its aspect ratio
+/// uniform. If none of ten fits, the largest part with the nearest ratio.
 fn random_size(draws: u64, input: &Input, width: usize, height: usize) -> (usize, usize) {
     let (w, h) = (width as f64, height as f64);
     let ratio = input.max_aspect.ln();
@@ -109,8 +110,8 @@ fn random_size(draws: u64, input: &Input, width: usize, height: usize) -> (usize
 }
 
 impl Transform {
-    /// Brightness scales; contrast blends with the mean grey of the whole image; saturation blends with the pixel's own grey. All three are
-    /// one linear map, clamped once at the end, where torchvision clamps after each.
+    /// Brightness scales; contrast blends with the mean grey of the whole image; saturation blends with the pixel's own
+    /// grey. All three are one linear map, clamped once at the end, where torchvision clamps after each.
     fn color_jitter(&self, grey: impl FnOnce() -> f32) -> ColorJitter {
         let Self { brightness, contrast, saturation, .. } = *self;
         let gain = brightness * contrast;
@@ -224,7 +225,8 @@ fn write(
     Ok(())
 }
 
-/// Reverses a row of pixels in place. That is faster than copying it in reverse, because memory is first written in long runs.
+/// Reverses a row of pixels in place. That is faster than copying it in reverse, because memory is first written in
+/// long runs.
 fn mirror(row: &mut [u8]) {
     row.as_chunks_mut::<3>().0.reverse();
 }

@@ -44,8 +44,9 @@ impl Pixels {
 /// The weights of red, green and blue in the grey of a pixel (ITU-R BT.601, as in Pillow and torchvision).
 pub(crate) const GREY: [f32; 3] = [0.299, 0.587, 0.114];
 
-/// The color jitter of a sample, whose channels are 0 to 1: each channel x becomes `gain` x + `grey` g + `offset`, clamped to 0 to 1, where
-/// g is the pixel's grey. Brightness, contrast and saturation one after the other are one such map.
+/// The color jitter of a sample, whose channels are 0 to 1: each channel x becomes `gain` x + `grey` g + `offset`,
+/// clamped to 0 to 1, where g is the pixel's grey. Brightness, contrast and saturation one after the other are one such
+/// map.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct ColorJitter {
     pub gain: f32,

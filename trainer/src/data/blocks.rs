@@ -1,4 +1,5 @@
-//! Reads blocks of samples from the object store by range, checks them, and leaves out the samples that the manifest skips.
+//! Reads blocks of samples from the object store by range, checks them, and leaves out the samples that the manifest
+//! skips.
 
 use std::sync::Arc;
 

@@ -1,9 +1,10 @@
-//! A cache of decoded images, so that a later epoch need not decode them again: in memory up to a hard limit, then in a file up to another.
+//! A cache of decoded images, so that a later epoch need not decode them again: in memory up to a hard limit, then in a
+//! file up to another.
 //!
-//! The plan says when each image is needed next, so the cache evicts the image whose next use is the latest (Belády, "A study of
-//! replacement algorithms for a virtual-storage computer", 1966). An epoch needs each image once, so the hit rate of any cache is at most
-//! the share of images that it has room for. This one reaches that; least-recently-used with room for half of the images hits a seventh.
-//! Images without a next use are not kept.
+//! The plan says when each image is needed next, so the cache evicts the image whose next use is the latest (Belády, "A
+//! study of replacement algorithms for a virtual-storage computer", 1966). An epoch needs each image once, so the hit
+//! rate of any cache is at most the share of images that it has room for. This one reaches that; least-recently-used
+//! with room for half of the images hits a seventh. Images without a next use are not kept.
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
@@ -24,7 +25,8 @@ const PAGE: usize = 64 << 10;
 /// An image of the dataset.
 pub(crate) type ImageId = (Split, SampleId);
 
-/// When an image is used, as a place in the plan: the epoch (from 0) in the upper 32 bits, the fraction of the epoch in the lower ones.
+/// When an image is used, as a place in the plan: the epoch (from 0) in the upper 32 bits, the fraction of the epoch in
+/// the lower ones.
 pub(crate) type PlanTime = u64;
 
 /// The next use of a reserved image, which comes before all others.
@@ -71,8 +73,8 @@ pub(crate) struct Cache {
 /// Numbers of pages of the file that hold nothing. Locked after the state, never before it.
 type FreePages = Mutex<Vec<u32>>;
 
-/// Pages of the file that belong to one image. **They are free only when the last reader has dropped them**: an image may be evicted while
-/// another thread still reads it.
+/// Pages of the file that belong to one image. **They are free only when the last reader has dropped them**: an image
+/// may be evicted while another thread still reads it.
 #[derive(Debug)]
 struct Pages {
     numbers: Vec<u32>,
@@ -112,8 +114,8 @@ struct Tier {
 }
 
 impl Cache {
-    /// An empty cache for at most `limit` bytes of pixels in memory, and `disk_limit` in a file in the folder `disk`. The file has no name,
-    /// so nothing is left of it when the process ends, however it ends.
+    /// An empty cache for at most `limit` bytes of pixels in memory, and `disk_limit` in a file in the folder `disk`.
+    /// The file has no name, so nothing is left of it when the process ends, however it ends.
     ///
     /// # Errors
     /// If no file can be created in that folder.
@@ -222,7 +224,8 @@ impl Cache {
             }
             Ok(()) => {}
             Err(error) => {
-                // For example because the disk is full. Images that are in the file stay there, and these pages are not used again.
+                // For example because the disk is full. Images that are in the file stay there, and these pages are not
+                // used again.
                 warn!(%error, "the cache's file cannot be written; it does not grow any more");
                 state.disk.limit = state.disk.used;
                 pages.numbers.clear();

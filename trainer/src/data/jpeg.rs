@@ -40,8 +40,9 @@ impl Decoder {
         Ok(Self { handle })
     }
 
-    /// Replaces `pixels` by rows of red, green, blue: at least those of the area that `wanted` chooses, given width and height of the
-    /// image. Gives these two, and which part of the image the pixels are; they are exactly those that the whole image has there.
+    /// Replaces `pixels` by rows of red, green, blue: at least those of the area that `wanted` chooses, given width and
+    /// height of the image. Gives these two, and which part of the image the pixels are; they are exactly those that
+    /// the whole image has there.
     pub(crate) fn decode(
         &mut self,
         jpeg: &[u8],
@@ -61,7 +62,8 @@ impl Decoder {
             raw::TJSAMP_TJSAMP_411 => 32,
             _ => width,
         };
-        // Colours are interpolated from neighbours, which must be there for the pixels at the border to be those of the whole image.
+        // Colours are interpolated from neighbours, which must be there for the pixels at the border to be those of the
+        // whole image.
         let part = |from: usize, size: usize, end: usize, step: usize| {
             let start = from.saturating_sub(MARGIN) / step * step;
             (start, (from + size + MARGIN).next_multiple_of(step).min(end) - start)
@@ -77,7 +79,8 @@ impl Decoder {
         pixels.resize(3 * columns * rows, 0);
         // SAFETY: takes no pointers but the handle.
         self.check(unsafe { raw::tj3SetCroppingRegion(self.handle, region) })?;
-        // SAFETY: both slices outlive the call, which writes `rows` rows of `columns` pixels of three bytes, as this JPEG's header says.
+        // SAFETY: both slices outlive the call, which writes `rows` rows of `columns` pixels of three bytes, as this
+        // JPEG's header says.
         self.check(unsafe {
             raw::tj3Decompress8(
                 self.handle,

@@ -7,7 +7,8 @@
 //! assembler  one thread: puts the batches in order
 //! ```
 //!
-//! All channels are bounded, so that nothing runs further ahead of the training thread than that. Dropping [`Batches`] ends all stages.
+//! All channels are bounded, so that nothing runs further ahead of the training thread than that. Dropping [`Batches`]
+//! ends all stages.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -136,7 +137,8 @@ impl Loader {
             }
         };
         let Sample { key, label, .. } = sample;
-        // The decoded size is not known yet. The size of the input is near enough to decide whether the cache would keep the image.
+        // The decoded size is not known yet. The size of the input is near enough to decide whether the cache would
+        // keep the image.
         let jitter = if self.cache.would_keep(into.len(), next_use) {
             let image = augmenter.decode(&sample)?;
             self.cache.keep(id, &image, next_use);
@@ -248,7 +250,8 @@ impl OpenBlock {
 struct Readahead {
     loader: Loader,
     ahead: Arc<Semaphore>,
-    /// Blocks of which samples are still to come in the plan: how many, and the block if one of its samples was not cached.
+    /// Blocks of which samples are still to come in the plan: how many, and the block if one of its samples was not
+    /// cached.
     open: HashMap<u32, (u32, Option<Arc<OpenBlock>>)>,
 }
 
@@ -271,8 +274,8 @@ impl Readahead {
             for sample_id in sample_ids {
                 let uses = plan.get(&sample_id.block).copied().unwrap_or(1);
                 let source = self.find(uses, sample_id).await;
-                // Samples are sent one at a time, not a batch at a time: otherwise the readahead could wait for ever for bytes of blocks
-                // whose samples it has not sent yet.
+                // Samples are sent one at a time, not a batch at a time: otherwise the readahead could wait for ever
+                // for bytes of blocks whose samples it has not sent yet.
                 if found.send(PlannedSample { batch: batch.clone(), sample_id, source }).await.is_err() {
                     return;
                 }
@@ -361,7 +364,8 @@ async fn allocate(shape: [i64; 4], device: Device) -> Result<Slab> {
     }
 }
 
-/// Sends an error in place of a part. The channel to the assembler may be full, and sending blocks: not on a thread of the runtime.
+/// Sends an error in place of a part. The channel to the assembler may be full, and sending blocks: not on a thread of
+/// the runtime.
 async fn fail(decoded: SyncSender<DecodedPart>, batch: Arc<BatchPlan>, part: usize, error: anyhow::Error) {
     let failed = DecodedPart { batch, part, done: Err(error) };
     let _ = tokio::task::spawn_blocking(move || decoded.send(failed)).await;
@@ -370,7 +374,8 @@ async fn fail(decoded: SyncSender<DecodedPart>, batch: Arc<BatchPlan>, part: usi
 /// A batch, its parts, and how many of them are missing.
 type Unfinished = (Arc<BatchPlan>, Vec<Option<FilledPart>>, usize);
 
-/// Puts finished batches into the queue in their order, until there are no more parts, the queue is closed, or a part is an error.
+/// Puts finished batches into the queue in their order, until there are no more parts, the queue is closed, or a part
+/// is an error.
 fn assemble(decoded: &Receiver<DecodedPart>, queue: &PrefetchQueue<Result<Batch>>) {
     let mut waiting: HashMap<u64, Unfinished> = HashMap::new();
     let mut next = 0;

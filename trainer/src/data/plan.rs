@@ -1,14 +1,15 @@
-//! The order of samples: a pure function of the blocks' counts, the seed and the epoch. Which rank reads what follows from the lanes
-//! alone, so any number of ranks trains on the same samples in the same steps.
+//! The order of samples: a pure function of the blocks' counts, the seed and the epoch. Which rank reads what follows
+//! from the lanes alone, so any number of ranks trains on the same samples in the same steps.
 //!
-//! A run shuffles the blocks and lays them end to end; lane v of V owns an equal part of that line, cut inside blocks where it must be, and
-//! owns it in every epoch: so a rank decodes no other samples than those that it has cached, and a cluster reads the store once. An epoch
-//! shuffles each lane's pieces of blocks; within a window of pieces the lane's samples are shuffled, and what comes out is spread evenly
-//! over the epoch's steps, by the run's [`Plan`]: lane by lane, or by the shortest lane for all, so that lanes have equal shares. A share
-//! differs from another of the same epoch by one sample at the most.
+//! A run shuffles the blocks and lays them end to end; lane v of V owns an equal part of that line, cut inside blocks
+//! where it must be, and owns it in every epoch: so a rank decodes no other samples than those that it has cached, and
+//! a cluster reads the store once. An epoch shuffles each lane's pieces of blocks; within a window of pieces the lane's
+//! samples are shuffled, and what comes out is spread evenly over the epoch's steps, by the run's [`Plan`]: lane by
+//! lane, or by the shortest lane for all, so that lanes have equal shares. A share differs from another of the same
+//! epoch by one sample at the most.
 //!
-//! Only the current windows are held sample by sample: 100,000,000 samples are some million blocks, and a lane's position is found from
-//! these.
+//! Only the current windows are held sample by sample: 100,000,000 samples are some million blocks, and a lane's
+//! position is found from these.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -61,7 +62,8 @@ pub(crate) struct EpochPlan {
 pub(crate) struct UseTimes(Vec<(SampleId, u32)>);
 
 impl UseTimes {
-    /// The fraction of the epoch (of 2^32) that has passed when the window of this sample begins; None if it is of another lane.
+    /// The fraction of the epoch (of 2^32) that has passed when the window of this sample begins; None if it is of
+    /// another lane.
     pub(crate) fn of(&self, sample_id: SampleId) -> Option<u32> {
         let after = self.0.partition_point(|(first, _)| *first <= sample_id);
         let (first, time) = self.0[after.checked_sub(1)?];
@@ -90,7 +92,8 @@ fn part(total: u64, i: u64, of: u64) -> u64 {
 }
 
 impl EpochPlan {
-    /// For blocks with `kept[i]` samples that count, in `lanes` lanes, with about `batch` samples in a step. Epochs count from 0.
+    /// For blocks with `kept[i]` samples that count, in `lanes` lanes, with about `batch` samples in a step. Epochs
+    /// count from 0.
     ///
     /// # Errors
     /// If a lane's share of a step could have fewer than two samples.
@@ -126,7 +129,8 @@ impl EpochPlan {
         (0..self.lanes).map(|lane| self.share(lane, step)).map(|share| share.end - share.start).sum()
     }
 
-    /// The shares of one lane from step `from` on (counted within the epoch): each step's samples, until the epoch ends.
+    /// The shares of one lane from step `from` on (counted within the epoch): each step's samples, until the epoch
+    /// ends.
     pub(crate) fn lane(self: &Arc<Self>, lane: u32, from: u64) -> Lane {
         Lane { pieces: self.pieces(lane), plan: self.clone(), lane, step: from, window: 0..0, sample_ids: Vec::new() }
     }
@@ -178,7 +182,8 @@ impl EpochPlan {
         let cut = |step| match self.plan {
             Plan::Spread => part(own, step, steps),
             Plan::Equal if step == steps => own,
-            // Rounded up, so that the last step, which has what longer lanes have more, is one of the smaller ones without it.
+            // Rounded up, so that the last step, which has what longer lanes have more, is one of the smaller ones
+            // without it.
             Plan::Equal => shortest - part(shortest, steps - step, steps),
         };
         cut(step)..cut(step + 1)
@@ -211,7 +216,8 @@ impl EpochPlan {
         };
         let ends = of.iter().map(&mut add).collect();
         let size = (WINDOW_BLOCKS / self.lanes as usize).max(1);
-        // The lanes' first windows differ in size, so that they do not all ask for a new window's blocks at the same step.
+        // The lanes' first windows differ in size, so that they do not all ask for a new window's blocks at the same
+        // step.
         let head = if of.len() <= size { of.len() } else { (size * (lane as usize + 1) / self.lanes as usize).max(1) };
         Pieces { of, ends, head, size, seed }
     }

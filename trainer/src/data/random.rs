@@ -1,5 +1,5 @@
-//! Random numbers as pure functions of what they are for, so that they are the same on any machine, for any number of ranks, in any
-//! order, and after any crash. Counter-based: a key names a stream, a counter a place in it.
+//! Random numbers as pure functions of what they are for, so that they are the same on any machine, for any number of
+//! ranks, in any order, and after any crash. Counter-based: a key names a stream, a counter a place in it.
 
 use tch::Tensor;
 
@@ -15,7 +15,8 @@ pub(crate) fn bits(key: u64, index: u64) -> u64 {
     mix(z)
 }
 
-/// [`bits`] of each key and each index, on their device: its 64-bit integers wrap as ours do, and only their shifts keep the sign.
+/// [`bits`] of each key and each index, on their device: its 64-bit integers wrap as ours do, and only their shifts
+/// keep the sign.
 pub(crate) fn bits_on(keys: &Tensor, indexes: &Tensor) -> Tensor {
     let shifted = |z: &Tensor, by: i64| z.bitwise_right_shift_tensor_scalar(by).bitwise_and((1_i64 << (64 - by)) - 1);
     let mix = |z: Tensor| {

@@ -15,7 +15,8 @@ use super::plan::{EpochPlan, Lane, SampleId, steps_per_epoch};
 pub(crate) struct BatchRequest {
     /// The step that it is for, counted over the whole run from 0.
     pub step: u64,
-    /// With the first batch of a plan: how many samples of each block the whole plan uses, so that a block is dropped after the last one.
+    /// With the first batch of a plan: how many samples of each block the whole plan uses, so that a block is dropped
+    /// after the last one.
     pub uses: Option<HashMap<u32, u32>>,
     /// Samples of the step on all ranks.
     pub samples: u64,
@@ -41,7 +42,8 @@ pub(super) fn training(
     let steps = steps_per_epoch(kept.iter().map(|&n| u64::from(n)).sum(), train.batch);
     (from / steps..u64::from(train.epochs))
         .map_while(move |epoch| {
-            // This cannot fail: `Job::open` has made such a plan, and whether one is possible is the same for all epochs.
+            // This cannot fail: `Job::open` has made such a plan, and whether one is possible is the same for all
+            // epochs.
             let plan = |epoch| EpochPlan::new(&kept, by, lanes, train.batch, seed, epoch).ok();
             let next_use = match epoch + 1 < u64::from(train.epochs) {
                 true => NextUse::InEpoch(epoch as u32 + 1, Arc::new(plan(epoch + 1)?.use_times(own_lanes.clone()))),

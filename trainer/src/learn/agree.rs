@@ -14,8 +14,9 @@ use super::membership::Membership;
 use crate::data::store::is_damage;
 use crate::torch::{Group, Op};
 
-/// Makes sure that all ranks hold the same state: that of the lowest rank among those that have come furthest; if none holds any, what
-/// rank 0 finds in the newest whole checkpoint, or the weights that the run starts from. Returns the checkpoints that rank 0 found damaged.
+/// Makes sure that all ranks hold the same state: that of the lowest rank among those that have come furthest; if none
+/// holds any, what rank 0 finds in the newest whole checkpoint, or the weights that the run starts from. Returns the
+/// checkpoints that rank 0 found damaged.
 pub(super) fn agree(job: &mut Job, membership: &Membership, join: &pb::Join) -> Result<Vec<pb::Damaged>, Failure> {
     let Membership { group, rank, world, .. } = membership;
     let mine = if job.has_state { job.progress.step as i64 + 1 } else { 0 };

@@ -7,16 +7,16 @@
 //! | `alexnet-2012` | two groups, responses normalised across channels ("ImageNet classification", below) | 60,965,224 |
 //! | `alexnet-slim` | `alexnet-bn` with global average pooling for the hidden fully-connected layers | 2,727,848 |
 //!
-//! Krizhevsky, "One weird trick for parallelizing convolutional neural networks", 2014. Krizhevsky, Sutskever & Hinton, "ImageNet
-//! classification with deep convolutional neural networks", 2012.
+//! Krizhevsky, "One weird trick for parallelizing convolutional neural networks", 2014. Krizhevsky, Sutskever & Hinton,
+//! "ImageNet classification with deep convolutional neural networks", 2012.
 //!
-//! Weights begin as in the source: uniform within 1 / sqrt(fan in), PyTorch's default (Kaiming's with a = sqrt 5), biases too; but in
-//! `alexnet-2012` normal with a deviation of 0.01, and biases of 1 in the second, fourth and fifth convolution and the hidden layers, 0 in
-//! the others.
+//! Weights begin as in the source: uniform within 1 / sqrt(fan in), PyTorch's default (Kaiming's with a = sqrt 5),
+//! biases too; but in `alexnet-2012` normal with a deviation of 0.01, and biases of 1 in the second, fourth and fifth
+//! convolution and the hidden layers, 0 in the others.
 //!
-//! Batch normalisation here is per virtual rank ("ghost" batch norm, Hoffer et al., 2017): the share of each lane in a batch is normalised
-//! alone. So the numbers are the same on any number of ranks, and nothing need be sent in forward or backward. With it a layer has no bias of
-//! its own, since the norm would take it out again.
+//! Batch normalisation here is per virtual rank ("ghost" batch norm, Hoffer et al., 2017): the share of each lane in a
+//! batch is normalised alone. So the numbers are the same on any number of ranks, and nothing need be sent in forward
+//! or backward. With it a layer has no bias of its own, since the norm would take it out again.
 
 mod dropout;
 mod formats;
@@ -42,7 +42,8 @@ const RESPONSE_BIAS: f64 = 2.0;
 
 /// A network with its weights.
 ///
-/// Tensors are named as in torchvision (`features.0.weight`, `classifier.1.bias`), a layer's norm as `features.0.norm.weight`.
+/// Tensors are named as in torchvision (`features.0.weight`, `classifier.1.bias`), a layer's norm as
+/// `features.0.norm.weight`.
 #[derive(Debug)]
 pub(crate) struct AlexNet {
     features: Vec<Layer>,
@@ -62,7 +63,8 @@ pub(crate) struct AlexNet {
 pub(crate) struct Forward {
     /// [samples, classes].
     pub logits: Tensor,
-    /// Per norm its channels' means, then their unbiased variances, each summed over the lanes of this rank, as f64; empty without norms.
+    /// Per norm its channels' means, then their unbiased variances, each summed over the lanes of this rank, as f64;
+    /// empty without norms.
     pub statistics: Tensor,
 }
 
@@ -75,8 +77,9 @@ struct Layer {
 }
 
 impl AlexNet {
-    /// A network for images of `crop` x `crop` pixels, with fresh weights: uniform within 1 / sqrt(fan in), as PyTorch's layers have by
-    /// default (Kaiming's with a = sqrt 5), the same for a seed on every machine and for every `kind`.
+    /// A network for images of `crop` x `crop` pixels, with fresh weights: uniform within 1 / sqrt(fan in), as
+    /// PyTorch's layers have by default (Kaiming's with a = sqrt 5), the same for a seed on every machine and for every
+    /// `kind`.
     pub(crate) fn new(model: &Model, classes: i64, crop: i64, seed: u64, kind: Kind, device: Device) -> Self {
         let paper = model.arch == Arch::Alexnet2012;
         let network = Network::new(model, classes as u64, crop as u32);
@@ -96,8 +99,9 @@ impl AlexNet {
         Self { features: layers, hidden, output, paper, groups: network.groups, stride, grid, dropout: model.dropout }
     }
 
-    /// The forward pass in training on this rank's part of a batch: `images` [samples, 3, crop, crop], normalised, lane after lane;
-    /// `shares`: how many samples each lane has, two at least; `keys`: one random key per sample and step, of which dropout is made.
+    /// The forward pass in training on this rank's part of a batch: `images` [samples, 3, crop, crop], normalised, lane
+    /// after lane; `shares`: how many samples each lane has, two at least; `keys`: one random key per sample and step,
+    /// of which dropout is made.
     pub(crate) fn train(&self, images: &Tensor, shares: &[i64], keys: &[u64]) -> Forward {
         let mut statistics = Vec::new();
         let mut norm = |norm: &Norm, x: &Tensor| norm.train(x, shares, &mut statistics);
@@ -115,7 +119,8 @@ impl AlexNet {
         tch::no_grad(|| self.forward(images, &mut |norm, x| norm.evaluate(x), &|_, x| x))
     }
 
-    /// Moves the running statistics towards those of a step: [`Forward::statistics`] summed over ranks and divided by the number of lanes.
+    /// Moves the running statistics towards those of a step: [`Forward::statistics`] summed over ranks and divided by
+    /// the number of lanes.
     pub(crate) fn update_running(&self, statistics: &Tensor) {
         let buffers = self.buffers();
         let sizes: Vec<i64> =
@@ -231,7 +236,8 @@ impl AlexNet {
     }
 }
 
-/// A convolution's geometry, and what follows its activation: a normalisation of responses, a pooling of 3 x 3 and stride 2.
+/// A convolution's geometry, and what follows its activation: a normalisation of responses, a pooling of 3 x 3 and
+/// stride 2.
 #[derive(Debug, Clone, Copy)]
 struct Stage {
     stride: i64,

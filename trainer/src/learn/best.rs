@@ -13,8 +13,8 @@ use super::membership::Membership;
 use super::records::Records;
 use crate::torch::tensor::Named;
 
-/// A network with the best weights, on every rank, and the step after which they were so good. None: nothing was measured, they are the last
-/// ones, or their checkpoint is gone.
+/// A network with the best weights, on every rank, and the step after which they were so good. None: nothing was
+/// measured, they are the last ones, or their checkpoint is gone.
 pub(super) fn best_weights(
     job: &Job,
     membership: &Membership,

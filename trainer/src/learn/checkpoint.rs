@@ -200,7 +200,8 @@ pub(super) async fn read_tensors(
     Ok(named)
 }
 
-/// Copies tensors into those of the same names, such as a checkpoint's into a network's. Names and shapes must be the same on both sides.
+/// Copies tensors into those of the same names, such as a checkpoint's into a network's. Names and shapes must be the
+/// same on both sides.
 pub(crate) fn load(into: &Named, from: &Named) -> Result<()> {
     ensure!(into.len() == from.len(), "{} tensors where {} belong", from.len(), into.len());
     for (name, target) in into {

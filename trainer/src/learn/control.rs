@@ -141,7 +141,8 @@ impl ControlFlags {
         self.heartbeat.step.store(step, Ordering::Relaxed);
     }
 
-    /// Whether the coordinator was heard within that time. If not, the generation may have ended without this rank's knowledge.
+    /// Whether the coordinator was heard within that time. If not, the generation may have ended without this rank's
+    /// knowledge.
     pub(crate) fn in_contact(&self, within: Duration) -> bool {
         self.heartbeat.now() <= self.heartbeat.contact.load(Ordering::Relaxed) + within.as_millis() as u64
     }

@@ -45,8 +45,8 @@ struct Description<'a> {
     test: Option<Sums>,
 }
 
-/// Writes the folder of a run's model, as its networks evaluate: `model.*` has the best weights, or the last ones if no others are better;
-/// beside better ones `last.*` has these. Returns it and the digests of its files.
+/// Writes the folder of a run's model, as its networks evaluate: `model.*` has the best weights, or the last ones if no
+/// others are better; beside better ones `last.*` has these. Returns it and the digests of its files.
 pub(crate) async fn export(
     job: &Job,
     generation: u64,

@@ -18,7 +18,8 @@ use crate::data::store::put;
 /// Lines and points are written at least this often.
 const FLUSH: Duration = Duration::from_secs(60);
 
-/// The digest of a set of samples, whatever their order: a sum of 40-bit hashes, so that 8,000,000 of them do not overflow.
+/// The digest of a set of samples, whatever their order: a sum of 40-bit hashes, so that 8,000,000 of them do not
+/// overflow.
 pub(crate) fn digest(keys: &[u64]) -> i64 {
     keys.iter().map(|&key| (random::key(&[key]) >> 24) as i64).sum()
 }
@@ -86,7 +87,8 @@ impl History {
         self.points.push(point);
     }
 
-    /// Starts to write the new lines of the ledger's `tail` and the new points, if it is time or `now`. One write is in flight at a time.
+    /// Starts to write the new lines of the ledger's `tail` and the new points, if it is time or `now`. One write is in
+    /// flight at a time.
     pub(crate) fn flush(&mut self, tail: &[Line], now: bool) {
         if let Some((step, write)) = self.writing.take_if(|(_, write)| write.is_finished())
             && self.runtime.block_on(write).unwrap_or(false)
@@ -148,7 +150,8 @@ impl History {
 }
 
 impl Drop for History {
-    /// After a failure nobody calls `finish`: points that no write has taken yet stand nowhere else, unlike the ledger's lines.
+    /// After a failure nobody calls `finish`: points that no write has taken yet stand nowhere else, unlike the
+    /// ledger's lines.
     fn drop(&mut self) {
         if !self.points.is_empty() {
             drop(self.write(Vec::new()));

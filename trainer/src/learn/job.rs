@@ -33,10 +33,11 @@ pub(crate) struct Job {
     pub model: AlexNet,
     pub sgd: Sgd,
     pub progress: Progress,
-    /// Whether model, momenta and progress are a state of the run. They are not before the first agreement on a state, nor after the receipt
-    /// of another rank's state was interrupted.
+    /// Whether model, momenta and progress are a state of the run. They are not before the first agreement on a state,
+    /// nor after the receipt of another rank's state was interrupted.
     pub has_state: bool,
-    /// The generation in which the ranks agreed on the state. Ranks with the same one and the same step hold the same state, bit by bit.
+    /// The generation in which the ranks agreed on the state. Ranks with the same one and the same step hold the same
+    /// state, bit by bit.
     pub(super) agreed_generation: u64,
     cache: Arc<Cache>,
     blocks: [Arc<BlockReader>; 3],

@@ -1,5 +1,5 @@
-//! The part of ONNX that a convolutional network needs, written as its `onnx.proto` defines it (IR version 8, operator set 13: what mobile
-//! and browser runtimes of recent years read).
+//! The part of ONNX that a convolutional network needs, written as its `onnx.proto` defines it (IR version 8, operator
+//! set 13: what mobile and browser runtimes of recent years read).
 
 use prost::Message;
 use proto::onnx::attribute_proto::AttributeType;
@@ -61,7 +61,8 @@ impl Graph {
         Ok(name)
     }
 
-    /// Adds a node whose output is called `name`. The node itself is called otherwise, since some runtimes keep both in one table.
+    /// Adds a node whose output is called `name`. The node itself is called otherwise, since some runtimes keep both in
+    /// one table.
     pub(crate) fn node(
         &mut self,
         operator: &str,

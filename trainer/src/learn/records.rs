@@ -20,7 +20,8 @@ const REPORT_EVERY: Duration = Duration::from_millis(250);
 /// ... and are points of the stored curve no more often than this.
 const POINT_EVERY: Duration = Duration::from_secs(1);
 
-/// Reports to the coordinator and writes learning curve, ledger and checkpoints. On other ranks than rank 0 it does nothing.
+/// Reports to the coordinator and writes learning curve, ledger and checkpoints. On other ranks than rank 0 it does
+/// nothing.
 pub(super) struct Records<'a> {
     membership: &'a Membership,
     reports: &'a Reports,
@@ -151,9 +152,9 @@ impl<'a> Records<'a> {
         self.history.flush(&job.progress.tail, true);
     }
 
-    /// Starts a checkpoint if one is due, or if the state is the best so far; at the end of the run the last one. One is written at a time,
-    /// while training goes on after the state has been copied. A checkpoint that is due while another is being written, or while the
-    /// coordinator is away, comes later; the best state waits as a copy.
+    /// Starts a checkpoint if one is due, or if the state is the best so far; at the end of the run the last one. One
+    /// is written at a time, while training goes on after the state has been copied. A checkpoint that is due while
+    /// another is being written, or while the coordinator is away, comes later; the best state waits as a copy.
     pub(super) fn checkpoint_if_due(&mut self, job: &Job, flags: &ControlFlags, over: bool) -> Result<(), Failure> {
         if self.membership.rank != 0 {
             return Ok(());

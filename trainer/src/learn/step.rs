@@ -21,13 +21,15 @@ use crate::torch::{self, Half, Reducer, Sgd, SgdSettings};
 /// What one rank's forward and backward gave, beside the gradients.
 #[derive(Debug)]
 pub(crate) struct Computed {
-    /// As f64, on the CPU: summed loss, top-1 and top-5 hits, then the norms' statistics as in [`super::alexnet::Forward`].
+    /// As f64, on the CPU: summed loss, top-1 and top-5 hits, then the norms' statistics as in
+    /// [`super::alexnet::Forward`].
     pub measured: Tensor,
     /// Communication that no computation hid.
     pub exposed: Duration,
 }
 
-/// Computes a rank's part of a step, in parts of whole lanes, and averages the gradients over `world` ranks; `at` hears what it is at.
+/// Computes a rank's part of a step, in parts of whole lanes, and averages the gradients over `world` ranks; `at` hears
+/// what it is at.
 pub(crate) fn compute(
     spec: &RunSpec,
     world: usize,
@@ -91,12 +93,14 @@ fn parts(shares: &[i64], most: u32) -> Vec<&[i64]> {
 
 /// The cross entropy of `logits` [samples, classes] with `labels` [samples] (i64), summed over samples.
 ///
-/// What a rank sends into backward is this times `world` / (samples in the step on all ranks): the reducer divides by `world`.
+/// What a rank sends into backward is this times `world` / (samples in the step on all ranks): the reducer divides by
+/// `world`.
 pub(crate) fn loss(logits: &Tensor, labels: &Tensor, label_smoothing: f64) -> Tensor {
     logits.cross_entropy_loss(labels, None::<Tensor>, Reduction::Sum, -100, label_smoothing)
 }
 
-/// How many samples have their label as the first, and among the first five, of the classes by logit: [top1, top5] as f64.
+/// How many samples have their label as the first, and among the first five, of the classes by logit: [top1, top5] as
+/// f64.
 pub(crate) fn correct(logits: &Tensor, labels: &Tensor) -> Tensor {
     let k = logits.size()[1].min(5);
     let (_, best) = logits.detach().topk(k, 1, true, true);
@@ -114,9 +118,10 @@ pub(crate) fn optimizer(model: &AlexNet, train: &Train) -> Sgd {
 
 /// One whole step on one rank from the seed's weights, for comparison with another implementation.
 ///
-/// `batch` is a safetensors file with `images` [samples, 3, crop, crop] (f32, normalised) and `labels` [samples] (i64). `out` will be one with
-/// `before.NAME`, `gradient.NAME` and `after.NAME` of each parameter (and `after.NAME` of each running statistic), `logits` and `loss` (the
-/// mean over samples). The step has the spec's peak learning rate; the samples are shared out to `ranks.lanes` lanes in their order.
+/// `batch` is a safetensors file with `images` [samples, 3, crop, crop] (f32, normalised) and `labels` [samples] (i64).
+/// `out` will be one with `before.NAME`, `gradient.NAME` and `after.NAME` of each parameter (and `after.NAME` of each
+/// running statistic), `logits` and `loss` (the mean over samples). The step has the spec's peak learning rate; the
+/// samples are shared out to `ranks.lanes` lanes in their order.
 pub fn reference_step(spec: &RunSpec, classes: i64, batch: &Path, out: &Path) -> anyhow::Result<()> {
     let kind = kind(spec.ranks.precision);
     let tensors = Tensor::read_safetensors(batch).with_context(|| format!("failed to read {}", batch.display()))?;

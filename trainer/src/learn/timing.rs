@@ -30,8 +30,8 @@ pub(crate) struct Timing {
 }
 
 impl Timing {
-    /// Of one step: what each rank says of itself (how long it waited for data, and was busy until its last gradient was there, both in
-    /// microseconds), when all had agreed on the step, and when it was applied.
+    /// Of one step: what each rank says of itself (how long it waited for data, and was busy until its last gradient
+    /// was there, both in microseconds), when all had agreed on the step, and when it was applied.
     pub(crate) fn of(ranks: &[(i64, i64)], agreed: Duration, applied: Duration) -> Self {
         let n = ranks.len().max(1) as f64;
         let seconds = |micros: i64| micros as f64 / 1e6;
@@ -72,8 +72,9 @@ impl Timing {
     }
 }
 
-/// Bytes a second that a rank's link carries each way: by the fastest of a few all-reduces, each of which moves 2 (n - 1) / n of the bytes
-/// both ways (Patarasuk & Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009). 0 for one rank.
+/// Bytes a second that a rank's link carries each way: by the fastest of a few all-reduces, each of which moves
+/// 2 (n - 1) / n of the bytes both ways (Patarasuk & Yuan, "Bandwidth optimal all-reduce algorithms for clusters of
+/// workstations", 2009). 0 for one rank.
 pub(crate) fn measure_link(group: &Group, world: usize) -> Result<f64, Failure> {
     if world == 1 {
         return Ok(0.0);
@@ -96,7 +97,8 @@ mod tests {
     #[test]
     fn a_step_is_split_into_parts_that_add_up() {
         let ms = Duration::from_millis;
-        // Rank 1 waits 40 ms for data and is done 40 ms later than rank 0; the network then takes 10 ms, the optimizer 5 ms.
+        // Rank 1 waits 40 ms for data and is done 40 ms later than rank 0; the network then takes 10 ms, the optimizer
+        // 5 ms.
         let step = Timing::of(&[(0, 100_000), (40_000, 140_000)], ms(150), ms(155));
         let near = |one: f64, other: f64| assert!((one - other).abs() < 1e-9, "{step:?}");
         near(step.data, 0.020);

@@ -1,8 +1,9 @@
-//! One generation of a run on one rank: join the group, agree on a state, and train until all epochs are done, a rank is asked to leave, or
-//! a rank is lost.
+//! One generation of a run on one rank: join the group, agree on a state, and train until all epochs are done, a rank
+//! is asked to leave, or a rank is lost.
 //!
-//! **Parameters are touched only after every collective of the step has completed without error on this rank**, so after a failure the
-//! state stands at the last step that was applied, and the next generation does the failed one again with the same samples.
+//! **Parameters are touched only after every collective of the step has completed without error on this rank**, so
+//! after a failure the state stands at the last step that was applied, and the next generation does the failed one
+//! again with the same samples.
 
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -110,8 +111,8 @@ fn is_stale(job: &Job) -> bool {
     job.progress.step.is_multiple_of(job.steps_per_epoch) && job.progress.is_stale(epoch, job.spec.train.stop_after)
 }
 
-/// After the last step: the test, and the model. Tested and exported are the weights with the best validation; the last ones are exported
-/// beside them if they are others.
+/// After the last step: the test, and the model. Tested and exported are the weights with the best validation; the last
+/// ones are exported beside them if they are others.
 fn finish(
     job: &Job,
     own_lanes: Range<u32>,

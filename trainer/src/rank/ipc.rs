@@ -1,6 +1,6 @@
-//! Frames between an agent and its rank processes, over the rank's stdin and stdout: a length (4 bytes, big endian) and that many bytes.
-//! The agent sends a [`Setup`](crate::learn::context::Setup) in JSON, then encoded `CoordinatorMessage`s. The rank sends encoded
-//! `RankMessage`s; those without a run are for the agent itself.
+//! Frames between an agent and its rank processes, over the rank's stdin and stdout: a length (4 bytes, big endian) and
+//! that many bytes. The agent sends a [`Setup`](crate::learn::context::Setup) in JSON, then encoded
+//! `CoordinatorMessage`s. The rank sends encoded `RankMessage`s; those without a run are for the agent itself.
 
 use std::io::{self, Read, Write};
 

@@ -20,8 +20,8 @@ pub(super) fn code(half: Option<Half>) -> c_int {
     half.map_or(0, |half| half as c_int)
 }
 
-/// What `work` computes on this thread is computed in smaller numbers where that does little harm (convolutions, matrix products), as
-/// PyTorch's autocast has it.
+/// What `work` computes on this thread is computed in smaller numbers where that does little harm (convolutions, matrix
+/// products), as PyTorch's autocast has it.
 pub(crate) fn autocast<T>(device: Device, kind: Half, work: impl FnOnce() -> T) -> Result<T> {
     struct Off(c_int);
     impl Drop for Off {

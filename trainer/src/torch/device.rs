@@ -20,7 +20,8 @@ pub(crate) fn parse(device: &str) -> Result<Device> {
     }
 }
 
-/// Whether a device is what failed where `tch` says `said` without a class: it had no memory left once, or its context is lost.
+/// Whether a device is what failed where `tch` says `said` without a class: it had no memory left once, or its context
+/// is lost.
 pub(crate) fn failure(device: Device, said: &str) -> Option<Error> {
     match out_of_memory(device) {
         Ok(1..) => Some(Error::OutOfMemory(said.to_owned())),
@@ -28,7 +29,8 @@ pub(crate) fn failure(device: Device, said: &str) -> Option<Error> {
     }
 }
 
-/// Whether a device's context is lost: once it is, every call says so. This one does not wait, since a stream may hang in a collective.
+/// Whether a device's context is lost: once it is, every call says so. This one does not wait, since a stream may hang
+/// in a collective.
 pub(crate) fn lost(device: Device) -> Option<Error> {
     let Device::Cuda(index) = device else { return None };
     let error = Event::record(index).and_then(|event| event.reached()).err();

@@ -15,8 +15,8 @@ use super::error::{Error, Result};
 use super::ffi::{self, c_string, check, milliseconds, pointer, pointers};
 use super::store::Store;
 
-/// Environment of every process that makes an NCCL group; to be set when it is spawned, since libtorch reads it at will. With it
-/// libtorch's watchdog neither kills the process nor aborts a collective: ranks decide that.
+/// Environment of every process that makes an NCCL group; to be set when it is spawned, since libtorch reads it at
+/// will. With it libtorch's watchdog neither kills the process nor aborts a collective: ranks decide that.
 pub(crate) const NCCL_ENVIRONMENT: [(&str, &str); 2] =
     [("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0"), ("TORCH_NCCL_ENABLE_MONITORING", "0")];
 
@@ -47,9 +47,10 @@ pub(crate) struct Group {
 #[derive(Debug)]
 pub(super) struct RawGroup(pub(super) *mut c_void);
 
-// SAFETY: it is made on a thread that then hands it over. Other threads reach it only through `Aborter`, which calls `abort`, and perhaps
-// drops the last reference. Both backends' abort is made for calls from a watchdog's thread: gloo's takes each connection's lock, NCCL's
-// the communicator's. The destructor joins the backend's own threads, from whichever thread it runs.
+// SAFETY: it is made on a thread that then hands it over. Other threads reach it only through `Aborter`, which calls
+// `abort`, and perhaps drops the last reference. Both backends' abort is made for calls from a watchdog's thread:
+// gloo's takes each connection's lock, NCCL's the communicator's. The destructor joins the backend's own threads, from
+// whichever thread it runs.
 unsafe impl Send for RawGroup {}
 // SAFETY: as above.
 unsafe impl Sync for RawGroup {}
@@ -100,7 +101,8 @@ impl RawGroup {
 
 impl Drop for RawGroup {
     fn drop(&mut self) {
-        // SAFETY: `self.0` came from the shim and is freed once; works and reducers hold their own count of the C++ object.
+        // SAFETY: `self.0` came from the shim and is freed once; works and reducers hold their own count of the C++
+        // object.
         unsafe { ffi::c10d_group_free(self.0) }
     }
 }
@@ -115,12 +117,14 @@ pub(crate) enum Op {
 }
 
 impl Group {
-    /// Joins the generation whose store is served at `host`:`port`. Returns when all ranks have come, at the timeout, or soon after
-    /// `cancelled` returns true: if the store's machine or a rank hangs, nothing else would end it before the timeout.
+    /// Joins the generation whose store is served at `host`:`port`. Returns when all ranks have come, at the timeout,
+    /// or soon after `cancelled` returns true: if the store's machine or a rank hangs, nothing else would end it before
+    /// the timeout.
     pub(crate) fn join(host: &str, port: u16, member: Member, cancelled: impl Fn() -> bool) -> Result<Self> {
         let (done, joined) = std::sync::mpsc::channel();
         let (host, with) = (host.to_owned(), member.clone());
-        // After a cancellation this thread goes on alone: it ends with its connections, or at its timeout, and drops what it made.
+        // After a cancellation this thread goes on alone: it ends with its connections, or at its timeout, and drops
+        // what it made.
         let join = move || {
             let _ =
                 done.send(Store::connect(&host, port, with.timeout).and_then(|store| RawGroup::connect(&store, &with)));
@@ -196,12 +200,13 @@ pub(crate) struct Aborter {
 }
 
 impl Aborter {
-    /// Fails every collective in flight, here and at the peers, and every later one. With NCCL it may not return: call it on a thread of
-    /// its own, and kill the process if that takes too long.
+    /// Fails every collective in flight, here and at the peers, and every later one. With NCCL it may not return: call
+    /// it on a thread of its own, and kill the process if that takes too long.
     pub(crate) fn abort(&self) -> Result<()> {
         self.aborted.store(true, Ordering::Relaxed);
         match self.group.upgrade() {
-            // SAFETY: `group` keeps the object alive during the call; abort may run beside a collective (see `RawGroup`).
+            // SAFETY: `group` keeps the object alive during the call; abort may run beside a collective (see
+            // `RawGroup`).
             Some(group) => check(unsafe { ffi::c10d_group_abort(group.0) }),
             None => Ok(()),
         }

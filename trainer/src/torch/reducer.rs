@@ -25,10 +25,11 @@ pub(crate) struct Reducer {
 }
 
 impl Reducer {
-    /// For these parameters, which must be the same ones in the same order on all ranks; `bucket_bytes` of gradients travel together
-    /// (PyTorch: 25 MiB), as smaller numbers if `compress` says so.
+    /// For these parameters, which must be the same ones in the same order on all ranks; `bucket_bytes` of gradients
+    /// travel together (PyTorch: 25 MiB), as smaller numbers if `compress` says so.
     ///
-    /// The buckets take their final form, in the order in which gradients become ready, before the second backward. A rank alone has none.
+    /// The buckets take their final form, in the order in which gradients become ready, before the second backward. A
+    /// rank alone has none.
     pub(crate) fn new(
         group: &Group,
         parameters: &[Tensor],
@@ -37,7 +38,8 @@ impl Reducer {
     ) -> Result<Self> {
         let pointers = pointers(parameters);
         let mut raw = std::ptr::null_mut();
-        // SAFETY: group, parameters and the list outlive the call; the reducer keeps its own counts of group and parameters.
+        // SAFETY: group, parameters and the list outlive the call; the reducer keeps its own counts of group and
+        // parameters.
         check(unsafe {
             ffi::c10d_reducer_new(
                 group.raw.0,
@@ -64,11 +66,11 @@ impl Reducer {
         check(unsafe { ffi::c10d_backward(pointer(loss)) })
     }
 
-    /// Adds the gradients of `loss`, the last of a step, and replaces those of the parameters by their average over all ranks. Gives the
-    /// time that passed after this rank's last gradient was computed: communication that nothing hid.
+    /// Adds the gradients of `loss`, the last of a step, and replaces those of the parameters by their average over all
+    /// ranks. Gives the time that passed after this rank's last gradient was computed: communication that nothing hid.
     ///
-    /// **Ok means that every bucket has completed on this rank**, on GPUs too, where a collective's own wait only orders streams. After
-    /// an error the gradients are worth nothing.
+    /// **Ok means that every bucket has completed on this rank**, on GPUs too, where a collective's own wait only
+    /// orders streams. After an error the gradients are worth nothing.
     pub(crate) fn backward(&self, loss: &Tensor) -> Result<Duration> {
         // SAFETY: `self` keeps the reducer alive.
         check(unsafe { ffi::c10d_reducer_prepare(self.raw) })?;

@@ -35,7 +35,8 @@ impl Store {
         Ok(Self { raw, port })
     }
 
-    /// Connects to the store that is served at `host`:`port`, trying until `timeout`, which is also that of every later answer.
+    /// Connects to the store that is served at `host`:`port`, trying until `timeout`, which is also that of every later
+    /// answer.
     pub(crate) fn connect(host: &str, port: u16, timeout: Duration) -> Result<Self> {
         let name = c_string(host)?;
         let began = Instant::now();

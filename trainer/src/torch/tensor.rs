@@ -36,7 +36,8 @@ impl Element for f64 {
 /// A new tensor in the CPU's memory, of which `fill` writes every element, in the order in which they lie.
 pub(crate) fn filled<T: Element>(shape: &[i64], fill: impl FnOnce(&mut [MaybeUninit<T>])) -> Tensor {
     let tensor = Tensor::empty(shape, (T::KIND, Device::Cpu));
-    // SAFETY: a new tensor is contiguous and of this kind, nothing else refers to its memory yet, and `tensor` keeps it alive.
+    // SAFETY: a new tensor is contiguous and of this kind, nothing else refers to its memory yet, and `tensor` keeps it
+    // alive.
     fill(unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), tensor.numel()) });
     tensor
 }
@@ -44,8 +45,8 @@ pub(crate) fn filled<T: Element>(shape: &[i64], fill: impl FnOnce(&mut [MaybeUni
 /// Calls `read` with the elements of a contiguous tensor of bytes in the CPU's memory.
 pub(crate) fn bytes<R>(tensor: &Tensor, read: impl FnOnce(&[u8]) -> R) -> R {
     assert!(tensor.kind() == Kind::Uint8 && tensor.device() == Device::Cpu && tensor.is_contiguous());
-    // SAFETY: kind, place and layout were checked, and `tensor` keeps the memory alive. Who writes to a tensor's memory holds it as
-    // chunks, before there is a tensor to read.
+    // SAFETY: kind, place and layout were checked, and `tensor` keeps the memory alive. Who writes to a tensor's memory
+    // holds it as chunks, before there is a tensor to read.
     read(unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast(), tensor.numel()) })
 }
 
@@ -64,7 +65,8 @@ pub(crate) struct Chunk {
     tensor: Tensor,
 }
 
-// SAFETY: a chunk is the only way to its part of the memory, as `&mut` would be, and its handle on the tensor counts atomically.
+// SAFETY: a chunk is the only way to its part of the memory, as `&mut` would be, and its handle on the tensor counts
+// atomically.
 unsafe impl Send for Chunk {}
 
 impl Slab {
@@ -119,7 +121,8 @@ impl Deref for Chunk {
 
 impl DerefMut for Chunk {
     fn deref_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as above, and nobody else holds this part. What nobody has written yet is as C++ left it, and any byte is a `u8`.
+        // SAFETY: as above, and nobody else holds this part. What nobody has written yet is as C++ left it, and any
+        // byte is a `u8`.
         unsafe { std::slice::from_raw_parts_mut(self.start, self.length) }
     }
 }

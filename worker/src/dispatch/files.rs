@@ -1,5 +1,5 @@
-//! Reads the pictures of a batch whose addresses are files, or objects of the store: no host has to be waited for, and none
-//! is to blame. Rows of Parquet files are read together, wherever these are.
+//! Reads the pictures of a batch whose addresses are files, or objects of the store: no host has to be waited for, and
+//! none is to blame. Rows of Parquet files are read together, wherever these are.
 
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError};

@@ -1,5 +1,5 @@
-//! Pieces of files that are in the store or on the web. Those of the web are asked for as pictures are: when their host has
-//! room, as its owner allows, again if that may help.
+//! Pieces of files that are in the store or on the web. Those of the web are asked for as pictures are: when their host
+//! has room, as its owner allows, again if that may help.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -18,7 +18,8 @@ use crate::fetch::{Body, End, LONGEST_PIECE, Object, Request, Sparse, groups, ro
 /// For one piece, which may be large.
 const PIECE_SECONDS: f64 = 600.0;
 
-/// The request for a file on the web or some of its bytes; None: it is no such address, or a row, which is not asked for alone.
+/// The request for a file on the web or some of its bytes; None: it is no such address, or a row, which is not asked
+/// for alone.
 pub(super) fn request(url: &str) -> Option<Result<Request, Rejection>> {
     match files::parse(url)? {
         FileUrl { place: Place::Web(url), part: Part::Whole } => Some(Request::new(&url)),
@@ -43,8 +44,8 @@ impl Dispatcher {
         Ok(body)
     }
 
-    /// Hands on the `wanted` rows, which count up, of a column of a file of this length: from its end and, one after the
-    /// other, from what each row group has of the column.
+    /// Hands on the `wanted` rows, which count up, of a column of a file of this length: from its end and, one after
+    /// the other, from what each row group has of the column.
     pub(super) async fn read_groups(
         self: &Arc<Self>,
         batch: &Arc<Shared>,

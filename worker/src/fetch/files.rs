@@ -1,5 +1,5 @@
-//! Pictures that are there already: files below the folders that this worker's operator named, objects of the store's own
-//! folder for them, and parts of both.
+//! Pictures that are there already: files below the folders that this worker's operator named, objects of the store's
+//! own folder for them, and parts of both.
 //!
 //! A path comes from whoever made the dataset. It is opened one name after the other, and none of them may be a link or
 //! lead upwards: so nothing outside these folders is read, whatever happens to them meanwhile.

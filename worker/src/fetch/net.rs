@@ -8,8 +8,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 
-/// Ports of services that speak something else than HTTP, and might take a request for it: those that browsers ask nothing of
-/// ("bad ports" in WHATWG's Fetch).
+/// Ports of services that speak something else than HTTP, and might take a request for it: those that browsers ask
+/// nothing of ("bad ports" in WHATWG's Fetch).
 #[rustfmt::skip]
 const BAD_PORTS: [u16; 83] = [
     0, 1, 7, 9, 11, 13, 15, 17, 19, 20, 21, 22, 23, 25, 37, 42, 43, 53, 69, 77, 79, 87, 95, 101, 102, 103, 104, 109, 110, 111, 113,

@@ -205,8 +205,8 @@ impl Header {
         }
     }
 
-    /// How many bytes are in memory at once while it is decoded: its pixels, those of a printer's colours before them, and
-    /// all coefficients of a file that tells them in several scans.
+    /// How many bytes are in memory at once while it is decoded: its pixels, those of a printer's colours before them,
+    /// and all coefficients of a file that tells them in several scans.
     pub(crate) fn held_bytes(&self, reduction: u32) -> u64 {
         let pixels =
             |scale: ScalingFactor| scale.scale(self.width as usize) as u64 * scale.scale(self.height as usize) as u64;

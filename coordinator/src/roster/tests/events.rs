@@ -178,7 +178,8 @@ fn a_report_is_acknowledged_when_what_follows_from_it_is_written_and_counts_once
         |cause: Cause, detail: &str| Said::Left(pb::Left { cause: cause.into(), step: 5, detail: detail.into() });
     report(&mut scene, 3, 1, left(Cause::Error, "out of memory"));
     assert_eq!(settled(&mut scene), 2, "the other rank has yet to leave");
-    // The coordinator dies here. The next one hears of the rank that it is there and has left, then what was not acknowledged.
+    // The coordinator dies here. The next one hears of the rank that it is there and has left, then what was not
+    // acknowledged.
     let mut next = Scene::new();
     next.roster.add(run("r", 1, 2, next.now(), &scene.history));
     next.history = scene.history;

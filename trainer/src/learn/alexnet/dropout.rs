@@ -1,4 +1,5 @@
-//! Which units are dropped: a function of the sample's key, the layer and the unit, the same on every device and any number of ranks.
+//! Which units are dropped: a function of the sample's key, the layer and the unit, the same on every device and any
+//! number of ranks.
 
 use std::mem::MaybeUninit;
 
@@ -36,7 +37,8 @@ fn mask_on_host(keys: &[u64], units: usize, threshold: u64, scale: f32) -> Tenso
     })
 }
 
-/// The same in a device's integers, of the keys alone: nobody waits there for 16 bits of each unit to be made on the host and sent.
+/// The same in a device's integers, of the keys alone: nobody waits there for 16 bits of each unit to be made on the
+/// host and sent.
 fn mask_on(device: Device, keys: &[u64], units: i64, threshold: i64, scale: f32) -> Tensor {
     let keys: Vec<i64> = keys.iter().map(|&key| key as i64).collect();
     let keys = Tensor::from_slice(&keys).to_device(device).unsqueeze(1);

@@ -1,7 +1,9 @@
-//! A trained network in the forms that other programs load: ONNX (phones, browsers, anything with onnxruntime) and TorchScript.
+//! A trained network in the forms that other programs load: ONNX (phones, browsers, anything with onnxruntime) and
+//! TorchScript.
 //!
-//! Both take `image` [n, 3, crop, crop], f32 from 0 to 1, red, green, blue, for any n; mean and deviation of the training set are part of the
-//! network. Batch normalisation is folded into the layers before it, so what is left is convolutions, products and comparisons.
+//! Both take `image` [n, 3, crop, crop], f32 from 0 to 1, red, green, blue, for any n; mean and deviation of the
+//! training set are part of the network. Batch normalisation is folded into the layers before it, so what is left is
+//! convolutions, products and comparisons.
 
 use anyhow::{Context, Result};
 use tch::{CModule, Kind, Tensor};
@@ -25,8 +27,8 @@ impl AlexNet {
         }
     }
 
-    /// An ONNX file of a [`AlexNet::folded`] network; `properties` stand in its metadata. Outputs are `logits` and `probabilities`,
-    /// [n, classes].
+    /// An ONNX file of a [`AlexNet::folded`] network; `properties` stand in its metadata. Outputs are `logits` and
+    /// `probabilities`, [n, classes].
     ///
     /// # Errors
     /// If a tensor cannot be read.
@@ -91,8 +93,8 @@ impl AlexNet {
         Ok(graph.encode(properties))
     }
 
-    /// Local response normalisation. ONNX's own operator is missing in some runtimes; a convolution with a band of ones sums over
-    /// neighbouring channels, too.
+    /// Local response normalisation. ONNX's own operator is missing in some runtimes; a convolution with a band of ones
+    /// sums over neighbouring channels, too.
     fn responses_in_graph(graph: &mut Graph, layer: &str, x: &str, channels: i64) -> Result<String> {
         let name = |part: &str| format!("{layer}.responses.{part}");
         let ones = Tensor::ones([channels, channels], (Kind::Float, tch::Device::Cpu));
@@ -156,8 +158,8 @@ impl Layer {
     }
 }
 
-/// The matrix [to, from] whose product with a column averages it to `to` parts, as adaptive average pooling does: part i goes from
-/// floor(i from / to) to ceil((i + 1) from / to).
+/// The matrix [to, from] whose product with a column averages it to `to` parts, as adaptive average pooling does: part
+/// i goes from floor(i from / to) to ceil((i + 1) from / to).
 fn averaging(from: i64, to: i64) -> Tensor {
     let weight = |i: i64, j: i64| {
         let (begin, end) = (i * from / to, ((i + 1) * from + to - 1) / to);

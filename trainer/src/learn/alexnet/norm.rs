@@ -25,8 +25,9 @@ impl Norm {
         }
     }
 
-    /// `x` [samples, channels, ...] has `shares[i]` samples of lane i, lane after lane. `statistics` gets the channels' means, then their
-    /// unbiased variances, each summed over lanes in f64, so that the order of summing over lanes and ranks does not show in f32.
+    /// `x` [samples, channels, ...] has `shares[i]` samples of lane i, lane after lane. `statistics` gets the channels'
+    /// means, then their unbiased variances, each summed over lanes in f64, so that the order of summing over lanes and
+    /// ranks does not show in f32.
     pub(crate) fn train(&self, x: &Tensor, shares: &[i64], statistics: &mut Vec<Tensor>) -> Tensor {
         match shares {
             [first, _, ..] if shares.iter().all(|share| share == first) => {
@@ -36,9 +37,10 @@ impl Norm {
         }
     }
 
-    /// Lanes of equal shares as so many more channels: libtorch's kernel takes each channel by itself, so that a lane's numbers do not depend
-    /// on which others stand beside it, and is called once for all. On a CPU this takes 0.83 of the time of lane by lane for 4 lanes of 8
-    /// samples and 0.34 for 8 lanes of 16, where mean and variance of a view with an axis for the lanes take 1.44 and 0.55.
+    /// Lanes of equal shares as so many more channels: libtorch's kernel takes each channel by itself, so that a lane's
+    /// numbers do not depend on which others stand beside it, and is called once for all. On a CPU this takes 0.83 of
+    /// the time of lane by lane for 4 lanes of 8 samples and 0.34 for 8 lanes of 16, where mean and variance of a view
+    /// with an axis for the lanes take 1.44 and 0.55.
     pub(crate) fn as_channels(&self, x: &Tensor, lanes: i64, statistics: &mut Vec<Tensor>) -> Tensor {
         let size = x.size();
         let (share, channels, rest) = (size[0] / lanes, size[1], &size[2..]);

@@ -1,13 +1,13 @@
-//! Golden losses: the loss of each network in its first 20 steps, one line a step in `tests/golden/losses.txt`. A change of what is learned
-//! shows as a difference in that file. To write it anew after such a change:
+//! Golden losses: the loss of each network in its first 20 steps, one line a step in `tests/golden/losses.txt`. A
+//! change of what is learned shows as a difference in that file. To write it anew after such a change:
 //!
 //! ```text
 //! WRITE_GOLDEN=1 cargo nextest run -p gleaner-trainer golden
 //! ```
 //!
-//! The steps are those of a run: samples in the plan's order, decoded, augmented with everything that the spec has, normalised; forward with
-//! dropout and ghost batch norm, loss, backward, clipping, schedule, optimizer, running statistics. Lanes and steps divide the samples, so
-//! that the first plan gives the same losses.
+//! The steps are those of a run: samples in the plan's order, decoded, augmented with everything that the spec has,
+//! normalised; forward with dropout and ghost batch norm, loss, backward, clipping, schedule, optimizer, running
+//! statistics. Lanes and steps divide the samples, so that the first plan gives the same losses.
 
 use std::sync::Arc;
 use std::sync::mpsc::channel;
@@ -20,9 +20,9 @@ use crate::torch::Store;
 const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/losses.txt");
 const NETWORKS: [&str; 4] = ["alexnet", "alexnet-bn", "alexnet-2012", "alexnet-slim"];
 const STEPS: usize = 20;
-/// Losses may differ by this share. The runs compute in f64, so that sums in another order, as on another CPU, do not matter: with libtorch's
-/// kernels for SSE4.1 in place of those for AVX-512 all 9 digits are the same. A share of 1e-7 leaves room for more than that, and is what
-/// f32 can hold, so that no change of the mathematics hides below it.
+/// Losses may differ by this share. The runs compute in f64, so that sums in another order, as on another CPU, do not
+/// matter: with libtorch's kernels for SSE4.1 in place of those for AVX-512 all 9 digits are the same. A share of 1e-7
+/// leaves room for more than that, and is what f32 can hold, so that no change of the mathematics hides below it.
 const TOLERANCE: f64 = 1e-7;
 
 fn losses(world: &World, network: &str) -> Vec<f64> {
