@@ -7,13 +7,13 @@ use proto::network::Network;
 use tch::{Device, Kind, Tensor};
 
 use super::{Clock, Figures};
-use crate::learn::alexnet::norm::{EPS, Norm};
+use crate::learn::alexnet::norm::{EPS, Norm, batch_norm};
 use crate::torch::device;
 
 /// What normalises: the norm, its input, how many lanes, and where the statistics go.
 type Way = fn(&Norm, &Tensor, i64, &mut Vec<Tensor>) -> Tensor;
 
-const WAYS: [(&str, Way); 3] = [("lanes", lane_by_lane), ("view", on_view), ("channels", Norm::as_channels)];
+const WAYS: [(&str, Way); 3] = [("lanes", lane_by_lane), ("view", on_view), ("channels", as_channels)];
 
 /// Forward and backward through all norms of the spec's network, each on an input of its size, so many times in each
 /// way; figures of each.
@@ -69,7 +69,7 @@ pub fn ways(spec: &RunSpec, times: u64, device: &str) -> Result<Vec<Figures>> {
 }
 
 fn lane_by_lane(norm: &Norm, x: &Tensor, lanes: i64, statistics: &mut Vec<Tensor>) -> Tensor {
-    norm.lane_by_lane(x, &vec![x.size()[0] / lanes; lanes as usize], statistics)
+    norm.train(x, &vec![x.size()[0] / lanes; lanes as usize], statistics)
 }
 
 /// Mean and variance of a view with an axis for the lanes.
@@ -85,6 +85,22 @@ fn on_view(norm: &Norm, x: &Tensor, lanes: i64, statistics: &mut Vec<Tensor>) ->
     statistics.push(Tensor::cat(&[sum(mean), sum(unbiased)], 0));
     // `view` x `scale` + `shift` in one pass.
     shift.addcmul(&view, &scale).view(x.size().as_slice())
+}
+
+/// Lanes as so many more channels, of which libtorch's kernel takes each by itself: one call for all, for which samples
+/// change places.
+fn as_channels(norm: &Norm, x: &Tensor, lanes: i64, statistics: &mut Vec<Tensor>) -> Tensor {
+    let size = x.size();
+    let (share, channels, rest) = (size[0] / lanes, size[1], &size[2..]);
+    let shape = |axes: &[i64]| [axes, rest].concat();
+    let by_lane = x.reshape(shape(&[lanes, share, channels]).as_slice()).transpose(0, 1);
+    let input = by_lane.reshape(shape(&[share, lanes * channels]).as_slice());
+    let [mean, variance] = [(); 2].map(|()| Tensor::zeros([lanes * channels], (Kind::Float, x.device())));
+    let [weight, bias] = [&norm.weight, &norm.bias].map(|of| of.repeat([lanes]));
+    let y = batch_norm(&input, [&weight, &bias, &mean, &variance]);
+    let sum = |of: Tensor| of.view([lanes, channels]).sum_dim_intlist([0_i64].as_slice(), false, Kind::Double);
+    statistics.push(Tensor::cat(&[sum(mean), sum(variance)], 0));
+    y.reshape(shape(&[share, lanes, channels]).as_slice()).transpose(0, 1).reshape(size.as_slice())
 }
 
 /// The sizes of what the network's norms are given.
