@@ -100,7 +100,7 @@ mod tests {
             let address = listener.local_addr().expect("it is bound");
             let start = Instant::now();
             let waiting: Vec<_> = (0..callers).map(|_| TcpStream::connect(address).expect("it listens")).collect();
-            assert!(start.elapsed().as_millis() < 900, "{} callers took {:?}", waiting.len(), start.elapsed());
+            assert!(start.elapsed().as_secs() < 5, "{} callers took {:?}", waiting.len(), start.elapsed());
             let taken = bind(address, "--listen").await.expect_err("another socket has it").to_string();
             assert!(taken.contains("--listen"), "{taken}");
         }
