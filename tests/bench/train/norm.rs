@@ -1,5 +1,5 @@
-//! A batch norm of each lane's part of a batch alone, in the two ways of [`Norm::train`] and in another one, on lanes
-//! of equal shares.
+//! A batch norm of each lane's part of a batch alone, on lanes of equal shares: as [`Norm::train`] does it, and in two
+//! other ways.
 
 use anyhow::{Result, ensure};
 use proto::RunSpec;
