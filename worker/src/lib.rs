@@ -35,7 +35,6 @@ mod mend;
 pub mod metrics;
 mod opt_out;
 mod pace;
-mod pixels;
 mod placeholder;
 mod prepare;
 mod progress;

@@ -1,5 +1,5 @@
 //! Pictures that browsers show although their files are not as they should be: the same pictures without what is wrong
-//! beside their pixels. What a JPEG needs is in `pixels/markers.rs`.
+//! beside their pixels. What a JPEG needs is in `worker/pixels`.
 
 use std::borrow::Cow;
 

@@ -20,10 +20,10 @@ use sha2::{Digest, Sha256};
 use crate::decode_memory::Room;
 use crate::format::{format_of, is_cut_riff, unsupported, webp_fits};
 use crate::mend;
-use crate::pixels::{Codec, Colours, Conversions, DecodeAs, Frame, Hasher, Picture, Pixels, Shrinker, ToSrgb};
-use crate::pixels::{is_flat, moments, orientation, png_gamma};
 use crate::placeholder::Placeholders;
 use crate::thumbnail::Thumbnails;
+use pixels::{Codec, Colours, Conversions, DecodeAs, Frame, Hasher, Picture, Pixels, Shrinker, ToSrgb};
+use pixels::{is_flat, moments, orientation, png_gamma};
 
 /// What decoders may hold beside a picture's pixels.
 const DECODERS_OWN: u64 = 16 << 20;
@@ -113,7 +113,7 @@ impl Validator {
     pub(crate) fn new() -> anyhow::Result<Self> {
         let codec = Codec::new().context("libjpeg-turbo")?;
         let (shrinker, hasher, pixels, conversions) =
-            (Shrinker::default(), Hasher::new(), Pixels::default(), Conversions::default());
+            (Shrinker::default(), Hasher::default(), Pixels::default(), Conversions::default());
         Ok(Self { codec, shrinker, hasher, pixels, conversions, conversion: None })
     }
 

@@ -7,19 +7,20 @@ const MOST_SIDE: u32 = 65_500;
 
 /// How an image becomes its stored form. All of it is meant upright.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Frame {
+pub struct Frame {
     /// The share of the width and of the height that is kept, cut out around the centre.
-    pub(crate) kept: (f64, f64),
+    pub kept: (f64, f64),
     /// What is kept is scaled to so many pixels.
-    pub(crate) width: u32,
+    pub width: u32,
     /// Likewise.
-    pub(crate) height: u32,
+    pub height: u32,
     /// The result is centred on a white square of this side.
-    pub(crate) canvas: Option<u32>,
+    pub canvas: Option<u32>,
     /// It may be decoded so many times smaller: as many whole times as the result is smaller than its source, along the
     /// side where it is the largest. 1 with filters that others have, too, since these see every pixel.
-    pub(crate) reduction: u32,
-    pub(crate) filter: Filter,
+    pub reduction: u32,
+    /// By which it is scaled.
+    pub filter: Filter,
 }
 
 impl Frame {
@@ -27,7 +28,7 @@ impl Frame {
     ///
     /// # Errors
     /// If the result would have more than `max_pixels`, or a side that no JPEG can have.
-    pub(crate) fn new(resize: &Resize, (width, height): (u32, u32), max_pixels: u64) -> Result<Self, Rejection> {
+    pub fn new(resize: &Resize, (width, height): (u32, u32), max_pixels: u64) -> Result<Self, Rejection> {
         let Resize { size, mode, upscale, filter, .. } = *resize;
         let (shorter, longer) = (width.min(height), width.max(height));
         // The side that is to have `size` pixels, and those that it gets.
@@ -63,17 +64,17 @@ impl Frame {
     }
 
     /// Width and height of the stored image.
-    pub(crate) fn stored(&self) -> (u32, u32) {
+    pub fn stored(&self) -> (u32, u32) {
         self.canvas.map_or((self.width, self.height), |side| (side, side))
     }
 
     /// Whether an image of this size is stored pixel by pixel.
-    pub(crate) fn keeps(&self, size: (u32, u32)) -> bool {
+    pub fn keeps(&self, size: (u32, u32)) -> bool {
         self.kept == (1.0, 1.0) && self.stored() == size && (self.width, self.height) == size
     }
 
     /// The same for an image that lies on its side.
-    pub(crate) fn turned(self) -> Self {
+    pub fn turned(self) -> Self {
         let (across, down) = self.kept;
         Self { kept: (down, across), width: self.height, height: self.width, ..self }
     }

@@ -6,7 +6,7 @@ use image::metadata::Orientation;
 const ORIENTATION: u16 = 0x112;
 
 /// The orientation that EXIF says of the picture itself, not of a thumbnail in it.
-pub(crate) fn orientation(exif: &[u8]) -> Option<Orientation> {
+pub fn orientation(exif: &[u8]) -> Option<Orientation> {
     let big_endian = match exif.first_chunk()? {
         b"MM\0*" => true,
         b"II*\0" => false,

@@ -10,7 +10,7 @@ use super::resize::{GREY, Picture};
 const FLAT_DEVIATION: f64 = 1.0;
 
 /// The moments of a picture's red, green and blue.
-pub(crate) fn moments(picture: &Picture<'_>) -> Moments {
+pub fn moments(picture: &Picture<'_>) -> Moments {
     match picture.planes() {
         None => of_rgb(picture.values),
         Some(planes) => of_planes(picture, planes),
@@ -18,7 +18,7 @@ pub(crate) fn moments(picture: &Picture<'_>) -> Moments {
 }
 
 /// Whether a picture with these moments shows nothing.
-pub(crate) fn is_flat(moments: &Moments) -> bool {
+pub fn is_flat(moments: &Moments) -> bool {
     let n = moments.pixels as f64;
     (0..3).all(|channel| {
         let mean = moments.sum[channel] as f64 / n;
@@ -158,7 +158,7 @@ fn of_row(luma: &[u8], more: &[u8], less: &[u8]) -> (u64, u64) {
 
 /// Hashes pictures, for one thread.
 #[derive(Debug)]
-pub(crate) struct Hasher {
+pub struct Hasher {
     resizer: Resizer,
     /// Cosines of the frequencies 1 to 8 over [`HASHED_SIDE`] points.
     basis: [[f32; HASHED_SIDE]; 8],
@@ -166,18 +166,20 @@ pub(crate) struct Hasher {
 
 const HASHED_SIDE: usize = 32;
 
-impl Hasher {
-    pub(crate) fn new() -> Self {
+impl Default for Hasher {
+    fn default() -> Self {
         let wave = |frequency: usize, x: usize| {
             ((2 * x + 1) as f32 * frequency as f32 * std::f32::consts::PI / (2 * HASHED_SIDE) as f32).cos()
         };
         Self { resizer: Resizer::default(), basis: std::array::from_fn(|u| std::array::from_fn(|x| wave(u + 1, x))) }
     }
+}
 
+impl Hasher {
     /// A 64-bit perceptual hash after C. Zauner's pHash (2010): the 8 x 8 lowest frequencies, without the constant
     /// ones, of the 32 x 32 luma image's cosine transform, a bit for each that is above their median. Pictures that
     /// look alike differ in few bits.
-    pub(crate) fn phash(&mut self, picture: &Picture<'_>) -> Result<u64, ResizeError> {
+    pub fn phash(&mut self, picture: &Picture<'_>) -> Result<u64, ResizeError> {
         const N: usize = HASHED_SIDE;
         let mut luma = [[0f32; N]; N];
         let values = luma.as_flattened_mut().iter_mut();
@@ -231,9 +233,9 @@ fn shrink(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pixels::frame::Frame;
-    use crate::pixels::resize::tests::{photo, pixels};
-    use crate::pixels::resize::{Layout, Shrinker};
+    use crate::frame::Frame;
+    use crate::resize::tests::{photo, pixels};
+    use crate::resize::{Layout, Shrinker};
     use image::RgbImage;
     use image::imageops::{FilterType::Lanczos3, resize};
     use proto::Resize;
@@ -281,7 +283,7 @@ mod tests {
 
     #[test]
     fn the_hash_of_a_picture_survives_a_change_of_size_and_light_but_not_of_content() {
-        let (mut shrinker, mut hasher) = (Shrinker::default(), Hasher::new());
+        let (mut shrinker, mut hasher) = (Shrinker::default(), Hasher::default());
         let mut hash = |image: &RgbImage| {
             let frame = Frame::new(&Resize { size: 128, ..Resize::default() }, image.dimensions(), u64::MAX);
             let picture = shrinker.shrink(&pixels(image), &frame.expect("small"));

@@ -19,7 +19,7 @@ const MAX_SCANS: (u64, u64) = (20, 200);
 
 /// A decoder and an encoder with their buffers, for one thread.
 #[derive(Debug)]
-pub(crate) struct Codec {
+pub struct Codec {
     decompressor: Decompressor,
     compressor: Compressor,
     cmyk: Vec<u8>,
@@ -28,11 +28,11 @@ pub(crate) struct Codec {
 
 /// What a JPEG says of itself before its pixels.
 #[derive(Debug)]
-pub(crate) struct Header {
-    pub(crate) width: u32,
-    pub(crate) height: u32,
-    pub(crate) orientation: Orientation,
-    pub(crate) colours: Option<Colours>,
+pub struct Header {
+    pub width: u32,
+    pub height: u32,
+    pub orientation: Orientation,
+    pub colours: Option<Colours>,
     colorspace: Colorspace,
     subsamp: Subsamp,
     lossless: bool,
@@ -44,16 +44,20 @@ pub(crate) struct Header {
 
 /// How a JPEG is decoded.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct DecodeAs {
+pub struct DecodeAs {
     /// The picture will be scaled down by as much: it is decoded at 1/2, 1/4 or 1/8 of its size if that is enough
     /// (other eighths are slower than the whole).
-    pub(crate) reduction: u32,
+    pub reduction: u32,
     /// As RGB, even if the file's own planes could be scaled.
-    pub(crate) rgb: bool,
+    pub rgb: bool,
 }
 
 impl Codec {
-    pub(crate) fn new() -> turbojpeg::Result<Self> {
+    /// One that encodes as the default settings say.
+    ///
+    /// # Errors
+    /// If libjpeg-turbo has no memory.
+    pub fn new() -> turbojpeg::Result<Self> {
         let (decompressor, compressor) = (Decompressor::new()?, Compressor::new()?);
         let mut codec = Self { decompressor, compressor, cmyk: Vec::new(), encoded: Vec::new() };
         codec.encode_as(&Resize::default())?;
@@ -61,7 +65,7 @@ impl Codec {
     }
 
     /// Reads the header alone.
-    pub(crate) fn header(&mut self, bytes: &[u8]) -> Result<Header, Rejection> {
+    pub fn header(&mut self, bytes: &[u8]) -> Result<Header, Rejection> {
         let mut repaired = None;
         let header = match self.read_header(bytes) {
             Err(error) if is_warning_of_form(&error) => self.read_header(repaired.insert(markers::repair(bytes))),
@@ -92,7 +96,7 @@ impl Codec {
 
     /// Decodes into `into`. Every pixel must be there: what libjpeg warns of are mostly pixels that it made up, and
     /// then the picture is rejected. Returns whether there was nothing to warn of at all.
-    pub(crate) fn decode(
+    pub fn decode(
         &mut self,
         bytes: &[u8],
         header: &Header,
@@ -154,7 +158,7 @@ impl Codec {
     }
 
     /// Pictures are encoded so from now on.
-    pub(crate) fn encode_as(&mut self, resize: &Resize) -> turbojpeg::Result<()> {
+    pub fn encode_as(&mut self, resize: &Resize) -> turbojpeg::Result<()> {
         self.compressor.set_quality(i32::from(resize.quality))?;
         self.compressor.set_optimize(resize.optimize)?;
         self.compressor.set_subsamp(match resize.chroma {
@@ -164,7 +168,7 @@ impl Codec {
     }
 
     /// Encodes a picture; one of planes has chroma of half the size in any case.
-    pub(crate) fn encode(&mut self, picture: &Picture<'_>) -> turbojpeg::Result<Bytes> {
+    pub fn encode(&mut self, picture: &Picture<'_>) -> turbojpeg::Result<Bytes> {
         let most = self.most(picture.width, picture.height)?;
         if self.encoded.len() < most {
             self.encoded.resize(most, 0);
@@ -188,7 +192,7 @@ impl Codec {
     }
 
     /// No picture of this size is encoded to more bytes.
-    pub(crate) fn most(&self, width: u32, height: u32) -> turbojpeg::Result<usize> {
+    pub fn most(&self, width: u32, height: u32) -> turbojpeg::Result<usize> {
         self.compressor.buf_len(width as usize, height as usize)
     }
 }
@@ -207,7 +211,7 @@ impl Header {
 
     /// How many bytes are in memory at once while it is decoded: its pixels, those of a printer's colours before them,
     /// and all coefficients of a file that tells them in several scans.
-    pub(crate) fn held_bytes(&self, reduction: u32) -> u64 {
+    pub fn held_bytes(&self, reduction: u32) -> u64 {
         let pixels =
             |scale: ScalingFactor| scale.scale(self.width as usize) as u64 * scale.scale(self.height as usize) as u64;
         let printed = matches!(self.colorspace, Colorspace::CMYK | Colorspace::YCCK);
@@ -217,7 +221,7 @@ impl Header {
     }
 
     /// Whether an upright image in colour is meant, as [`Codec::encode`] makes it.
-    pub(crate) fn is_plain(&self) -> bool {
+    pub fn is_plain(&self) -> bool {
         self.colorspace == Colorspace::YCbCr && self.orientation == Orientation::NoTransforms && !self.lossless
     }
 

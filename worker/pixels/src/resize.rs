@@ -18,7 +18,7 @@ pub(crate) const GREY: u8 = 128;
 
 /// How the 8-bit values of an image stand in memory, rows without gaps.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) enum Layout {
+pub enum Layout {
     /// Red, green, blue, pixel by pixel.
     #[default]
     Rgb,
@@ -48,7 +48,7 @@ struct Plane {
 
 impl Layout {
     /// Chroma of half the size in both directions, as nearly all photos have it.
-    pub(crate) const HALVED: Layout = Layout::Ycc { across: 2, down: 2 };
+    pub const HALVED: Layout = Layout::Ycc { across: 2, down: 2 };
 
     /// Its planes, for an image of this size, and the bytes of all together.
     fn planes(self, (width, height): (u32, u32)) -> (Vec<Plane>, usize) {
@@ -85,7 +85,7 @@ impl Plane {
 
 /// A decoded image, not yet turned upright.
 #[derive(Debug, Default)]
-pub(crate) struct Pixels {
+pub struct Pixels {
     buffer: Vec<u8>,
     layout: Layout,
     size: (u32, u32),
@@ -95,7 +95,7 @@ pub(crate) struct Pixels {
 
 impl Pixels {
     /// Makes it an image of this layout, size and orientation, its content unspecified, and returns its bytes.
-    pub(crate) fn reset(&mut self, layout: Layout, size: (u32, u32), orientation: Orientation) -> &mut [u8] {
+    pub fn reset(&mut self, layout: Layout, size: (u32, u32), orientation: Orientation) -> &mut [u8] {
         (self.layout, self.size, self.orientation) = (layout, size, orientation.to_exif());
         let (_, length) = layout.planes(size);
         if self.buffer.len() < length {
@@ -105,13 +105,13 @@ impl Pixels {
     }
 
     /// Takes the RGB pixels of another decoder.
-    pub(crate) fn replace(&mut self, rgb: Vec<u8>, size: (u32, u32), orientation: Orientation) {
+    pub fn replace(&mut self, rgb: Vec<u8>, size: (u32, u32), orientation: Orientation) {
         self.buffer = rgb;
         self.reset(Layout::Rgb, size, orientation);
     }
 
     /// Gives a large buffer back.
-    pub(crate) fn release(&mut self) {
+    pub fn release(&mut self) {
         if self.buffer.capacity() > KEPT_BUFFER {
             *self = Self::default();
         }
@@ -120,17 +120,20 @@ impl Pixels {
 
 /// An image as it is stored, upright, before it is encoded.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Picture<'a> {
-    pub(crate) width: u32,
-    pub(crate) height: u32,
+pub struct Picture<'a> {
+    /// In pixels.
+    pub width: u32,
+    /// In pixels.
+    pub height: u32,
     /// [`Layout::Rgb`] or [`Layout::HALVED`].
-    pub(crate) layout: Layout,
-    pub(crate) values: &'a [u8],
+    pub layout: Layout,
+    /// As the layout says, rows without gaps.
+    pub values: &'a [u8],
 }
 
 impl<'a> Picture<'a> {
     /// Luma and the two planes of chroma, with the width of each, if it is made of them.
-    pub(crate) fn planes(&self) -> Option<[(&'a [u8], usize); 3]> {
+    pub fn planes(&self) -> Option<[(&'a [u8], usize); 3]> {
         let (planes, _) = self.layout.planes((self.width, self.height));
         let planes: [Plane; 3] = planes.try_into().ok()?;
         Some(planes.map(|plane| (plane.of(self.values), plane.width as usize)))
@@ -139,7 +142,7 @@ impl<'a> Picture<'a> {
 
 /// Resizes for one thread, with its buffers.
 #[derive(Debug, Default)]
-pub(crate) struct Shrinker {
+pub struct Shrinker {
     scaler: Scaler,
     stored: Vec<u8>,
     scaled: Vec<u8>,
@@ -149,7 +152,7 @@ pub(crate) struct Shrinker {
 impl Shrinker {
     /// `pixels` as `frame` has them stored: RGB stays RGB, all else becomes [`Layout::HALVED`], for which the frame's
     /// sides must be even. Valid until the next call.
-    pub(crate) fn shrink(&mut self, pixels: &Pixels, frame: &Frame) -> Picture<'_> {
+    pub fn shrink(&mut self, pixels: &Pixels, frame: &Frame) -> Picture<'_> {
         let layout = if pixels.layout == Layout::Rgb { Layout::Rgb } else { Layout::HALVED };
         let (width, height) = frame.stored();
         let (from, _) = pixels.layout.planes(pixels.size);
@@ -201,7 +204,7 @@ impl Shrinker {
     }
 
     /// Gives large buffers back.
-    pub(crate) fn release(&mut self) {
+    pub fn release(&mut self) {
         self.scaler.release(KEPT_BUFFER);
         if self.stored.capacity() > KEPT_BUFFER {
             self.stored = Vec::new();

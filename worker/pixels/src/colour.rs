@@ -17,7 +17,8 @@ const USUAL_GAMMA: std::ops::RangeInclusive<f32> = 2.0..=2.4;
 
 /// What a picture says of its colours.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) enum Colours {
+pub enum Colours {
+    /// An ICC profile, as it is embedded.
     Profile(Vec<u8>),
     /// The exponent by which light grows with the numbers.
     Gamma(f32),
@@ -25,7 +26,7 @@ pub(crate) enum Colours {
 
 /// The conversion of a picture's colours to sRGB.
 #[derive(Clone)]
-pub(crate) struct ToSrgb(Arc<Transform8BitExecutor>);
+pub struct ToSrgb(Arc<Transform8BitExecutor>);
 
 impl fmt::Debug for ToSrgb {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -65,7 +66,7 @@ impl ToSrgb {
     }
 
     /// RGB, three bytes a pixel.
-    pub(crate) fn convert(&self, rgb: &[u8]) -> Option<Vec<u8>> {
+    pub fn convert(&self, rgb: &[u8]) -> Option<Vec<u8>> {
         let mut srgb = vec![0; rgb.len()];
         self.0.transform(rgb, &mut srgb).ok()?;
         Some(srgb)
@@ -74,11 +75,11 @@ impl ToSrgb {
 
 /// The conversions that one thread remembers.
 #[derive(Debug, Default)]
-pub(crate) struct Conversions(Vec<(Colours, Option<ToSrgb>)>);
+pub struct Conversions(Vec<(Colours, Option<ToSrgb>)>);
 
 impl Conversions {
     /// That of these colours; None: there is nothing to do.
-    pub(crate) fn of(&mut self, colours: &Colours) -> Option<ToSrgb> {
+    pub fn of(&mut self, colours: &Colours) -> Option<ToSrgb> {
         if let Some((_, conversion)) = self.0.iter().find(|(known, _)| known == colours) {
             return conversion.clone();
         }
@@ -92,7 +93,7 @@ impl Conversions {
 }
 
 /// The gamma of a PNG that says nothing better (`sRGB` or `iCCP`) of its colours.
-pub(crate) fn png_gamma(bytes: &[u8]) -> Option<Colours> {
+pub fn png_gamma(bytes: &[u8]) -> Option<Colours> {
     let (mut at, mut gamma) = (8, None);
     loop {
         let length = u32::from_be_bytes(bytes.get(at..at + 4)?.try_into().ok()?) as usize;
