@@ -21,8 +21,11 @@ mkdir -p "$out"
 # image NAME TAG CARGO-FEATURES [LIBTORCH]
 image() {
     local name=$1 tag=$2 features=$3 libtorch=${4:-} reference=docker.io/library/$1:$2 context=$out/context
+    # With the trainer beside it, the crates that tests were built of are wanted with the same features, so they serve again.
+    local beside=""
+    [[ $profile != dev ]] || beside="-p gleaner-trainer"
     # shellcheck disable=SC2086 # several flags, or none
-    cargo build --locked --profile "$profile" -p gleaner --no-default-features $features
+    cargo build --locked --profile "$profile" -p gleaner $beside --no-default-features $features
     deploy/rootfs.sh "$folder/gleaner" "$context/$name" $libtorch
     # The same files give the same image: nothing in it tells of the time.
     buildah bud --quiet --pull-never --timestamp 0 --build-arg BUILD=prebuilt --build-arg TORCH=cpu \
