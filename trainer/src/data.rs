@@ -1,11 +1,8 @@
 //! The samples of a run, from the object store to tensors on the device, always ahead of the step.
 
-pub(crate) mod augment;
 pub(crate) mod batch;
 pub(crate) mod blocks;
 pub(crate) mod cache;
-mod image;
-mod jpeg;
 pub(crate) mod loader;
 pub(crate) mod normalise;
 pub(crate) mod plan;

@@ -1,5 +1,6 @@
 //! Samples on their way to the device.
 
+use input::color::ColorJitter;
 use tch::Tensor;
 
 /// A batch that is ready for the device.
@@ -38,25 +39,5 @@ impl Pixels {
             labels: of(&self.labels),
             keys: self.keys[start..start + count].to_vec(),
         }
-    }
-}
-
-/// The weights of red, green and blue in the grey of a pixel (ITU-R BT.601, as in Pillow and torchvision).
-pub(crate) const GREY: [f32; 3] = [0.299, 0.587, 0.114];
-
-/// The color jitter of a sample, whose channels are 0 to 1: each channel x becomes `gain` x + `grey` g + `offset`,
-/// clamped to 0 to 1, where g is the pixel's grey. Brightness, contrast and saturation one after the other are one such
-/// map.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct ColorJitter {
-    pub gain: f32,
-    pub grey: f32,
-    pub offset: f32,
-}
-
-impl Default for ColorJitter {
-    /// No change.
-    fn default() -> Self {
-        Self { gain: 1.0, grey: 0.0, offset: 0.0 }
     }
 }

@@ -13,10 +13,10 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use input::image::Image;
 use proto::Split;
 use tracing::warn;
 
-use super::image::Image;
 use super::plan::{SampleId, UseTimes};
 
 /// Images in the file take whole pages of this many bytes.

@@ -18,13 +18,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Context, Result, anyhow};
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
+use input::augment::{Augmentation, Augmenter};
+use input::color::ColorJitter;
 use proto::{RunSpec, Sample, Split};
 use tch::{Device, Tensor};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::augment::{Augmentation, Augmenter};
-use super::batch::{Batch, ColorJitter, Pixels};
+use super::batch::{Batch, Pixels};
 use super::blocks::BlockReader;
 use super::cache::{Cache, NextUse};
 use super::plan::SampleId;

@@ -2,16 +2,20 @@
 
 use std::mem::MaybeUninit;
 
+use input::color::{ColorJitter, GREY};
+use input::normalise::Scale;
 use tch::{Device, Kind, Tensor};
 
-use super::batch::{ColorJitter, GREY, Pixels};
+use super::batch::Pixels;
 use crate::torch::tensor::{self, Element};
+
+/// [`Scale::write_f32`], or the same for another kind.
+type WritePart<T> = fn(&Scale, &[ColorJitter], &[u8], usize, &mut [MaybeUninit<T>]);
 
 /// Turns [`Pixels`] into the network's input.
 #[derive(Debug)]
 pub(crate) struct Normalise {
-    mean: [f64; 3],
-    std: [f64; 3],
+    scale: Scale,
     device: Device,
     kind: Kind,
 }
@@ -19,7 +23,7 @@ pub(crate) struct Normalise {
 impl Normalise {
     /// With mean and standard deviation of each channel, on the scale of 0 to 1.
     pub(crate) fn new(mean: [f64; 3], std: [f64; 3], device: Device, kind: Kind) -> Self {
-        Self { mean, std, device, kind }
+        Self { scale: Scale { mean, std }, device, kind }
     }
 
     /// The device of the input.
@@ -32,8 +36,8 @@ impl Normalise {
     /// Bytes are copied to the device, a quarter of the size of f32, while the device still computes.
     pub(crate) fn apply(&self, batch: &Pixels) -> Result<(Tensor, Tensor), tch::TchError> {
         let input = match (self.device, self.kind) {
-            (Device::Cpu, Kind::Float) => self.on_cpu::<f32>(batch),
-            (Device::Cpu, Kind::Double) => self.on_cpu::<f64>(batch),
+            (Device::Cpu, Kind::Float) => self.on_cpu(batch, Scale::write_f32),
+            (Device::Cpu, Kind::Double) => self.on_cpu(batch, Scale::write_f64),
             _ => self.on_device(batch)?,
         };
         Ok((input, batch.labels.f_to_device_(self.device, Kind::Int64, true, false)?))
@@ -54,11 +58,11 @@ impl Normalise {
             let grey = (&input * weights).f_sum_dim_intlist([1_i64].as_slice(), true, self.kind)?;
             lit = lit.f_add(&grey.f_mul(&jitters.f_select(1, 1)?)?)?;
         }
-        lit.f_clamp_(0.0, 1.0)?.f_sub_(&channels(self.mean)?)?.f_div_(&channels(self.std)?)
+        lit.f_clamp_(0.0, 1.0)?.f_sub_(&channels(self.scale.mean)?)?.f_div_(&channels(self.scale.std)?)
     }
 
     /// The same in one pass over the pixels.
-    fn on_cpu<T: Element>(&self, batch: &Pixels) -> Tensor {
+    fn on_cpu<T: Element>(&self, batch: &Pixels, write: WritePart<T>) -> Tensor {
         let size = batch.pixels.size();
         let (samples, area) = (size[0] as usize, (size[1] * size[2]) as usize);
         let threads = (tch::get_num_threads().max(1) as usize).min(samples.max(1));
@@ -68,8 +72,8 @@ impl Normalise {
                 let of_jitters = batch.jitters.chunks(share);
                 let parts = of_jitters.zip(pixels.chunks(3 * area * share)).zip(input.chunks_mut(3 * area * share));
                 std::thread::scope(|scope| {
-                    let mut parts =
-                        parts.map(|((jitters, pixels), input)| move || self.part(jitters, pixels, input, area));
+                    let mut parts = parts
+                        .map(|((jitters, pixels), input)| move || write(&self.scale, jitters, pixels, area, input));
                     let first = parts.next();
                     for part in parts {
                         scope.spawn(part);
@@ -79,50 +83,6 @@ impl Normalise {
                     }
                 });
             });
-        })
-    }
-
-    fn part<T: Element>(&self, jitters: &[ColorJitter], pixels: &[u8], input: &mut [MaybeUninit<T>], area: usize) {
-        // Consecutive samples with the same color jitter share their tables.
-        let mut tables: Option<(ColorJitter, Box<[[T; 256]; 3]>)> = None;
-        for ((jitter, pixels), input) in jitters.iter().zip(pixels.chunks(3 * area)).zip(input.chunks_mut(3 * area)) {
-            let (red, rest) = input.split_at_mut(area);
-            let (green, blue) = rest.split_at_mut(area);
-            let pixels = pixels.as_chunks::<3>().0.iter().zip(red).zip(green).zip(blue);
-            if jitter.grey != 0.0 {
-                let normal = |channel: usize, value: f32| {
-                    T::of((f64::from(value.clamp(0.0, 1.0)) - self.mean[channel]) / self.std[channel])
-                };
-                for (((pixel, red), green), blue) in pixels {
-                    let [r, g, b] = pixel.map(|byte| f32::from(byte) / 255.0);
-                    let shared = jitter.grey * (GREY[0] * r + GREY[1] * g + GREY[2] * b) + jitter.offset;
-                    red.write(normal(0, jitter.gain * r + shared));
-                    green.write(normal(1, jitter.gain * g + shared));
-                    blue.write(normal(2, jitter.gain * b + shared));
-                }
-                continue;
-            }
-            let of_jitter = match tables.take() {
-                Some((of, tables)) if of == *jitter => tables,
-                _ => Box::new(self.tables(*jitter)),
-            };
-            let [r, g, b] = &*of_jitter;
-            for (((pixel, red), green), blue) in pixels {
-                red.write(r[usize::from(pixel[0])]);
-                green.write(g[usize::from(pixel[1])]);
-                blue.write(b[usize::from(pixel[2])]);
-            }
-            tables = Some((*jitter, of_jitter));
-        }
-    }
-
-    /// What each value of a byte becomes in each channel.
-    fn tables<T: Element>(&self, jitter: ColorJitter) -> [[T; 256]; 3] {
-        std::array::from_fn(|channel| {
-            std::array::from_fn(|byte| {
-                let lit = (f64::from(jitter.gain) * byte as f64 / 255.0 + f64::from(jitter.offset)).clamp(0.0, 1.0);
-                T::of((lit - self.mean[channel]) / self.std[channel])
-            })
         })
     }
 }

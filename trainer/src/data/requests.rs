@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use proto::{RunSpec, Split};
 
-use super::augment::Augmentation;
 use super::cache::{ImageId, NextUse, PlanTime};
 use super::plan::{EpochPlan, Lane, SampleId, steps_per_epoch};
+use input::augment::Augmentation;
 
 /// One batch of one rank, as planned.
 #[derive(Debug)]

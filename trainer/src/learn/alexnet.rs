@@ -273,14 +273,9 @@ impl Layer {
         let leaf =
             |values: Tensor, shape: &[i64]| values.view(shape).to_kind(kind).to_device(device).set_requires_grad(true);
         let values = |from: u64, shape: &[i64]| {
-            let value = |i: u64| match init {
-                Init::Uniform => bound * (2.0 * random::uniform(key, i) - 1.0),
-                Init::Normal(_) => (0.01 * random::normal(key, i)) as f32,
-            };
-            tensor::filled(shape, |values: &mut [MaybeUninit<f32>]| {
-                for (place, i) in values.iter_mut().zip(from..) {
-                    place.write(value(i));
-                }
+            tensor::filled(shape, |values: &mut [MaybeUninit<f32>]| match init {
+                Init::Uniform => random::write_uniform(key, from, bound, values),
+                Init::Normal(_) => random::write_normal(key, from, 0.01, values),
             })
         };
         let weight = leaf(values(0, shape), shape);

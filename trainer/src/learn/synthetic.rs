@@ -1,13 +1,14 @@
 //! Steps on one batch of random pixels that stays in memory: what a step takes without data to wait for.
 
 use anyhow::Context;
+use input::color::ColorJitter;
 use proto::RunSpec;
 use tch::{Device, Kind, Tensor};
 
 use super::alexnet::AlexNet;
 use super::failure::Failure;
 use super::{schedule, step};
-use crate::data::batch::{Batch, ColorJitter, Pixels};
+use crate::data::batch::{Batch, Pixels};
 use crate::data::normalise::Normalise;
 use crate::data::plan::lanes_of;
 use crate::data::random;

@@ -15,22 +15,14 @@ pub(crate) type Named = Vec<(String, Tensor)>;
 pub(crate) trait Element: Copy + Send + Sync + 'static {
     /// libtorch's name for it.
     const KIND: Kind;
-    /// The nearest number of this kind.
-    fn of(value: f64) -> Self;
 }
 
 impl Element for f32 {
     const KIND: Kind = Kind::Float;
-    fn of(value: f64) -> Self {
-        value as f32
-    }
 }
 
 impl Element for f64 {
     const KIND: Kind = Kind::Double;
-    fn of(value: f64) -> Self {
-        value
-    }
 }
 
 /// A new tensor in the CPU's memory, of which `fill` writes every element, in the order in which they lie.

@@ -27,12 +27,7 @@ pub(super) fn drop_units(x: &Tensor, probability: f64, layer: u64, keys: &[u64])
 fn mask_on_host(keys: &[u64], units: usize, threshold: u64, scale: f32) -> Tensor {
     tensor::filled(&[keys.len() as i64, units as i64], |mask: &mut [MaybeUninit<f32>]| {
         for (key, row) in keys.iter().zip(mask.chunks_mut(units)) {
-            for (index, four) in row.chunks_mut(4).enumerate() {
-                let bits = random::bits(*key, index as u64);
-                for (part, unit) in four.iter_mut().enumerate() {
-                    unit.write(if (bits >> (16 * part)) & 0xffff < threshold { 0.0 } else { scale });
-                }
-            }
+            random::write_mask(*key, threshold, scale, row);
         }
     })
 }

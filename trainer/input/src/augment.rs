@@ -11,18 +11,28 @@ use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer
 use proto::run_spec::{Cut, Input};
 use proto::{ImageFormat, Sample};
 
-use super::batch::ColorJitter;
-use super::image::Image;
-use super::jpeg::{self, Area};
-use super::random;
+use crate::color::ColorJitter;
+use crate::image::Image;
+use crate::jpeg::{self, Area};
+use crate::random;
 
 /// How samples become input.
 #[derive(Debug, Clone)]
-pub(crate) enum Augmentation {
+pub enum Augmentation {
     /// A random crop, flip and color jitter, drawn anew for each epoch (from 0) and sample.
-    Training { input: Input, seed: u64, epoch: u64 },
+    Training {
+        /// What may be drawn.
+        input: Input,
+        /// The run's.
+        seed: u64,
+        /// From 0.
+        epoch: u64,
+    },
     /// The centre crop.
-    Evaluation { crop: u32 },
+    Evaluation {
+        /// Its side, in pixels.
+        crop: u32,
+    },
 }
 
 /// What was drawn for one image.
@@ -49,7 +59,7 @@ mod draw {
 
 impl Augmentation {
     /// Side of the network's input.
-    pub(crate) fn crop(&self) -> usize {
+    pub fn crop(&self) -> usize {
         match self {
             Augmentation::Training { input, .. } => input.crop as usize,
             Augmentation::Evaluation { crop } => *crop as usize,
@@ -124,7 +134,7 @@ impl Transform {
 }
 
 /// Decodes and augments on one thread, in buffers that it keeps.
-pub(crate) struct Augmenter {
+pub struct Augmenter {
     decoder: jpeg::Decoder,
     pixels: Vec<u8>,
     resizer: Resizer,
@@ -132,12 +142,12 @@ pub(crate) struct Augmenter {
 
 impl Augmenter {
     /// An augmenter without buffers yet.
-    pub(crate) fn new() -> Result<Self> {
+    pub fn new() -> Result<Self> {
         Ok(Self { decoder: jpeg::Decoder::new()?, pixels: Vec::new(), resizer: Resizer::new() })
     }
 
     /// Decodes a whole sample.
-    pub(crate) fn decode(&mut self, sample: &Sample) -> Result<Arc<Image>> {
+    pub fn decode(&mut self, sample: &Sample) -> Result<Arc<Image>> {
         let Sample { key, label, ref image } = *sample;
         let context = || format!("sample {key}");
         let (size, pixels) = match ImageFormat::of(image) {
@@ -153,7 +163,7 @@ impl Augmenter {
     }
 
     /// Augments a decoded image and writes crop x crop x 3 bytes.
-    pub(crate) fn apply(&mut self, image: &Image, augmentation: &Augmentation, into: &mut [u8]) -> Result<ColorJitter> {
+    pub fn apply(&mut self, image: &Image, augmentation: &Augmentation, into: &mut [u8]) -> Result<ColorJitter> {
         let Image { key, width, height, ref pixels, .. } = *image;
         let transform = augmentation.transform(key, width, height).with_context(|| format!("sample {key}"))?;
         write(
@@ -167,7 +177,7 @@ impl Augmenter {
     }
 
     /// The same, from an encoded sample: decodes no more than the crop, if that is possible.
-    pub(crate) fn decode_and_apply(
+    pub fn decode_and_apply(
         &mut self,
         sample: &Sample,
         augmentation: &Augmentation,

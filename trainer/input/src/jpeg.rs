@@ -119,9 +119,9 @@ mod tests {
     #[test]
     fn a_part_has_the_pixels_of_the_whole() {
         let (width, height) = (101, 77);
-        let noise = crate::data::random::key(&[1]);
+        let noise = crate::random::key(&[1]);
         let values: Vec<u8> = (0..3 * width * height)
-            .map(|i| (crate::data::random::below(noise, i as u64 / 30, 200) + i as u64 % 50) as u8)
+            .map(|i| (crate::random::below(noise, i as u64 / 30, 200) + i as u64 % 50) as u8)
             .collect();
         let image = turbojpeg::Image {
             pixels: &values[..],
@@ -136,8 +136,7 @@ mod tests {
             let mut decoder = Decoder::new().expect("memory");
             let mut pixels = Vec::new();
             for i in 0..200 {
-                let draw =
-                    |n, below| crate::data::random::below(crate::data::random::key(&[2, i]), n, below as u64) as usize;
+                let draw = |n, below| crate::random::below(crate::random::key(&[2, i]), n, below as u64) as usize;
                 let (left, top) = (draw(0, width), draw(1, height));
                 let wanted = Area { left, top, width: 1 + draw(2, width - left), height: 1 + draw(3, height - top) };
                 let (size, got) = decoder.decode(&jpeg, |_, _| Ok(wanted), &mut pixels).expect("a JPEG");

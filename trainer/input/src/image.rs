@@ -2,16 +2,18 @@
 
 use std::sync::OnceLock;
 
-use super::batch::GREY;
+use crate::color::GREY;
 
 /// A decoded image.
 #[derive(Debug)]
-pub(crate) struct Image {
+pub struct Image {
     /// The sample's key.
     pub key: u64,
     /// The index of its class in the manifest.
     pub label: u32,
+    /// In pixels.
     pub width: usize,
+    /// In pixels.
     pub height: usize,
     /// Rows of pixels of red, green, blue.
     pub pixels: Vec<u8>,
@@ -20,12 +22,12 @@ pub(crate) struct Image {
 
 impl Image {
     /// From its pixels.
-    pub(crate) fn new(key: u64, label: u32, (width, height): (usize, usize), pixels: Vec<u8>) -> Self {
+    pub fn new(key: u64, label: u32, (width, height): (usize, usize), pixels: Vec<u8>) -> Self {
         Self { key, label, width, height, pixels, grey: OnceLock::new() }
     }
 
     /// The mean grey of its pixels, 0 to 1.
-    pub(super) fn grey(&self) -> f32 {
+    pub(crate) fn grey(&self) -> f32 {
         *self.grey.get_or_init(|| {
             let mut sums = [0_u64; 3];
             for pixel in self.pixels.as_chunks::<3>().0 {
