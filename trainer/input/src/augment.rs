@@ -6,8 +6,9 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use fast_image_resize::images::{CroppedImage, Image as Target, ImageRef};
-use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
+use fast_image_resize::images::{TypedCroppedImage, TypedImage, TypedImageRef};
+use fast_image_resize::pixels::U8x3;
+use fast_image_resize::{FilterType, ResizeAlg, ResizeOptions, Resizer};
 use proto::run_spec::{Cut, Input};
 use proto::{ImageFormat, Sample};
 
@@ -223,12 +224,12 @@ fn write(
         }
         return Ok(());
     }
-    let source = ImageRef::new(part.width as u32, part.height as u32, pixels, PixelType::U8x3)?;
-    let source = CroppedImage::new(&source, left as u32, top as u32, area.width as u32, area.height as u32)?;
-    let mut target = Target::from_slice_u8(crop as u32, crop as u32, into, PixelType::U8x3)?;
+    let source = TypedImageRef::<U8x3>::from_buffer(part.width as u32, part.height as u32, pixels)?;
+    let source = TypedCroppedImage::new(source, left as u32, top as u32, area.width as u32, area.height as u32)?;
+    let mut target = TypedImage::<U8x3>::from_buffer(crop as u32, crop as u32, into)?;
     // A triangle filter as wide as the scale requires, which Pillow calls bilinear.
     let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Bilinear));
-    resizer.resize(&source, &mut target, &options)?;
+    resizer.resize_typed(&source, &mut target, &options)?;
     if flip {
         into.chunks_exact_mut(3 * crop).for_each(mirror);
     }

@@ -1,7 +1,8 @@
 //! What is measured on a stored picture: sums over its pixels, and a hash by which it is found again.
 
-use fast_image_resize::images::{Image, ImageRef};
-use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeError, ResizeOptions, Resizer};
+use fast_image_resize::images::{TypedImage, TypedImageRef};
+use fast_image_resize::pixels::{U8, U8x3};
+use fast_image_resize::{FilterType, PixelTrait, ResizeAlg, ResizeError, ResizeOptions, Resizer};
 use proto::shard::Moments;
 
 use super::resize::{GREY, Picture};
@@ -187,18 +188,13 @@ impl Hasher {
             Some([(plane, width), ..]) => {
                 let mut small = [0; N * N];
                 let size = (width as u32, (plane.len() / width) as u32);
-                shrink(&mut self.resizer, plane, size, PixelType::U8, &mut small)?;
+                shrink::<U8>(&mut self.resizer, plane, size, &mut small)?;
                 values.zip(small).for_each(|(value, small)| *value = f32::from(small));
             }
             None => {
                 let mut small = [0; N * N * 3];
-                shrink(
-                    &mut self.resizer,
-                    picture.values,
-                    (picture.width, picture.height),
-                    PixelType::U8x3,
-                    &mut small,
-                )?;
+                let size = (picture.width, picture.height);
+                shrink::<U8x3>(&mut self.resizer, picture.values, size, &mut small)?;
                 for (value, pixel) in values.zip(small.as_chunks::<3>().0) {
                     *value = 0.299 * f32::from(pixel[0]) + 0.587 * f32::from(pixel[1]) + 0.114 * f32::from(pixel[2]);
                 }
@@ -217,17 +213,17 @@ impl Hasher {
 }
 
 /// Means over equal parts.
-fn shrink(
+fn shrink<P: PixelTrait>(
     resizer: &mut Resizer,
     source: &[u8],
     (width, height): (u32, u32),
-    kind: PixelType,
     target: &mut [u8],
 ) -> Result<(), ResizeError> {
     let fits = "buffers are made to fit";
-    let source = ImageRef::new(width, height, source, kind).expect(fits);
-    let mut target = Image::from_slice_u8(HASHED_SIDE as u32, HASHED_SIDE as u32, target, kind).expect(fits);
-    resizer.resize(&source, &mut target, &ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Box)))
+    let source = TypedImageRef::<P>::from_buffer(width, height, source).expect(fits);
+    let mut target = TypedImage::<P>::from_buffer(HASHED_SIDE as u32, HASHED_SIDE as u32, target).expect(fits);
+    let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Box));
+    resizer.resize_typed(&source, &mut target, &options)
 }
 
 #[cfg(test)]

@@ -10,8 +10,9 @@ mod kernel;
 mod plain;
 mod weights;
 
-use fast_image_resize::images::{Image, ImageRef};
-use fast_image_resize::{Filter, FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
+use fast_image_resize::images::{TypedImage, TypedImageRef};
+use fast_image_resize::pixels::{U8, U8x3};
+use fast_image_resize::{Filter, FilterType, PixelTrait, ResizeAlg, ResizeOptions, Resizer};
 
 use kernel::lanczos3;
 use proto::Filter as Kind;
@@ -65,14 +66,21 @@ impl Scaler {
     }
 
     fn scale_by_crate(&mut self, from: Grid<'_>, across: Span, down: Span, to: &mut [u8]) {
+        match from.channels {
+            3 => self.scale_typed::<U8x3>(from, across, down, to),
+            _ => self.scale_typed::<U8>(from, across, down, to),
+        }
+    }
+
+    /// The crate's `resize` would have its code for pixels of all types compiled here, which takes minutes.
+    fn scale_typed<P: PixelTrait>(&mut self, from: Grid<'_>, across: Span, down: Span, to: &mut [u8]) {
         let fits = "buffers are made to fit";
-        let kind = if from.channels == 3 { PixelType::U8x3 } else { PixelType::U8 };
-        let source = ImageRef::new(from.width as u32, from.height as u32, from.values, kind).expect(fits);
-        let mut target = Image::from_slice_u8(across.to as u32, down.to as u32, to, kind).expect(fits);
+        let source = TypedImageRef::<P>::from_buffer(from.width as u32, from.height as u32, from.values).expect(fits);
+        let mut target = TypedImage::<P>::from_buffer(across.to as u32, down.to as u32, to).expect(fits);
         let lanczos = FilterType::Custom(Filter::new("Lanczos3", lanczos3, 3.0).expect("its support is positive"));
         let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(lanczos));
         let options = options.crop(across.start, down.start, across.length, down.length);
-        self.resizer.resize(&source, &mut target, &options).expect(fits);
+        self.resizer.resize_typed(&source, &mut target, &options).expect(fits);
     }
 
     /// Gives large buffers back.
