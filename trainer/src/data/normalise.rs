@@ -7,6 +7,7 @@ use input::normalise::Scale;
 use tch::{Device, Kind, Tensor};
 
 use super::batch::Pixels;
+use crate::torch::Result;
 use crate::torch::tensor::{self, Element};
 
 /// [`Scale::write_f32`], or the same for another kind.
@@ -34,22 +35,22 @@ impl Normalise {
     /// The input of the network, [samples, 3, crop, crop], and the labels.
     ///
     /// Bytes are copied to the device, a quarter of the size of f32, while the device still computes.
-    pub(crate) fn apply(&self, batch: &Pixels) -> Result<(Tensor, Tensor), tch::TchError> {
+    pub(crate) fn apply(&self, batch: &Pixels) -> Result<(Tensor, Tensor)> {
         let input = match (self.device, self.kind) {
             (Device::Cpu, Kind::Float) => self.on_cpu(batch, Scale::write_f32),
             (Device::Cpu, Kind::Double) => self.on_cpu(batch, Scale::write_f64),
             _ => self.on_device(batch)?,
         };
-        Ok((input, batch.labels.f_to_device_(self.device, Kind::Int64, true, false)?))
+        Ok((input, tensor::sent(&batch.labels, self.device)?))
     }
 
-    fn on_device(&self, batch: &Pixels) -> Result<Tensor, tch::TchError> {
-        let channels =
-            |of: [f64; 3]| Tensor::from_slice(&of).f_to_kind(self.kind)?.f_to_device(self.device)?.f_view([3, 1, 1]);
+    fn on_device(&self, batch: &Pixels) -> Result<Tensor> {
+        let sent =
+            |numbers: Tensor, shape: &[i64]| tensor::sent(&numbers.f_to_kind(self.kind)?.f_view(shape)?, self.device);
+        let channels = |of: [f64; 3]| sent(Tensor::from_slice(&of), &[3, 1, 1]);
         let jitters: Vec<f32> =
             batch.jitters.iter().flat_map(|jitter| [jitter.gain, jitter.grey, jitter.offset]).collect();
-        let jitters =
-            Tensor::from_slice(&jitters).f_to_kind(self.kind)?.f_to_device(self.device)?.f_view([-1, 3, 1, 1, 1])?;
+        let jitters = sent(Tensor::from_slice(&jitters), &[-1, 3, 1, 1, 1])?;
         let pixels = batch.pixels.f_to_device_(self.device, Kind::Uint8, true, false)?.f_permute([0, 3, 1, 2])?;
         let input = pixels.f_contiguous()?.f_to_kind(self.kind)?.f_div_scalar(255.0)?;
         let mut lit = input.f_mul(&jitters.f_select(1, 0)?)?.f_add(&jitters.f_select(1, 2)?)?;
@@ -58,7 +59,7 @@ impl Normalise {
             let grey = (&input * weights).f_sum_dim_intlist([1_i64].as_slice(), true, self.kind)?;
             lit = lit.f_add(&grey.f_mul(&jitters.f_select(1, 1)?)?)?;
         }
-        lit.f_clamp_(0.0, 1.0)?.f_sub_(&channels(self.scale.mean)?)?.f_div_(&channels(self.scale.std)?)
+        Ok(lit.f_clamp_(0.0, 1.0)?.f_sub_(&channels(self.scale.mean)?)?.f_div_(&channels(self.scale.std)?)?)
     }
 
     /// The same in one pass over the pixels.

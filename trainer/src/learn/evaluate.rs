@@ -46,7 +46,8 @@ pub(crate) fn evaluate(
     };
     let mut batches =
         job.loader(split).batches(requests::evaluation(sample_ids, batch, job.spec.input.crop, next_use))?;
-    let sums = Tensor::zeros([4], (Kind::Double, job.device));
+    let sums = Tensor::zeros([3], (Kind::Double, job.device));
+    let mut own = 0;
     for _ in 0..expected {
         let batch = batches.next(|| flags.aborted()).unwrap_or_else(|| Err(anyhow!("the batches ended early")));
         if flags.aborted() {
@@ -56,10 +57,10 @@ pub(crate) fn evaluate(
         let (images, labels) = job.normalise.apply(&batch.pixels)?;
         let logits = network.evaluate(&images);
         let loss = step::loss(&logits, &labels, 0.0).to_kind(Kind::Double).reshape([1]);
-        let count = Tensor::from_slice(&[batch.samples as f64]).to_device(job.device);
-        let _ = sums.shallow_clone().f_add_(&Tensor::cat(&[loss, step::correct(&logits, &labels), count], 0))?;
+        let _ = sums.shallow_clone().f_add_(&Tensor::cat(&[loss, step::correct(&logits, &labels)], 0))?;
+        own += batch.samples;
     }
-    let sums = sums.to_device(tch::Device::Cpu);
+    let sums = Tensor::cat(&[sums.to_device(tch::Device::Cpu), Tensor::from_slice(&[own as f64])], 0);
     membership.group.all_reduce(&sums, Op::Sum)?.wait(membership.group.timeout())?;
     let sum = |i| sums.double_value(&[i]);
     let sums = Sums { loss: sum(0), top1: sum(1), top5: sum(2), samples: sum(3) };

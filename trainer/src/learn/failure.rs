@@ -52,6 +52,7 @@ impl From<torch::Error> for Failure {
             torch::Error::OutOfMemory(_) => Self::Device(format!(
                 "{error}; with train.micro_batch a rank computes a step in parts, which need less, as does a smaller train.batch"
             )),
+            torch::Error::Tch(error) => error.into(),
             torch::Error::Other(_) => Self::Here(error.into()),
         }
     }

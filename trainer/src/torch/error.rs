@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use tch::TchError;
+
 /// Whose failure it is. C++ says so by the type of its exception (`shim.cc`), never by its words.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
@@ -17,6 +19,9 @@ pub(crate) enum Error {
     /// This device has no memory left.
     #[error("out of memory: {0}")]
     OutOfMemory(String),
+    /// `tch` has no class for it.
+    #[error(transparent)]
+    Tch(#[from] TchError),
     /// Not the fault of a peer: the next generation would fail in the same way.
     #[error("{0}")]
     Other(String),

@@ -5,7 +5,7 @@ use std::ops::{Deref, DerefMut};
 
 use tch::{Device, Kind, Tensor};
 
-use super::error::{Error, Result};
+use super::error::Result;
 use super::ffi::{self, check};
 
 /// Names and tensors that share memory with their owner, in an order that is the same on every rank.
@@ -42,6 +42,23 @@ pub(crate) fn bytes<R>(tensor: &Tensor, read: impl FnOnce(&[u8]) -> R) -> R {
     read(unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast(), tensor.numel()) })
 }
 
+/// The same on a device. A GPU copies it by itself, in its turn: nobody waits for that.
+pub(crate) fn sent(tensor: &Tensor, device: Device) -> Result<Tensor> {
+    if !device.is_cuda() {
+        return Ok(tensor.f_to_device(device)?);
+    }
+    let bytes = tensor.numel() * tensor.kind().elt_size_in_bytes();
+    let copy = copied_to(&pinned(&[bytes as i64])?, tensor)?;
+    Ok(copy.f_to_device_(device, tensor.kind(), true, false)?)
+}
+
+/// A copy in this memory, which is as long.
+fn copied_to(bytes: &Tensor, tensor: &Tensor) -> Result<Tensor> {
+    let mut copy = bytes.f_view_dtype(tensor.kind())?.f_view(tensor.size().as_slice())?;
+    copy.f_copy_(tensor)?;
+    Ok(copy)
+}
+
 /// A tensor of bytes that is still being given out in chunks, one after the other.
 #[derive(Debug)]
 pub(crate) struct Slab {
@@ -66,7 +83,7 @@ impl Slab {
     pub(crate) fn new(shape: &[i64], device: Device) -> Result<Self> {
         let tensor = match device.is_cuda() {
             true => pinned(shape)?,
-            false => Tensor::f_empty(shape, (Kind::Uint8, Device::Cpu)).map_err(|e| Error::Other(e.to_string()))?,
+            false => Tensor::f_empty(shape, (Kind::Uint8, Device::Cpu))?,
         };
         Ok(Self { tensor, given: 0 })
     }
@@ -134,6 +151,16 @@ mod tests {
         assert!(Chunk::join(vec![slab.chunk(0)]).is_none(), "others may still write");
         let tensor = Chunk::join(vec![second, first]).expect("all of them");
         assert_eq!(bytes(&tensor, <[u8]>::to_vec), [1, 1, 1, 1, 2, 2, 2, 2, 2, 2]);
+    }
+
+    #[test]
+    fn what_is_sent_is_the_same_in_other_memory() {
+        let numbers = Tensor::from_slice(&[1_i64, -2, i64::MAX, 4, 5, 6]).view([3, 2]);
+        let part = numbers.narrow(1, 1, 1);
+        let bytes = Tensor::zeros([3 * 8], (Kind::Uint8, Device::Cpu));
+        let copy = copied_to(&bytes, &part).expect("it is as long");
+        assert_eq!((&copy, copy.data_ptr()), (&part, bytes.data_ptr()));
+        assert_eq!(sent(&part, Device::Cpu).expect("it is there already"), part);
     }
 
     #[test]

@@ -36,7 +36,7 @@ fn mask_on_host(keys: &[u64], units: usize, threshold: u64, scale: f32) -> Tenso
 /// host and sent.
 fn mask_on(device: Device, keys: &[u64], units: i64, threshold: i64, scale: f32) -> Tensor {
     let keys: Vec<i64> = keys.iter().map(|&key| key as i64).collect();
-    let keys = Tensor::from_slice(&keys).to_device(device).unsqueeze(1);
+    let keys = tensor::sent(&Tensor::from_slice(&keys), device).expect("a device takes numbers").unsqueeze(1);
     let index = Tensor::arange((units + 3) / 4, (Kind::Int64, device)).unsqueeze(0);
     let bits = random::bits_on(&keys, &index).unsqueeze(2);
     let parts = Tensor::arange(4, (Kind::Int64, device)) * 16;
