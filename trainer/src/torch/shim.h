@@ -48,6 +48,7 @@ void c10d_group_free(c10d_group* group);
 // op: 0 sum, 1 maximum.
 c10d_result c10d_all_reduce(c10d_group* group, c10d_tensor tensor, int op, c10d_work** out);
 c10d_result c10d_broadcast(c10d_group* group, const c10d_tensor* tensors, size_t count, int root);
+// Of a tensor on a GPU it does not wait: its current stream does.
 c10d_result c10d_work_wait(c10d_work* work, int64_t timeout_ms);
 void c10d_work_free(c10d_work* work);
 
