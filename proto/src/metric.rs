@@ -54,7 +54,7 @@ pub struct MetricPoint {
     pub rank_wait: f64,
     /// ... in which they waited for the network, with nothing left to compute.
     pub network_wait: f64,
-    /// ... in which they applied the gradients.
+    /// ... in which they applied the gradients. A GPU does so in what counts as `compute` of the next step.
     pub optimizer: f64,
     /// The rank that the others waited for the longest.
     pub slowest_rank: u32,

@@ -21,6 +21,8 @@ use crate::learn::control::{ControlFlags, Heartbeat};
 use crate::rank::serve;
 use crate::torch::{self, tensor::Named};
 
+mod late;
+
 const SIZE: usize = 72;
 const DEADLINE: Duration = Duration::from_secs(120);
 
@@ -234,7 +236,7 @@ impl Outcome {
             let (difference, size) = ((mine - others).norm().double_value(&[]), mine.norm().double_value(&[]));
             assert!(difference <= 1e-9 * size, "{name}: {difference:e} of {size:e}");
         }
-        for kind in ["validation", "test"] {
+        for kind in ["train", "validation", "test"] {
             let points = |outcome: &Self| {
                 let newest: BTreeMap<u64, (u64, u64, f64)> = outcome
                     .metrics
@@ -351,35 +353,6 @@ fn survivors_of_a_lost_rank_go_on_and_end_as_an_undisturbed_run() {
         rank.left(Cause::Finished);
     }
     undisturbed.assert_equals(&world.outcome("run", &[lost, a, b, new]));
-}
-
-#[test]
-fn a_step_whose_reduction_is_late_and_then_fails_on_one_rank_is_applied_by_none_and_done_again() {
-    let world = World::new();
-    let undisturbed = world.whole("undisturbed", &spec("f64"), 1);
-    let a = world.rank();
-    let peer = a.heartbeat.clone();
-    let fake = |own: Arc<Heartbeat>| -> torch::Fake {
-        let mut asked = 0;
-        Box::new(move || {
-            if own.step() != 7 || asked == 500 {
-                return Ok(true);
-            }
-            asked += 1;
-            assert_eq!(peer.step(), 7, "no step is applied before it is reduced on all ranks");
-            if asked < 500 { Ok(false) } else { Err(torch::Error::Collective("half a bucket".to_owned())) }
-        })
-    };
-    let b = world.rank_on(Some(Box::new(fake)));
-    let _first = world.generation("run", &spec("f64"), 1, &[&a, &b], &[]);
-    let (of_b, of_a) = (b.left(Cause::Collective), a.left(Cause::Collective));
-    assert_eq!((of_a.step, of_b.step), (7, 7));
-    assert!(of_b.detail.contains("half a bucket"), "{}", of_b.detail);
-    let _second = world.generation("run", &spec("f64"), 2, &[&a, &b], &[]);
-    for rank in [&a, &b] {
-        rank.left(Cause::Finished);
-    }
-    undisturbed.assert_equals(&world.outcome("run", &[a, b]));
 }
 
 #[test]

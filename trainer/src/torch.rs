@@ -25,6 +25,7 @@ pub(crate) mod tensor;
 mod tests;
 
 pub(crate) use autocast::{Half, autocast};
+pub(crate) use device::Mark;
 #[cfg(test)]
 pub(crate) use device::{FAKE, Fake};
 pub(crate) use error::{Error, Result};

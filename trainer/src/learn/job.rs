@@ -10,16 +10,18 @@ use tch::Device;
 use super::alexnet::AlexNet;
 use super::checkpoint::Progress;
 use super::context::{RankContext, Setup};
-use super::step;
+use super::failure::Failure;
+use super::history::Sums;
+use super::step::{self, Measured};
+use super::timing::Timing;
 use crate::data::blocks::BlockReader;
 use crate::data::cache::Cache;
 use crate::data::loader::Loader;
 use crate::data::normalise::Normalise;
 use crate::data::plan::{EpochPlan, steps_per_epoch};
 use crate::data::store::get_checked;
-use crate::torch::Sgd;
-use crate::torch::device;
 use crate::torch::tensor::Named;
+use crate::torch::{Group, Sgd, device};
 
 /// One run on one rank: its data, its network, and how far it has come.
 pub(crate) struct Job {
@@ -33,6 +35,8 @@ pub(crate) struct Job {
     pub model: AlexNet,
     pub sgd: Sgd,
     pub progress: Progress,
+    /// The newest applied step, as long as its loss is not known.
+    pub(super) untold: Option<Untold>,
     /// Whether model, momenta and progress are a state of the run. They are not before the first agreement on a state,
     /// nor after the receipt of another rank's state was interrupted.
     pub has_state: bool,
@@ -43,6 +47,15 @@ pub(crate) struct Job {
     blocks: [Arc<BlockReader>; 3],
     /// The share of the machine's cores that this rank has in its generation.
     cores: u32,
+}
+
+/// A step that was applied before the device had told its loss.
+pub(super) struct Untold {
+    pub step: u64,
+    pub samples: u64,
+    pub measured: Measured,
+    pub learning_rate: f64,
+    pub timing: Timing,
 }
 
 impl Job {
@@ -72,6 +85,7 @@ impl Job {
             normalise: Normalise::new(manifest.mean, manifest.std, device, kind),
             steps_per_epoch: steps_per_epoch(blocks[0].samples(), spec.train.batch),
             progress: Progress::default(),
+            untold: None,
             has_state: false,
             agreed_generation: 0,
             cache: Arc::new(cache(&context.setup)?),
@@ -92,6 +106,22 @@ impl Job {
         self.cores = cores.max(1);
         let threads = if self.spec.ranks.threads > 0 { self.spec.ranks.threads } else { self.cores };
         tch::set_num_threads(threads as i32);
+    }
+
+    /// Waits for the loss of the step that was applied last, and counts it, if it is not known yet. **What is kept,
+    /// measured or handed on of a state comes after this**: a loss that is not finite is a failure, and the state is
+    /// none any more.
+    pub(super) fn settle(&mut self, group: &Group) -> Result<Option<(Sums, Untold)>, Failure> {
+        if let Some(untold) = &self.untold {
+            // If this fails, the next generation waits for it.
+            untold.measured.wait(group)?;
+        }
+        let Some(untold) = self.untold.take() else { return Ok(None) };
+        let sums = untold.measured.sums(untold.step, untold.samples);
+        self.has_state &= sums.is_ok();
+        let sums = sums?;
+        self.progress.sums.add(&sums);
+        Ok(Some((sums, untold)))
     }
 
     /// Steps of the whole run.

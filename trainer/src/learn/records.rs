@@ -10,7 +10,7 @@ use super::checkpoint::Snapshot;
 use super::control::ControlFlags;
 use super::failure::Failure;
 use super::history::{History, Sums};
-use super::job::Job;
+use super::job::{Job, Untold};
 use super::membership::Membership;
 use super::reports::Reports;
 use super::timing::Timing;
@@ -104,7 +104,15 @@ impl<'a> Records<'a> {
         }
     }
 
-    pub(super) fn step(&mut self, job: &mut Job, sums: &Sums, learning_rate: f64, timing: &Timing) {
+    /// As [`Job::settle`], with a point of what it says.
+    pub(super) fn settle(&mut self, job: &mut Job) -> Result<(), Failure> {
+        if let Some((sums, Untold { learning_rate, timing, .. })) = job.settle(&self.membership.group)? {
+            self.step(job, &sums, learning_rate, &timing);
+        }
+        Ok(())
+    }
+
+    pub(super) fn step(&mut self, job: &Job, sums: &Sums, learning_rate: f64, timing: &Timing) {
         if self.membership.rank != 0 {
             return;
         }
@@ -124,7 +132,8 @@ impl<'a> Records<'a> {
     }
 
     /// Adds the mean of the epoch that has ended to the curve, and resets the sums.
-    pub(super) fn epoch(&mut self, job: &mut Job) {
+    pub(super) fn epoch(&mut self, job: &mut Job) -> Result<(), Failure> {
+        self.settle(job)?;
         let (samples, timing) = std::mem::take(&mut self.epoch);
         let sums = std::mem::take(&mut job.progress.sums);
         if self.membership.rank == 0 && sums.samples > 0.0 {
@@ -133,6 +142,7 @@ impl<'a> Records<'a> {
             point.images_per_second *= samples / sums.samples.max(1.0);
             self.publish(job, point);
         }
+        Ok(())
     }
 
     pub(super) fn evaluated(&mut self, job: &Job, kind: MetricKind, (sums, time): &(Sums, Duration)) {
@@ -155,7 +165,7 @@ impl<'a> Records<'a> {
     /// Starts a checkpoint if one is due, or if the state is the best so far; at the end of the run the last one. One
     /// is written at a time, while training goes on after the state has been copied. A checkpoint that is due while
     /// another is being written, or while the coordinator is away, comes later; the best state waits as a copy.
-    pub(super) fn checkpoint_if_due(&mut self, job: &Job, flags: &ControlFlags, over: bool) -> Result<(), Failure> {
+    pub(super) fn checkpoint_if_due(&mut self, job: &mut Job, flags: &ControlFlags, over: bool) -> Result<(), Failure> {
         if self.membership.rank != 0 {
             return Ok(());
         }
@@ -191,14 +201,14 @@ impl<'a> Records<'a> {
     }
 
     /// Writes a checkpoint of the current state and waits for it, unless there is one or the coordinator is away.
-    pub(super) fn last_checkpoint(&mut self, job: &Job, flags: &ControlFlags) -> Result<(), Failure> {
+    pub(super) fn last_checkpoint(&mut self, job: &mut Job, flags: &ControlFlags) -> Result<(), Failure> {
         self.written(job);
         self.begin_last_checkpoint(job, flags)?;
         self.written(job);
         Ok(())
     }
 
-    fn begin_last_checkpoint(&mut self, job: &Job, flags: &ControlFlags) -> Result<(), Failure> {
+    fn begin_last_checkpoint(&mut self, job: &mut Job, flags: &ControlFlags) -> Result<(), Failure> {
         if self.membership.rank != 0 || !flags.in_contact(job.spec.failure_detection()) {
             return Ok(());
         }
@@ -213,8 +223,10 @@ impl<'a> Records<'a> {
         Ok(())
     }
 
-    /// Copies the state. One that is not finite is refused, so that it never replaces a sound checkpoint.
-    fn copy(&self, job: &Job) -> Result<Copied, Failure> {
+    /// Copies the state. One that is not finite, or came of a loss that is not, is refused, so that it never replaces a
+    /// sound checkpoint.
+    fn copy(&mut self, job: &mut Job) -> Result<Copied, Failure> {
+        self.settle(job)?;
         let step = job.progress.step;
         let tensors = job.tensors();
         for (name, tensor) in &tensors {

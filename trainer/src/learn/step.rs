@@ -12,36 +12,80 @@ use tch::{Device, Kind, Reduction, Tensor};
 
 use super::alexnet::AlexNet;
 use super::failure::Failure;
+use super::history::Sums;
 use crate::data::batch::Batch;
 use crate::data::normalise::Normalise;
 use crate::data::random;
 use crate::torch::tensor::Named;
-use crate::torch::{self, Half, Reducer, Sgd, SgdSettings};
+use crate::torch::{self, Group, Half, Mark, Op, Reducer, Sgd, SgdSettings};
 
-/// What one rank's forward and backward gave, beside the gradients.
+/// What forward and backward of all ranks gave, beside the gradients.
 #[derive(Debug)]
 pub(crate) struct Computed {
-    /// As f64, on the CPU: summed loss, top-1 and top-5 hits, then the norms' statistics as in
-    /// [`super::alexnet::Forward`].
-    pub measured: Tensor,
+    /// Loss and hits.
+    pub measured: Measured,
+    /// The norms' statistics as in [`super::alexnet::Forward`], on the device.
+    pub statistics: Tensor,
     /// Communication that no computation hid.
     pub exposed: Duration,
 }
 
-/// Computes a rank's part of a step, in parts of whole lanes, and averages the gradients over `world` ranks; `at` hears
-/// what it is at.
+/// Loss and hits of a step, on their way from the device.
+#[derive(Debug)]
+pub(crate) struct Measured {
+    /// In memory of the host: summed loss, top-1 and top-5 hits, once the device has come to the mark.
+    numbers: Tensor,
+    mark: Mark,
+}
+
+impl Measured {
+    /// Has the device send what it has in these three numbers.
+    fn sent(numbers: &Tensor, group: &Group) -> Result<Self, Failure> {
+        let numbers = numbers.f_to_device_(Device::Cpu, Kind::Double, true, false)?;
+        Ok(Self { numbers, mark: group.mark()? })
+    }
+
+    /// Whether they are here.
+    pub(crate) fn is_here(&self) -> Result<bool, Failure> {
+        Ok(self.mark.reached()?)
+    }
+
+    /// Waits until they are.
+    pub(crate) fn wait(&self, group: &Group) -> Result<(), Failure> {
+        Ok(group.until(&self.mark)?)
+    }
+
+    /// What they say, once they are here, of the step of that number and so many samples. A loss that is not finite is
+    /// refused.
+    pub(crate) fn sums(&self, step: u64, samples: u64) -> Result<Sums, Failure> {
+        let number = |i| self.numbers.double_value(&[i]);
+        let sums = Sums { loss: number(0), top1: number(1), top5: number(2), samples: samples as f64 };
+        if !sums.loss.is_finite() {
+            let loss = format!("the loss of step {step} is {}: choose a lower train.learning_rate", sums.loss);
+            return Err(Failure::Diverged(loss));
+        }
+        Ok(sums)
+    }
+}
+
+/// Computes a rank's part of a step, in parts of whole lanes, and averages the gradients over the group's ranks; `at`
+/// hears what it is at.
+///
+/// **Where there are other ranks, Ok means that every collective has completed on this one.** A rank alone has given
+/// its device all of it to do, and waits for nothing: a device that fails ends its process, and with it all that was
+/// applied there.
 pub(crate) fn compute(
     spec: &RunSpec,
-    world: usize,
+    group: &Group,
     model: &AlexNet,
     normalise: &Normalise,
     reducer: &Reducer,
     batch: &Batch,
     at: &dyn Fn(Activity),
 ) -> Result<Computed, Failure> {
-    let device = normalise.device();
+    let (device, world) = (normalise.device(), group.world());
     let mut measured: Option<Tensor> = None;
-    let mut exposed = Duration::ZERO;
+    let mut summing = None;
     reducer.begin()?;
     let parts = parts(&batch.shares, spec.train.micro_batch);
     let (mut start, last) = (0, parts.len() - 1);
@@ -60,21 +104,29 @@ pub(crate) fn compute(
         let loss = loss(&logits, &labels, spec.train.label_smoothing);
         // The reducer divides the sum over ranks by their number.
         let share = &loss * (world as f64 / batch.samples as f64);
-        at(Activity::Backward);
-        if i == last {
-            exposed = reducer.backward(&share)?;
-        } else {
-            reducer.accumulate(&share)?;
-        }
         let loss = loss.detach().to_kind(Kind::Double).reshape([1]);
         let these = Tensor::cat(&[loss, correct(&logits, &labels), forward.statistics], 0);
-        measured = Some(match measured {
+        let sum = match measured {
             None => these,
             Some(sum) => sum + these,
-        });
+        };
+        at(Activity::Backward);
+        if i < last {
+            reducer.accumulate(&share)?;
+        } else {
+            // Under way while backward runs.
+            summing = (world > 1).then(|| group.all_reduce(&sum, Op::Sum)).transpose()?;
+            reducer.backward(&share)?;
+        }
+        measured = Some(sum);
     }
-    let measured = measured.context("a rank without lanes")?.to_device(Device::Cpu);
-    Ok(Computed { measured, exposed })
+    if let Some(summing) = summing {
+        summing.wait(group.timeout())?;
+    }
+    let all = measured.context("a rank without lanes")?;
+    let measured = Measured::sent(&all.narrow(0, 0, 3), group)?;
+    let exposed = if world > 1 { reducer.complete(&measured.mark)? } else { Duration::ZERO };
+    Ok(Computed { measured, statistics: all.narrow(0, 3, all.size()[0] - 3), exposed })
 }
 
 /// Consecutive lanes that together have at most `most` samples, at least one at a time; all if `most` is 0.

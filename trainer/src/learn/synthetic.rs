@@ -7,6 +7,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::alexnet::AlexNet;
 use super::failure::Failure;
+use super::step::Measured;
 use super::{schedule, step};
 use crate::data::batch::{Batch, Pixels};
 use crate::data::normalise::Normalise;
@@ -27,12 +28,13 @@ const MOMENTS: ([f64; 3], [f64; 3]) = ([0.48, 0.46, 0.41], [0.23, 0.22, 0.23]);
 pub(crate) struct Synthetic<'a> {
     spec: &'a RunSpec,
     group: &'a Group,
-    world: usize,
     model: AlexNet,
     sgd: Sgd,
     reducer: Reducer,
     normalise: Normalise,
     batch: Batch,
+    /// Of the step before.
+    measured: Option<Measured>,
 }
 
 impl<'a> Synthetic<'a> {
@@ -57,7 +59,7 @@ impl<'a> Synthetic<'a> {
             keys: (0..own as u64).collect(),
         };
         let batch = Batch { step: 0, samples: batch as u64, shares, pixels };
-        Ok(Self { spec, group, world: world as usize, model, sgd, reducer, normalise, batch })
+        Ok(Self { spec, group, model, sgd, reducer, normalise, batch, measured: None })
     }
 
     /// Samples of this rank in a step.
@@ -67,12 +69,16 @@ impl<'a> Synthetic<'a> {
 
     /// Takes the next step.
     pub(crate) fn step(&mut self) -> Result<(), Failure> {
-        let Self { spec, group, world, model, sgd, reducer, normalise, batch } = self;
-        let computed = step::compute(spec, *world, model, normalise, reducer, batch, &|_| {})?;
-        let measured = &computed.measured;
-        group.all_reduce(measured, Op::Sum)?.wait(group.timeout())?;
+        let Self { spec, group, model, sgd, reducer, normalise, batch, measured } = self;
+        let computed = step::compute(spec, group, model, normalise, reducer, batch, &|_| {})?;
+        if let Some(before) = measured.replace(computed.measured) {
+            before.wait(group)?;
+        }
+        // As the ranks of a run count, which takes the same time for any few numbers.
+        let counts = Tensor::zeros([8], (Kind::Int64, Device::Cpu));
+        group.all_reduce(&counts, Op::Sum)?.wait(group.timeout())?;
         sgd.step(schedule::learning_rate(batch.step, STEPS_PER_EPOCH, &spec.train))?;
-        model.update_running(&(measured.narrow(0, 3, measured.size()[0] - 3) / f64::from(spec.ranks.lanes)));
+        model.update_running(&(computed.statistics / f64::from(spec.ranks.lanes)));
         batch.step += 1;
         Ok(())
     }

@@ -17,13 +17,14 @@ pub(crate) struct Timing {
     pub whole: f64,
     /// Waiting for data.
     pub data: f64,
-    /// Forward and backward.
+    /// Forward and backward. For one rank on a GPU, which is given a step while it is still at the one before, all the
+    /// time in which it was waited for.
     pub compute: f64,
     /// Waiting for the slowest rank.
     pub ranks: f64,
     /// Waiting for the network, with nothing left to compute.
     pub network: f64,
-    /// Applying the gradients.
+    /// Applying the gradients; on a GPU, giving it that to do: the next step waits for it.
     pub optimizer: f64,
     /// How long the others waited for each rank.
     pub late: Vec<f64>,

@@ -3,7 +3,12 @@
 //!
 //! **Parameters are touched only after every collective of the step has completed without error on this rank**, so
 //! after a failure the state stands at the last step that was applied, and the next generation does the failed one
-//! again with the same samples.
+//! again with the same samples. The last collective is that of the counts, to which each rank gives its own once its
+//! gradients are complete: no rank applies a step whose gradients another one lacks. So the host cannot do without this
+//! wait, nor give the counts before it.
+//!
+//! A rank alone waits for nothing: it gives its device the next step while that is still at this one, and hears the
+//! loss a step later. What must not come of a loss that is not finite waits for it ([`Job::settle`]).
 
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -24,10 +29,11 @@ use super::evaluate::evaluate;
 use super::export::{Weights, export};
 use super::failure::Failure;
 use super::history::{Sums, digest};
-use super::job::Job;
+use super::job::{Job, Untold};
 use super::membership::Membership;
 use super::records::Records;
 use super::reports::Reports;
+use super::step::Computed;
 use super::timing::Timing;
 use super::{schedule, step};
 use crate::data::batch::Batch;
@@ -55,6 +61,7 @@ pub(crate) fn generation(
 ) -> Result<Ending, Failure> {
     let membership = Membership::join(&job.context.setup, &job.spec, job.device, join, flags)?;
     flags.set_activity(Activity::Agreeing);
+    job.settle(&membership.group)?;
     let damaged = agree(job, &membership, join)?;
     flags.set_step(job.progress.step);
     info!(generation = join.generation, rank = join.rank, step = job.progress.step, "agreed on a state");
@@ -70,7 +77,7 @@ pub(crate) fn generation(
     loop {
         let epoch = job.progress.step / job.steps_per_epoch;
         if job.progress.step.is_multiple_of(job.steps_per_epoch) && job.progress.validated < epoch {
-            records.epoch(job);
+            records.epoch(job)?;
             flags.set_activity(Activity::Evaluating);
             let (network, lanes) = (&job.model, own_lanes.clone());
             if let Some(sums) = evaluate(job, network, Split::Validation, lanes, &membership, flags)? {
@@ -94,6 +101,7 @@ pub(crate) fn generation(
         let word = train_step(job, &membership, &reducer, &batch?, flags, &mut records, asked)?;
         if word.leave {
             flags.set_activity(Activity::Checkpointing);
+            records.settle(job)?;
             if word.checkpoint {
                 records.last_checkpoint(job, flags)?;
             }
@@ -166,8 +174,12 @@ fn train_step(
         return Err(anyhow!("the batch of step {step} came where that of {} belongs", job.progress.step).into());
     }
     let at = |activity| flags.set_activity(activity);
-    let computed = step::compute(&job.spec, membership.world, &job.model, &job.normalise, reducer, batch, &at)?;
-    let busy = asked.elapsed().saturating_sub(computed.exposed);
+    let Computed { measured, statistics, exposed } =
+        step::compute(&job.spec, &membership.group, &job.model, &job.normalise, reducer, batch, &at)?;
+    // The device is at this step: the one before is over, or soon.
+    records.settle(job)?;
+    let busy = asked.elapsed().saturating_sub(exposed);
+    let is_told = measured.is_here()?;
 
     flags.set_activity(Activity::Counting);
     let (leave, checkpoint) = flags.leave_requested();
@@ -179,41 +191,34 @@ fn train_step(
     counts[SHARED + 2 * membership.rank] = waited.as_micros() as i64;
     counts[SHARED + 2 * membership.rank + 1] = busy.as_micros() as i64;
     let counts = Tensor::from_slice(&counts);
-    let measured = computed.measured;
-    let (first, second) =
-        (membership.group.all_reduce(&counts, Op::Sum)?, membership.group.all_reduce(&measured, Op::Sum)?);
-    first.wait(membership.group.timeout())?;
-    second.wait(membership.group.timeout())?;
+    membership.group.all_reduce(&counts, Op::Sum)?.wait(membership.group.timeout())?;
     let agreed = asked.elapsed();
     let count = |i| counts.int64_value(&[i]);
-    let sums = Sums {
-        loss: measured.double_value(&[0]),
-        top1: measured.double_value(&[1]),
-        top5: measured.double_value(&[2]),
-        samples: count(2) as f64,
-    };
     if count(2) as u64 != *samples {
         return Err(anyhow!("step {step} has {} samples on all ranks, its plan has {samples}", count(2)).into());
     }
-    if !sums.loss.is_finite() {
-        let loss = format!("the loss of step {step} is {}: choose a lower train.learning_rate", sums.loss);
-        return Err(Failure::Diverged(loss));
-    }
+    // Before the update if it can be.
+    let sums = is_told.then(|| measured.sums(*step, *samples)).transpose()?;
 
     flags.set_activity(Activity::Updating);
     let learning_rate = schedule::learning_rate(*step, job.steps_per_epoch, &job.spec.train);
     job.sgd.step(learning_rate)?;
-    let statistics = measured.narrow(0, 3, measured.size()[0] - 3) / f64::from(job.spec.ranks.lanes);
-    job.model.update_running(&statistics);
+    job.model.update_running(&(statistics / f64::from(job.spec.ranks.lanes)));
     let epoch = step / job.steps_per_epoch + 1;
     job.progress.step += 1;
-    job.progress.sums.add(&sums);
     job.progress.tail.retain(|line| line.step > count(4) as u64);
     job.progress.tail.push(Line { epoch, step: job.progress.step, samples: *samples, digest: count(3) as u64 });
     flags.set_step(job.progress.step);
     let of_ranks: Vec<(i64, i64)> =
         (SHARED..SHARED + 2 * membership.world).step_by(2).map(|i| (count(i as i64), count(i as i64 + 1))).collect();
-    records.step(job, &sums, learning_rate, &Timing::of(&of_ranks, agreed, asked.elapsed()));
+    let timing = Timing::of(&of_ranks, agreed, asked.elapsed());
+    match sums {
+        Some(sums) => {
+            job.progress.sums.add(&sums);
+            records.step(job, &sums, learning_rate, &timing);
+        }
+        None => job.untold = Some(Untold { step: *step, samples: *samples, measured, learning_rate, timing }),
+    }
     Ok(ControlWord { leave: count(0) > 0, checkpoint: count(1) > 0 })
 }
 

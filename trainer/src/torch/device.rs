@@ -46,6 +46,21 @@ fn out_of_memory(device: Device) -> Result<i64> {
     Ok(times)
 }
 
+/// A place in what a device was given to do.
+#[derive(Debug)]
+pub(crate) struct Mark(Option<Event>);
+
+impl Mark {
+    /// Whether the device has come so far. A CPU has done what it was given when it is asked.
+    pub(crate) fn reached(&self) -> Result<bool> {
+        #[cfg(test)]
+        if let Some(answer) = FAKE.with_borrow_mut(|fake| fake.as_mut().map(|fake| fake())) {
+            return answer;
+        }
+        self.0.as_ref().map_or(Ok(true), Event::reached)
+    }
+}
+
 /// Waits until all that was put on a device's stream has been done. On the CPU nothing is ever left to wait for.
 #[derive(Debug)]
 pub(super) struct Completion {
@@ -64,18 +79,21 @@ thread_local! {
 }
 
 impl Completion {
+    /// Marks what the device was given up to now.
+    pub(super) fn mark(&self) -> Result<Mark> {
+        let event = match self.device {
+            Device::Cuda(index) => Some(Event::record(index)?),
+            _ => None,
+        };
+        Ok(Mark(event))
+    }
+
     pub(super) fn wait(&self) -> Result<()> {
-        #[cfg(test)]
-        if let Some(result) = FAKE.with_borrow_mut(|fake| fake.as_mut().map(|fake| self.poll(fake))) {
-            return result;
-        }
-        match self.device {
-            Device::Cuda(index) => {
-                let event = Event::record(index)?;
-                self.poll(|| event.reached())
-            }
-            _ => Ok(()),
-        }
+        self.until(&self.mark()?)
+    }
+
+    pub(super) fn until(&self, mark: &Mark) -> Result<()> {
+        self.poll(|| mark.reached())
     }
 
     /// Asks again and again: a stream that waits for a dead peer never says so by itself.
@@ -98,6 +116,7 @@ impl Completion {
     }
 }
 
+#[derive(Debug)]
 struct Event(*mut c_void);
 
 impl Event {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use tch::{Device, Tensor};
 
-use super::device::Completion;
+use super::device::{Completion, Mark};
 use super::error::{Error, Result};
 use super::ffi::{self, c_string, check, milliseconds, pointer, pointers};
 use super::store::Store;
@@ -172,6 +172,21 @@ impl Group {
         self.completion().wait()
     }
 
+    /// Marks what the device was given up to now.
+    pub(crate) fn mark(&self) -> Result<Mark> {
+        self.completion().mark()
+    }
+
+    /// Waits until the device has come so far.
+    pub(crate) fn until(&self, mark: &Mark) -> Result<()> {
+        self.completion().until(mark)
+    }
+
+    /// How many ranks there are.
+    pub(crate) fn world(&self) -> usize {
+        self.member.world
+    }
+
     /// What the ranks compute on.
     pub(crate) fn device(&self) -> Device {
         self.member.device
@@ -222,7 +237,8 @@ pub(crate) struct Work {
 }
 
 impl Work {
-    /// Waits until the result is in the tensor, at most `timeout`.
+    /// Waits until the result is in the tensor, at most `timeout`. For one on a GPU it only sees to it that what the
+    /// device is given from now on comes after it.
     pub(crate) fn wait(self, timeout: Duration) -> Result<()> {
         let began = Instant::now();
         // SAFETY: `self` keeps the work alive.

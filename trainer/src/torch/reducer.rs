@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tch::Tensor;
 
 use super::autocast::{Half, code};
-use super::device::Completion;
+use super::device::{Completion, Mark};
 use super::error::Result;
 use super::ffi::{self, check, pointer, pointers};
 use super::group::Group;
@@ -67,19 +67,25 @@ impl Reducer {
     }
 
     /// Adds the gradients of `loss`, the last of a step, and replaces those of the parameters by their average over all
-    /// ranks. Gives the time that passed after this rank's last gradient was computed: communication that nothing hid.
-    ///
-    /// **Ok means that every bucket has completed on this rank**, on GPUs too, where a collective's own wait only
-    /// orders streams. After an error the gradients are worth nothing.
-    pub(crate) fn backward(&self, loss: &Tensor) -> Result<Duration> {
+    /// ranks. A CPU has done so when this returns; a GPU was given it to do. After an error the gradients are worth
+    /// nothing.
+    pub(crate) fn backward(&self, loss: &Tensor) -> Result<()> {
         // SAFETY: `self` keeps the reducer alive.
         check(unsafe { ffi::c10d_reducer_prepare(self.raw) })?;
         let backward = Instant::now();
-        self.accumulate(loss).map_err(|error| error.timed(backward, self.completion.timeout))?;
+        self.accumulate(loss).map_err(|error| error.timed(backward, self.completion.timeout))
+    }
+
+    /// Waits until the device has come to a mark that was made after [`Self::backward`]. Gives the time that passed
+    /// after this rank's last gradient was computed: communication that nothing hid.
+    ///
+    /// **Ok means that every bucket has completed on this rank**, on GPUs too, where a collective's own wait only
+    /// orders streams. After an error the gradients are worth nothing.
+    pub(crate) fn complete(&self, mark: &Mark) -> Result<Duration> {
         let mut ago = 0;
         self.completion.poll(|| self.ready(&mut ago))?;
         let began = Instant::now();
-        self.completion.wait()?;
+        self.completion.until(mark)?;
         Ok(Duration::from_nanos(ago.max(0) as u64) + began.elapsed())
     }
 
