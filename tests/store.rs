@@ -113,13 +113,18 @@ fn create_large(cluster: &Cluster, urls: &str) -> Value {
     ready(cluster, "some")
 }
 
-/// The only object of the dataset's folder `kind` that belongs to a shard.
-fn object(cluster: &Cluster, kind: &str, shard: u32) -> PathBuf {
+/// The objects of the dataset's folder `kind`.
+fn objects(cluster: &Cluster, kind: &str) -> impl Iterator<Item = PathBuf> {
     let dataset = cluster.json(&["dataset", "describe", "some"])["dataset"].as_str().expect("its id").to_owned();
     let folder = Path::new(cluster.store()).join("datasets").join(dataset).join(kind);
+    std::fs::read_dir(folder).expect("a folder").map(|file| file.expect("a file").path())
+}
+
+/// The only one of them that belongs to a shard.
+fn object(cluster: &Cluster, kind: &str, shard: u32) -> PathBuf {
     let of_it = |name: &str| name.starts_with(&format!("{shard:06}"));
-    let mut files = std::fs::read_dir(folder).expect("a folder").map(|file| file.expect("a file").path());
-    files.find(|path| of_it(&path.file_name().expect("it has one").to_string_lossy())).expect("the shard has one")
+    let is_its = |path: &PathBuf| of_it(&path.file_name().expect("it has one").to_string_lossy());
+    objects(cluster, kind).find(is_its).expect("the shard has one")
 }
 
 /// Flips a bit in the middle of a file.
@@ -185,8 +190,8 @@ fn an_index_that_becomes_garbage_while_its_dataset_is_fetched_holds_up_nobody() 
     cluster.gleaner(&["dataset", "create", "some", "--urls", &list, "--size", "64", "--slice-urls", "10"]);
     let committed = |cluster: &Cluster| cluster.json(&["dataset", "describe", "some"])["shards_committed"].as_u64();
     cluster.eventually("some shards are committed", |cluster| committed(cluster) > Some(2));
-    let key = std::fs::read_dir(object(&cluster, "index", 0).parent().expect("its folder")).expect("a folder");
-    let index = key.map(|file| file.expect("a file").path()).next().expect("some are committed");
+    let index = objects(&cluster, "index").find(|path| path.extension().is_some_and(|end| end == "json"));
+    let index = index.expect("some are committed");
     std::fs::write(&index, "rubbish").expect("the temporary folder is writable");
     cluster.kill("coordinator");
     cluster.start_coordinator();
