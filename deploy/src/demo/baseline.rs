@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 use object_store::{ObjectStore, ObjectStoreExt, path::Path};
 use proto::manifest::{Manifest, Skips};
 use proto::{Sample, Split, shard};
+use turbojpeg::{Decompressor, Image, PixelFormat, ScalingFactor};
 
 /// Pictures are compared at this many pixels a side.
 const SIDE: usize = 16;
@@ -37,7 +38,7 @@ pub(super) async fn nearest_class_mean(store: &dyn ObjectStore, manifest: &Manif
 
 /// The label and the shrunken pixels of every sample of `split` that counts.
 async fn pictures(store: &dyn ObjectStore, manifest: &Manifest, split: Split) -> Result<Vec<(u32, Vec<f64>)>> {
-    let mut pictures = Vec::new();
+    let (mut pictures, mut decompressor) = (Vec::new(), Decompressor::new()?);
     for shard in &manifest.shards {
         let Some(tar) = shard.tars.get(&split) else { continue };
         let skips = match &shard.skips {
@@ -50,7 +51,7 @@ async fn pictures(store: &dyn ObjectStore, manifest: &Manifest, split: Split) ->
             let bytes = store.get_range(&Path::from(tar.key.as_str()), range).await?;
             for sample in shard::read_block(&bytes).with_context(|| tar.key.clone())? {
                 if !skips.contains(ordinal) {
-                    pictures.push((sample.label, shrink(&sample)?));
+                    pictures.push((sample.label, shrink(&mut decompressor, &sample)?));
                 }
                 ordinal += 1;
             }
@@ -59,17 +60,26 @@ async fn pictures(store: &dyn ObjectStore, manifest: &Manifest, split: Split) ->
     Ok(pictures)
 }
 
-/// The mean of each cell of a 16 x 16 grid over the picture, for each channel.
-fn shrink(sample: &Sample) -> Result<Vec<f64>> {
-    let image = turbojpeg::decompress(&sample.image, turbojpeg::PixelFormat::RGB)?;
+/// The mean of each cell of a 16 x 16 grid over the picture, for each channel. A large picture is decoded at an eighth
+/// of its size: a pixel is the mean of 8 x 8 then.
+fn shrink(decompressor: &mut Decompressor, sample: &Sample) -> Result<Vec<f64>> {
+    let header = decompressor.read_header(&sample.image)?;
+    let is_large = header.width.min(header.height) >= 8 * SIDE;
+    let scale = if is_large { ScalingFactor::ONE_EIGHTH } else { ScalingFactor::ONE };
+    decompressor.set_scaling_factor(scale)?;
+    let (width, height) = (scale.scale(header.width), scale.scale(header.height));
+    let mut pixels = vec![0; 3 * width * height];
+    let format = PixelFormat::RGB;
+    let image = Image { pixels: &mut pixels[..], width, pitch: 3 * width, height, format };
+    decompressor.decompress(&sample.image, image)?;
     let mut sums = vec![0.0; VALUES];
     let mut counts = vec![0.0; VALUES];
-    for y in 0..image.height {
-        for x in 0..image.width {
-            let cell = (y * SIDE / image.height * SIDE + x * SIDE / image.width) * 3;
-            let pixel = y * image.pitch + x * 3;
+    for y in 0..height {
+        for x in 0..width {
+            let cell = (y * SIDE / height * SIDE + x * SIDE / width) * 3;
+            let pixel = (y * width + x) * 3;
             for channel in 0..3 {
-                sums[cell + channel] += f64::from(image.pixels[pixel + channel]);
+                sums[cell + channel] += f64::from(pixels[pixel + channel]);
                 counts[cell + channel] += 1.0;
             }
         }
