@@ -55,11 +55,13 @@ impl Weights {
     }
 
     /// The first value that is wanted.
+    #[cfg(target_arch = "x86_64")]
     pub(super) fn first(&self) -> usize {
         self.starts.first().copied().unwrap_or(0)
     }
 
     /// Behind the last value that is wanted.
+    #[cfg(target_arch = "x86_64")]
     pub(super) fn end(&self) -> usize {
         self.starts.last().map_or(0, |start| start + self.taps)
     }
