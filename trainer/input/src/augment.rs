@@ -143,11 +143,17 @@ pub struct Augmenter {
 
 impl Augmenter {
     /// An augmenter without buffers yet.
+    ///
+    /// # Errors
+    /// If libjpeg-turbo has no memory.
     pub fn new() -> Result<Self> {
         Ok(Self { decoder: jpeg::Decoder::new()?, pixels: Vec::new(), resizer: Resizer::new() })
     }
 
     /// Decodes a whole sample.
+    ///
+    /// # Errors
+    /// If its bytes are no picture; the error names the sample, as do the others.
     pub fn decode(&mut self, sample: &Sample) -> Result<Arc<Image>> {
         let Sample { key, label, ref image } = *sample;
         let context = || format!("sample {key}");
@@ -164,6 +170,9 @@ impl Augmenter {
     }
 
     /// Augments a decoded image and writes crop x crop x 3 bytes.
+    ///
+    /// # Errors
+    /// If the image is smaller than the crop.
     pub fn apply(&mut self, image: &Image, augmentation: &Augmentation, into: &mut [u8]) -> Result<ColorJitter> {
         let Image { key, width, height, ref pixels, .. } = *image;
         let transform = augmentation.transform(key, width, height).with_context(|| format!("sample {key}"))?;
@@ -178,6 +187,9 @@ impl Augmenter {
     }
 
     /// The same, from an encoded sample: decodes no more than the crop, if that is possible.
+    ///
+    /// # Errors
+    /// As those of both.
     pub fn decode_and_apply(
         &mut self,
         sample: &Sample,

@@ -1,4 +1,6 @@
 //! From JPEG or RGB to the picture that is stored: decoding, scaling, measuring, encoding.
+//!
+//! All loops over pixels of a worker are in this crate, which is optimised even where the worker is not.
 
 mod colour;
 mod exif;
