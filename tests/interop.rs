@@ -1,11 +1,13 @@
 //! Formats and numbers against independent implementations: Python's webdataset and Pillow, PyTorch, a real S3 server.
 
+mod answers;
 mod seaweed;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use answers::{compare, logits, onnxruntime};
 use bytes::Bytes;
 use demo_origin::list;
 use demo_origin::origin::{Options, Origin};
@@ -147,22 +149,19 @@ fn classify_sees_what_onnxruntime_sees_and_is_as_right_as_the_runs_own_test() {
             let found = cluster.json(&["classify", run, &of]);
             // A model on this machine is the same one.
             assert_eq!(cluster.json(&["classify", &folder, &of])[0]["logits"], found[0]["logits"]);
-            for answer in found.as_array().expect("a list") {
+            let found = found.as_array().expect("a list");
+            for answer in found {
                 right += u64::from(answer["guesses"][0]["synset"] == class.synset.as_str());
                 pictures += 1;
             }
-            let file = cluster.write("answers.json", &found.to_string());
-            let difference = |model: &str, file: &str| -> f64 {
-                let script = root().join("tests/python/classified.py");
-                printed(python("python").arg(script).args([model, file])).trim().parse().expect("a number")
-            };
-            let exact = difference(&format!("{folder}/model.onnx"), &file);
-            assert!(exact < 1e-4, "{run} {}: {exact}", class.synset);
+            let exactly = format!("{folder}/model.onnx");
+            let (alike, exact) = compare(&logits(found), &onnxruntime(&cluster, &exactly, found));
+            assert!(alike == found.len() && exact < 1e-4, "{run} {}: {alike}, {exact}", class.synset);
             // In 8 bits a value may be rounded to either side; what differs by more has other scales.
             let found = cluster.json(&["classify", &int8, &of]);
-            let rounded = difference(&int8, &cluster.write("answers8.json", &found.to_string()));
-            let coarse =
-                difference(&format!("{folder}/model.onnx"), &cluster.path("answers8.json").display().to_string());
+            let found = found.as_array().expect("a list");
+            let [(_, rounded), (_, coarse)] =
+                [&int8, &exactly].map(|model| compare(&logits(found), &onnxruntime(&cluster, model, found)));
             assert!(rounded < 0.05 && coarse < 0.25, "{run} {}: {rounded} {coarse}", class.synset);
         }
         let test = cluster.json(&["run", "describe", run])["test"].clone();

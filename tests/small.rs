@@ -2,6 +2,7 @@
 
 #![allow(dead_code, unreachable_pub, reason = "a module of several test binaries, each of which uses a part")]
 
+use std::ops::Range;
 use std::time::Duration;
 
 use demo_origin::list;
@@ -20,11 +21,16 @@ pub fn dataset(cluster: &mut Cluster) {
 
 /// The list of `small`, whose pictures are at this origin.
 pub fn list(origin: &Origin) -> String {
+    list_of(0..200, origin)
+}
+
+/// A list of these of the origin's pictures, of the classes of `small`.
+pub fn list_of(numbers: Range<u64>, origin: &Origin) -> String {
     let line = |n: u64| {
         let class = n as usize % 5;
         format!("{}\t{}\n", CLASSES[class].synset, list::url(Rot::Good, (class, n), n, origin))
     };
-    (0..200).map(line).collect()
+    numbers.map(line).collect()
 }
 
 /// Makes the dataset `small` of its list.

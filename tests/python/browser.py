@@ -2,8 +2,8 @@
 
     browser.py CHROMIUM AXE JOB.json
 
-AXE is axe-core's axe.min.js. JOB has `pages`, addresses to open; `ask`, addresses of pages that classify, or folders
-of such a page, which are served; `pictures`, files to give it;
+AXE is axe-core's axe.min.js. JOB has `pages`, addresses to open; `ask`, pages that classify: each has a `place`,
+an address or a folder of such a page, which is served, and `pictures`, files to give it;
 `shots`, a folder for screenshots, or null. Prints, as JSON, of each page what it said on the console, what axe-core finds that is serious,
 by how many pixels it is wider than a phone's screen, the bytes that it took, its title, its verdict, its
 charts, how many pictures it shows, and where the first Tab leads; and the
@@ -197,7 +197,7 @@ def main():
         browser = Browser(chromium, folder)
         try:
             pages = [look(browser, address, axe, job["shots"], number) for number, address in enumerate(job["pages"])]
-            asked = [ask(browser, served(place), job["pictures"], job["shots"]) for place in job["ask"]]
+            asked = [ask(browser, served(page["place"]), page["pictures"], job["shots"]) for page in job["ask"]]
             print(json.dumps({"pages": pages, "ask": asked}))
         finally:
             browser.process.kill()

@@ -2,7 +2,7 @@
 
     classified.py MODEL.onnx ANSWERS.json
 
-Prints the largest difference of the logits, relative to the largest logit. The pictures have the size that the model's are stored with.
+Prints the logits that it finds, as JSON, a list for each answer. The pictures have the size that the model's are stored with.
 """
 
 import json
@@ -17,7 +17,7 @@ model, answers = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
 session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
 crop = session.get_inputs()[0].shape[2]
 size = json.loads(session.get_modelmeta().custom_metadata_map["resize"])["size"]
-worst = 0.0
+found = []
 assert answers
 for answer in answers:
     assert answer["error"] is None, answer
@@ -26,6 +26,5 @@ for answer in answers:
     begin = (size - crop) // 2
     pixels = np.asarray(image, dtype=np.float32)[begin : begin + crop, begin : begin + crop] / 255
     (logits,) = session.run(["logits"], {"image": pixels.transpose(2, 0, 1)[None]})
-    ours = np.array(answer["logits"], dtype=np.float32)
-    worst = max(worst, float(np.abs(logits[0] - ours).max() / np.abs(logits).max()))
-print(worst)
+    found.append(logits[0].tolist())
+print(json.dumps(found))
