@@ -31,7 +31,7 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 500)]
     urls_per_class: usize,
     /// Passes over the training pictures
-    #[arg(long, default_value_t = 12)]
+    #[arg(long, default_value_t = 11)]
     epochs: u32,
     /// Fetch workers
     #[arg(long, default_value_t = 2)]
