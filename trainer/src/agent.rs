@@ -316,6 +316,7 @@ impl Agent {
         }
         let setup = Setup {
             device: slot.device.clone(),
+            device_cache_bytes: self.cache.bytes_of(&slot.device),
             advertise_address: self.address.clone(),
             cache_bytes: self.cache.cache_bytes / self.slots.len() as u64,
             cache_dir: self.cache.cache_dir.clone(),

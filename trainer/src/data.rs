@@ -3,6 +3,8 @@
 pub(crate) mod batch;
 pub(crate) mod blocks;
 pub(crate) mod cache;
+pub(crate) mod device_pixels;
+mod gather;
 pub(crate) mod loader;
 pub(crate) mod normalise;
 pub(crate) mod plan;

@@ -10,8 +10,9 @@
 //!   `history` and `checkpoint` are what is kept on the way, `export` the trained model; `control` is how other threads
 //!   reach the training thread;
 //! - `data` brings samples to the device: `plan` is their order, `requests` the batches of a rank, `blocks` reads the
-//!   store, `jpeg` decodes, `augment` crops and jitters, `cache` keeps decoded images, `loader` does all this ahead of
-//!   the step into the queue of `prefetch`, `normalise` makes the network's input. Random numbers are functions of what
+//!   store, `jpeg` decodes, `augment` crops and jitters, `cache` keeps decoded images, as does
+//!   `device_pixels` in the device's memory, from where `gather` cuts them; `loader` does all this ahead of the step
+//!   into the queue of `prefetch`, `normalise` makes the network's input. Random numbers are functions of what
 //!   they are for (`random`);
 //! - `torch` is what libtorch has and `tch` does not bind: collectives (`group`, `reducer`), `device`, `autocast`,
 //!   `optimizer`, `tensor`.

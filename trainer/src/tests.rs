@@ -21,6 +21,7 @@ use crate::learn::control::{ControlFlags, Heartbeat};
 use crate::rank::serve;
 use crate::torch::{self, tensor::Named};
 
+mod device_pixels;
 mod late;
 
 const SIZE: usize = 72;
@@ -37,6 +38,8 @@ pub(crate) struct World {
     runtime: tokio::runtime::Runtime,
     store: Arc<dyn ObjectStore>,
     manifest: StoredFile,
+    /// As in the setup of ranks that are started from now on.
+    device_cache_bytes: u64,
 }
 
 impl World {
@@ -57,7 +60,7 @@ impl World {
         );
         let store = object_store::local::LocalFileSystem::new_with_prefix(folder.path()).expect("the folder is there");
         let runtime = tokio::runtime::Runtime::new().expect("a runtime");
-        Self { folder, runtime, store: Arc::new(store), manifest }
+        Self { folder, runtime, store: Arc::new(store), manifest, device_cache_bytes: 0 }
     }
 
     fn rank(&self) -> Rank {
@@ -73,6 +76,7 @@ impl World {
             cache_bytes: (80 * 3 * SIZE * SIZE) as u64,
             cache_dir: None,
             cache_disk_bytes: 0,
+            device_cache_bytes: self.device_cache_bytes,
         };
         RankContext { store: self.store.clone(), runtime: self.runtime.handle().clone(), setup }
     }

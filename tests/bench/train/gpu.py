@@ -143,21 +143,26 @@ class Gpu(Bench):
         sizes = self.sizes(device)
         values = LOADER | dict(batch=sizes["batch"], lanes=sizes["lanes"], crop=sizes["crop"], epochs=sizes["epochs"])
         spec = self.spec(**values, threads=self.args.threads)
+        ours = lambda host, on_device: [self.args.bench, "loader", spec, store, host, on_device, device]
         commands = {
-            "gleaner": [self.args.bench, "loader", spec, store, self.args.cache_bytes, device],
+            "gleaner": ours(self.args.cache_bytes, 0),
+            "gleaner+on-device": ours(0, self.args.device_cache_bytes),
             "webdataset": [*self.rival, "loader", spec, store / "tars.txt", 1, device],
         }
         results = self.rounds(commands, device)
         self.say_rates("loader", device, results, lambda epochs: epochs[0]["images"] / epochs[0]["wall"])
         later = lambda epochs: sum(epoch["images"] for epoch in epochs[1:]) / sum(epoch["wall"] for epoch in epochs[1:])
-        rate = statistics.median(later(printed) for printed, _, _ in results["gleaner"])
-        self.say("loader-later", device=device, way="gleaner", images_per_second=rate)
+        for way in ("gleaner", "gleaner+on-device"):
+            rate = statistics.median(later(printed) for printed, _, _ in results[way])
+            self.say("loader-later", device=device, way=way, images_per_second=rate)
 
     def epochs(self, device, store):
         epochs = self.sizes(device)["epochs"]
         spec = {precision: self.step_spec(device, precision=precision, epochs=epochs) for precision in OURS}
-        cache, tars = self.args.cache_bytes, store / "tars.txt"
-        commands = {f"gleaner+{precision}": [self.args.bench, "run", spec[precision], store, cache, device] for precision in OURS}
+        tars = store / "tars.txt"
+        ours = lambda precision, host, on_device: [self.args.bench, "run", spec[precision], store, host, on_device, device]
+        commands = {f"gleaner+{precision}": ours(precision, self.args.cache_bytes, 0) for precision in OURS}
+        commands["gleaner+bf16+on-device"] = ours("bf16", 0, self.args.device_cache_bytes)
         commands["eager"] = [*self.rival, "run", spec["f32"], tars, device, "eager"]
         commands["eager+bf16+channels_last"] = [*self.rival, "run", spec["bf16"], tars, device, "eager+bf16+channels_last"]
         results = self.rounds(commands, device)
@@ -174,6 +179,7 @@ def main():
     parser.add_argument("--devices", default="cuda:0", help="such as cuda:0,cuda:1, or cpu; several are also tried together")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each side; of ranks together")
     parser.add_argument("--cache-bytes", type=int, default=16 << 30, help="for decoded images")
+    parser.add_argument("--device-cache-bytes", type=int, default=8 << 30, help="for those in a device's own memory, where it keeps them")
     parser.add_argument("--only", choices=PARTS, action="append", help="this part alone, and others that are named so")
     for key in ON_CPU:
         kind, sizes = (float if key == "width" else int), f"{ON_GPU[key]} on a GPU, {ON_CPU[key]} on the CPU if left out"

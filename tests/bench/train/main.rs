@@ -5,8 +5,8 @@
 //! bench data STORE IMAGES SIZE
 //! bench step SPEC STEPS DEVICE,...              a process of this program for each device
 //! bench norm SPEC TIMES DEVICE                  a batch norm of each lane alone, in several ways
-//! bench loader SPEC STORE CACHE_BYTES DEVICE
-//! bench run SPEC STORE CACHE_BYTES DEVICE
+//! bench loader SPEC STORE CACHE_BYTES DEVICE_CACHE_BYTES DEVICE
+//! bench run SPEC STORE CACHE_BYTES DEVICE_CACHE_BYTES DEVICE
 //! ```
 #![allow(clippy::print_stdout, reason = "its figures are what it is for")]
 
@@ -57,11 +57,13 @@ fn main() -> Result<()> {
         ["norm", spec, times, device] => {
             bench::norm::ways(&read(spec)?, times.parse()?, device)?.iter().try_for_each(say)
         }
-        ["loader", spec, store, cache, device] => {
-            bench::loader(Path::new(store), &read(spec)?, cache.parse()?, device)?.iter().try_for_each(say)
+        ["loader", spec, store, host, of_device, device] => {
+            let caches = bench::Caches { host: host.parse()?, device: of_device.parse()? };
+            bench::loader(Path::new(store), &read(spec)?, caches, device)?.iter().try_for_each(say)
         }
-        ["run", spec, store, cache, device] => {
-            bench::run(Path::new(store), &read(spec)?, cache.parse()?, device)?.iter().try_for_each(say)
+        ["run", spec, store, host, of_device, device] => {
+            let caches = bench::Caches { host: host.parse()?, device: of_device.parse()? };
+            bench::run(Path::new(store), &read(spec)?, caches, device)?.iter().try_for_each(say)
         }
         _ => bail!("see the head of tests/bench/train/main.rs"),
     }

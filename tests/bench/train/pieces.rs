@@ -19,6 +19,7 @@ use serde::Serialize;
 
 use crate::data::blocks::BlockReader;
 use crate::data::cache::Cache;
+use crate::data::device_pixels::DevicePixels;
 use crate::data::loader::Loader;
 use crate::data::normalise::Normalise;
 use crate::learn::context::{RankContext, Setup};
@@ -48,6 +49,15 @@ pub struct Figures {
     pub wall: f64,
     /// The most memory that this process ever held, MiB.
     pub rss: f64,
+}
+
+/// How many bytes decoded images may take.
+#[derive(Debug, Clone, Copy)]
+pub struct Caches {
+    /// Of the host's memory.
+    pub host: u64,
+    /// Of the device's.
+    pub device: u64,
 }
 
 struct Clock(f64, Instant);
@@ -109,7 +119,7 @@ pub fn steps(spec: &RunSpec, count: u64, rank: u32, world: u32, device: &str, po
 
 /// Reads and decodes the epochs of the spec from the folder of a dataset, whose manifest is its `manifest.json`, up to
 /// numbers on the device; figures of each epoch.
-pub fn loader(store: &Path, spec: &RunSpec, cache_bytes: u64, device: &str) -> Result<Vec<Figures>> {
+pub fn loader(store: &Path, spec: &RunSpec, caches: Caches, device: &str) -> Result<Vec<Figures>> {
     let device = device::parse(device)?;
     let manifest = Manifest::from_json(&std::fs::read(store.join("manifest.json"))?)?;
     let runtime = tokio::runtime::Runtime::new()?;
@@ -120,7 +130,8 @@ pub fn loader(store: &Path, spec: &RunSpec, cache_bytes: u64, device: &str) -> R
     let loader = Loader {
         split: Split::Train,
         blocks: blocks.clone(),
-        cache: Arc::new(Cache::new(cache_bytes, None)?),
+        cache: Arc::new(Cache::new(caches.host, None)?),
+        device_pixels: (caches.device > 0).then(|| Arc::new(DevicePixels::new(device, caches.device))),
         threads: threads as usize,
         device,
         runtime: runtime.handle().clone(),
@@ -146,7 +157,7 @@ pub fn loader(store: &Path, spec: &RunSpec, cache_bytes: u64, device: &str) -> R
 
 /// Trains the whole run of the spec from such a folder, as a rank that is alone: with ledger, checkpoints, export.
 /// Figures of all of it, and of all epochs but the first, if there are more.
-pub fn run(store: &Path, spec: &RunSpec, cache_bytes: u64, device: &str) -> Result<Vec<Figures>> {
+pub fn run(store: &Path, spec: &RunSpec, caches: Caches, device: &str) -> Result<Vec<Figures>> {
     let runtime = tokio::runtime::Runtime::new()?;
     let folder: Arc<dyn ObjectStore> = Arc::new(LocalFileSystem::new_with_prefix(store)?);
     let manifest = std::fs::read(store.join("manifest.json"))?;
@@ -155,9 +166,10 @@ pub fn run(store: &Path, spec: &RunSpec, cache_bytes: u64, device: &str) -> Resu
     let setup = Setup {
         device: device.to_owned(),
         advertise_address: "127.0.0.1".to_owned(),
-        cache_bytes,
+        cache_bytes: caches.host,
         cache_dir: None,
         cache_disk_bytes: 0,
+        device_cache_bytes: caches.device,
     };
     let context = RankContext { store: folder, runtime: runtime.handle().clone(), setup };
     let meeting = Store::serve("127.0.0.1")?;

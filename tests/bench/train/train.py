@@ -44,7 +44,7 @@ class Train(Bench):
         threads = self.args.threads
         spec = self.spec(**LOADER | dict(cut=cut), threads=threads)
         results = self.turns(
-            [self.args.bench, "loader", spec, store, 2 << 30, "cpu"],
+            [self.args.bench, "loader", spec, store, 2 << 30, 0, "cpu"],
             [*self.rival, "loader", spec, store / "tars.txt", 1, "cpu"],
             self.args.repetitions,
         )
@@ -64,7 +64,7 @@ class Train(Bench):
     def run(self, store):
         spec = self.spec(**RUN, threads=self.args.threads)
         results = self.turns(
-            [self.args.bench, "run", spec, store, 1 << 30, "cpu"],
+            [self.args.bench, "run", spec, store, 1 << 30, 0, "cpu"],
             [*self.rival, "run", spec, store / "tars.txt", "cpu", "eager"],
             self.args.repetitions,
         )

@@ -46,6 +46,23 @@ struct Transform {
     saturation: f32,
 }
 
+/// What an image gives to a batch.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Crop {
+    /// The first column of the area that is cut out.
+    pub left: usize,
+    /// Its first row.
+    pub top: usize,
+    /// Its columns; the area is scaled if it has not the size of the crop.
+    pub width: usize,
+    /// Its rows.
+    pub height: usize,
+    /// Whether its columns are in reverse.
+    pub flip: bool,
+    /// What becomes of its colors.
+    pub jitter: ColorJitter,
+}
+
 /// What each random number of a sample decides.
 mod draw {
     pub(super) const LEFT: u64 = 0;
@@ -65,6 +82,16 @@ impl Augmentation {
             Augmentation::Training { input, .. } => input.crop as usize,
             Augmentation::Evaluation { crop } => *crop as usize,
         }
+    }
+
+    /// What [`Augmenter::apply`] makes of an image of that key, width, height and mean grey, for who does it elsewhere.
+    ///
+    /// # Errors
+    /// If the image is smaller than the crop, and not scaled.
+    pub fn crop_of(&self, key: u64, (width, height): (usize, usize), grey: f32) -> Result<Crop> {
+        let transform = self.transform(key, width, height).with_context(|| format!("sample {key}"))?;
+        let Transform { area: Area { left, top, width, height }, flip, .. } = transform;
+        Ok(Crop { left, top, width, height, flip, jitter: transform.color_jitter(|| grey) })
     }
 
     /// Whether the color jitter of a part depends on the whole image.

@@ -27,7 +27,7 @@ impl Image {
     }
 
     /// The mean grey of its pixels, 0 to 1.
-    pub(crate) fn grey(&self) -> f32 {
+    pub fn grey(&self) -> f32 {
         *self.grey.get_or_init(|| {
             let mut sums = [0_u64; 3];
             for pixel in self.pixels.as_chunks::<3>().0 {

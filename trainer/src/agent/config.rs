@@ -41,6 +41,17 @@ pub struct CacheConfig {
     /// Decoded images may take so much of that folder, all ranks of this machine together
     #[arg(long, env = "GLEANER_CACHE_DISK_BYTES", default_value = "64GiB", value_parser = size, value_name = "SIZE")]
     pub cache_disk_bytes: u64,
+    /// Decoded images may take so much of each GPU's own memory, so that they are neither decoded nor sent again [default:
+    /// none are kept there]
+    #[arg(long, env = "GLEANER_DEVICE_CACHE_BYTES", default_value = "0", hide_default_value = true, value_parser = size, value_name = "SIZE")]
+    pub device_cache_bytes: u64,
+}
+
+impl CacheConfig {
+    /// How much of a device's own memory decoded images may take. A CPU's is the host's, which has a cache already.
+    pub(super) fn bytes_of(&self, device: &str) -> u64 {
+        if device == "cpu" { 0 } else { self.device_cache_bytes }
+    }
 }
 
 /// A number of bytes as people write it: `1073741824`, `16GiB`, `500MB`.
@@ -52,6 +63,12 @@ fn size(text: &str) -> Result<u64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_gpus_keep_images_in_their_own_memory() {
+        let cache = CacheConfig { device_cache_bytes: 7, ..CacheConfig::default() };
+        assert_eq!(["cpu", "cuda:0", "cuda:11"].map(|device| cache.bytes_of(device)), [0, 7, 7]);
+    }
 
     #[test]
     fn sizes_have_units_and_nonsense_is_refused() {

@@ -21,13 +21,15 @@ use futures::future::{BoxFuture, Shared};
 use input::augment::{Augmentation, Augmenter};
 use input::color::ColorJitter;
 use proto::{RunSpec, Sample, Split};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::batch::{Batch, Pixels};
+use super::batch::{Batch, OnDevice, Pixels};
 use super::blocks::BlockReader;
 use super::cache::{Cache, NextUse};
+use super::device_pixels::{DeviceImage, DevicePixels};
+use super::gather::DeviceCrop;
 use super::plan::SampleId;
 use super::prefetch::PrefetchQueue;
 use super::requests::{BatchRequest, needed, training};
@@ -49,6 +51,8 @@ pub(crate) struct Loader {
     pub blocks: Arc<BlockReader>,
     /// Shared by all loaders of a dataset in this process.
     pub cache: Arc<Cache>,
+    /// Where the device keeps images, if it does; shared in the same way.
+    pub device_pixels: Option<Arc<DevicePixels>>,
     /// Threads that decode.
     pub threads: usize,
     /// The device that the batches are for.
@@ -88,8 +92,9 @@ impl Loader {
             thread(&format!("decode-{i}"), move || loader.decode(&jobs, &decoded))?;
         }
         let batches = Batches { queue: queue.clone(), _tasks: tasks };
+        let device_pixels = self.device_pixels.clone();
         thread("assemble", move || {
-            assemble(&to_assemble, &queue);
+            assemble(&to_assemble, device_pixels.as_ref(), &queue);
             queue.finish();
         })?;
         Ok(batches)
@@ -101,11 +106,17 @@ impl Loader {
             let Some(job) = jobs.lock().unwrap_or_else(PoisonError::into_inner).blocking_recv() else { return };
             let DecodeJob { batch, part, items, mut chunk } = job;
             let side = 3 * batch.augmentation.crop() * batch.augmentation.crop();
-            let known = items.into_iter().zip(chunk.chunks_exact_mut(side)).map(|((sample_id, source), into)| {
+            let mut rows = chunk.as_deref_mut().unwrap_or_default().chunks_exact_mut(side);
+            let known = items.into_iter().map(|(sample_id, source)| {
+                if let Input::OnDevice(image) = source {
+                    let (crop, jitter) = image.crop(&batch.augmentation)?;
+                    return Ok(SampleInfo { key: image.key, label: image.label, jitter, crop: Some(crop) });
+                }
                 let augmenter = match &mut augmenter {
                     Some(augmenter) => augmenter,
                     none => none.insert(Augmenter::new()?),
                 };
+                let into = rows.next().context("a part of a batch has no memory for one of its samples")?;
                 self.write(augmenter, &batch, sample_id, source, into)
             });
             let done = known.collect::<Result<Vec<SampleInfo>>>().map(|samples| FilledPart { samples, chunk });
@@ -115,7 +126,7 @@ impl Loader {
         }
     }
 
-    /// Writes the augmented pixels of one sample.
+    /// Writes the augmented pixels of one sample, and keeps the whole image if it is needed again and there is room.
     fn write(
         &self,
         augmenter: &mut Augmenter,
@@ -128,26 +139,30 @@ impl Loader {
         // It may have been cached since the readahead looked.
         if let Some(image) = self.cache.get(id, next_use) {
             let jitter = augmenter.apply(&image, &batch.augmentation, into)?;
-            return Ok(SampleInfo { key: image.key, label: image.label, jitter });
+            return Ok(SampleInfo { key: image.key, label: image.label, jitter, crop: None });
         }
         let sample = match source {
             Input::Encoded(sample) => sample,
             // It was reserved, so it is missing only if the cache's file cannot be read.
-            Input::Cached => {
+            Input::Cached | Input::OnDevice(_) => {
                 self.runtime.block_on(self.blocks.read(sample_id.block))?.swap_remove(sample_id.sample as usize)
             }
         };
         let Sample { key, label, .. } = sample;
-        // The decoded size is not known yet. The size of the input is near enough to decide whether the cache would
-        // keep the image.
-        let jitter = if self.cache.would_keep(into.len(), next_use) {
+        // The decoded size is not known yet. The size of the input is near enough to decide whether the device or the
+        // cache would keep the image.
+        let needed_again = self.device_pixels.as_ref().filter(|_| next_use.is_some());
+        let on_device = needed_again.filter(|pixels| pixels.has_room(into.len()));
+        let jitter = if on_device.is_some() || self.cache.would_keep(into.len(), next_use) {
             let image = augmenter.decode(&sample)?;
-            self.cache.keep(id, &image, next_use);
+            if !on_device.map_or(Ok(false), |pixels| pixels.keep(id, &image))? {
+                self.cache.keep(id, &image, next_use);
+            }
             augmenter.apply(&image, &batch.augmentation, into)?
         } else {
             augmenter.decode_and_apply(&sample, &batch.augmentation, into)?
         };
-        Ok(SampleInfo { key, label, jitter })
+        Ok(SampleInfo { key, label, jitter, crop: None })
     }
 }
 
@@ -197,6 +212,7 @@ struct PlannedSample {
 }
 
 enum Location {
+    OnDevice(DeviceImage),
     Cached,
     InBlock(Arc<OpenBlock>),
 }
@@ -205,10 +221,12 @@ struct DecodeJob {
     batch: Arc<BatchPlan>,
     part: usize,
     items: Vec<(SampleId, Input)>,
-    chunk: Chunk,
+    /// For all but those that are on the device.
+    chunk: Option<Chunk>,
 }
 
 enum Input {
+    OnDevice(DeviceImage),
     Cached,
     Encoded(Sample),
 }
@@ -222,13 +240,15 @@ struct DecodedPart {
 /// A part of a batch whose pixels have been written.
 struct FilledPart {
     samples: Vec<SampleInfo>,
-    chunk: Chunk,
+    chunk: Option<Chunk>,
 }
 
 struct SampleInfo {
     key: u64,
     label: u32,
     jitter: ColorJitter,
+    /// If the device has its pixels.
+    crop: Option<DeviceCrop>,
 }
 
 /// A block that is being read or has been.
@@ -285,7 +305,9 @@ impl Readahead {
     }
 
     async fn find(&mut self, uses: u32, sample_id: SampleId) -> Location {
-        let cached = self.loader.cache.reserve((self.loader.split, sample_id));
+        let id = (self.loader.split, sample_id);
+        let on_device = self.loader.device_pixels.as_ref().and_then(|pixels| pixels.find(id));
+        let cached = on_device.is_some() || self.loader.cache.reserve(id);
         let (left, block) = self.open.remove(&sample_id.block).unwrap_or((uses, None));
         let (block, source) = match (cached, block) {
             (true, block) => (block, Location::Cached),
@@ -298,7 +320,7 @@ impl Readahead {
         if left > 1 {
             self.open.insert(sample_id.block, (left - 1, block));
         }
-        source
+        on_device.map_or(source, Location::OnDevice)
     }
 
     async fn read(&self, block: u32) -> Arc<OpenBlock> {
@@ -325,6 +347,7 @@ async fn feed(
     let (mut part, mut items, mut seen, mut slab) = (0, Vec::with_capacity(PART), 0, None::<Slab>);
     while let Some(PlannedSample { batch, sample_id, source }) = found.recv().await {
         let source = match source {
+            Location::OnDevice(image) => Input::OnDevice(image),
             Location::Cached => Input::Cached,
             Location::InBlock(block) => match block.sample(sample_id).await {
                 Ok(sample) => Input::Encoded(sample),
@@ -337,15 +360,15 @@ async fn feed(
         if last || items.len() == PART {
             let items = std::mem::replace(&mut items, Vec::with_capacity(PART));
             let crop = batch.augmentation.crop();
-            let shape = [batch.own as i64, crop as i64, crop as i64, 3];
-            let slab = match &mut slab {
-                Some(slab) => slab,
-                none => match allocate(shape, device).await {
-                    Ok(new) => none.insert(new),
+            let from_host = items.iter().filter(|(_, source)| !matches!(source, Input::OnDevice(_))).count();
+            if from_host > 0 && slab.is_none() {
+                // For all of them: whether the device has the others is not known yet.
+                match allocate([batch.own as i64, crop as i64, crop as i64, 3], device).await {
+                    Ok(new) => slab = Some(new),
                     Err(error) => return fail(decoded, batch, part, error).await,
-                },
-            };
-            let chunk = slab.chunk(3 * crop * crop * items.len());
+                }
+            }
+            let chunk = slab.as_mut().filter(|_| from_host > 0).map(|slab| slab.chunk(3 * crop * crop * from_host));
             if parts.send(DecodeJob { batch, part, items, chunk }).await.is_err() {
                 return;
             }
@@ -377,7 +400,11 @@ type Unfinished = (Arc<BatchPlan>, Vec<Option<FilledPart>>, usize);
 
 /// Puts finished batches into the queue in their order, until there are no more parts, the queue is closed, or a part
 /// is an error.
-fn assemble(decoded: &Receiver<DecodedPart>, queue: &PrefetchQueue<Result<Batch>>) {
+fn assemble(
+    decoded: &Receiver<DecodedPart>,
+    device_pixels: Option<&Arc<DevicePixels>>,
+    queue: &PrefetchQueue<Result<Batch>>,
+) {
     let mut waiting: HashMap<u64, Unfinished> = HashMap::new();
     let mut next = 0;
     for DecodedPart { batch, part, done } in decoded {
@@ -395,7 +422,7 @@ fn assemble(decoded: &Receiver<DecodedPart>, queue: &PrefetchQueue<Result<Batch>
         *missing -= 1;
         while let Some((_, _, 0)) = waiting.get(&next) {
             let Some((head, slots, _)) = waiting.remove(&next) else { return };
-            let Some(pixels) = join(slots) else { return };
+            let Some(pixels) = join(slots, head.augmentation.crop() as i64, device_pixels) else { return };
             let BatchPlan { step, samples, ref shares, .. } = *head;
             let bytes = pixels.pixels.numel();
             if !queue.push(Ok(Batch { step, samples, shares: shares.clone(), pixels }), bytes) {
@@ -406,13 +433,22 @@ fn assemble(decoded: &Receiver<DecodedPart>, queue: &PrefetchQueue<Result<Batch>
     }
 }
 
-fn join(parts: Vec<Option<FilledPart>>) -> Option<Pixels> {
+fn join(parts: Vec<Option<FilledPart>>, crop: i64, device_pixels: Option<&Arc<DevicePixels>>) -> Option<Pixels> {
     let (samples, chunks): (Vec<_>, Vec<_>) =
         parts.into_iter().flatten().map(|FilledPart { samples, chunk }| (samples, chunk)).unzip();
     let known: Vec<SampleInfo> = samples.into_iter().flatten().collect();
+    let chunks: Vec<Chunk> = chunks.into_iter().flatten().collect();
+    let is_on_device = known.iter().any(|sample| sample.crop.is_some());
+    let on_device = device_pixels
+        .filter(|_| is_on_device)
+        .map(|store| OnDevice { store: store.clone(), crops: known.iter().map(|sample| sample.crop).collect() });
     let labels: Vec<i64> = known.iter().map(|sample| i64::from(sample.label)).collect();
     Some(Pixels {
-        pixels: Chunk::join(chunks)?,
+        pixels: match chunks.is_empty() {
+            true => Tensor::empty([0, crop, crop, 3], (Kind::Uint8, Device::Cpu)),
+            false => Chunk::join(chunks)?,
+        },
+        on_device,
         jitters: known.iter().map(|sample| sample.jitter).collect(),
         labels: Tensor::from_slice(&labels),
         keys: known.iter().map(|sample| sample.key).collect(),

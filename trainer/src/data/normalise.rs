@@ -36,25 +36,25 @@ impl Normalise {
     ///
     /// Bytes are copied to the device, a quarter of the size of f32, while the device still computes.
     pub(crate) fn apply(&self, batch: &Pixels) -> Result<(Tensor, Tensor)> {
+        let pixels = batch.on(self.device)?;
         let input = match (self.device, self.kind) {
-            (Device::Cpu, Kind::Float) => self.on_cpu(batch, Scale::write_f32),
-            (Device::Cpu, Kind::Double) => self.on_cpu(batch, Scale::write_f64),
-            _ => self.on_device(batch)?,
+            (Device::Cpu, Kind::Float) => self.on_cpu(&pixels, &batch.jitters, Scale::write_f32),
+            (Device::Cpu, Kind::Double) => self.on_cpu(&pixels, &batch.jitters, Scale::write_f64),
+            _ => self.on_device(&pixels, &batch.jitters)?,
         };
         Ok((input, tensor::sent(&batch.labels, self.device)?))
     }
 
-    fn on_device(&self, batch: &Pixels) -> Result<Tensor> {
+    fn on_device(&self, pixels: &Tensor, jitters: &[ColorJitter]) -> Result<Tensor> {
         let sent =
             |numbers: Tensor, shape: &[i64]| tensor::sent(&numbers.f_to_kind(self.kind)?.f_view(shape)?, self.device);
+        let has_grey = jitters.iter().any(|jitter| jitter.grey != 0.0);
         let channels = |of: [f64; 3]| sent(Tensor::from_slice(&of), &[3, 1, 1]);
-        let jitters: Vec<f32> =
-            batch.jitters.iter().flat_map(|jitter| [jitter.gain, jitter.grey, jitter.offset]).collect();
+        let jitters: Vec<f32> = jitters.iter().flat_map(|jitter| [jitter.gain, jitter.grey, jitter.offset]).collect();
         let jitters = sent(Tensor::from_slice(&jitters), &[-1, 3, 1, 1, 1])?;
-        let pixels = batch.pixels.f_to_device_(self.device, Kind::Uint8, true, false)?.f_permute([0, 3, 1, 2])?;
-        let input = pixels.f_contiguous()?.f_to_kind(self.kind)?.f_div_scalar(255.0)?;
+        let input = pixels.f_permute([0, 3, 1, 2])?.f_contiguous()?.f_to_kind(self.kind)?.f_div_scalar(255.0)?;
         let mut lit = input.f_mul(&jitters.f_select(1, 0)?)?.f_add(&jitters.f_select(1, 2)?)?;
-        if batch.jitters.iter().any(|jitter| jitter.grey != 0.0) {
+        if has_grey {
             let weights = channels(GREY.map(f64::from))?;
             let grey = (&input * weights).f_sum_dim_intlist([1_i64].as_slice(), true, self.kind)?;
             lit = lit.f_add(&grey.f_mul(&jitters.f_select(1, 1)?)?)?;
@@ -63,14 +63,14 @@ impl Normalise {
     }
 
     /// The same in one pass over the pixels.
-    fn on_cpu<T: Element>(&self, batch: &Pixels, write: WritePart<T>) -> Tensor {
-        let size = batch.pixels.size();
+    fn on_cpu<T: Element>(&self, pixels: &Tensor, jitters: &[ColorJitter], write: WritePart<T>) -> Tensor {
+        let size = pixels.size();
         let (samples, area) = (size[0] as usize, (size[1] * size[2]) as usize);
         let threads = (tch::get_num_threads().max(1) as usize).min(samples.max(1));
         tensor::filled(&[size[0], 3, size[1], size[2]], |input: &mut [MaybeUninit<T>]| {
-            tensor::bytes(&batch.pixels, |pixels| {
+            tensor::bytes(pixels, |pixels| {
                 let share = samples.div_ceil(threads).max(1);
-                let of_jitters = batch.jitters.chunks(share);
+                let of_jitters = jitters.chunks(share);
                 let parts = of_jitters.zip(pixels.chunks(3 * area * share)).zip(input.chunks_mut(3 * area * share));
                 std::thread::scope(|scope| {
                     let mut parts = parts
@@ -96,6 +96,7 @@ mod tests {
         let samples = jitters.len() as i64;
         let values: Vec<u8> = (0..samples * 4 * 4 * 3).map(|i| (i * 37 % 256) as u8).collect();
         Pixels {
+            on_device: None,
             pixels: Tensor::from_slice(&values).view([samples, 4, 4, 3]),
             jitters,
             labels: Tensor::zeros([samples], (Kind::Int64, Device::Cpu)),
@@ -117,7 +118,7 @@ mod tests {
             let normalise = Normalise::new([0.4, 0.5, 0.6], [0.2, 0.25, 0.3], Device::Cpu, kind);
             let batch = batch(jitters.to_vec());
             let (one, _) = normalise.apply(&batch).expect("shapes agree");
-            let other = normalise.on_device(&batch).expect("shapes agree");
+            let other = normalise.on_device(&batch.pixels, &batch.jitters).expect("shapes agree");
             assert_eq!((one.size(), one.kind()), (other.size(), kind));
             let difference = (one - other).abs().max().double_value(&[]);
             assert!(difference < 1e-5, "{kind:?}: {difference}");

@@ -28,4 +28,6 @@ pub(crate) struct Setup {
     pub cache_dir: Option<PathBuf>,
     /// ... and how many bytes they may take there.
     pub cache_disk_bytes: u64,
+    /// Decoded images may take this many bytes of the device's memory.
+    pub device_cache_bytes: u64,
 }

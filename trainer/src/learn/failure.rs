@@ -34,7 +34,9 @@ impl Failure {
     pub(crate) fn on(self, device: Device) -> Self {
         let error = match &self {
             Self::Here(error) => {
-                let unclassed = error.chain().any(|cause| cause.is::<TchError>());
+                let unclassed = error
+                    .chain()
+                    .any(|cause| cause.is::<TchError>() || matches!(cause.downcast_ref(), Some(torch::Error::Tch(_))));
                 unclassed.then(|| device::failure(device, &format!("{error:#}"))).flatten()
             }
             Self::Collective(_) => device::lost(device),
@@ -50,7 +52,8 @@ impl From<torch::Error> for Failure {
             torch::Error::Timeout(_) | torch::Error::Collective(_) => Self::Collective(error.to_string()),
             torch::Error::Device(_) => Self::Device(error.to_string()),
             torch::Error::OutOfMemory(_) => Self::Device(format!(
-                "{error}; with train.micro_batch a rank computes a step in parts, which need less, as does a smaller train.batch"
+                "{error}; with train.micro_batch a rank computes a step in parts, which need less, as does a smaller train.batch; \
+                 and a smaller --device-cache-bytes leaves more"
             )),
             torch::Error::Tch(error) => error.into(),
             torch::Error::Other(_) => Self::Here(error.into()),
@@ -60,7 +63,12 @@ impl From<torch::Error> for Failure {
 
 impl From<anyhow::Error> for Failure {
     fn from(error: anyhow::Error) -> Self {
-        Self::Here(error)
+        // Those of threads that bring data to the device.
+        let of_device = matches!(error.downcast_ref(), Some(torch::Error::Device(_) | torch::Error::OutOfMemory(_)));
+        match of_device {
+            true => error.downcast::<torch::Error>().map_or_else(Self::Here, Self::from),
+            false => Self::Here(error),
+        }
     }
 }
 
@@ -86,6 +94,10 @@ mod tests {
             panic!("the device's")
         };
         assert!(said.contains("2 GiB") && said.contains("train.micro_batch"), "{said}");
+        let of_loader = anyhow::Error::from(torch::Error::Device("no kernel image".to_owned())).context("sample 3");
+        assert!(matches!(Failure::from(of_loader), Failure::Device(said) if said.contains("no kernel image")));
+        let other = anyhow::Error::from(torch::Error::Other("shapes".to_owned())).context("sample 3");
+        assert!(matches!(Failure::from(other), Failure::Here(said) if format!("{said:#}").contains("sample 3")));
         assert!(
             matches!(Failure::panicked("no rows", Some(Device::Cpu)), Failure::Device(said) if said.contains("no rows"))
         );

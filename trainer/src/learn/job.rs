@@ -16,6 +16,7 @@ use super::step::{self, Measured};
 use super::timing::Timing;
 use crate::data::blocks::BlockReader;
 use crate::data::cache::Cache;
+use crate::data::device_pixels::DevicePixels;
 use crate::data::loader::Loader;
 use crate::data::normalise::Normalise;
 use crate::data::plan::{EpochPlan, steps_per_epoch};
@@ -44,6 +45,7 @@ pub(crate) struct Job {
     /// state, bit by bit.
     pub(super) agreed_generation: u64,
     cache: Arc<Cache>,
+    device_pixels: Option<Arc<DevicePixels>>,
     blocks: [Arc<BlockReader>; 3],
     /// The share of the machine's cores that this rank has in its generation.
     cores: u32,
@@ -79,6 +81,7 @@ impl Job {
         let device = device::parse(&context.setup.device)?;
         let kind = step::kind(spec.ranks.precision);
         let (model, sgd) = fresh(&spec, &manifest, device);
+        let on_device = context.setup.device_cache_bytes;
         let mut job = Self {
             context: context.clone(),
             run: join.run.clone(),
@@ -89,6 +92,7 @@ impl Job {
             has_state: false,
             agreed_generation: 0,
             cache: Arc::new(cache(&context.setup)?),
+            device_pixels: (on_device > 0).then(|| Arc::new(DevicePixels::new(device, on_device))),
             spec,
             manifest,
             device,
@@ -140,6 +144,7 @@ impl Job {
             split,
             blocks: self.blocks[split as usize].clone(),
             cache: self.cache.clone(),
+            device_pixels: self.device_pixels.clone(),
             threads: self.cores as usize,
             device: self.device,
             runtime: self.context.runtime.clone(),

@@ -53,6 +53,7 @@ impl<'a> Synthetic<'a> {
         let shares: Vec<i64> = lanes_of(rank, world, spec.ranks.lanes).map(share).collect();
         let own: i64 = shares.iter().sum();
         let pixels = Pixels {
+            on_device: None,
             pixels: random_bytes(&[own, crop, crop, 3], device)?,
             jitters: vec![ColorJitter::default(); own as usize],
             labels: Tensor::randint(CLASSES, [own], (Kind::Int64, Device::Cpu)),

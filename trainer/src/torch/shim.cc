@@ -349,6 +349,21 @@ c10d_result c10d_empty_pinned(const int64_t* shape, size_t dimensions, void** ou
   });
 }
 
+c10d_result c10d_empty_cuda(int cuda, int64_t bytes, int64_t spare, void** out) {
+  return guard([&] {
+    *out = nullptr;
+    auto index = static_cast<c10::DeviceIndex>(cuda);
+    auto* allocator = c10::getDeviceAllocator(at::kCUDA);
+    if (static_cast<int64_t>(allocator->getMemoryInfo(index).first) - spare < bytes) return;
+    auto options = at::TensorOptions().dtype(at::kByte).device(at::Device(at::kCUDA, index));
+    try {
+      *out = new at::Tensor(at::empty({bytes}, options));
+    } catch (const c10::OutOfMemoryError&) {
+      allocator->resetAccumulatedStats(index);
+    }
+  });
+}
+
 c10d_result c10d_autocast(int cuda, int kind) {
   return guard([&] {
     auto device = cuda ? at::kCUDA : at::kCPU;

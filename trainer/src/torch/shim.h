@@ -77,6 +77,10 @@ c10d_result c10d_out_of_memory(int cuda, int64_t* out);
 // next one, until the device has copied.
 c10d_result c10d_empty_pinned(const int64_t* shape, size_t dimensions, void** out);
 
+// A new tensor of so many bytes on a CUDA device, not filled; null if the device would not have `spare` bytes left beside it. That it has
+// none for this one is not counted above.
+c10d_result c10d_empty_cuda(int cuda, int64_t bytes, int64_t spare, void** out);
+
 // On this thread operations that gain by it compute in a smaller kind from now on (1 fp16, 2 bf16), or no more (0).
 c10d_result c10d_autocast(int cuda, int kind);
 

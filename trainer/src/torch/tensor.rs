@@ -1,5 +1,6 @@
 //! Memory of tensors as slices, so that it is filled in place and by several threads.
 
+use std::ffi::c_int;
 use std::mem::MaybeUninit;
 use std::ops::{Deref, DerefMut};
 
@@ -59,6 +60,25 @@ fn copied_to(bytes: &Tensor, tensor: &Tensor) -> Result<Tensor> {
     Ok(copy)
 }
 
+/// So many bytes in a device's memory, not filled; None if a GPU would not have `spare` bytes left beside them.
+pub(crate) fn reserved(bytes: i64, spare: i64, device: Device) -> Result<Option<Tensor>> {
+    let Device::Cuda(index) = device else {
+        return Ok(Some(Tensor::f_empty([bytes], (Kind::Uint8, device))?));
+    };
+    let mut raw = std::ptr::null_mut();
+    // SAFETY: `raw` outlives the call.
+    check(unsafe { ffi::c10d_empty_cuda(index as c_int, bytes, spare, &raw mut raw) })?;
+    // SAFETY: a new tensor, which is this one's alone.
+    Ok((!raw.is_null()).then(|| unsafe { Tensor::from_ptr(raw.cast()) }))
+}
+
+/// These bytes on a device. A GPU copies them by itself, in its turn: nobody waits for that.
+pub(crate) fn sent_bytes(bytes: &[u8], device: Device) -> Result<Tensor> {
+    let mut slab = Slab::new(&[bytes.len() as i64], device)?;
+    slab.chunk(bytes.len()).copy_from_slice(bytes);
+    Ok(slab.tensor.f_to_device_(device, Kind::Uint8, true, false)?)
+}
+
 /// A tensor of bytes that is still being given out in chunks, one after the other.
 #[derive(Debug)]
 pub(crate) struct Slab {
@@ -107,15 +127,21 @@ fn pinned(shape: &[i64]) -> Result<Tensor> {
 }
 
 impl Chunk {
-    /// The tensor whose chunks these are; all of them, so that nobody is left who writes to it.
-    pub(crate) fn join(chunks: Vec<Self>) -> Option<Tensor> {
+    /// The first rows of the tensor whose chunks these are: all chunks of these rows, so that nobody is left who writes
+    /// to them.
+    pub(crate) fn join(mut chunks: Vec<Self>) -> Option<Tensor> {
+        chunks.sort_by_key(|chunk| chunk.start);
         let tensor = chunks.first()?.tensor.shallow_clone();
         let begin = tensor.data_ptr().cast::<u8>();
-        // SAFETY: within the tensor's memory, or one past its end.
-        let end = unsafe { begin.add(tensor.numel()) };
-        let of_it = chunks.iter().all(|chunk| (begin..=end).contains(&chunk.start));
-        let whole = chunks.iter().map(|chunk| chunk.length).sum::<usize>() == tensor.numel();
-        (of_it && whole).then_some(tensor)
+        let mut joined = 0;
+        for chunk in &chunks {
+            if chunk.start != begin.wrapping_add(joined) {
+                return None;
+            }
+            joined += chunk.length;
+        }
+        let row = tensor.numel() / (tensor.size()[0] as usize).max(1);
+        (joined % row.max(1) == 0).then(|| tensor.narrow(0, 0, (joined / row.max(1)) as i64))
     }
 }
 
@@ -141,16 +167,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn chunks_that_are_filled_on_other_threads_are_one_tensor_again() {
+    fn chunks_that_are_filled_on_other_threads_are_the_first_rows_of_one_tensor_again() {
         let mut slab = Slab::new(&[5, 2], Device::Cpu).expect("ten bytes");
-        let (mut first, mut second) = (slab.chunk(4), slab.chunk(6));
+        let (mut first, mut second, third) = (slab.chunk(4), slab.chunk(2), slab.chunk(4));
         std::thread::scope(|scope| {
             scope.spawn(|| first.fill(1));
             scope.spawn(|| second.fill(2));
         });
-        assert!(Chunk::join(vec![slab.chunk(0)]).is_none(), "others may still write");
+        assert!(Chunk::join(vec![third]).is_none(), "others may still write before it");
         let tensor = Chunk::join(vec![second, first]).expect("all of them");
-        assert_eq!(bytes(&tensor, <[u8]>::to_vec), [1, 1, 1, 1, 2, 2, 2, 2, 2, 2]);
+        assert_eq!(bytes(&tensor, <[u8]>::to_vec), [1, 1, 1, 1, 2, 2]);
+        assert_eq!(tensor.size(), [3, 2]);
+        let whole = Slab::new(&[5, 2], Device::Cpu).expect("ten bytes").chunk(10);
+        assert_eq!(Chunk::join(vec![whole]).expect("all of them").size(), [5, 2]);
     }
 
     #[test]
