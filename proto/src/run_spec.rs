@@ -235,8 +235,11 @@ pub struct Ranks {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
-    /// 32 bits.
+    /// 32 bits; but convolutions of a GPU (cuDNN's) may compute in TF32 where it has that, as libtorch does by default.
     F32,
+    /// The same, but matrix products of a GPU compute in TF32, too: of what they multiply 11 bits are significant, sums
+    /// have 32 bits. On a CPU it is `f32`.
+    Tf32,
     /// 64 bits: to compare runs to the last digit.
     F64,
     /// 32 bits, but convolutions and matrix products compute in bfloat16 (autocast). For GPUs; CPUs without such
@@ -463,6 +466,20 @@ mod tests {
         let new = RunSpec { plan: Some(Plan::NEWEST), ..old };
         assert!(new.to_json().contains("\"plan\": 2"), "{}", new.to_json());
         assert_eq!(RunSpec::from_json(&new.to_json()).expect("own output").plan(), Plan::Equal);
+    }
+
+    #[test]
+    fn arithmetic_is_chosen_by_a_word_and_is_f32_by_itself() {
+        let precision = |toml: &str| RunSpec::from_toml(toml).expect(toml).ranks.precision;
+        assert_eq!(precision("dataset = \"b\""), Precision::F32);
+        for (word, expected) in
+            [("f32", Precision::F32), ("tf32", Precision::Tf32), ("f64", Precision::F64), ("bf16", Precision::Bf16)]
+        {
+            let spec = RunSpec::from_toml(&format!("dataset = \"b\"\nranks = {{ precision = \"{word}\" }}"));
+            let spec = spec.expect("each of them is known");
+            assert_eq!(spec.ranks.precision, expected);
+            assert!(spec.to_json().contains(&format!("\"precision\": \"{word}\"")), "{}", spec.to_json());
+        }
     }
 
     #[test]

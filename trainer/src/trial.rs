@@ -25,7 +25,7 @@ const DEADLINE: Duration = Duration::from_secs(60);
 pub struct Trial {
     /// As in `--devices`.
     pub device: String,
-    /// `f32` or `bf16`.
+    /// `f32`, `tf32` or `bf16`.
     pub precision: &'static str,
     /// Samples in a step.
     pub batch: u32,
@@ -39,7 +39,7 @@ pub struct Trial {
 }
 
 /// Trains the default network on random pixels, on each of the devices that `--devices` names, or on all GPUs. On a GPU
-/// once as it is, and once in bf16.
+/// once as it is, once in TF32, and once in bf16.
 ///
 /// # Errors
 /// If there is no such device, or it fails.
@@ -49,7 +49,7 @@ pub fn trials(devices: Option<&str>) -> Result<Vec<Trial>> {
     let mut trials = Vec::new();
     for name in devices {
         // What a CPU can do in half a minute.
-        let (batch, precisions) = if name == "cpu" { (32, &["f32"][..]) } else { (256, &["f32", "bf16"][..]) };
+        let (batch, precisions) = if name == "cpu" { (32, &["f32"][..]) } else { (256, &["f32", "tf32", "bf16"][..]) };
         for precision in precisions {
             let trial = trial(&name, precision, batch, STEPS);
             trials.push(trial.with_context(|| format!("{name}, {precision}"))?);

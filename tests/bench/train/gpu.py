@@ -23,6 +23,7 @@ from sides import HERE, LOADER, STEP, Bench, Failed, figures
 
 # The trainer's own choices, in the words of a run's spec.
 OURS = ["f32", "bf16"]
+OURS_ON_GPU = ["tf32"]
 EAGER = ["eager", "eager+channels_last", "eager+bf16", "eager+bf16+channels_last"]
 COMPILED = ["compile", "compile+bf16", "compile+bf16+channels_last"]
 # What a GPU has besides.
@@ -34,6 +35,10 @@ ON_CPU = dict(batch=32, lanes=4, crop=112, width=0.5, steps=4, images=600, epoch
 
 def is_gpu(device):
     return device.startswith("cuda")
+
+
+def precisions(device):
+    return OURS + (OURS_ON_GPU if is_gpu(device) else [])
 
 
 def used_on(device):
@@ -121,9 +126,9 @@ class Gpu(Bench):
     def steps(self, what, devices):
         device = devices[0]
         count = self.sizes(device)["steps"]
-        spec = {precision: self.step_spec(device, precision=precision, ranks=len(devices)) for precision in OURS}
+        spec = {precision: self.step_spec(device, precision=precision, ranks=len(devices)) for precision in precisions(device)}
         step = lambda side, precision, *words: [*side, "step", spec[precision], count, ",".join(devices), *words]
-        commands = {f"gleaner+{precision}": step([self.args.bench], precision) for precision in OURS}
+        commands = {f"gleaner+{precision}": step([self.args.bench], precision) for precision in precisions(device)}
         ways = EAGER + COMPILED + (THEIRS_ON_GPU if is_gpu(device) else [])
         commands |= {way: step(self.rival, "f32", way) for way in ways}
         results = self.rounds(commands, device)
@@ -158,10 +163,10 @@ class Gpu(Bench):
 
     def epochs(self, device, store):
         epochs = self.sizes(device)["epochs"]
-        spec = {precision: self.step_spec(device, precision=precision, epochs=epochs) for precision in OURS}
+        spec = {precision: self.step_spec(device, precision=precision, epochs=epochs) for precision in precisions(device)}
         tars = store / "tars.txt"
         ours = lambda precision, host, on_device: [self.args.bench, "run", spec[precision], store, host, on_device, device]
-        commands = {f"gleaner+{precision}": ours(precision, self.args.cache_bytes, 0) for precision in OURS}
+        commands = {f"gleaner+{precision}": ours(precision, self.args.cache_bytes, 0) for precision in precisions(device)}
         commands["gleaner+bf16+on-device"] = ours("bf16", 0, self.args.device_cache_bytes)
         commands["eager"] = [*self.rival, "run", spec["f32"], tars, device, "eager"]
         commands["eager+bf16+channels_last"] = [*self.rival, "run", spec["bf16"], tars, device, "eager+bf16+channels_last"]

@@ -3,8 +3,11 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::torch::{Error, Result, tensor};
+use crate::torch::{Error, Result, device, tensor};
 
+/// So many of a weight's 15 bits are multiplied apart where TF32 computes, whose numbers have 11 significant bits. Bytes
+/// and both parts are then exact, and so are their products.
+const LOW_BITS: i32 = 7;
 /// Scaled at the same time are so many samples, for which a GPU needs some hundred MiB.
 const SCALED_AT_ONCE: usize = 64;
 /// The areas that are scaled together are made as large as the largest, and that a multiple of this many pixels, so
@@ -108,19 +111,33 @@ fn scaled(slab: &Tensor, numbers: &Tensor, side: i64, height: i64, width: i64) -
     let rows = counted(height, slab.device())?.f_view([-1, 1])?.f_minimum(&heights.f_sub_scalar(1)?)?;
     let columns = counted(width, slab.device())?.f_minimum(&widths.f_sub_scalar(1)?)?;
     let pixels = area(slab, numbers, &rows, &columns)?.f_view([samples, height, width * 3])?.f_to_kind(Kind::Float)?;
-    let rows = weighted(weights(&heights, height, side)?, &pixels)?;
+    let split = slab.device().is_cuda() && device::allows_tf32()?;
+    let rows = weighted(weights(&heights, height, side)?, &pixels, split)?;
     let rows =
         rows.f_view([samples, side, width, 3])?.f_permute([0, 2, 1, 3])?.f_reshape([samples, width, side * 3])?;
-    let columns = weighted(weights(&widths, width, side)?, &rows)?;
+    let columns = weighted(weights(&widths, width, side)?, &rows, split)?;
     let scaled = columns.f_view([samples, side, side, 3])?.f_permute([0, 2, 1, 3])?;
     Ok(scaled.f_to_kind(Kind::Uint8)?.f_contiguous()?)
 }
 
 /// The sums of bytes with these weights, as bytes. As long as a sum is below 2^24, which it is unless an area is four
-/// times as large as the crop, f32 holds each exactly.
-fn weighted((weights, one): (Tensor, Tensor), bytes: &Tensor) -> Result<Tensor> {
-    let sums = weights.f_bmm(bytes)?;
+/// times as large as the crop, f32 holds each exactly; with `split` also where products are of TF32.
+fn weighted((weights, one): (Tensor, Tensor), bytes: &Tensor, split: bool) -> Result<Tensor> {
+    let sums = if split {
+        let [high, low] = parts(&weights)?;
+        low.f_bmm(bytes)?.f_baddbmm(&high, bytes, 1.0, 1.0)?
+    } else {
+        weights.f_bmm(bytes)?
+    };
     Ok(sums.f_add(&one.f_div_scalar(2.0)?)?.f_div(&one)?.f_floor()?.f_clamp(0.0, 255.0)?)
+}
+
+/// Whole numbers of 15 bits as the sum of two of at most 8 significant bits.
+fn parts(weights: &Tensor) -> Result<[Tensor; 2]> {
+    let unit = 2.0_f64.powi(LOW_BITS);
+    let high = weights.f_div_scalar(unit)?.f_floor()?.f_mul_scalar(unit)?;
+    let low = weights.f_sub(&high)?;
+    Ok([high, low])
 }
 
 /// How much each of `most` pixels along a direction counts in each of `side`, [samples, side, most], where `sizes`
@@ -141,4 +158,37 @@ fn weights(sizes: &Tensor, most: i64, side: i64) -> Result<(Tensor, Tensor)> {
     let one = bits.f_exp2()?;
     let weights = weights.f_mul(&one)?.f_add_scalar(0.5)?.f_floor()?;
     Ok((weights.f_to_kind(Kind::Float)?, one.f_to_kind(Kind::Float)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What TF32 has of numbers, if it cuts off the rest: 10 bits behind the first.
+    fn cut(numbers: &Tensor) -> Tensor {
+        let values = Vec::<f32>::try_from(numbers.flatten(0, -1)).expect("numbers of f32");
+        let values: Vec<f32> = values.iter().map(|value| f32::from_bits(value.to_bits() & !0x1fff)).collect();
+        Tensor::from_slice(&values).view(numbers.size().as_slice())
+    }
+
+    #[test]
+    fn weights_in_two_parts_are_exact_in_tf32_and_give_the_same_bytes() {
+        let weights = Tensor::arange(1 << 15, (Kind::Float, Device::Cpu));
+        assert_ne!(cut(&weights), weights, "as a whole they are not");
+        let [high, low] = parts(&weights).expect("numbers");
+        assert_eq!(cut(&high), high);
+        assert_eq!(cut(&low), low);
+        assert_eq!(high + low, weights);
+
+        let numbers = Tensor::arange(2 * 40 * 30, (Kind::Int64, Device::Cpu));
+        let bytes = (numbers * 97).remainder(256).to_kind(Kind::Float).view([2, 40, 30]);
+        for side in [16, 33, 64] {
+            let sizes = Tensor::from_slice(&[40_i64, 23]).view([2, 1, 1]);
+            let scaled = |split| {
+                let weights = super::weights(&sizes, 40, side).expect("sizes");
+                weighted(weights, &bytes, split).expect("shapes agree")
+            };
+            assert_eq!(scaled(true), scaled(false), "{side}");
+        }
+    }
 }

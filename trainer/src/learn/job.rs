@@ -80,6 +80,7 @@ impl Job {
         EpochPlan::new(&blocks[0].kept(), spec.plan(), spec.ranks.lanes, spec.train.batch, spec.seed, 0)?;
         let device = device::parse(&context.setup.device)?;
         let kind = step::kind(spec.ranks.precision);
+        step::prepare(device, spec.ranks.precision)?;
         let (model, sgd) = fresh(&spec, &manifest, device);
         let on_device = context.setup.device_cache_bytes;
         let mut job = Self {

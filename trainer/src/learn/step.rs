@@ -209,9 +209,14 @@ pub fn reference_step(spec: &RunSpec, classes: i64, batch: &Path, out: &Path) ->
 /// libtorch's name of a precision.
 pub(crate) fn kind(precision: Precision) -> Kind {
     match precision {
-        Precision::F32 | Precision::Bf16 => Kind::Float,
+        Precision::F32 | Precision::Tf32 | Precision::Bf16 => Kind::Float,
         Precision::F64 => Kind::Double,
     }
+}
+
+/// Makes a device ready to compute in a precision, for this process.
+pub(crate) fn prepare(device: Device, precision: Precision) -> torch::Result<()> {
+    torch::device::prepare(device, precision == Precision::Tf32)
 }
 
 /// What convolutions and matrix products compute in, if not in that.

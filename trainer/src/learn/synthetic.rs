@@ -41,6 +41,7 @@ impl<'a> Synthetic<'a> {
     /// A rank of so many on the group's device.
     pub(crate) fn new(spec: &'a RunSpec, group: &'a Group, (rank, world): (u32, u32)) -> Result<Self, Failure> {
         let (kind, device) = (step::kind(spec.ranks.precision), group.device());
+        step::prepare(device, spec.ranks.precision)?;
         let crop = i64::from(spec.input.crop);
         let model = AlexNet::new(&spec.model, CLASSES, crop, spec.seed, kind, device);
         let sgd = step::optimizer(&model, &spec.train);

@@ -20,6 +20,30 @@ pub(crate) fn parse(device: &str) -> Result<Device> {
     }
 }
 
+/// Sets how a device computes from now on, for this process: whether a GPU's matrix products may be of TF32. cuDNN tries
+/// its ways to convolve for each new shape and takes the fastest, since shapes repeat: all lanes have the same share in
+/// a step. A CPU needs nothing.
+pub(crate) fn prepare(device: Device, tf32: bool) -> Result<()> {
+    if device.is_cuda() {
+        tch::Cuda::cudnn_set_benchmark(true);
+        allow_tf32(tf32)?;
+    }
+    Ok(())
+}
+
+fn allow_tf32(allow: bool) -> Result<()> {
+    // SAFETY: takes no pointers.
+    check(unsafe { ffi::c10d_allow_tf32(c_int::from(allow)) })
+}
+
+/// Whether matrix products of GPUs may be of TF32 in this process.
+pub(crate) fn allows_tf32() -> Result<bool> {
+    let mut allowed = 0;
+    // SAFETY: `allowed` outlives the call.
+    check(unsafe { ffi::c10d_allows_tf32(&raw mut allowed) })?;
+    Ok(allowed != 0)
+}
+
 /// Whether a device is what failed where `tch` says `said` without a class: it had no memory left once, or its context
 /// is lost.
 pub(crate) fn failure(device: Device, said: &str) -> Option<Error> {
@@ -145,6 +169,17 @@ impl Drop for Event {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn products_of_gpus_are_of_tf32_if_that_is_chosen_and_a_cpu_leaves_it_alone() {
+        assert!(!allows_tf32().expect("libtorch tells"), "it is not by itself");
+        allow_tf32(true).expect("libtorch has it");
+        assert!(allows_tf32().expect("libtorch tells"));
+        prepare(Device::Cpu, false).expect("nothing to do");
+        assert!(allows_tf32().expect("libtorch tells"));
+        allow_tf32(false).expect("libtorch has it");
+        assert!(!allows_tf32().expect("libtorch tells"));
+    }
 
     #[test]
     fn a_device_that_is_slow_is_waited_for_and_one_that_hangs_fails_or_is_aborted_is_not_believed() {

@@ -364,6 +364,14 @@ c10d_result c10d_empty_cuda(int cuda, int64_t bytes, int64_t spare, void** out) 
   });
 }
 
+c10d_result c10d_allow_tf32(int allow) {
+  return guard([&] { at::globalContext().setAllowTF32CuBLAS(allow != 0); });
+}
+
+c10d_result c10d_allows_tf32(int* out) {
+  return guard([&] { *out = at::globalContext().allowTF32CuBLAS(); });
+}
+
 c10d_result c10d_autocast(int cuda, int kind) {
   return guard([&] {
     auto device = cuda ? at::kCUDA : at::kCPU;

@@ -81,6 +81,10 @@ c10d_result c10d_empty_pinned(const int64_t* shape, size_t dimensions, void** ou
 // none for this one is not counted above.
 c10d_result c10d_empty_cuda(int cuda, int64_t bytes, int64_t spare, void** out);
 
+// Whether matrix products of f32 on GPUs compute in TF32 from now on, in this process.
+c10d_result c10d_allow_tf32(int allow);
+c10d_result c10d_allows_tf32(int* out);
+
 // On this thread operations that gain by it compute in a smaller kind from now on (1 fp16, 2 bf16), or no more (0).
 c10d_result c10d_autocast(int cuda, int kind);
 
