@@ -23,6 +23,7 @@ use crate::torch::{self, tensor::Named};
 
 mod device_pixels;
 mod late;
+mod layout;
 
 const SIZE: usize = 72;
 const DEADLINE: Duration = Duration::from_secs(120);

@@ -19,12 +19,19 @@ pub(crate) struct Normalise {
     scale: Scale,
     device: Device,
     kind: Kind,
+    /// Whether the input has the channels of a pixel beside each other, as the bytes have.
+    nhwc: bool,
 }
 
 impl Normalise {
     /// With mean and standard deviation of each channel, on the scale of 0 to 1.
     pub(crate) fn new(mean: [f64; 3], std: [f64; 3], device: Device, kind: Kind) -> Self {
-        Self { scale: Scale { mean, std }, device, kind }
+        Self { scale: Scale { mean, std }, device, kind, nhwc: false }
+    }
+
+    /// The same with an input in NHWC, or not.
+    pub(crate) fn in_nhwc(self, nhwc: bool) -> Self {
+        Self { nhwc, ..self }
     }
 
     /// The device of the input.
@@ -42,6 +49,8 @@ impl Normalise {
             (Device::Cpu, Kind::Double) => self.on_cpu(&pixels, &batch.jitters, Scale::write_f64),
             _ => self.on_device(&pixels, &batch.jitters)?,
         };
+        // A device's is so already.
+        let input = if self.nhwc { tensor::nhwc(&input)? } else { input };
         Ok((input, tensor::sent(&batch.labels, self.device)?))
     }
 
@@ -52,7 +61,9 @@ impl Normalise {
         let channels = |of: [f64; 3]| sent(Tensor::from_slice(&of), &[3, 1, 1]);
         let jitters: Vec<f32> = jitters.iter().flat_map(|jitter| [jitter.gain, jitter.grey, jitter.offset]).collect();
         let jitters = sent(Tensor::from_slice(&jitters), &[-1, 3, 1, 1, 1])?;
-        let input = pixels.f_permute([0, 3, 1, 2])?.f_contiguous()?.f_to_kind(self.kind)?.f_div_scalar(255.0)?;
+        let input = pixels.f_permute([0, 3, 1, 2])?;
+        let input = if self.nhwc { input } else { input.f_contiguous()? };
+        let input = input.f_to_kind(self.kind)?.f_div_scalar(255.0)?;
         let mut lit = input.f_mul(&jitters.f_select(1, 0)?)?.f_add(&jitters.f_select(1, 2)?)?;
         if has_grey {
             let weights = channels(GREY.map(f64::from))?;
@@ -115,13 +126,16 @@ mod tests {
             jitter(0.7, -0.2, 0.0),
         ];
         for kind in [Kind::Float, Kind::Double] {
-            let normalise = Normalise::new([0.4, 0.5, 0.6], [0.2, 0.25, 0.3], Device::Cpu, kind);
-            let batch = batch(jitters.to_vec());
-            let (one, _) = normalise.apply(&batch).expect("shapes agree");
-            let other = normalise.on_device(&batch.pixels, &batch.jitters).expect("shapes agree");
-            assert_eq!((one.size(), one.kind()), (other.size(), kind));
-            let difference = (one - other).abs().max().double_value(&[]);
-            assert!(difference < 1e-5, "{kind:?}: {difference}");
+            for (nhwc, strides) in [(false, [48, 16, 4, 1]), (true, [48, 1, 12, 3])] {
+                let normalise = Normalise::new([0.4, 0.5, 0.6], [0.2, 0.25, 0.3], Device::Cpu, kind).in_nhwc(nhwc);
+                let batch = batch(jitters.to_vec());
+                let (one, _) = normalise.apply(&batch).expect("shapes agree");
+                let other = normalise.on_device(&batch.pixels, &batch.jitters).expect("shapes agree");
+                assert_eq!((one.size(), one.kind()), (other.size(), kind));
+                assert_eq!([one.stride(), other.stride()], [strides; 2], "{kind:?}");
+                let difference = (one - other).abs().max().double_value(&[]);
+                assert!(difference < 1e-5, "{kind:?}: {difference}");
+            }
         }
     }
 

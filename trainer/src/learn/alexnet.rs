@@ -99,6 +99,16 @@ impl AlexNet {
         Self { features: layers, hidden, output, paper, groups: network.groups, stride, grid, dropout: model.dropout }
     }
 
+    /// The same with the weights of its convolutions in NHWC. With images that are so, too, all up to the fully-connected
+    /// layers is.
+    pub(crate) fn in_nhwc(mut self) -> Self {
+        for layer in &mut self.features {
+            let weight = tensor::nhwc(&layer.weight.detach()).expect("convolutions have four dimensions");
+            layer.weight = weight.set_requires_grad(true);
+        }
+        self
+    }
+
     /// The forward pass in training on this rank's part of a batch: `images` [samples, 3, crop, crop], normalised, lane
     /// after lane; `shares`: how many samples each lane has, two at least; `keys`: one random key per sample and step,
     /// of which dropout is made.

@@ -86,7 +86,8 @@ impl Job {
         let mut job = Self {
             context: context.clone(),
             run: join.run.clone(),
-            normalise: Normalise::new(manifest.mean, manifest.std, device, kind),
+            normalise: Normalise::new(manifest.mean, manifest.std, device, kind)
+                .in_nhwc(step::is_nhwc(&spec.ranks, device)),
             steps_per_epoch: steps_per_epoch(blocks[0].samples(), spec.train.batch),
             progress: Progress::default(),
             untold: None,
@@ -187,8 +188,7 @@ fn cache(setup: &Setup) -> Result<Cache> {
 
 /// The network of a run with the weights of its seed, and its optimizer.
 pub(super) fn fresh(spec: &RunSpec, manifest: &Manifest, device: Device) -> (AlexNet, Sgd) {
-    let (classes, crop) = (manifest.classes.len() as i64, i64::from(spec.input.crop));
-    let model = AlexNet::new(&spec.model, classes, crop, spec.seed, step::kind(spec.ranks.precision), device);
+    let model = step::network(spec, manifest.classes.len() as i64, device);
     model.freeze(|name| spec.train.is_frozen(name));
     let sgd = step::optimizer(&model, &spec.train);
     (model, sgd)

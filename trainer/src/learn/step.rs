@@ -7,7 +7,7 @@ use anyhow::Context;
 use proto::RunSpec;
 use proto::network::is_of_output;
 use proto::pb::rank_heartbeat::Activity;
-use proto::run_spec::{Compress, Precision, Train};
+use proto::run_spec::{Compress, Layout, Precision, Ranks, Train};
 use tch::{Device, Kind, Reduction, Tensor};
 
 use super::alexnet::AlexNet;
@@ -16,7 +16,7 @@ use super::history::Sums;
 use crate::data::batch::Batch;
 use crate::data::normalise::Normalise;
 use crate::data::random;
-use crate::torch::tensor::Named;
+use crate::torch::tensor::{self, Named};
 use crate::torch::{self, Group, Half, Mark, Op, Reducer, Sgd, SgdSettings};
 
 /// What forward and backward of all ranks gave, beside the gradients.
@@ -160,6 +160,13 @@ pub(crate) fn correct(logits: &Tensor, labels: &Tensor) -> Tensor {
     Tensor::stack(&[hits.narrow(1, 0, 1).sum(Kind::Double), hits.sum(Kind::Double)], 0)
 }
 
+/// The network of a run as it begins, laid out for a device.
+pub(crate) fn network(spec: &RunSpec, classes: i64, device: Device) -> AlexNet {
+    let (crop, kind) = (i64::from(spec.input.crop), kind(spec.ranks.precision));
+    let model = AlexNet::new(&spec.model, classes, crop, spec.seed, kind, device);
+    if is_nhwc(&spec.ranks, device) { model.in_nhwc() } else { model }
+}
+
 /// The optimizer of a network, as a spec has it.
 pub(crate) fn optimizer(model: &AlexNet, train: &Train) -> Sgd {
     let parameters = model.trained();
@@ -182,16 +189,18 @@ pub fn reference_step(spec: &RunSpec, classes: i64, batch: &Path, out: &Path) ->
         found.with_context(|| format!("{}: no tensor {name}", batch.display()))
     };
     let (images, labels) = (get("images")?.to_kind(kind), get("labels")?);
+    let images = if is_nhwc(&spec.ranks, Device::Cpu) { tensor::nhwc(&images)? } else { images };
     let (samples, lanes) = (images.size()[0], i64::from(spec.ranks.lanes));
     let shares: Vec<i64> = (0..lanes).map(|lane| samples * (lane + 1) / lanes - samples * lane / lanes).collect();
     let keys: Vec<u64> = (0..samples as u64).map(|sample| random::key(&[spec.seed, sample])).collect();
 
-    let crop = i64::from(spec.input.crop);
-    let model = AlexNet::new(&spec.model, classes, crop, spec.seed, kind, Device::Cpu);
+    let model = network(spec, classes, Device::Cpu);
     let mut sgd = optimizer(&model, &spec.train);
     let mut written: Named = Vec::new();
     let mut write = |prefix: &str, named: Named| {
-        written.extend(named.into_iter().map(|(name, tensor)| (format!("{prefix}{name}"), tensor.detach().copy())));
+        written.extend(
+            named.into_iter().map(|(name, tensor)| (format!("{prefix}{name}"), tensor.detach().copy().contiguous())),
+        );
     };
     write("before.", model.parameters());
     let forward = model.train(&images, &shares, &keys);
@@ -211,6 +220,15 @@ pub(crate) fn kind(precision: Precision) -> Kind {
     match precision {
         Precision::F32 | Precision::Tf32 | Precision::Bf16 => Kind::Float,
         Precision::F64 => Kind::Double,
+    }
+}
+
+/// Whether a device has images and weights of convolutions in NHWC.
+pub(crate) fn is_nhwc(ranks: &Ranks, device: Device) -> bool {
+    match ranks.layout {
+        Layout::Auto => device.is_cuda() && ranks.precision == Precision::Bf16,
+        Layout::Nchw => false,
+        Layout::Nhwc => true,
     }
 }
 

@@ -43,12 +43,12 @@ impl<'a> Synthetic<'a> {
         let (kind, device) = (step::kind(spec.ranks.precision), group.device());
         step::prepare(device, spec.ranks.precision)?;
         let crop = i64::from(spec.input.crop);
-        let model = AlexNet::new(&spec.model, CLASSES, crop, spec.seed, kind, device);
+        let model = step::network(spec, CLASSES, device);
         let sgd = step::optimizer(&model, &spec.train);
         let parameters: Vec<Tensor> = model.parameters().into_iter().map(|(_, parameter)| parameter).collect();
         let compress = step::compression(spec.ranks.compress, world as usize);
         let reducer = Reducer::new(group, &parameters, BUCKET_BYTES, compress)?;
-        let normalise = Normalise::new(MOMENTS.0, MOMENTS.1, device, kind);
+        let normalise = Normalise::new(MOMENTS.0, MOMENTS.1, device, kind).in_nhwc(step::is_nhwc(&spec.ranks, device));
         let (lanes, batch) = (i64::from(spec.ranks.lanes), i64::from(spec.train.batch));
         let share = |lane: u32| (batch * (i64::from(lane) + 1) / lanes) - (batch * i64::from(lane) / lanes);
         let shares: Vec<i64> = lanes_of(rank, world, spec.ranks.lanes).map(share).collect();

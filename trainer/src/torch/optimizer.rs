@@ -83,6 +83,16 @@ fn fused_sgd(
     weight_decay: f64,
 ) -> Result<()> {
     assert!(parameters.len() == gradients.len() && parameters.len() == momenta.len(), "lists of unequal length");
+    // libtorch's kernels go through the memory of all three at once. A gradient lies as its parameter does, whoever made
+    // it: autograd and c10d's buckets see to that.
+    debug_assert!(
+        parameters
+            .iter()
+            .zip(gradients)
+            .zip(momenta)
+            .all(|((p, g), m)| p.stride() == g.stride() && p.stride() == m.stride()),
+        "parameters, gradients and momenta in different orders"
+    );
     let (p, g, m) = (pointers(parameters), pointers(gradients), pointers(momenta));
     // SAFETY: tensors and lists outlive the call, and the lists are of the length that is given.
     check(unsafe {

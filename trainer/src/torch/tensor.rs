@@ -12,6 +12,12 @@ use super::ffi::{self, check};
 /// Names and tensors that share memory with their owner, in an order that is the same on every rank.
 pub(crate) type Named = Vec<(String, Tensor)>;
 
+/// The same [samples, channels, height, width] with the channels of each pixel beside each other in memory (NHWC,
+/// "channels last"): itself if they are.
+pub(crate) fn nhwc(tensor: &Tensor) -> Result<Tensor> {
+    Ok(tensor.f_permute([0, 2, 3, 1])?.f_contiguous()?.f_permute([0, 3, 1, 2])?)
+}
+
 /// A number that a tensor can hold.
 pub(crate) trait Element: Copy + Send + Sync + 'static {
     /// libtorch's name for it.

@@ -143,7 +143,8 @@ impl Layer {
             per_output[0] = -1;
             (weight * factor.view(per_output.as_slice()), Some(bias))
         });
-        let float = |tensor: Tensor| tensor.to_kind(Kind::Float);
+        // Files have them in one order, whatever the device liked.
+        let float = |tensor: Tensor| tensor.to_kind(Kind::Float).contiguous();
         Self { name: self.name.clone(), weight: float(weight), bias: bias.map(float), norm: None }
     }
 
@@ -175,6 +176,7 @@ mod tests {
     use tch::Device;
 
     use super::*;
+    use crate::learn::checkpoint;
 
     #[test]
     fn a_folded_network_evaluates_as_the_one_it_is_made_of() {
@@ -188,6 +190,13 @@ mod tests {
             assert!(folded.buffers().is_empty());
             let difference = (folded.evaluate(&images.to_kind(Kind::Float)) - &whole).abs().max().double_value(&[]);
             assert!(difference < 1e-5 * whole.abs().max().double_value(&[]).max(1.0), "{arch:?}: {difference:e}");
+
+            let relaid = AlexNet::new(&model, 5, 64, 1, Kind::Double, Device::Cpu).in_nhwc();
+            checkpoint::load(&relaid.weights(), &network.weights()).expect("the same names and shapes");
+            let ones = Tensor::ones([3], (Kind::Float, Device::Cpu));
+            let onnx = |network: &AlexNet| network.folded().onnx(64, &ones, &ones, &[]).expect("tensors that are here");
+            assert!(onnx(&relaid) == onnx(&network), "{arch:?}: files are the same in either layout");
+            assert!(relaid.folded().weights().iter().all(|(_, tensor)| tensor.is_contiguous()), "{arch:?}");
         }
     }
 
