@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use super::error::Result;
+use super::error::{Error, Result};
 use super::ffi::{self, check, pointers};
 use super::tensor::Named;
 
@@ -72,6 +72,11 @@ fn clip(gradients: &[Tensor], limit: f64) {
     });
 }
 
+/// The steps in memory along each dimension that has more than one element.
+fn order(tensor: &Tensor) -> Vec<i64> {
+    tensor.size().into_iter().zip(tensor.stride()).filter(|(size, _)| *size > 1).map(|(_, stride)| stride).collect()
+}
+
 /// One step of SGD with momentum on all parameters in one kernel, as `torch.optim.SGD` counts:
 /// m = `momentum` m + (g + `weight_decay` p), p = p - `learning_rate` m. The three lists must be of the same length.
 fn fused_sgd(
@@ -85,14 +90,10 @@ fn fused_sgd(
     assert!(parameters.len() == gradients.len() && parameters.len() == momenta.len(), "lists of unequal length");
     // libtorch's kernels go through the memory of all three at once. A gradient lies as its parameter does, whoever made
     // it: autograd and c10d's buckets see to that.
-    debug_assert!(
-        parameters
-            .iter()
-            .zip(gradients)
-            .zip(momenta)
-            .all(|((p, g), m)| p.stride() == g.stride() && p.stride() == m.stride()),
-        "parameters, gradients and momenta in different orders"
-    );
+    let all = parameters.iter().zip(gradients).zip(momenta);
+    if !all.map(|((p, g), m)| [p, g, m].map(order)).all(|[p, g, m]| p == g && p == m) {
+        return Err(Error::Other("parameters, gradients and momenta lie in memory in different orders".to_owned()));
+    }
     let (p, g, m) = (pointers(parameters), pointers(gradients), pointers(momenta));
     // SAFETY: tensors and lists outlive the call, and the lists are of the length that is given.
     check(unsafe {
