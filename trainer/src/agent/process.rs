@@ -15,11 +15,16 @@ use crate::learn::context::Setup;
 use crate::rank::ipc;
 use crate::torch::NCCL_ENVIRONMENT;
 
-/// Environment of every rank process: glibc keeps the memory that a step gives back for the next one. By default it
-/// returns large pieces to the system at once, and a batch costs more in page faults than in all that is done to its
-/// pixels.
-pub const RANK_ENVIRONMENT: [(&str, &str); 2] =
-    [("MALLOC_MMAP_THRESHOLD_", "1000000000"), ("MALLOC_TRIM_THRESHOLD_", "4000000000")];
+/// Environment of every rank process.
+///
+/// glibc keeps the memory that a step gives back for the next one. By default it returns large pieces to the system at
+/// once, and a batch costs more in page faults than in all that is done to its pixels. Threads of OpenMP sleep until
+/// there is something to do: by default they take a core for that, which another rank or a decoder may need.
+pub const RANK_ENVIRONMENT: [(&str, &str); 3] = [
+    ("MALLOC_MMAP_THRESHOLD_", "1000000000"),
+    ("MALLOC_TRIM_THRESHOLD_", "4000000000"),
+    ("OMP_WAIT_POLICY", "PASSIVE"),
+];
 
 /// The variable by which NCCL chooses its network interface.
 const NCCL_INTERFACE: &str = "NCCL_SOCKET_IFNAME";
