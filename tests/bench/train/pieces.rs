@@ -136,7 +136,7 @@ pub fn loader(store: &Path, spec: &RunSpec, caches: Caches, device: &str) -> Res
         device,
         runtime: runtime.handle().clone(),
     };
-    let normalise = Normalise::new(manifest.mean, manifest.std, device, step::kind(spec.ranks.precision))
+    let normalise = Normalise::new(manifest.mean, manifest.std, device, step::kind(spec.ranks.precision))?
         .in_nhwc(step::is_nhwc(&spec.ranks, device));
     let mut figures = Vec::new();
     let mut clock = Clock::start()?;

@@ -17,16 +17,29 @@ type WritePart<T> = fn(&Scale, &[ColorJitter], &[u8], usize, &mut [MaybeUninit<T
 #[derive(Debug)]
 pub(crate) struct Normalise {
     scale: Scale,
+    /// On the device, each [3, 1, 1].
+    constants: Constants,
     device: Device,
     kind: Kind,
     /// Whether the input has the channels of a pixel beside each other, as the bytes have.
     nhwc: bool,
 }
 
+/// What is the same for every batch: a number for each channel.
+#[derive(Debug)]
+struct Constants {
+    mean: Tensor,
+    std: Tensor,
+    grey: Tensor,
+}
+
 impl Normalise {
     /// With mean and standard deviation of each channel, on the scale of 0 to 1.
-    pub(crate) fn new(mean: [f64; 3], std: [f64; 3], device: Device, kind: Kind) -> Self {
-        Self { scale: Scale { mean, std }, device, kind, nhwc: false }
+    pub(crate) fn new(mean: [f64; 3], std: [f64; 3], device: Device, kind: Kind) -> Result<Self> {
+        let channels =
+            |of: [f64; 3]| tensor::sent(&Tensor::from_slice(&of).f_to_kind(kind)?.f_view([3, 1, 1])?, device);
+        let constants = Constants { mean: channels(mean)?, std: channels(std)?, grey: channels(GREY.map(f64::from))? };
+        Ok(Self { scale: Scale { mean, std }, constants, device, kind, nhwc: false })
     }
 
     /// The same with an input in NHWC, or not.
@@ -55,27 +68,25 @@ impl Normalise {
     }
 
     fn on_device(&self, pixels: &Tensor, jitters: &[ColorJitter]) -> Result<Tensor> {
-        let sent =
-            |numbers: Tensor, shape: &[i64]| tensor::sent(&numbers.f_to_kind(self.kind)?.f_view(shape)?, self.device);
+        let Constants { mean, std, grey } = &self.constants;
         let has_grey = jitters.iter().any(|jitter| jitter.grey != 0.0);
-        let channels = |of: [f64; 3]| sent(Tensor::from_slice(&of), &[3, 1, 1]);
         let jitters: Vec<f32> = jitters.iter().flat_map(|jitter| [jitter.gain, jitter.grey, jitter.offset]).collect();
-        let jitters = sent(Tensor::from_slice(&jitters), &[-1, 3, 1, 1, 1])?;
+        let jitters = Tensor::from_slice(&jitters).f_to_kind(self.kind)?.f_view([-1, 3, 1, 1, 1])?;
+        let jitters = tensor::sent(&jitters, self.device)?;
         let input = pixels.f_permute([0, 3, 1, 2])?;
         let input = if self.nhwc { input } else { input.f_contiguous()? };
         let input = input.f_to_kind(self.kind)?.f_div_scalar(255.0)?;
         let mut lit = input.f_mul(&jitters.f_select(1, 0)?)?.f_add(&jitters.f_select(1, 2)?)?;
         if has_grey {
-            let weights = channels(GREY.map(f64::from))?;
-            let grey = (&input * weights).f_sum_dim_intlist([1_i64].as_slice(), true, self.kind)?;
+            let grey = input.f_mul(grey)?.f_sum_dim_intlist([1_i64].as_slice(), true, self.kind)?;
             lit = lit.f_add(&grey.f_mul(&jitters.f_select(1, 1)?)?)?;
         }
-        Ok(lit.f_clamp_(0.0, 1.0)?.f_sub_(&channels(self.scale.mean)?)?.f_div_(&channels(self.scale.std)?)?)
+        Ok(lit.f_clamp_(0.0, 1.0)?.f_sub_(mean)?.f_div_(std)?)
     }
 
     /// The same in one pass over the pixels.
     fn on_cpu<T: Element>(&self, pixels: &Tensor, jitters: &[ColorJitter], write: WritePart<T>) -> Tensor {
-        let size = pixels.size();
+        let (scale, size) = (&self.scale, pixels.size());
         let (samples, area) = (size[0] as usize, (size[1] * size[2]) as usize);
         let threads = (tch::get_num_threads().max(1) as usize).min(samples.max(1));
         tensor::filled(&[size[0], 3, size[1], size[2]], |input: &mut [MaybeUninit<T>]| {
@@ -84,8 +95,8 @@ impl Normalise {
                 let of_jitters = jitters.chunks(share);
                 let parts = of_jitters.zip(pixels.chunks(3 * area * share)).zip(input.chunks_mut(3 * area * share));
                 std::thread::scope(|scope| {
-                    let mut parts = parts
-                        .map(|((jitters, pixels), input)| move || write(&self.scale, jitters, pixels, area, input));
+                    let mut parts =
+                        parts.map(|((jitters, pixels), input)| move || write(scale, jitters, pixels, area, input));
                     let first = parts.next();
                     for part in parts {
                         scope.spawn(part);
@@ -127,21 +138,24 @@ mod tests {
         ];
         for kind in [Kind::Float, Kind::Double] {
             for (nhwc, strides) in [(false, [48, 16, 4, 1]), (true, [48, 1, 12, 3])] {
-                let normalise = Normalise::new([0.4, 0.5, 0.6], [0.2, 0.25, 0.3], Device::Cpu, kind).in_nhwc(nhwc);
+                let normalise =
+                    Normalise::new([0.4, 0.5, 0.6], [0.2, 0.25, 0.3], Device::Cpu, kind).expect("memory").in_nhwc(nhwc);
                 let batch = batch(jitters.to_vec());
                 let (one, _) = normalise.apply(&batch).expect("shapes agree");
                 let other = normalise.on_device(&batch.pixels, &batch.jitters).expect("shapes agree");
                 assert_eq!((one.size(), one.kind()), (other.size(), kind));
                 assert_eq!([one.stride(), other.stride()], [strides; 2], "{kind:?}");
-                let difference = (one - other).abs().max().double_value(&[]);
+                let difference = (one - &other).abs().max().double_value(&[]);
                 assert!(difference < 1e-5, "{kind:?}: {difference}");
+                let again = normalise.on_device(&batch.pixels, &batch.jitters).expect("shapes agree");
+                assert_eq!(again, other, "a batch leaves what stays on the device as it is");
             }
         }
     }
 
     #[test]
     fn a_pixel_is_jittered_clamped_and_normalised() {
-        let normalise = Normalise::new([0.0, 0.5, 1.0], [1.0, 0.5, 2.0], Device::Cpu, Kind::Double);
+        let normalise = Normalise::new([0.0, 0.5, 1.0], [1.0, 0.5, 2.0], Device::Cpu, Kind::Double).expect("memory");
         let batch = batch(vec![ColorJitter::default(), ColorJitter { gain: 2.0, grey: 0.0, offset: 0.0 }]);
         let (input, _) = normalise.apply(&batch).expect("shapes agree");
         // The second pixel's bytes are 111, 148, 185; the first of the other sample begins at 48 * 37 % 256 = 240.

@@ -86,7 +86,7 @@ impl Job {
         let mut job = Self {
             context: context.clone(),
             run: join.run.clone(),
-            normalise: Normalise::new(manifest.mean, manifest.std, device, kind)
+            normalise: Normalise::new(manifest.mean, manifest.std, device, kind)?
                 .in_nhwc(step::is_nhwc(&spec.ranks, device)),
             steps_per_epoch: steps_per_epoch(blocks[0].samples(), spec.train.batch),
             progress: Progress::default(),

@@ -48,7 +48,7 @@ impl<'a> Synthetic<'a> {
         let parameters: Vec<Tensor> = model.parameters().into_iter().map(|(_, parameter)| parameter).collect();
         let compress = step::compression(spec.ranks.compress, world as usize);
         let reducer = Reducer::new(group, &parameters, BUCKET_BYTES, compress)?;
-        let normalise = Normalise::new(MOMENTS.0, MOMENTS.1, device, kind).in_nhwc(step::is_nhwc(&spec.ranks, device));
+        let normalise = Normalise::new(MOMENTS.0, MOMENTS.1, device, kind)?.in_nhwc(step::is_nhwc(&spec.ranks, device));
         let (lanes, batch) = (i64::from(spec.ranks.lanes), i64::from(spec.train.batch));
         let share = |lane: u32| (batch * (i64::from(lane) + 1) / lanes) - (batch * i64::from(lane) / lanes);
         let shares: Vec<i64> = lanes_of(rank, world, spec.ranks.lanes).map(share).collect();
