@@ -21,6 +21,7 @@ use crate::learn::control::{ControlFlags, Heartbeat};
 use crate::rank::serve;
 use crate::torch::{self, tensor::Named};
 
+mod ahead;
 mod device_pixels;
 mod late;
 mod layout;

@@ -13,6 +13,7 @@
 #![allow(unsafe_code, reason = "tensors and c10d's objects cross into C++ here, and nowhere else")]
 
 mod autocast;
+mod copies;
 pub(crate) mod device;
 mod error;
 mod ffi;
@@ -25,6 +26,9 @@ pub(crate) mod tensor;
 mod tests;
 
 pub(crate) use autocast::{Half, autocast};
+#[cfg(test)]
+pub(crate) use copies::Double;
+pub(crate) use copies::{Arrival, Copies};
 pub(crate) use device::Mark;
 #[cfg(test)]
 pub(crate) use device::{FAKE, Fake};

@@ -27,7 +27,7 @@ use crate::learn::control::{ControlFlags, Heartbeat};
 use crate::learn::step;
 use crate::learn::synthetic::Synthetic;
 use crate::rank::serve;
-use crate::torch::{Group, Member, Store, device};
+use crate::torch::{Copies, Group, Member, Store, device};
 use crate::trial::cpu_seconds;
 
 /// Steps that are not counted: in the first ones libtorch chooses how it computes, on a GPU for longer.
@@ -133,7 +133,7 @@ pub fn loader(store: &Path, spec: &RunSpec, caches: Caches, device: &str) -> Res
         cache: Arc::new(Cache::new(caches.host, None)?),
         device_pixels: (caches.device > 0).then(|| Arc::new(DevicePixels::new(device, caches.device))),
         threads: threads as usize,
-        device,
+        copies: Copies::new(device)?,
         runtime: runtime.handle().clone(),
     };
     let normalise = Normalise::new(manifest.mean, manifest.std, device, step::kind(spec.ranks.precision))?

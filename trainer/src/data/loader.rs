@@ -4,7 +4,7 @@
 //! readahead  walks the plan ahead of the rest and reads the blocks of samples that are not cached, at most AHEAD_BYTES of them at a time
 //! feeder     takes the samples out of the blocks as they arrive, and allocates the tensors
 //! decoders   threads of their own: decode what is not cached, augment, and write their part of the tensor
-//! assembler  one thread: puts the batches in order
+//! assembler  one thread: puts the batches in order, and has a GPU begin to copy the next ones
 //! ```
 //!
 //! All channels are bounded, so that nothing runs further ahead of the training thread than that. Dropping [`Batches`]
@@ -31,8 +31,9 @@ use super::cache::{Cache, NextUse};
 use super::device_pixels::{DeviceImage, DevicePixels};
 use super::gather::DeviceCrop;
 use super::plan::SampleId;
-use super::prefetch::PrefetchQueue;
+use super::prefetch::{Begin, PrefetchQueue};
 use super::requests::{BatchRequest, needed, training};
+use crate::torch::Copies;
 use crate::torch::tensor::{Chunk, Slab};
 
 /// Blocks of which no sample has been taken yet may have this many bytes together.
@@ -55,8 +56,8 @@ pub(crate) struct Loader {
     pub device_pixels: Option<Arc<DevicePixels>>,
     /// Threads that decode.
     pub threads: usize,
-    /// The device that the batches are for.
-    pub device: Device,
+    /// The way to the device that the batches are for.
+    pub copies: Copies,
     /// The runtime of the reads.
     pub runtime: tokio::runtime::Handle,
 }
@@ -76,7 +77,7 @@ impl Loader {
         let (found, to_feed) = mpsc::channel(ahead);
         let (parts, to_decode) = mpsc::channel(2 * self.threads);
         let (decoded, to_assemble) = sync_channel(2 * self.threads);
-        let queue = Arc::new(PrefetchQueue::default());
+        let queue = Arc::new(PrefetchQueue::new(self.copies.clone()));
         let readahead = Readahead {
             loader: self.clone(),
             ahead: Arc::new(Semaphore::new(AHEAD_BYTES as usize)),
@@ -84,7 +85,7 @@ impl Loader {
         };
         let tasks = [
             AbortOnDropHandle::new(self.runtime.spawn(readahead.run(requests, found))),
-            AbortOnDropHandle::new(self.runtime.spawn(feed(to_feed, parts, decoded.clone(), self.device))),
+            AbortOnDropHandle::new(self.runtime.spawn(feed(to_feed, parts, decoded.clone(), self.copies.device()))),
         ];
         let to_decode = Arc::new(Mutex::new(to_decode));
         for i in 0..self.threads {
@@ -171,10 +172,24 @@ fn thread(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
     Ok(())
 }
 
+type Queue = PrefetchQueue<Result<Batch>, Copies>;
+
+/// The device begins to copy a batch while it still waits in the queue. The error of one that it has no memory for
+/// comes in its place.
+impl Begin<Result<Batch>> for Copies {
+    fn begin(&self, batch: &mut Result<Batch>) {
+        if let Ok(Batch { pixels, .. }) = batch
+            && let Err(error) = pixels.send_ahead(self)
+        {
+            *batch = Err(error.into());
+        }
+    }
+}
+
 /// Batches in the order of their requests.
 #[derive(Debug)]
 pub(crate) struct Batches {
-    queue: Arc<PrefetchQueue<Result<Batch>>>,
+    queue: Arc<Queue>,
     _tasks: [AbortOnDropHandle<()>; 2],
 }
 
@@ -400,11 +415,7 @@ type Unfinished = (Arc<BatchPlan>, Vec<Option<FilledPart>>, usize);
 
 /// Puts finished batches into the queue in their order, until there are no more parts, the queue is closed, or a part
 /// is an error.
-fn assemble(
-    decoded: &Receiver<DecodedPart>,
-    device_pixels: Option<&Arc<DevicePixels>>,
-    queue: &PrefetchQueue<Result<Batch>>,
-) {
+fn assemble(decoded: &Receiver<DecodedPart>, device_pixels: Option<&Arc<DevicePixels>>, queue: &Queue) {
     let mut waiting: HashMap<u64, Unfinished> = HashMap::new();
     let mut next = 0;
     for DecodedPart { batch, part, done } in decoded {
@@ -452,5 +463,6 @@ fn join(parts: Vec<Option<FilledPart>>, crop: i64, device_pixels: Option<&Arc<De
         jitters: known.iter().map(|sample| sample.jitter).collect(),
         labels: Tensor::from_slice(&labels),
         keys: known.iter().map(|sample| sample.key).collect(),
+        ahead: None,
     })
 }

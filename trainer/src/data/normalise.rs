@@ -54,25 +54,24 @@ impl Normalise {
 
     /// The input of the network, [samples, 3, crop, crop], and the labels.
     ///
-    /// Bytes are copied to the device, a quarter of the size of f32, while the device still computes.
+    /// To the device go bytes, a quarter of the size of f32: ahead, or now.
     pub(crate) fn apply(&self, batch: &Pixels) -> Result<(Tensor, Tensor)> {
+        batch.arrive()?;
         let pixels = batch.on(self.device)?;
         let input = match (self.device, self.kind) {
             (Device::Cpu, Kind::Float) => self.on_cpu(&pixels, &batch.jitters, Scale::write_f32),
             (Device::Cpu, Kind::Double) => self.on_cpu(&pixels, &batch.jitters, Scale::write_f64),
-            _ => self.on_device(&pixels, &batch.jitters)?,
+            _ => self.on_device(&pixels, batch)?,
         };
         // A device's is so already.
         let input = if self.nhwc { tensor::nhwc(&input)? } else { input };
         Ok((input, tensor::sent(&batch.labels, self.device)?))
     }
 
-    fn on_device(&self, pixels: &Tensor, jitters: &[ColorJitter]) -> Result<Tensor> {
+    fn on_device(&self, pixels: &Tensor, batch: &Pixels) -> Result<Tensor> {
         let Constants { mean, std, grey } = &self.constants;
-        let has_grey = jitters.iter().any(|jitter| jitter.grey != 0.0);
-        let jitters: Vec<f32> = jitters.iter().flat_map(|jitter| [jitter.gain, jitter.grey, jitter.offset]).collect();
-        let jitters = Tensor::from_slice(&jitters).f_to_kind(self.kind)?.f_view([-1, 3, 1, 1, 1])?;
-        let jitters = tensor::sent(&jitters, self.device)?;
+        let has_grey = batch.jitters.iter().any(|jitter| jitter.grey != 0.0);
+        let jitters = batch.jitters_on(self.device)?.f_to_kind(self.kind)?.f_view([-1, 3, 1, 1, 1])?;
         let input = pixels.f_permute([0, 3, 1, 2])?;
         let input = if self.nhwc { input } else { input.f_contiguous()? };
         let input = input.f_to_kind(self.kind)?.f_div_scalar(255.0)?;
@@ -123,6 +122,7 @@ mod tests {
             jitters,
             labels: Tensor::zeros([samples], (Kind::Int64, Device::Cpu)),
             keys: vec![0; samples as usize],
+            ahead: None,
         }
     }
 
@@ -142,12 +142,12 @@ mod tests {
                     Normalise::new([0.4, 0.5, 0.6], [0.2, 0.25, 0.3], Device::Cpu, kind).expect("memory").in_nhwc(nhwc);
                 let batch = batch(jitters.to_vec());
                 let (one, _) = normalise.apply(&batch).expect("shapes agree");
-                let other = normalise.on_device(&batch.pixels, &batch.jitters).expect("shapes agree");
+                let other = normalise.on_device(&batch.pixels, &batch).expect("shapes agree");
                 assert_eq!((one.size(), one.kind()), (other.size(), kind));
                 assert_eq!([one.stride(), other.stride()], [strides; 2], "{kind:?}");
                 let difference = (one - &other).abs().max().double_value(&[]);
                 assert!(difference < 1e-5, "{kind:?}: {difference}");
-                let again = normalise.on_device(&batch.pixels, &batch.jitters).expect("shapes agree");
+                let again = normalise.on_device(&batch.pixels, &batch).expect("shapes agree");
                 assert_eq!(again, other, "a batch leaves what stays on the device as it is");
             }
         }

@@ -22,7 +22,7 @@ use crate::data::normalise::Normalise;
 use crate::data::plan::{EpochPlan, steps_per_epoch};
 use crate::data::store::get_checked;
 use crate::torch::tensor::Named;
-use crate::torch::{Group, Sgd, device};
+use crate::torch::{Copies, Group, Sgd, device};
 
 /// One run on one rank: its data, its network, and how far it has come.
 pub(crate) struct Job {
@@ -46,6 +46,7 @@ pub(crate) struct Job {
     pub(super) agreed_generation: u64,
     cache: Arc<Cache>,
     device_pixels: Option<Arc<DevicePixels>>,
+    copies: Copies,
     blocks: [Arc<BlockReader>; 3],
     /// The share of the machine's cores that this rank has in its generation.
     cores: u32,
@@ -95,6 +96,7 @@ impl Job {
             agreed_generation: 0,
             cache: Arc::new(cache(&context.setup)?),
             device_pixels: (on_device > 0).then(|| Arc::new(DevicePixels::new(device, on_device))),
+            copies: Copies::new(device)?,
             spec,
             manifest,
             device,
@@ -148,7 +150,7 @@ impl Job {
             cache: self.cache.clone(),
             device_pixels: self.device_pixels.clone(),
             threads: self.cores as usize,
-            device: self.device,
+            copies: self.copies.clone(),
             runtime: self.context.runtime.clone(),
         }
     }

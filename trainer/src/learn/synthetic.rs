@@ -14,7 +14,7 @@ use crate::data::normalise::Normalise;
 use crate::data::plan::lanes_of;
 use crate::data::random;
 use crate::torch::tensor::{Chunk, Slab};
-use crate::torch::{Group, Op, Reducer, Sgd};
+use crate::torch::{Copies, Group, Op, Reducer, Sgd};
 
 /// Gradients travel in parts of so many bytes.
 const BUCKET_BYTES: usize = 25 << 20;
@@ -32,6 +32,10 @@ pub(crate) struct Synthetic<'a> {
     sgd: Sgd,
     reducer: Reducer,
     normalise: Normalise,
+    copies: Copies,
+    /// The samples of each step, in the host's memory.
+    pixels: Pixels,
+    /// The next step's.
     batch: Batch,
     /// Of the step before.
     measured: Option<Measured>,
@@ -59,9 +63,11 @@ impl<'a> Synthetic<'a> {
             jitters: vec![ColorJitter::default(); own as usize],
             labels: Tensor::randint(CLASSES, [own], (Kind::Int64, Device::Cpu)),
             keys: (0..own as u64).collect(),
+            ahead: None,
         };
-        let batch = Batch { step: 0, samples: batch as u64, shares, pixels };
-        Ok(Self { spec, group, model, sgd, reducer, normalise, batch, measured: None })
+        let copies = Copies::new(device)?;
+        let batch = Batch { step: 0, samples: batch as u64, shares, pixels: sent_ahead(&pixels, &copies)? };
+        Ok(Self { spec, group, model, sgd, reducer, normalise, copies, pixels, batch, measured: None })
     }
 
     /// Samples of this rank in a step.
@@ -71,7 +77,8 @@ impl<'a> Synthetic<'a> {
 
     /// Takes the next step.
     pub(crate) fn step(&mut self) -> Result<(), Failure> {
-        let Self { spec, group, model, sgd, reducer, normalise, batch, measured } = self;
+        let Self { spec, group, model, sgd, reducer, normalise, copies, pixels, batch, measured } = self;
+        let next = sent_ahead(pixels, copies)?;
         let computed = step::compute(spec, group, model, normalise, reducer, batch, &|_| {})?;
         if let Some(before) = measured.replace(computed.measured) {
             before.wait(group)?;
@@ -82,6 +89,7 @@ impl<'a> Synthetic<'a> {
         sgd.step(schedule::learning_rate(batch.step, STEPS_PER_EPOCH, &spec.train))?;
         model.update_running(&(computed.statistics / f64::from(spec.ranks.lanes)));
         batch.step += 1;
+        batch.pixels = next;
         Ok(())
     }
 
@@ -89,6 +97,13 @@ impl<'a> Synthetic<'a> {
     pub(crate) fn settle(&self) -> Result<(), Failure> {
         Ok(self.group.settle()?)
     }
+}
+
+/// The same samples as a loader hands them on.
+fn sent_ahead(pixels: &Pixels, copies: &Copies) -> Result<Pixels, Failure> {
+    let mut pixels = pixels.part(0, pixels.keys.len());
+    pixels.send_ahead(copies)?;
+    Ok(pixels)
 }
 
 /// In the memory that a loader has for the device.

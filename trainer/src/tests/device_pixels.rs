@@ -4,8 +4,9 @@
 use tch::Device;
 
 use super::*;
-use crate::data::batch::Batch;
+use crate::data::batch::{Batch, Pixels};
 use crate::learn::job::Job;
+use crate::torch::Double;
 
 /// Bytes of a decoded image.
 const IMAGE: u64 = (3 * SIZE * SIZE) as u64;
@@ -55,8 +56,16 @@ fn have_the_same_bytes(spec: &str) {
             );
             assert_eq!(one.pixels.labels, other.pixels.labels);
             assert_eq!(one.pixels.pixels, other.pixels.on(Device::Cpu).expect("all within the slabs"));
-            let (half, rest) = (other.pixels.part(3, 12), one.pixels.part(3, 12));
-            assert_eq!(rest.pixels, half.on(Device::Cpu).expect("all within the slabs"), "a part of a batch");
+            let whole = other.pixels.part(0, 25);
+            let mut ahead = other.pixels.part(0, 25);
+            ahead.send_ahead(&Double { room: 1, ..Double::default() }.copies()).expect("room");
+            for other in [whole, ahead] {
+                let (half, rest) = (other.part(3, 12), one.pixels.part(3, 12));
+                assert_eq!(rest.pixels, half.on(Device::Cpu).expect("all within the slabs"), "a part of a batch");
+                assert_eq!(rest.labels, half.labels);
+                let jitters = |pixels: &Pixels| pixels.jitters_on(Device::Cpu).expect("numbers");
+                assert_eq!(jitters(&rest), jitters(&half));
+            }
         }
     }
 }

@@ -106,6 +106,17 @@ unsafe extern "C" {
     pub(super) fn c10d_event_record(cuda: c_int, out: *mut *mut c_void) -> Answer;
     pub(super) fn c10d_event_reached(event: *mut c_void, out: *mut c_int) -> Answer;
     pub(super) fn c10d_event_free(event: *mut c_void);
+    pub(super) fn c10d_copy_stream(cuda: c_int, out: *mut i64) -> Answer;
+    pub(super) fn c10d_copy(
+        cuda: c_int,
+        stream: i64,
+        host: *const *const c_void,
+        count: usize,
+        tensors: *mut *mut c_void,
+        out: *mut *mut c_void,
+    ) -> Answer;
+    pub(super) fn c10d_copied_wait(copied: *mut c_void) -> Answer;
+    pub(super) fn c10d_copied_free(copied: *mut c_void);
     pub(super) fn c10d_fused_sgd(
         parameters: *const *const c_void,
         gradients: *const *const c_void,

@@ -5,6 +5,7 @@
 #include <ATen/ops/_fused_sgd.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/Event.h>
+#include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/utils/lambda_post_hook.h>
@@ -71,6 +72,10 @@ struct c10d_reducer {
 };
 struct c10d_event {
   c10::Event it;
+};
+struct c10d_copied {
+  c10::Event behind;
+  std::vector<at::Tensor> tensors;
 };
 
 namespace {
@@ -362,6 +367,50 @@ c10d_result c10d_empty_cuda(int cuda, int64_t bytes, int64_t spare, void** out) 
       allocator->resetAccumulatedStats(index);
     }
   });
+}
+
+c10d_result c10d_copy_stream(int cuda, int64_t* out) {
+  return guard([&] {
+    at::Device device(at::kCUDA, static_cast<c10::DeviceIndex>(cuda));
+    // NCCL takes its streams, one for each group, from the pool of the other priority: this one is never among them.
+    *out = c10::impl::VirtualGuardImpl(at::kCUDA).getStreamFromGlobalPool(device, /*isHighPriority=*/true).id();
+  });
+}
+
+c10d_result c10d_copy(int cuda, int64_t stream, const c10d_tensor* t, size_t count, void** tensors, c10d_copied** out) {
+  return guard([&] {
+    at::Device device(at::kCUDA, static_cast<c10::DeviceIndex>(cuda));
+    c10::Stream beside(c10::Stream::UNSAFE, device, stream);
+    auto copied = std::make_unique<c10d_copied>(c10d_copied{c10::Event(at::kCUDA), {}});
+    {
+      // Under the guard three things are this stream's: the new memory, which the allocator otherwise would take from what the computing
+      // stream has freed but may still be using; the copy; and the mark by which the host's allocator knows when the copy has read its
+      // memory (copy_ tells it the current stream, CachingHostAllocator.h: record_event).
+      c10::StreamGuard on(beside);
+      for (auto& host : list(t, count)) {
+        auto copy = at::empty(host.sizes(), host.options().device(device).pinned_memory(false));
+        copied->tensors.push_back(copy.copy_(host, /*non_blocking=*/true));
+      }
+      copied->behind.record(beside);
+    }
+    std::vector<std::unique_ptr<at::Tensor>> given;
+    for (auto& tensor : copied->tensors) given.push_back(std::make_unique<at::Tensor>(tensor));
+    for (size_t i = 0; i < count; i++) tensors[i] = given[i].release();
+    *out = copied.release();
+  });
+}
+
+c10d_result c10d_copied_wait(c10d_copied* copied) {
+  return guard([&] {
+    c10::impl::VirtualGuardImpl impl(at::kCUDA);
+    auto current = impl.getStream(copied->behind.device());
+    copied->behind.block(current);
+    for (auto& tensor : copied->tensors) impl.recordDataPtrOnStream(tensor.storage().data_ptr(), current);
+  });
+}
+
+void c10d_copied_free(c10d_copied* copied) {
+  drop(guard([&] { delete copied; }));
 }
 
 c10d_result c10d_allow_tf32(int allow) {

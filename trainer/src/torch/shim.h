@@ -12,6 +12,7 @@ typedef struct c10d_group c10d_group;
 typedef struct c10d_work c10d_work;
 typedef struct c10d_reducer c10d_reducer;
 typedef struct c10d_event c10d_event;
+typedef struct c10d_copied c10d_copied;
 typedef const void* c10d_tensor;
 
 // Whose failure it is, by the type of the exception.
@@ -80,6 +81,16 @@ c10d_result c10d_empty_pinned(const int64_t* shape, size_t dimensions, void** ou
 // A new tensor of so many bytes on a CUDA device, not filled; null if the device would not have `spare` bytes left beside it. That it has
 // none for this one is not counted above.
 c10d_result c10d_empty_cuda(int cuda, int64_t bytes, int64_t spare, void** out);
+
+// A stream of a CUDA device for copies, beside the one that computes.
+c10d_result c10d_copy_stream(int cuda, int64_t* out);
+// Has that stream copy tensors from memory of c10d_empty_pinned to as many new ones on the device, and marks the place behind them. The
+// host need not wait, nor keep its tensors.
+c10d_result c10d_copy(int cuda, int64_t stream, const c10d_tensor* host, size_t count, void** tensors, c10d_copied** out);
+// The device's current stream waits at this place until the copies are made. Their memory is given to nobody until that stream has done
+// all that it will have been given when they are freed.
+c10d_result c10d_copied_wait(c10d_copied* copied);
+void c10d_copied_free(c10d_copied* copied);
 
 // Whether matrix products of f32 on GPUs compute in TF32 from now on, in this process.
 c10d_result c10d_allow_tf32(int allow);

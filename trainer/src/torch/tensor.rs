@@ -51,12 +51,19 @@ pub(crate) fn bytes<R>(tensor: &Tensor, read: impl FnOnce(&[u8]) -> R) -> R {
 
 /// The same on a device. A GPU copies it by itself, in its turn: nobody waits for that.
 pub(crate) fn sent(tensor: &Tensor, device: Device) -> Result<Tensor> {
-    if !device.is_cuda() {
+    if !device.is_cuda() || tensor.device() == device {
         return Ok(tensor.f_to_device(device)?);
     }
+    Ok(staged(tensor, device)?.f_to_device_(device, tensor.kind(), true, false)?)
+}
+
+/// The same in memory from which a device copies by itself, if it is a GPU.
+pub(crate) fn staged(tensor: &Tensor, device: Device) -> Result<Tensor> {
+    if !device.is_cuda() {
+        return Ok(tensor.shallow_clone());
+    }
     let bytes = tensor.numel() * tensor.kind().elt_size_in_bytes();
-    let copy = copied_to(&pinned(&[bytes as i64])?, tensor)?;
-    Ok(copy.f_to_device_(device, tensor.kind(), true, false)?)
+    copied_to(&pinned(&[bytes as i64])?, tensor)
 }
 
 /// A copy in this memory, which is as long.
