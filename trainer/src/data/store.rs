@@ -14,6 +14,8 @@ use tracing::warn;
 
 /// A request fails after this many attempts ...
 const ATTEMPTS: u32 = 5;
+/// ... with this pause after the first, and four times as long a one after each later ...
+const PAUSE: Duration = Duration::from_millis(if cfg!(test) { 5 } else { 100 });
 /// ... each of which may take this long for a block ...
 pub(super) const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(60);
 /// ... and for a whole object, such as a checkpoint of a GB.
@@ -93,7 +95,7 @@ where
             return Err(error.context(format!("given up after {ATTEMPTS} attempts")));
         }
         warn!(key, attempt = tried, error = format!("{error:#}"), "store failed; trying again");
-        tokio::time::sleep(Duration::from_millis(100) * 4u32.pow(tried - 1)).await;
+        tokio::time::sleep(PAUSE * 4u32.pow(tried - 1)).await;
         tried += 1;
     }
 }

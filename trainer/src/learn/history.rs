@@ -61,12 +61,21 @@ pub(crate) struct History {
     run: String,
     generation: u64,
     files: u64,
+    /// Those that no write has taken, or that one has given back.
     points: Vec<MetricPoint>,
     flushed: Instant,
-    /// The write under way, and the step up to which the ledger is in the store once it is done.
-    writing: Option<(u64, JoinHandle<bool>)>,
+    /// The write under way, and the step up to which the ledger is in the store if it succeeds.
+    writing: Option<(u64, JoinHandle<Written>)>,
     /// The ledger is in the store up to this step.
     pub(crate) stored: u64,
+}
+
+/// What became of a write. The ledger's lines are left in the tail, the points nowhere else.
+#[derive(Default)]
+struct Written {
+    ledger: bool,
+    /// The points that are not in the store.
+    left: Vec<MetricPoint>,
 }
 
 impl History {
@@ -90,10 +99,8 @@ impl History {
     /// Starts to write the new lines of the ledger's `tail` and the new points, if it is time or `now`. One write is in
     /// flight at a time.
     pub(crate) fn flush(&mut self, tail: &[Line], now: bool) {
-        if let Some((step, write)) = self.writing.take_if(|(_, write)| write.is_finished())
-            && self.runtime.block_on(write).unwrap_or(false)
-        {
-            self.stored = step;
+        if self.writing.as_ref().is_some_and(|(_, write)| write.is_finished()) {
+            self.written();
         }
         // Before the lines are copied: this is called in every step.
         if self.writing.is_some() || !(now || self.flushed.elapsed() > FLUSH) {
@@ -104,77 +111,88 @@ impl History {
             return;
         }
         let step = new.last().map_or(self.stored, |line| line.step);
-        self.writing = Some((step, self.write(new)));
-    }
-
-    /// Starts to write lines of the ledger, and the new points.
-    fn write(&mut self, new: Vec<Line>) -> JoinHandle<bool> {
         self.flushed = Instant::now();
         self.files += 1;
-        let mut files = Vec::new();
-        if !new.is_empty() {
-            let ledger = serde_json::to_vec(&Lines { format: 1, lines: new }).expect("numbers only");
-            files.push((keys::ledger(&self.run, self.generation, self.files), Bytes::from(ledger)));
-        }
-        if !self.points.is_empty() {
-            let line = |point| serde_json::to_string(&point).expect("numbers only") + "\n";
-            let points: String = std::mem::take(&mut self.points).into_iter().map(line).collect();
-            files.push((keys::metrics(&self.run, self.generation, self.files), Bytes::from(points)));
-        }
-        let store = self.store.clone();
-        self.runtime.spawn(async move {
-            for (key, bytes) in files {
-                if let Err(error) = put(&store, &key, bytes).await {
-                    warn!(key, error = format!("{error:#}"), "history not written");
-                    return false;
-                }
+        let points = (keys::metrics(&self.run, self.generation, self.files), std::mem::take(&mut self.points));
+        let ledger = (keys::ledger(&self.run, self.generation, self.files), new);
+        self.writing = Some((step, self.runtime.spawn(write(self.store.clone(), ledger, points))));
+    }
+
+    /// Waits for the write under way. The points that are not in the store come before the new ones again.
+    fn written(&mut self) {
+        if let Some((step, write)) = self.writing.take() {
+            let Written { ledger, left } = self.runtime.block_on(write).unwrap_or_default();
+            if ledger {
+                self.stored = step;
             }
-            true
-        })
+            self.points.splice(..0, left);
+        }
     }
 
     /// Writes what is left, and waits for it.
     pub(crate) fn finish(&mut self, tail: &[Line]) {
         for _ in 0..2 {
-            if let Some((step, write)) = self.writing.take()
-                && self.runtime.block_on(write).unwrap_or(false)
-            {
-                self.stored = step;
-            }
+            self.written();
             self.flush(tail, true);
         }
-        if let Some((_, write)) = self.writing.take() {
-            let _ = self.runtime.block_on(write);
-        }
+        self.written();
     }
 }
 
+/// Writes lines of the ledger and points, each under its key; neither waits for the other, nor fails with it.
+async fn write(
+    store: Arc<dyn ObjectStore>,
+    (ledger, lines): (String, Vec<Line>),
+    (curve, points): (String, Vec<MetricPoint>),
+) -> Written {
+    let put = async |key: String, bytes: Vec<u8>| {
+        let put = if bytes.is_empty() { Ok(()) } else { put(&store, &key, Bytes::from(bytes)).await };
+        put.inspect_err(|error| warn!(key, error = format!("{error:#}"), "history not written")).is_ok()
+    };
+    let lines = match lines.is_empty() {
+        true => Vec::new(),
+        false => serde_json::to_vec(&Lines { format: 1, lines }).expect("numbers only"),
+    };
+    let line = |point| serde_json::to_string(point).expect("numbers only") + "\n";
+    let text: String = points.iter().map(line).collect();
+    let (ledger, curve) = tokio::join!(put(ledger, lines), put(curve, text.into()));
+    Written { ledger, left: if curve { Vec::new() } else { points } }
+}
+
 impl Drop for History {
-    /// After a failure nobody calls `finish`: points that no write has taken yet stand nowhere else, unlike the
-    /// ledger's lines.
+    /// After a failure nobody calls `finish`, and points stand nowhere else, unlike the ledger's lines.
     fn drop(&mut self) {
-        if !self.points.is_empty() {
-            drop(self.write(Vec::new()));
+        let (writing, mut points) = (self.writing.take(), std::mem::take(&mut self.points));
+        if writing.is_none() && points.is_empty() {
+            return;
         }
+        self.files += 1;
+        let (store, ledger) = (self.store.clone(), (String::new(), Vec::new()));
+        let curve = keys::metrics(&self.run, self.generation, self.files);
+        self.runtime.spawn(async move {
+            if let Some((_, writing)) = writing {
+                points.splice(..0, writing.await.unwrap_or_default().left);
+            }
+            write(store, ledger, (curve, points)).await;
+        });
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use futures::TryStreamExt;
     use object_store::memory::InMemory;
     use object_store::{ObjectStoreExt, path::Path};
     use proto::metric::MetricKind;
+    use support::{Faults, FaultyStore, Rules};
 
-    #[tokio::test(flavor = "multi_thread")]
-    async fn points_that_wait_for_a_write_outlive_a_generation_that_fails() {
-        let store: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
-        let mut history = History::new(store.clone(), tokio::runtime::Handle::current(), "run", 3);
-        history.point(MetricPoint {
+    fn point(step: u64) -> MetricPoint {
+        MetricPoint {
             kind: MetricKind::Validation,
             generation: 3,
             epoch: 1,
-            step: 7,
+            step,
             loss: 1.0,
             top1: 0.5,
             top5: 1.0,
@@ -191,15 +209,106 @@ mod tests {
             ranks: 1,
             gradient_bytes: 0,
             link_bytes_per_second: 0.0,
-        });
+        }
+    }
+
+    /// The steps of the points that are in the store.
+    async fn steps(store: &InMemory) -> Vec<u64> {
+        let curve = Path::from(keys::metrics_of("run"));
+        let mut files: Vec<_> = store.list(Some(&curve)).try_collect().await.expect("memory lists");
+        files.sort_by(|a: &object_store::ObjectMeta, b| a.location.cmp(&b.location));
+        let mut steps = Vec::new();
+        for file in files {
+            let bytes = store.get(&file.location).await.expect("it is there").bytes().await.expect("memory reads");
+            let lines = bytes.split(|&byte| byte == b'\n').filter(|line| !line.is_empty());
+            steps.extend(lines.map(|line| serde_json::from_slice::<MetricPoint>(line).expect("a point").step));
+        }
+        steps
+    }
+
+    /// Waits until these are there.
+    async fn has(store: &InMemory, expected: &[u64]) {
+        let mut found = Vec::new();
+        for _ in 0..20_000 {
+            found = steps(store).await;
+            if found == expected {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        panic!("{found:?} where {expected:?} should be");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn points_that_wait_for_a_write_outlive_a_generation_that_fails() {
+        let store = Arc::new(InMemory::new());
+        let mut history = History::new(store.clone(), tokio::runtime::Handle::current(), "run", 3);
+        history.point(point(7));
         drop(history);
-        let key = Path::from(keys::metrics("run", 3, 1));
-        let written = loop {
-            match store.get(&key).await {
-                Ok(found) => break found.bytes().await.expect("memory reads"),
-                Err(_) => tokio::time::sleep(Duration::from_millis(1)).await,
+        has(&store, &[7]).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn points_are_written_without_the_ledger_and_those_of_a_write_that_failed_with_the_next() {
+        let memory = Arc::new(InMemory::new());
+        let faults = Faults::new(1);
+        let store = Arc::new(FaultyStore::new(memory.clone(), faults.clone()));
+        let without = |under: String| Rules { under: Path::from(under), failed: 1.0, ..Rules::default() };
+        let line = |step| Line { epoch: 1, step, samples: 1, digest: step };
+        let mut history = History::new(store, tokio::runtime::Handle::current(), "run", 3);
+        // Waiting for a write blocks.
+        let (mut history, tail) = tokio::task::spawn_blocking({
+            let faults = faults.clone();
+            move || {
+                faults.set(without(keys::ledgers("run")));
+                history.point(point(1));
+                history.flush(&[line(1)], true);
+                history.written();
+                assert_eq!((history.stored, history.points.len()), (0, 0));
+                faults.set(without(keys::metrics_of("run")));
+                history.point(point(2));
+                let tail = vec![line(1), line(2)];
+                history.flush(&tail, true);
+                history.point(point(3));
+                history.written();
+                assert_eq!((history.stored, history.points.len()), (2, 2));
+                (history, tail)
+            }
+        })
+        .await
+        .expect("no panic");
+        has(&memory, &[1]).await;
+        faults.set(Rules::default());
+        let history = tokio::task::spawn_blocking(move || {
+            history.finish(&tail);
+            history
+        });
+        drop(history.await.expect("no panic"));
+        has(&memory, &[1, 2, 3]).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn points_of_a_write_that_fails_as_the_generation_does_are_written_once_more() {
+        let memory = Arc::new(InMemory::new());
+        let faults = Faults::new(1);
+        let store = Arc::new(FaultyStore::new(memory.clone(), faults.clone()));
+        faults.set(Rules { failed: 1.0, ..Rules::default() });
+        let mut history = History::new(store, tokio::runtime::Handle::current(), "run", 3);
+        history.point(point(1));
+        history.flush(&[], true);
+        history.point(point(2));
+        let failed = async || {
+            let already = faults.injected().failed;
+            while faults.injected().failed == already {
+                tokio::time::sleep(Duration::from_millis(1)).await;
             }
         };
-        assert!(String::from_utf8_lossy(&written).contains("\"step\":7"), "{written:?}");
+        failed().await;
+        drop(history);
+        for _ in 0..5 {
+            failed().await;
+        }
+        faults.set(Rules::default());
+        has(&memory, &[1, 2]).await;
     }
 }
