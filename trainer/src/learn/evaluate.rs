@@ -18,10 +18,14 @@ use crate::data::cache::NextUse;
 use crate::data::{plan, requests};
 use crate::torch::Op;
 
-/// The sums of a network over `split` on all ranks, and how long it took; None if the split has no samples.
+/// The sums of a network, which is that after `step`, over `split` on all ranks, and how long it took; None if the split
+/// has no samples.
+///
+/// # Errors
+/// Also if the loss is not finite, on all ranks alike: such a network is measured by nobody, and must not be the best.
 pub(crate) fn evaluate(
     job: &Job,
-    network: &AlexNet,
+    (network, step): (&AlexNet, u64),
     split: Split,
     own_lanes: Range<u32>,
     membership: &Membership,
@@ -67,6 +71,12 @@ pub(crate) fn evaluate(
     let samples: u64 = kept.iter().map(|&samples| u64::from(samples)).sum();
     if sums.samples as u64 != samples {
         return Err(anyhow!("all ranks evaluated {} samples of {split:?}, which has {samples}", sums.samples).into());
+    }
+    if !sums.loss.is_finite() {
+        return Err(Failure::Diverged(format!(
+            "the {split} loss after step {step} is {}: choose a lower train.learning_rate",
+            sums.mean().loss
+        )));
     }
     Ok(Some((sums, began.elapsed())))
 }

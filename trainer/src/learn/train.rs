@@ -79,7 +79,7 @@ pub(crate) fn generation(
         if job.progress.step.is_multiple_of(job.steps_per_epoch) && job.progress.validated < epoch {
             records.epoch(job)?;
             flags.set_activity(Activity::Evaluating);
-            let (network, lanes) = (&job.model, own_lanes.clone());
+            let (network, lanes) = ((&job.model, job.progress.step), own_lanes.clone());
             if let Some(sums) = evaluate(job, network, Split::Validation, lanes, &membership, flags)? {
                 job.progress.note_validation(epoch, sums.0.mean().top1);
                 records.evaluated(job, MetricKind::Validation, &sums);
@@ -130,9 +130,9 @@ fn finish(
 ) -> Result<Ending, Failure> {
     flags.set_activity(Activity::Evaluating);
     let best = best_weights(job, membership, &mut records)?;
-    let test = |network: &AlexNet| evaluate(job, network, Split::Test, own_lanes.clone(), membership, flags);
-    let of_last = test(&job.model)?;
-    let of_best = best.as_ref().map(|(network, _)| test(network)).transpose()?;
+    let test = |of: (&AlexNet, u64)| evaluate(job, of, Split::Test, own_lanes.clone(), membership, flags);
+    let of_last = test((&job.model, job.progress.step))?;
+    let of_best = best.as_ref().map(|(network, step)| test((network, *step))).transpose()?;
     if let Some(sums) = of_best.as_ref().unwrap_or(&of_last) {
         records.evaluated(job, MetricKind::Test, sums);
     }
