@@ -186,6 +186,27 @@ impl World {
     }
 }
 
+impl World {
+    /// The same checkpoint in another folder, with another position.
+    fn with_position(&self, made: &pb::Checkpointed, change: impl Fn(&mut serde_json::Value)) -> pb::Checkpointed {
+        let root = self.folder.path();
+        let (old, new) = (root.join(&made.key), root.join("changed"));
+        std::fs::create_dir(&new).expect("a new folder");
+        let mut digests = std::collections::HashMap::new();
+        for name in made.digests.keys() {
+            let mut bytes = std::fs::read(old.join(name)).expect("it is there");
+            if name == "state.json" {
+                let mut position = serde_json::from_slice(&bytes).expect("JSON");
+                change(&mut position);
+                bytes = position.to_string().into();
+            }
+            std::fs::write(new.join(name), &bytes).expect("a folder takes it");
+            digests.insert(name.clone(), proto::shard::sha256_hex(&bytes));
+        }
+        pb::Checkpointed { key: "changed".to_owned(), digests, ..made.clone() }
+    }
+}
+
 struct Generation {
     flags: Vec<Arc<ControlFlags>>,
     _store: torch::Store,

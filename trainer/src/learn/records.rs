@@ -1,10 +1,11 @@
 //! Reports, learning curve and checkpoints of a generation.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use proto::metric::{MetricKind, MetricPoint};
 use proto::pb::{self, rank_heartbeat::Activity};
+use tokio::sync::oneshot;
 
 use super::checkpoint::Snapshot;
 use super::control::ControlFlags;
@@ -38,8 +39,11 @@ pub(super) struct Records<'a> {
     saved_step: u64,
     /// The checkpoints that there are.
     known: Vec<pb::Checkpointed>,
-    /// The step of the checkpoint that is being written, and the task that returns it once it is.
-    writing: Option<(u64, tokio::task::JoinHandle<Option<pb::Checkpointed>>)>,
+    /// The steps of the checkpoints that are being written, one after the other, and the tasks that return them once they
+    /// are.
+    writing: VecDeque<(u64, tokio::task::JoinHandle<Option<pb::Checkpointed>>)>,
+    /// Closes once the last of them is.
+    last: Option<oneshot::Receiver<()>>,
     /// The next one.
     copied: Option<Copied>,
     /// The step and top-1 accuracy of the newest validation.
@@ -70,7 +74,8 @@ impl<'a> Records<'a> {
             // A state older than the newest checkpoint was read from an older one, because the newest is damaged.
             saved_step: join.checkpoints.first().map_or(0, |newest| newest.step.min(job.progress.step)),
             known: join.checkpoints.clone(),
-            writing: None,
+            writing: VecDeque::new(),
+            last: None,
             copied: None,
             validated: None,
         }
@@ -171,14 +176,13 @@ impl<'a> Records<'a> {
         }
         if over {
             // The other ranks do not wait for the store: the test goes on meanwhile.
-            self.written(job);
             return self.begin_last_checkpoint(job, flags);
         }
-        if self.writing.as_ref().is_some_and(|(_, writing)| writing.is_finished()) {
+        if self.writing.front().is_some_and(|(_, writing)| writing.is_finished()) {
             self.written(job);
         }
         let step = job.progress.step;
-        let is_free = self.writing.is_none() && flags.in_contact(job.spec.failure_detection());
+        let is_free = self.writing.is_empty() && flags.in_contact(job.spec.failure_detection());
         let due = step / self.interval > self.saved_step / self.interval;
         let is_best = job.progress.best.is_some_and(|best| best.step == step) && !self.has(step);
         // A best state that waits is not given up for one that is only due.
@@ -195,16 +199,23 @@ impl<'a> Records<'a> {
 
     /// Whether there is a checkpoint of this step, or will be.
     fn has(&self, step: u64) -> bool {
-        let coming = self.writing.as_ref().map(|(step, _)| *step);
         let copied = self.copied.as_ref().map(|copied| copied.snapshot.step());
-        self.known.iter().map(|made| made.step).chain(coming).chain(copied).any(|made| made == step)
+        self.knows(step) || self.is_coming(step) || copied == Some(step)
+    }
+
+    fn knows(&self, step: u64) -> bool {
+        self.known.iter().any(|made| made.step == step)
+    }
+
+    fn is_coming(&self, step: u64) -> bool {
+        self.writing.iter().any(|(coming, _)| *coming == step)
     }
 
     /// Writes a checkpoint of the current state and waits for it, unless there is one or the coordinator is away.
     pub(super) fn last_checkpoint(&mut self, job: &mut Job, flags: &ControlFlags) -> Result<(), Failure> {
-        self.written(job);
+        self.all_written(job);
         self.begin_last_checkpoint(job, flags)?;
-        self.written(job);
+        self.all_written(job);
         Ok(())
     }
 
@@ -214,9 +225,8 @@ impl<'a> Records<'a> {
         }
         if let Some(copied) = self.copied.take() {
             self.write(job, copied);
-            self.written(job);
         }
-        if self.saved_step < job.progress.step {
+        if self.saved_step < job.progress.step && !self.is_coming(job.progress.step) {
             let copied = self.copy(job)?;
             self.write(job, copied);
         }
@@ -243,11 +253,17 @@ impl<'a> Records<'a> {
         Ok(Copied { snapshot, top1 })
     }
 
-    /// Starts to write a copy.
+    /// Starts to write a copy, once those before it are written.
     fn write(&mut self, job: &Job, Copied { snapshot, top1 }: Copied) {
         let step = snapshot.step();
         let (store, reports) = (job.context.store.clone(), self.reports.clone());
+        let (done, last) = oneshot::channel::<()>();
+        let before = self.last.replace(last);
         let write = async move {
+            if let Some(before) = before {
+                let _ = before.await;
+            }
+            let _done = done;
             match snapshot.write(store).await {
                 Ok(made) => {
                     let made = pb::Checkpointed { top1, ..made };
@@ -260,12 +276,18 @@ impl<'a> Records<'a> {
                 }
             }
         };
-        self.writing = Some((step, job.context.runtime.spawn(write)));
+        self.writing.push_back((step, job.context.runtime.spawn(write)));
     }
 
-    /// Waits for the checkpoint that is being written.
+    fn all_written(&mut self, job: &Job) {
+        while !self.writing.is_empty() {
+            self.written(job);
+        }
+    }
+
+    /// Waits for the first checkpoint that is being written.
     fn written(&mut self, job: &Job) {
-        if let Some((step, writing)) = self.writing.take()
+        if let Some((step, writing)) = self.writing.pop_front()
             && let Some(made) = job.context.runtime.block_on(writing).unwrap_or(None)
         {
             self.saved_step = step;
@@ -273,9 +295,12 @@ impl<'a> Records<'a> {
         }
     }
 
-    /// The checkpoint of this step, once what is being written is there.
+    /// The checkpoint of this step, once it is there if it is being written. Other ranks wait meanwhile, so nothing else
+    /// is waited for.
     pub(super) fn checkpoint(&mut self, job: &Job, step: u64) -> Option<&pb::Checkpointed> {
-        self.written(job);
+        while !self.knows(step) && self.is_coming(step) {
+            self.written(job);
+        }
         self.known.iter().rfind(|made| made.step == step)
     }
 
@@ -287,7 +312,7 @@ impl<'a> Records<'a> {
     /// Waits until everything is in the store.
     pub(super) fn finish(&mut self, job: &Job) {
         if self.membership.rank == 0 {
-            self.written(job);
+            self.all_written(job);
             self.history.finish(&job.progress.tail);
             self.reports.stepped(job.progress.step, None);
         }

@@ -1,5 +1,7 @@
 //! What is measured, and what is waited for, at the end of an epoch and of a run.
 
+use support::{Faults, FaultyStore, Rules};
+
 use super::*;
 
 #[test]
@@ -19,4 +21,37 @@ fn a_validation_whose_loss_is_not_finite_ends_the_run_on_all_ranks_alike() {
             assert!(!matches!(&message, Message::Stepped(stepped) if validated(stepped)), "{message:?}");
         }
     }
+}
+
+#[test]
+fn the_best_weights_are_tested_while_the_last_ones_are_on_their_way_to_a_slow_store() {
+    let mut world = World::new();
+    let rank = world.rank();
+    let _generation = world.generation("before", &spec("f64"), 1, &[&rank], &[]);
+    rank.left(Cause::Finished);
+    let made = rank.all().into_iter().find_map(|message| match message {
+        Message::Checkpointed(made) if made.step == 10 => Some(made),
+        _ => None,
+    });
+    let made = made.expect("every second epoch has one");
+    // As if nothing later could be better.
+    let best = world.with_position(&made, |position| {
+        position["progress"]["best"] = serde_json::json!({"step": 10, "top1": 2.0, "epoch": 2});
+    });
+
+    let faults = Faults::new(3);
+    let under = Path::from(keys::checkpoints("run"));
+    faults.set(Rules { under, delay: Duration::from_secs(8), ..Rules::default() });
+    world.store = Arc::new(FaultyStore::new(world.store.clone(), faults));
+    let ranks = [world.rank(), world.rank()];
+    let _generation = world.generation("run", &spec("f64"), 2, &ranks.iter().collect::<Vec<_>>(), &[best]);
+    for rank in &ranks {
+        rank.left(Cause::Finished);
+    }
+    let said = ranks[0].all();
+    let tested = said.iter().position(
+        |message| matches!(message, Message::Stepped(stepped) if stepped.metrics.iter().any(|point| point.kind == "test")),
+    );
+    let written = said.iter().position(|message| matches!(message, Message::Checkpointed(made) if made.step == 20));
+    assert!(tested.expect("a test at the end") < written.expect("the last state is kept"), "{said:?}");
 }
