@@ -119,11 +119,11 @@ $(tools)/ready: deploy/setup/tools.sh deploy/setup/tools.txt
 target/libtorch/build-version: deploy/setup/libtorch.py deploy/setup/libtorch.txt | $(tools)/ready
 	$(python) deploy/setup/libtorch.py cpu
 
-target/libtorch-cuda/full: deploy/setup/cuda.txt target/libtorch/build-version
+target/libtorch-cuda/full: deploy/setup/libtorch.py deploy/setup/cuda.txt target/libtorch/build-version
 	$(python) deploy/setup/libtorch.py cuda
 	touch $@
 
-target/libtorch-cuda/link: deploy/setup/cuda.txt target/libtorch/build-version
+target/libtorch-cuda/link: deploy/setup/libtorch.py deploy/setup/cuda.txt target/libtorch/build-version
 	$(python) deploy/setup/libtorch.py cuda-link
 	touch $@
 

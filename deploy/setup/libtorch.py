@@ -86,6 +86,15 @@ def stand_in(lib):
         subprocess.run([*cc, *flags], input="", text=True, check=True)
 
 
+def note_nccl(view, torch):
+    """Notes which NCCL torch was compiled with, so that our shim is compiled with no other: NCCL's structs grow with its version,
+    and some of them lie inside torch's own."""
+    with zipfile.ZipFile(torch) as wheel:
+        metadata = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+        version = re.search(r"(?m)^Requires-Dist: nvidia-nccl-cu\d+==([0-9.]+)", wheel.read(metadata).decode())[1]
+    (view / "nccl-version").write_text(version + "\n")
+
+
 def finish(view, libraries):
     """`libtorch.so` is all that torch-sys asks the linker for, so it stands for what is really there."""
     (view / "lib/libtorch.so").write_text(f"INPUT({' '.join(libraries)})\n")
@@ -129,6 +138,8 @@ def cuda(scratch, real=True):
     (view / "lib/libtorch.so").unlink()
     for wheel in download(HERE / "libtorch.txt", WHEELS):
         extract(wheel, [(rf"torch/lib/(?!{NOT_CUDA}$)(lib[^/]*(cuda|nvrtc|nvshmem)[^/]*\.so)", r"lib/\2"), headers], view)
+        if wheel.name.startswith("torch-"):
+            note_nccl(view, wheel)
     wanted = HERE / "cuda.txt"
     if not real:
         blocks = re.findall(rf"(?m)^{HEADERS}.*\n(?: .*\n)*", wanted.read_text())

@@ -1,6 +1,6 @@
 //! Compiles the C++ shim and says where libtorch is.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 pub(crate) fn compile() {
     for source in ["shim.cc", "shim.h", "gloo_stub"] {
@@ -22,6 +22,7 @@ pub(crate) fn compile() {
             "feature `nccl` needs the CUDA libtorch: run `make libtorch CUDA=1` (looked in {})",
             lib.display()
         );
+        check_nccl(&nvidia.join("nccl.h"), &lib.join("../nccl-version"));
         build.define("USE_C10D_NCCL", None).define("USE_CUDA", None).include(&nvidia).include(nvidia.join("cccl"));
     }
     build.compile("gleaner_c10d");
@@ -37,4 +38,32 @@ pub(crate) fn compile() {
         println!("cargo:rustc-link-arg=-Wl,--allow-shlib-undefined");
     }
     println!("cargo:libtorch={}", lib.display());
+}
+
+/// Refuses a header of another NCCL than torch was compiled with. `ncclConfig_t` grows from version to version and lies
+/// inside torch's own `ProcessGroupNCCL::Options`, whose destructor is compiled into us: with another header it would
+/// take a number for a pointer and free it. A newer NCCL may be loaded, but never compiled against.
+fn check_nccl(header: &Path, noted: &Path) {
+    println!("cargo:rerun-if-changed={}", header.display());
+    println!("cargo:rerun-if-changed={}", noted.display());
+    let text = std::fs::read_to_string(header).expect("nccl.h can be read");
+    let number = |name: &str| {
+        let mut words = text.lines().map(str::split_whitespace);
+        words.find_map(|mut line| (line.next() == Some("#define") && line.next() == Some(name)).then(|| line.next())?)
+    };
+    let [major, minor, patch] =
+        ["NCCL_MAJOR", "NCCL_MINOR", "NCCL_PATCH"].map(|name| number(name).expect("nccl.h has its version"));
+    let Ok(of_torch) = std::fs::read_to_string(noted) else {
+        panic!(
+            "{} is missing, which says what NCCL torch was compiled with: run `make libtorch CUDA=1`",
+            noted.display()
+        );
+    };
+    assert_eq!(
+        format!("{major}.{minor}.{patch}"),
+        of_torch.trim(),
+        "{} is of another NCCL (left) than torch was compiled with (right): `nvidia-nccl` in deploy/setup/cuda.txt must have the \
+         version that torch requires",
+        header.display()
+    );
 }

@@ -17,6 +17,7 @@
 #include <torch/csrc/distributed/c10d/exception.h>
 #include <torch/csrc/distributed/c10d/reducer.hpp>
 #ifdef USE_C10D_NCCL
+#include <torch/csrc/cuda/nccl.h>
 #include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
 #endif
 
@@ -160,6 +161,23 @@ class Compress : public c10d::CppCommHookInterface<intrusive_ptr<c10d::ProcessGr
   at::ScalarType kind;
 };
 
+#ifdef USE_C10D_NCCL
+// NCCL's structs lie inside libtorch's and grow with its version: with another header than libtorch's they would be misread. This is what
+// libtorch was compiled with; what is loaded may be newer.
+void check_nccl() {
+  constexpr uint64_t ours = static_cast<uint64_t>(NCCL_MAJOR) << 32 | NCCL_MINOR << 16 | NCCL_PATCH;
+  auto theirs = torch::cuda::nccl::version();
+  auto text = [](uint64_t of) {
+    return std::to_string(of >> 32) + '.' + std::to_string(of >> 16 & 0xffff) + '.' + std::to_string(of & 0xffff);
+  };
+  TORCH_CHECK(ours == theirs, "this program was compiled for NCCL ", text(ours), ", and the libtorch that it runs with for ", text(theirs),
+              ": run it with the libtorch that it was built with");
+}
+#endif
+
+// How often no memory was left for what nobody needed.
+std::atomic<int64_t> done_without{0};
+
 at::ScalarType half_type(int kind) {
   return kind == 1 ? at::kHalf : at::kBFloat16;
 }
@@ -208,6 +226,7 @@ c10d_result c10d_group_new(c10d_store* store, int rank, int world, int64_t timeo
     group->setDefaultBackend(ProcessGroup::BackendType::GLOO);
     if (cuda >= 0) {
 #ifdef USE_C10D_NCCL
+      check_nccl();
       auto nccl_options = c10d::ProcessGroupNCCL::Options::create();
       nccl_options->timeout = milliseconds(timeout_ms);
       intrusive_ptr<c10d::Backend> nccl =
