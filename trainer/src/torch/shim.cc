@@ -46,7 +46,9 @@ struct c10d_reducer {
   // When the last gradient was there: on the CPU the time, on a GPU the place in its stream.
   std::atomic<std::chrono::steady_clock::rep> ready{0};
   std::optional<c10::Event> event;
-  std::vector<std::pair<intrusive_ptr<torch::autograd::Node>, uintptr_t>> hooks;
+  // Which pointer holds a node is another one with each libtorch.
+  using Node = decltype(torch::autograd::impl::grad_accumulator(std::declval<const at::Tensor&>()));
+  std::vector<std::pair<Node, uintptr_t>> hooks;
   std::shared_ptr<c10d::Reducer> it;
 
   void watch() {
