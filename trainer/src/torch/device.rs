@@ -20,15 +20,22 @@ pub(crate) fn parse(device: &str) -> Result<Device> {
     }
 }
 
-/// Sets how a device computes from now on, for this process: whether a GPU's matrix products may be of TF32. cuDNN tries
+/// Sets how a device computes from now on, for this process: whether a GPU's matrix products may be of TF32. Sums of
+/// products of bf16 are of 32 bits, also where parts of a product are summed apart (split-K). cuDNN tries
 /// its ways to convolve for each new shape and takes the fastest, since shapes repeat: all lanes have the same share in
 /// a step. A CPU needs nothing.
 pub(crate) fn prepare(device: Device, tf32: bool) -> Result<()> {
     if device.is_cuda() {
         tch::Cuda::cudnn_set_benchmark(true);
         allow_tf32(tf32)?;
+        allow_bf16_sums(false)?;
     }
     Ok(())
+}
+
+fn allow_bf16_sums(allow: bool) -> Result<()> {
+    // SAFETY: takes no pointers.
+    check(unsafe { ffi::c10d_allow_bf16_sums(c_int::from(allow)) })
 }
 
 fn allow_tf32(allow: bool) -> Result<()> {
@@ -179,6 +186,30 @@ mod tests {
         assert!(allows_tf32().expect("libtorch tells"));
         allow_tf32(false).expect("libtorch has it");
         assert!(!allows_tf32().expect("libtorch tells"));
+    }
+
+    #[test]
+    fn sums_of_bf16_products_are_of_bf16_only_if_that_is_allowed() {
+        let allows = || {
+            let mut allowed = 0;
+            // SAFETY: `allowed` outlives the call.
+            check(unsafe { ffi::c10d_allows_bf16_sums(&raw mut allowed) }).expect("libtorch tells");
+            allowed != 0
+        };
+        assert!(allows(), "libtorch does by itself");
+        allow_bf16_sums(false).expect("libtorch has it");
+        assert!(!allows());
+        allow_bf16_sums(true).expect("libtorch has it");
+    }
+
+    #[test]
+    fn memory_that_was_lacking_before_a_step_is_not_why_the_step_fails() {
+        FAKE_OOMS.set(3);
+        assert!(matches!(failure(Device::Cpu, "said"), Some(Error::OutOfMemory(_))));
+        begin_step(Device::Cpu).expect("it tells");
+        assert!(failure(Device::Cpu, "said").is_none());
+        FAKE_OOMS.set(4);
+        assert!(matches!(failure(Device::Cpu, "said"), Some(Error::OutOfMemory(_))));
     }
 
     #[test]

@@ -442,6 +442,17 @@ c10d_result c10d_allows_tf32(int* out) {
   return guard([&] { *out = at::globalContext().allowTF32CuBLAS(); });
 }
 
+c10d_result c10d_allow_bf16_sums(int allow) {
+  return guard([&] { at::globalContext().setAllowBF16ReductionCuBLAS(allow != 0); });
+}
+
+c10d_result c10d_allows_bf16_sums(int* out) {
+  return guard([&] {
+    using at::CuBLASReductionOption;
+    *out = at::globalContext().allowBF16ReductionCuBLAS() == CuBLASReductionOption::AllowReducedPrecisionWithSplitK;
+  });
+}
+
 c10d_result c10d_autocast(int cuda, int kind) {
   return guard([&] {
     auto device = cuda ? at::kCUDA : at::kCPU;

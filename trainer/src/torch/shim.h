@@ -95,6 +95,9 @@ void c10d_copied_free(c10d_copied* copied);
 // Whether matrix products of f32 on GPUs compute in TF32 from now on, in this process.
 c10d_result c10d_allow_tf32(int allow);
 c10d_result c10d_allows_tf32(int* out);
+// Whether sums of bf16 products of GPUs may be of bf16, too.
+c10d_result c10d_allow_bf16_sums(int allow);
+c10d_result c10d_allows_bf16_sums(int* out);
 
 // On this thread operations that gain by it compute in a smaller kind from now on (1 fp16, 2 bf16), or no more (0).
 c10d_result c10d_autocast(int cuda, int kind);
