@@ -97,6 +97,8 @@ impl Mark {
 pub(super) struct Completion {
     pub(super) device: Device,
     pub(super) timeout: Duration,
+    /// Whether the device waits for nobody else's.
+    pub(super) alone: bool,
     pub(super) aborted: Arc<AtomicBool>,
 }
 
@@ -135,7 +137,12 @@ impl Completion {
                 return Err(Error::Collective("aborted".to_owned()));
             }
             if start.elapsed() > self.timeout {
-                return Err(Error::Timeout(format!("the device has not finished after {:?}", self.timeout)));
+                let late = format!("it has not finished after {:?}", self.timeout);
+                return Err(if self.alone {
+                    Error::Device(late)
+                } else {
+                    Error::Timeout(format!("the device: {late}"))
+                });
             }
             std::thread::sleep(Duration::from_micros(50));
         }
@@ -217,6 +224,7 @@ mod tests {
         let completion = Completion {
             device: Device::Cpu,
             timeout: Duration::from_millis(50),
+            alone: false,
             aborted: Arc::new(AtomicBool::new(false)),
         };
         let mut asked = 0;
@@ -229,7 +237,9 @@ mod tests {
         assert!(matches!(completion.poll(|| Ok(false)), Err(Error::Timeout(_))));
         let failed = completion.poll(|| Err(Error::Other("launch failure".to_owned())));
         assert!(matches!(failed, Err(Error::Other(_))));
-        completion.aborted.store(true, Ordering::Relaxed);
-        assert!(matches!(completion.poll(|| Ok(true)), Err(Error::Collective(_))));
+        let alone = Completion { alone: true, aborted: completion.aborted.clone(), ..completion };
+        assert!(matches!(alone.poll(|| Ok(false)), Err(Error::Device(_))), "it waits for no peer");
+        alone.aborted.store(true, Ordering::Relaxed);
+        assert!(matches!(alone.poll(|| Ok(true)), Err(Error::Collective(_))));
     }
 }

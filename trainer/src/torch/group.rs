@@ -203,7 +203,8 @@ impl Group {
     }
 
     pub(super) fn completion(&self) -> Completion {
-        Completion { device: self.member.device, timeout: self.member.timeout, aborted: self.aborted.clone() }
+        let &Member { device, timeout, world, .. } = &self.member;
+        Completion { device, timeout, alone: world == 1, aborted: self.aborted.clone() }
     }
 }
 
