@@ -221,7 +221,7 @@ async fn a_run_goes_from_its_submission_to_its_end_over_a_restart_of_the_coordin
     let mut agent = Agent::connect(&cluster, vec![occupied]).await;
     agent.rank(Said::Stepped(pb::Stepped { step: 3, metrics: vec![point("test", 3, 1.0)] })).await;
     agent.rank(Said::Finished(pb::Finished { key: keys::model("birds-1", 1, "x"), digests: Default::default() })).await;
-    let left = pb::Left { cause: pb::left::Cause::Finished.into(), step: 3, detail: String::new() };
+    let left = pb::Left { cause: pb::left::Cause::Finished.into(), step: 3, ..Default::default() };
     agent.rank(Said::Left(left)).await;
     assert!(matches!(agent.hear().await, ToAgent::Kill(pb::Kill { device: 0, .. })));
     let run =

@@ -197,7 +197,7 @@ pub(crate) fn serve(
             Ok(Ending::Finished) => (Cause::Finished, String::new()),
             Err(Failure::Collective(detail)) => (Cause::Collective, detail.clone()),
             Err(Failure::Here(error)) => (Cause::Error, format!("{error:#}")),
-            Err(Failure::Device(detail)) => (Cause::Error, detail.clone()),
+            Err(Failure::Device(detail) | Failure::OutOfMemory(detail)) => (Cause::Error, detail.clone()),
             Err(Failure::Diverged(detail)) => (Cause::Diverged, detail.clone()),
         };
         // Step 0 says that this rank holds no whole state.
@@ -222,8 +222,9 @@ pub(crate) fn serve(
                 drop(span);
             }
         }
-        reports.left(cause, step, detail);
-        if matches!(result, Err(Failure::Device(_))) {
+        let out_of_memory = matches!(result, Err(Failure::OutOfMemory(_)));
+        reports.left(pb::Left { cause: cause.into(), step, detail, out_of_memory });
+        if matches!(result, Err(Failure::Device(_) | Failure::OutOfMemory(_))) {
             // To give back what a broken device holds may hang.
             std::mem::forget(job);
             return;

@@ -117,7 +117,7 @@ impl Scene {
     }
 
     fn leave(&mut self, agent: &str, generation: u64, rank: u32, device: u32, cause: Cause, step: u64) {
-        let left = pb::Left { cause: cause.into(), step, detail: format!("{cause:?}") };
+        let left = pb::Left { cause: cause.into(), step, detail: format!("{cause:?}"), ..Default::default() };
         self.say(agent, generation, rank, device, Said::Left(left));
     }
 

@@ -16,6 +16,9 @@ pub(crate) enum Failure {
     /// Its device failed, or it panicked: the process must end.
     #[error("{0}")]
     Device(String),
+    /// Its device had no memory left: the process must end, too, and the next one must make do with less.
+    #[error("{0}")]
+    OutOfMemory(String),
     /// The loss or the state is not finite: it would be so again.
     #[error("{0}")]
     Diverged(String),
@@ -40,7 +43,7 @@ impl Failure {
                 unclassed.then(|| device::failure(device, &format!("{error:#}"))).flatten()
             }
             Self::Collective(_) => device::lost(device),
-            Self::Device(_) | Self::Diverged(_) => None,
+            Self::Device(_) | Self::OutOfMemory(_) | Self::Diverged(_) => None,
         };
         error.map_or(self, Self::from)
     }
@@ -51,7 +54,7 @@ impl From<torch::Error> for Failure {
         match error {
             torch::Error::Timeout(_) | torch::Error::Collective(_) => Self::Collective(error.to_string()),
             torch::Error::Device(_) => Self::Device(error.to_string()),
-            torch::Error::OutOfMemory(_) => Self::Device(format!(
+            torch::Error::OutOfMemory(_) => Self::OutOfMemory(format!(
                 "{error}; with train.micro_batch a rank computes a step in parts, which need less, as does a smaller train.batch; \
                  and a smaller --device-cache-bytes leaves more"
             )),
@@ -90,7 +93,7 @@ mod tests {
         assert!(matches!(of(torch::Error::Collective(timed_out())), Failure::Collective(_)));
         assert!(matches!(of(torch::Error::Device(timed_out())), Failure::Device(_)));
         assert!(matches!(of(torch::Error::Other(timed_out())), Failure::Here(_)));
-        let Failure::Device(said) = of(torch::Error::OutOfMemory("tried to allocate 2 GiB".to_owned())) else {
+        let Failure::OutOfMemory(said) = of(torch::Error::OutOfMemory("tried to allocate 2 GiB".to_owned())) else {
             panic!("the device's")
         };
         assert!(said.contains("2 GiB") && said.contains("train.micro_batch"), "{said}");

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::mpsc::Sender;
 
 use proto::metric::MetricPoint;
-use proto::pb::{self, left::Cause, rank_message};
+use proto::pb::{self, rank_message};
 
 /// Sends a rank's messages to its agent.
 #[derive(Debug, Clone)]
@@ -45,7 +45,7 @@ impl Reports {
         self.send(rank_message::Message::Finished(pb::Finished { key, digests }));
     }
 
-    pub(crate) fn left(&self, cause: Cause, step: u64, detail: String) {
-        self.send(rank_message::Message::Left(pb::Left { cause: cause.into(), step, detail }));
+    pub(crate) fn left(&self, left: pb::Left) {
+        self.send(rank_message::Message::Left(left));
     }
 }

@@ -174,8 +174,9 @@ fn a_report_is_acknowledged_when_what_follows_from_it_is_written_and_counts_once
     report(&mut scene, 2, 0, Said::Checkpointed(made.clone()));
     assert_eq!(scene.history.len(), 2, "it was heard before");
 
-    let left =
-        |cause: Cause, detail: &str| Said::Left(pb::Left { cause: cause.into(), step: 5, detail: detail.into() });
+    let left = |cause: Cause, detail: &str| {
+        Said::Left(pb::Left { cause: cause.into(), step: 5, detail: detail.into(), ..Default::default() })
+    };
     report(&mut scene, 3, 1, left(Cause::Error, "out of memory"));
     assert_eq!(settled(&mut scene), 2, "the other rank has yet to leave");
     // The coordinator dies here. The next one hears of the rank that it is there and has left, then what was not
