@@ -16,7 +16,7 @@ use super::membership::Membership;
 use super::step;
 use crate::data::cache::NextUse;
 use crate::data::{plan, requests};
-use crate::torch::Op;
+use crate::torch::{Op, device};
 
 /// The sums of a network, which is that after `step`, over `split` on all ranks, and how long it took; None if the split
 /// has no samples.
@@ -58,6 +58,7 @@ pub(crate) fn evaluate(
             return Err(Failure::Collective("aborted during an evaluation".to_owned()));
         }
         let batch = batch?;
+        device::begin_step(job.device)?;
         let (images, labels) = job.normalise.apply(&batch.pixels)?;
         let logits = network.evaluate(&images);
         let loss = step::loss(&logits, &labels, 0.0).to_kind(Kind::Double).reshape([1]);

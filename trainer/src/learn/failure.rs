@@ -37,9 +37,10 @@ impl Failure {
     pub(crate) fn on(self, device: Device) -> Self {
         let error = match &self {
             Self::Here(error) => {
-                let unclassed = error
-                    .chain()
-                    .any(|cause| cause.is::<TchError>() || matches!(cause.downcast_ref(), Some(torch::Error::Tch(_))));
+                let unclassed = error.chain().any(|cause| {
+                    cause.is::<TchError>()
+                        || matches!(cause.downcast_ref(), Some(torch::Error::Tch(_) | torch::Error::Other(_)))
+                });
                 unclassed.then(|| device::failure(device, &format!("{error:#}"))).flatten()
             }
             Self::Collective(_) => device::lost(device),
@@ -104,5 +105,12 @@ mod tests {
         assert!(
             matches!(Failure::panicked("no rows", Some(Device::Cpu)), Failure::Device(said) if said.contains("no rows"))
         );
+        // Classes that libtorch does not tell apart: its device is asked, and here says that it had no memory.
+        torch::device::FAKE_OOMS.set(1);
+        let unclassed = || torch::Error::Other("CUDNN_STATUS_EXECUTION_FAILED".to_owned());
+        assert!(matches!(of(unclassed()).on(Device::Cpu), Failure::OutOfMemory(_)));
+        assert!(matches!(Failure::panicked("no rows", Some(Device::Cpu)), Failure::OutOfMemory(_)));
+        torch::device::FAKE_OOMS.set(0);
+        assert!(matches!(of(unclassed()).on(Device::Cpu), Failure::Here(_)));
     }
 }

@@ -38,7 +38,7 @@ use super::timing::Timing;
 use super::{schedule, step};
 use crate::data::batch::Batch;
 use crate::data::plan::lanes_of;
-use crate::torch::{Op, Reducer};
+use crate::torch::{Op, Reducer, device};
 
 /// Bytes of gradients in one all-reduce (PyTorch's default).
 const BUCKET_BYTES: usize = 25 << 20;
@@ -173,6 +173,7 @@ fn train_step(
     if *step != job.progress.step {
         return Err(anyhow!("the batch of step {step} came where that of {} belongs", job.progress.step).into());
     }
+    device::begin_step(job.device)?;
     let at = |activity| flags.set_activity(activity);
     let Computed { measured, statistics, exposed } =
         step::compute(&job.spec, &membership.group, &job.model, &job.normalise, reducer, batch, &at)?;

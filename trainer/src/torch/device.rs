@@ -1,5 +1,6 @@
 //! What a rank computes on, and when it has done what it was given.
 
+use std::cell::Cell;
 use std::ffi::{c_int, c_void};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -51,11 +52,23 @@ pub(crate) fn allows_tf32() -> Result<bool> {
     Ok(allowed != 0)
 }
 
-/// Whether a device is what failed where `tch` says `said` without a class: it had no memory left once, or its context
-/// is lost.
+thread_local! {
+    /// How often the device had had no memory left when this thread's step began.
+    static BEFORE: Cell<i64> = const { Cell::new(0) };
+}
+
+/// A step begins on this thread. What the device had no memory for until now was done without: cuDNN, say, tries ways to
+/// convolve that need too much.
+pub(crate) fn begin_step(device: Device) -> Result<()> {
+    BEFORE.set(out_of_memory(device)?);
+    Ok(())
+}
+
+/// Whether a device is what failed in this thread's step where libtorch says `said` without a class: it had no memory
+/// left, or its context is lost.
 pub(crate) fn failure(device: Device, said: &str) -> Option<Error> {
     match out_of_memory(device) {
-        Ok(1..) => Some(Error::OutOfMemory(said.to_owned())),
+        Ok(times) if times > BEFORE.get() => Some(Error::OutOfMemory(said.to_owned())),
         _ => lost(device),
     }
 }
@@ -70,6 +83,10 @@ pub(crate) fn lost(device: Device) -> Option<Error> {
 
 /// How often a device had no memory left for a tensor.
 fn out_of_memory(device: Device) -> Result<i64> {
+    #[cfg(test)]
+    if device == Device::Cpu {
+        return Ok(FAKE_OOMS.get());
+    }
     let Device::Cuda(index) = device else { return Ok(0) };
     let mut times = 0;
     // SAFETY: `times` outlives the call.
@@ -108,6 +125,8 @@ pub(crate) type Fake = Box<dyn FnMut() -> Result<bool> + Send>;
 
 #[cfg(test)]
 thread_local! {
+    /// In tests: how often the CPU has had no memory left, to ranks on this thread.
+    pub(crate) static FAKE_OOMS: Cell<i64> = const { Cell::new(0) };
     pub(crate) static FAKE: std::cell::RefCell<Option<Fake>> = const { std::cell::RefCell::new(None) };
 }
 

@@ -365,7 +365,10 @@ void c10d_event_free(c10d_event* event) {
 }
 
 c10d_result c10d_out_of_memory(int cuda, int64_t* out) {
-  return guard([&] { *out = c10::getDeviceAllocator(at::kCUDA)->getDeviceStats(static_cast<c10::DeviceIndex>(cuda)).num_ooms; });
+  return guard([&] {
+    auto all = c10::getDeviceAllocator(at::kCUDA)->getDeviceStats(static_cast<c10::DeviceIndex>(cuda)).num_ooms;
+    *out = all - done_without;
+  });
 }
 
 c10d_result c10d_empty_pinned(const int64_t* shape, size_t dimensions, void** out) {
@@ -385,7 +388,7 @@ c10d_result c10d_empty_cuda(int cuda, int64_t bytes, int64_t spare, void** out) 
     try {
       *out = new at::Tensor(at::empty({bytes}, options));
     } catch (const c10::OutOfMemoryError&) {
-      allocator->resetAccumulatedStats(index);
+      done_without++;
     }
   });
 }
