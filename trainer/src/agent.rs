@@ -10,9 +10,11 @@ mod local_rank;
 mod logs;
 mod machine;
 pub mod metrics;
+mod nccl;
 mod only_run;
 mod outbox;
 mod process;
+mod slot;
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -40,6 +42,7 @@ use self::only_run::OnlyRun;
 use self::outbox::Outbox;
 pub use self::process::RANK_ENVIRONMENT;
 use self::process::{Event, Process, RankEvent};
+use self::slot::DeviceSlot;
 use crate::learn::context::Setup;
 use crate::torch;
 
@@ -78,12 +81,6 @@ struct Agent {
     outbox: Outbox,
 }
 
-/// A device, and the rank on it.
-struct DeviceSlot {
-    device: String,
-    rank: Option<LocalRank>,
-}
-
 /// Runs a trainer agent until `shutdown`, or until the only run that it has ranks of has ended, under a `name` that no
 /// other agent has. `rank_command` starts a rank process: a program that calls [`crate::run_rank`] on the same store,
 /// with stdin and stdout left to it. `used` is called with the store requests of the ranks.
@@ -117,7 +114,7 @@ pub async fn run(
         rank_command,
         used,
         machine: Machine::join(devices.len()),
-        slots: devices.into_iter().map(|device| DeviceSlot { device, rank: None }).collect(),
+        slots: devices.into_iter().map(DeviceSlot::new).collect(),
         rank_events,
         processes: 0,
         stores: HashMap::new(),
@@ -315,16 +312,17 @@ impl Agent {
             return;
         }
         let setup = Setup {
-            device: slot.device.clone(),
-            device_cache_bytes: self.cache.bytes_of(&slot.device),
+            device: self.slots[device].device.clone(),
+            device_cache_bytes: self.slots[device].pixels(&run, self.pixels(device)),
             advertise_address: self.address.clone(),
             cache_bytes: self.cache.cache_bytes / self.slots.len() as u64,
             cache_dir: self.cache.cache_dir.clone(),
             cache_disk_bytes: self.cache.cache_disk_bytes / self.slots.len() as u64,
         };
+        let environment = nccl::environment(&self.name, &self.devices(), device, self.interface.as_deref());
         self.processes += 1;
         let id = self.processes;
-        match Process::start(&self.rank_command, (&setup, self.interface.as_deref()), (device, id), &self.rank_events) {
+        match Process::start(&self.rank_command, (&setup, environment), (device, id), &self.rank_events) {
             Ok(process) => {
                 metrics::rank_started();
                 info!(run, generation, rank, device, "rank started");
@@ -350,6 +348,16 @@ impl Agent {
                 self.report_left((run, generation, rank), device as u32, Cause::Error, (0, detail));
             }
         }
+    }
+
+    fn devices(&self) -> Vec<&str> {
+        self.slots.iter().map(|slot| slot.device.as_str()).collect()
+    }
+
+    /// How much of its device's memory decoded images may take in a slot.
+    fn pixels(&self, slot: usize) -> u64 {
+        let device = &self.slots[slot].device;
+        self.cache.bytes_of(device, nccl::sharing(&self.devices(), device))
     }
 
     fn leave(&mut self, leave: &pb::Leave) {
@@ -420,7 +428,15 @@ impl Agent {
                     }
                     _ => {}
                 }
-                let terminated = matches!(&message.message, Some(rank_message::Message::Left(left)) if left.cause() == Cause::Terminated);
+                let left = match &message.message {
+                    Some(rank_message::Message::Left(left)) => Some(left),
+                    _ => None,
+                };
+                if left.is_some_and(|left| left.out_of_memory) {
+                    let most = self.pixels(device as usize);
+                    self.slots[device as usize].lacked_memory(&run, most);
+                }
+                let terminated = left.is_some_and(|left| left.cause() == Cause::Terminated);
                 if terminated {
                     // It sends nothing after this.
                     self.slots[device as usize].rank = None;
@@ -469,7 +485,8 @@ impl Agent {
     /// Reports on behalf of a rank that it has left.
     fn report_left(&mut self, of: (String, u64, u32), device: u32, cause: Cause, (step, detail): (u64, String)) {
         let (run, generation, rank) = of;
-        let message = Some(rank_message::Message::Left(pb::Left { cause: cause.into(), step, detail }));
+        let message =
+            Some(rank_message::Message::Left(pb::Left { cause: cause.into(), step, detail, ..Default::default() }));
         self.report(pb::RankMessage { run, generation, rank, device, message, ..Default::default() });
     }
 

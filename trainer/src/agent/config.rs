@@ -48,9 +48,10 @@ pub struct CacheConfig {
 }
 
 impl CacheConfig {
-    /// How much of a device's own memory decoded images may take. A CPU's is the host's, which has a cache already.
-    pub(super) fn bytes_of(&self, device: &str) -> u64 {
-        if device == "cpu" { 0 } else { self.device_cache_bytes }
+    /// How much of a device's own memory the decoded images of one of the `ranks` on it may take. A CPU's is the host's,
+    /// which has a cache already.
+    pub(super) fn bytes_of(&self, device: &str, ranks: usize) -> u64 {
+        if device == "cpu" { 0 } else { self.device_cache_bytes / ranks.max(1) as u64 }
     }
 }
 
@@ -67,7 +68,8 @@ mod tests {
     #[test]
     fn only_gpus_keep_images_in_their_own_memory() {
         let cache = CacheConfig { device_cache_bytes: 7, ..CacheConfig::default() };
-        assert_eq!(["cpu", "cuda:0", "cuda:11"].map(|device| cache.bytes_of(device)), [0, 7, 7]);
+        assert_eq!(["cpu", "cuda:0", "cuda:11"].map(|device| cache.bytes_of(device, 1)), [0, 7, 7]);
+        assert_eq!(cache.bytes_of("cuda:0", 2), 3, "two ranks share it");
     }
 
     #[test]

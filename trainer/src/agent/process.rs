@@ -7,7 +7,7 @@ use std::process::{ExitStatus, Stdio};
 use anyhow::{Context, Result};
 use prost::Message;
 use proto::pb;
-use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::io::{AsyncBufRead, AsyncBufReadExt, BufReader};
 use tokio::process::Command;
 use tokio::sync::{mpsc, oneshot};
 
@@ -25,9 +25,6 @@ pub const RANK_ENVIRONMENT: [(&str, &str); 3] = [
     ("MALLOC_TRIM_THRESHOLD_", "4000000000"),
     ("OMP_WAIT_POLICY", "PASSIVE"),
 ];
-
-/// The variable by which NCCL chooses its network interface.
-const NCCL_INTERFACE: &str = "NCCL_SOCKET_IFNAME";
 
 /// A log line's bytes; the rest is cut off.
 const LONGEST_LINE: usize = 8 << 10;
@@ -88,21 +85,18 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    /// Starts `command` as a rank on a device. NCCL takes `interface`, unless its own variable says otherwise.
+    /// Starts `command` as a rank on a device, with those variables of `environment` that this process does not have.
     pub(crate) fn start(
         command: &[OsString],
-        (setup, interface): (&Setup, Option<&str>),
+        (setup, environment): (&Setup, Vec<(&'static str, String)>),
         (device, process): (usize, u64),
         events: &mpsc::Sender<RankEvent>,
     ) -> Result<Self> {
         let (program, arguments) = command.split_first().context("the command that starts a rank is empty")?;
         let mut command = Command::new(program);
-        if let Some(interface) = interface.filter(|_| std::env::var_os(NCCL_INTERFACE).is_none()) {
-            // Without the sign it would be a prefix.
-            command.env(NCCL_INTERFACE, format!("={interface}"));
-        }
         let mut child = command
             .args(arguments)
+            .envs(environment.into_iter().filter(|(name, _)| std::env::var_os(name).is_none()))
             .envs(NCCL_ENVIRONMENT)
             .envs(RANK_ENVIRONMENT)
             // Ctrl-C in a terminal is for the agent, which lets its ranks leave in order.
@@ -150,10 +144,8 @@ impl Process {
             let tell = tell.clone();
             async move {
                 let mut stderr = BufReader::new(stderr);
-                let mut line = Vec::new();
-                while matches!(stderr.read_until(b'\n', &mut line).await, Ok(1..)) {
-                    let text = String::from_utf8_lossy(&line[..line.len().min(LONGEST_LINE)]).trim_end().to_owned();
-                    line.clear();
+                while let Ok(Some(line)) = next_line(&mut stderr).await {
+                    let text = String::from_utf8_lossy(&line).trim_end().to_owned();
                     if !tell(Event::Line(text)).await {
                         return;
                     }
@@ -180,5 +172,43 @@ impl Process {
     pub(crate) fn send(&self, message: pb::coordinator_message::Message) {
         let message = pb::CoordinatorMessage { message: Some(message) };
         let _ = self.messages.send(message.encode_to_vec());
+    }
+}
+
+/// The first bytes of the next line, however long it is; None after the last one.
+async fn next_line(from: &mut (impl AsyncBufRead + Unpin)) -> std::io::Result<Option<Vec<u8>>> {
+    let (mut line, mut begun) = (Vec::new(), false);
+    loop {
+        let read = from.fill_buf().await?;
+        if read.is_empty() {
+            return Ok(begun.then_some(line));
+        }
+        begun = true;
+        let end = read.iter().position(|&byte| byte == b'\n');
+        let piece = &read[..end.unwrap_or(read.len())];
+        line.extend_from_slice(&piece[..piece.len().min(LONGEST_LINE - line.len())]);
+        let used = end.map_or(read.len(), |end| end + 1);
+        from.consume(used);
+        if end.is_some() {
+            return Ok(Some(line));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn lines_are_told_apart_and_of_an_endless_one_the_beginning_is_kept() {
+        let endless = "x".repeat(10 * LONGEST_LINE);
+        let text = format!("one\n\n{endless}\nlast");
+        let mut from = BufReader::with_capacity(1000, text.as_bytes());
+        let mut lines = Vec::new();
+        while let Some(line) = next_line(&mut from).await.expect("memory reads") {
+            assert!(line.capacity() <= 2 * LONGEST_LINE);
+            lines.push(String::from_utf8(line).expect("text"));
+        }
+        assert_eq!(lines, ["one", "", &endless[..LONGEST_LINE], "last"]);
     }
 }
