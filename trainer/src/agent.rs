@@ -15,8 +15,8 @@ mod only_run;
 mod outbox;
 mod process;
 mod slot;
+mod stores;
 
-use std::collections::HashMap;
 use std::ffi::OsString;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -43,6 +43,7 @@ use self::outbox::Outbox;
 pub use self::process::RANK_ENVIRONMENT;
 use self::process::{Event, Process, RankEvent};
 use self::slot::DeviceSlot;
+use self::stores::Stores;
 use crate::learn::context::Setup;
 use crate::torch;
 
@@ -68,8 +69,7 @@ struct Agent {
     slots: Vec<DeviceSlot>,
     rank_events: mpsc::Sender<RankEvent>,
     processes: u64,
-    /// The stores of generations, by run.
-    stores: HashMap<String, (u64, torch::Store)>,
+    stores: Stores,
     serving: mpsc::Sender<(pb::Serve, torch::Result<torch::Store>)>,
     logs: Logs,
     term: u64,
@@ -117,7 +117,7 @@ pub async fn run(
         slots: devices.into_iter().map(DeviceSlot::new).collect(),
         rank_events,
         processes: 0,
-        stores: HashMap::new(),
+        stores: Stores::default(),
         serving,
         logs: Logs::new(Arc::clone(&store)),
         term: 0,
@@ -265,18 +265,12 @@ impl Agent {
         let (port, error) = match store {
             Ok(store) => {
                 let port = store.port();
-                self.keep_store(run.clone(), generation, store);
+                self.stores.keep(run.clone(), generation, store);
                 (u32::from(port), String::new())
             }
             Err(error) => (0, error.to_string()),
         };
         self.send(agent_message::Message::Serving(pb::Serving { run, generation, port, error }));
-    }
-
-    fn keep_store(&mut self, run: String, generation: u64, store: torch::Store) {
-        if self.stores.get(&run).is_none_or(|(newest, _)| *newest < generation) {
-            drop_store(self.stores.insert(run, (generation, store)));
-        }
     }
 
     fn join(&mut self, mut join: pb::Join) {
@@ -361,9 +355,8 @@ impl Agent {
     }
 
     fn leave(&mut self, leave: &pb::Leave) {
-        if leave.abort && self.stores.get(&leave.run).is_some_and(|(generation, _)| *generation == leave.generation) {
-            // Ranks that still wait for each other at the store fail at once.
-            drop_store(self.stores.remove(&leave.run));
+        if leave.abort {
+            self.stores.close_if(&leave.run, |generation| generation == leave.generation);
         }
         for local in self.slots.iter().filter_map(|slot| slot.rank.as_ref()) {
             if (local.run.as_str(), local.generation) == (leave.run.as_str(), leave.generation) {
@@ -402,9 +395,7 @@ impl Agent {
     /// generation's, and logs.
     fn release(&mut self, run: &str, generation: u64) {
         if !self.slots.iter().filter_map(|slot| slot.rank.as_ref()).any(|local| local.run == run) {
-            if self.stores.get(run).is_some_and(|(of, _)| *of <= generation) {
-                drop_store(self.stores.remove(run));
-            }
+            self.stores.close_if(run, |of| of <= generation);
             self.logs.close(run);
         }
     }
@@ -503,13 +494,6 @@ impl Agent {
             // Reports can wait; a heartbeat that finds no room is lost.
             to.capacity() > HEARTBEAT_ROOM && to.try_send(pb::AgentMessage { message }).is_ok()
         });
-    }
-}
-
-/// Drops a store on a blocking thread, because that joins the server's thread.
-fn drop_store(store: Option<(u64, torch::Store)>) {
-    if let Some(store) = store {
-        tokio::task::spawn_blocking(move || drop(store));
     }
 }
 
