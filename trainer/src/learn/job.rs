@@ -149,7 +149,7 @@ impl Job {
             blocks: self.blocks[split as usize].clone(),
             cache: self.cache.clone(),
             device_pixels: self.device_pixels.clone(),
-            threads: self.cores as usize,
+            threads: decoders(self.cores, self.device),
             copies: self.copies.clone(),
             runtime: self.context.runtime.clone(),
         }
@@ -178,6 +178,13 @@ impl Job {
     }
 }
 
+/// How many threads decode images on so many cores. On a GPU one core is left to the thread that gives it its work: what
+/// that is late with, the GPU waits for.
+fn decoders(cores: u32, device: Device) -> usize {
+    let left = u32::from(device.is_cuda());
+    cores.saturating_sub(left).max(1) as usize
+}
+
 fn cache(setup: &Setup) -> Result<Cache> {
     let disk = setup.cache_dir.as_deref().map(|folder| (folder, setup.cache_disk_bytes));
     Cache::new(setup.cache_bytes, disk).with_context(|| {
@@ -194,4 +201,15 @@ pub(super) fn fresh(spec: &RunSpec, manifest: &Manifest, device: Device) -> (Ale
     model.freeze(|name| spec.train.is_frozen(name));
     let sgd = step::optimizer(&model, &spec.train);
     (model, sgd)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn on_a_gpu_one_core_is_left_to_the_thread_that_gives_it_its_work() {
+        assert_eq!([1, 2, 8].map(|cores| decoders(cores, Device::Cpu)), [1, 2, 8]);
+        assert_eq!([1, 2, 8].map(|cores| decoders(cores, Device::Cuda(0))), [1, 1, 7]);
+    }
 }
