@@ -3,13 +3,15 @@
 //!
 //! An epoch needs each image once, so those that came first are as good as any others: none is ever evicted. Images
 //! lie one after the other in slabs, each as large as all before it, so that a batch is gathered from few of them. A
-//! device that has no memory for a further slab keeps what it has.
+//! device that has no memory for a further slab keeps what it has, and is asked again after a while: what filled it may be
+//! gone, such as another process, or what cuDNN tried out.
 //!
 //! **An image is found only after its pixels were put on the device's stream.** What reads them is put there later, so
 //! the device has them by then.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use input::augment::{Augmentation, Crop};
 use input::color::ColorJitter;
@@ -25,6 +27,8 @@ use crate::torch::{Result, tensor};
 const SLAB: u64 = 255 << 20;
 /// A GPU keeps so many bytes free for what a step may need later.
 const SPARE: i64 = 2 << 30;
+/// After a device had no memory for a slab it is asked for none for so long.
+const PAUSE: Duration = Duration::from_secs(60);
 
 /// The images that one device keeps.
 #[derive(Debug)]
@@ -33,6 +37,7 @@ pub(crate) struct DevicePixels {
     /// Bytes of the first slab, and of the least one that is tried when the device has no memory for a larger one.
     slab: u64,
     allocate: Allocate,
+    pause: Duration,
     state: Mutex<State>,
 }
 
@@ -47,6 +52,8 @@ struct State {
     free: i64,
     /// How many bytes further slabs may have.
     budget: u64,
+    /// When the device had no memory for a slab, if it is not to be asked again yet.
+    refused: Option<Instant>,
     /// None as long as its pixels are on their way.
     images: HashMap<ImageId, Option<DeviceImage>>,
 }
@@ -85,8 +92,8 @@ impl DevicePixels {
     }
 
     fn with(device: Device, budget: u64, slab: u64, allocate: Allocate) -> Self {
-        let state = State { slabs: Vec::new(), free: 0, budget, images: HashMap::new() };
-        Self { device, slab, allocate, state: Mutex::new(state) }
+        let state = State { slabs: Vec::new(), free: 0, budget, refused: None, images: HashMap::new() };
+        Self { device, slab, allocate, pause: PAUSE, state: Mutex::new(state) }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -101,7 +108,12 @@ impl DevicePixels {
     /// Whether there may be room for an image of that many bytes.
     pub(crate) fn has_room(&self, bytes: usize) -> bool {
         let state = self.state();
-        (3 * state.free as u64).max(state.budget) >= bytes as u64
+        let budget = if self.may_ask(&state) { state.budget } else { 0 };
+        (3 * state.free as u64).max(budget) >= bytes as u64
+    }
+
+    fn may_ask(&self, state: &State) -> bool {
+        state.refused.is_none_or(|refused| refused.elapsed() >= self.pause)
     }
 
     /// Puts the image on the device, if there is room. Returns whether it is there or on its way.
@@ -115,7 +127,7 @@ impl DevicePixels {
             if state.images.contains_key(&id) {
                 return Ok(true);
             }
-            if state.free < pixels {
+            if state.free < pixels && self.may_ask(&state) {
                 self.grow(&mut state, 3 * pixels as u64)?;
             }
             let Some(last) = state.slabs.last().filter(|_| state.free >= pixels) else { return Ok(false) };
@@ -141,18 +153,21 @@ impl DevicePixels {
             let pixels = size as i64 / 3;
             if let Some(slab) = (self.allocate)(3 * pixels, self.device)? {
                 state.slabs.push(slab.f_view([pixels, 3])?);
-                (state.free, state.budget) = (pixels, state.budget - size);
+                (state.free, state.budget, state.refused) = (pixels, state.budget - size, None);
                 return Ok(());
             }
             refused = true;
             size /= 2;
         }
-        if refused {
+        if refused && state.refused.replace(Instant::now()).is_none() {
             warn!(bytes = of_all, "the device has no memory for more decoded images; it keeps those that it has");
         }
         if bytes <= self.slab {
-            // The others are hardly smaller: nobody need try again.
-            (state.free, state.budget) = (0, 0);
+            // The others are hardly smaller: nobody need try again soon, and if the budget is spent, nobody at all.
+            state.free = 0;
+            if !refused {
+                state.budget = 0;
+            }
         }
         Ok(())
     }
@@ -278,6 +293,25 @@ mod tests {
                 assert_eq!((host, found), (gathered, count), "{augmentation:?}");
             }
         }
+    }
+
+    #[test]
+    fn a_device_that_had_no_memory_is_asked_again_after_a_while_and_not_before() {
+        let images: Vec<Image> = (0..60).map(image).collect();
+        LEFT.set(0);
+        let mut pixels = DevicePixels::with(Device::Cpu, 1 << 30, 9_999, |bytes, device| {
+            if bytes > LEFT.get() { Ok(None) } else { tensor::reserved(bytes, 0, device) }
+        });
+        let keep = |pixels: &DevicePixels, i: usize| pixels.keep(id(images[i].key), &images[i]).expect("no failure");
+        assert!(!keep(&pixels, 0));
+        LEFT.set(1 << 20);
+        assert!(!pixels.has_room(1) && !keep(&pixels, 1), "it was asked a moment ago");
+        pixels.pause = Duration::ZERO;
+        assert!(pixels.has_room(1) && keep(&pixels, 2));
+        assert_eq!(
+            (both(&images[2..3], &Augmentation::Evaluation { crop: 16 }, &pixels).2, pixels.state().refused),
+            (1, None)
+        );
     }
 
     #[test]
