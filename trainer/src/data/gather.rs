@@ -111,25 +111,54 @@ fn scaled(slab: &Tensor, numbers: &Tensor, side: i64, height: i64, width: i64) -
     let rows = counted(height, slab.device())?.f_view([-1, 1])?.f_minimum(&heights.f_sub_scalar(1)?)?;
     let columns = counted(width, slab.device())?.f_minimum(&widths.f_sub_scalar(1)?)?;
     let pixels = area(slab, numbers, &rows, &columns)?.f_view([samples, height, width * 3])?.f_to_kind(Kind::Float)?;
-    let split = slab.device().is_cuda() && device::allows_tf32()?;
-    let rows = weighted(weights(&heights, height, side)?, &pixels, split)?;
+    let tf32 = slab.device().is_cuda() && device::allows_tf32()?;
+    let rows = weighted(weights(&heights, height, side)?, &pixels, Sums::of(height, side, tf32))?;
     let rows =
         rows.f_view([samples, side, width, 3])?.f_permute([0, 2, 1, 3])?.f_reshape([samples, width, side * 3])?;
-    let columns = weighted(weights(&widths, width, side)?, &rows, split)?;
+    let columns = weighted(weights(&widths, width, side)?, &rows, Sums::of(width, side, tf32))?;
     let scaled = columns.f_view([samples, side, side, 3])?.f_permute([0, 2, 1, 3])?;
     Ok(scaled.f_to_kind(Kind::Uint8)?.f_contiguous()?)
 }
 
-/// The sums of bytes with these weights, as bytes. As long as a sum is below 2^24, which it is unless an area is four
-/// times as large as the crop, f32 holds each exactly; with `split` also where products are of TF32.
-fn weighted((weights, one): (Tensor, Tensor), bytes: &Tensor, split: bool) -> Result<Tensor> {
-    let sums = if split {
-        let [high, low] = parts(&weights)?;
-        low.f_bmm(bytes)?.f_baddbmm(&high, bytes, 1.0, 1.0)?
-    } else {
-        weights.f_bmm(bytes)?
+/// How sums of bytes with weights are exact, as those of the host are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sums {
+    /// f32 holds whole numbers below 2^24, as they are where two pixels or fewer become one.
+    Whole,
+    /// The same where products are of TF32: both parts of the weights are multiplied apart, and added to one sum.
+    Parts,
+    /// Where sums may be larger: each part has one of its own, which f32 holds unless an area is more than 250 times as
+    /// wide as the crop. Their sum is of f64.
+    Apart,
+}
+
+impl Sums {
+    /// Where at most `most` pixels along a direction become `side`.
+    fn of(most: i64, side: i64, tf32: bool) -> Self {
+        match tf32 {
+            _ if most > 2 * side => Self::Apart,
+            true => Self::Parts,
+            false => Self::Whole,
+        }
+    }
+}
+
+/// The sums of bytes with these weights, as bytes.
+fn weighted((weights, one): (Tensor, Tensor), bytes: &Tensor, how: Sums) -> Result<Tensor> {
+    let sums = match how {
+        Sums::Whole => weights.f_bmm(bytes)?,
+        Sums::Parts => {
+            let [high, low] = parts(&weights)?;
+            low.f_bmm(bytes)?.f_baddbmm(&high, bytes, 1.0, 1.0)?
+        }
+        Sums::Apart => {
+            let [high, low] = parts(&weights)?;
+            let (high, low) = (high.f_bmm(bytes)?, low.f_bmm(bytes)?);
+            high.f_to_kind(Kind::Double)?.f_add(&low)?
+        }
     };
-    Ok(sums.f_add(&one.f_div_scalar(2.0)?)?.f_div(&one)?.f_floor()?.f_clamp(0.0, 255.0)?)
+    let bytes = sums.f_add(&one.f_div_scalar(2.0)?)?.f_div(&one)?.f_floor()?.f_clamp(0.0, 255.0)?;
+    Ok(bytes.f_to_kind(Kind::Float)?)
 }
 
 /// Whole numbers of 15 bits as the sum of two of at most 8 significant bits.
@@ -184,11 +213,30 @@ mod tests {
         let bytes = (numbers * 97).remainder(256).to_kind(Kind::Float).view([2, 40, 30]);
         for side in [16, 33, 64] {
             let sizes = Tensor::from_slice(&[40_i64, 23]).view([2, 1, 1]);
-            let scaled = |split| {
+            let scaled = |how| {
                 let weights = super::weights(&sizes, 40, side).expect("sizes");
-                weighted(weights, &bytes, split).expect("shapes agree")
+                weighted(weights, &bytes, how).expect("shapes agree")
             };
-            assert_eq!(scaled(true), scaled(false), "{side}");
+            let whole = scaled(Sums::Whole);
+            assert_eq!(whole, scaled(Sums::Parts), "{side}");
+            assert_eq!(whole, scaled(Sums::Apart), "{side}");
+        }
+    }
+
+    #[test]
+    fn sums_are_exact_however_many_pixels_become_one() {
+        assert_eq!([Sums::of(256, 128, false), Sums::of(256, 128, true)], [Sums::Whole, Sums::Parts]);
+        assert_eq!([Sums::of(288, 128, false), Sums::of(288, 128, true)], [Sums::Apart; 2]);
+        let (most, side, columns) = (2048, 16, 300);
+        let bytes = (Tensor::arange(most * columns, (Kind::Int64, Device::Cpu)) * 7919).remainder(251) + 5;
+        let bytes = bytes.to_kind(Kind::Float).view([1, most, columns]);
+        for size in [200, 1000, 2048] {
+            let sizes = Tensor::from_slice(&[size]).view([1, 1, 1]);
+            let (weights, one) = super::weights(&sizes, most, side).expect("sizes");
+            let sums = weights.to_kind(Kind::Double).bmm(&bytes.to_kind(Kind::Double));
+            assert!(sums.max().double_value(&[]) > f64::from(1 << 24), "{size}: f32 would not hold them");
+            let exact = ((sums + &one / 2.0) / &one).floor().clamp(0.0, 255.0).to_kind(Kind::Float);
+            assert_eq!(weighted((weights, one), &bytes, Sums::Apart).expect("shapes agree"), exact, "{size}");
         }
     }
 }
