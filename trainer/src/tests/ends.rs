@@ -1,4 +1,6 @@
-//! What is measured, and what is waited for, at the end of an epoch and of a run.
+//! What is measured, waited for and said at the end of an epoch, of a run and of a rank.
+
+use std::sync::mpsc::RecvTimeoutError;
 
 use support::{Faults, FaultyStore, Rules};
 
@@ -54,4 +56,23 @@ fn the_best_weights_are_tested_while_the_last_ones_are_on_their_way_to_a_slow_st
     );
     let written = said.iter().position(|message| matches!(message, Message::Checkpointed(made) if made.step == 20));
     assert!(tested.expect("a test at the end") < written.expect("the last state is kept"), "{said:?}");
+}
+
+#[test]
+fn a_rank_whose_device_has_no_memory_left_ends_its_process_and_says_so_by_a_class() {
+    let world = World::new();
+    for (error, lacking) in [
+        (torch::Error::OutOfMemory as fn(String) -> torch::Error, true),
+        (torch::Error::Device as fn(String) -> torch::Error, false),
+    ] {
+        let fake = move |own: Arc<Heartbeat>| -> torch::Fake {
+            Box::new(move || if own.step() == 7 { Err(error("2 GiB".to_owned())) } else { Ok(true) })
+        };
+        let rank = world.rank_on(Some(Box::new(fake)));
+        let _generation = world.generation("run", &spec("f32"), 1, &[&rank], &[]);
+        let left = rank.left(Cause::Error);
+        assert_eq!(left.out_of_memory, lacking, "{left:?}");
+        let ended = rank.said.recv_timeout(DEADLINE);
+        assert!(matches!(ended, Err(RecvTimeoutError::Disconnected)), "its training thread ends: {ended:?}");
+    }
 }

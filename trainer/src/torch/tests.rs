@@ -49,6 +49,15 @@ fn one_two_and_three_ranks_reduce_and_broadcast() {
 }
 
 #[test]
+fn the_device_of_a_rank_alone_that_hangs_waits_for_no_peer_and_has_failed() {
+    let settled = generation(1, Duration::from_secs(3), |group| {
+        FAKE.set(Some(Box::new(|| Ok(false))));
+        group.settle()
+    });
+    assert!(matches!(settled[..], [Err(Error::Device(_))]), "{settled:?}");
+}
+
+#[test]
 fn survivors_of_a_peer_that_goes_away_hear_it_at_once_and_form_the_next_generation() {
     let served = Store::serve("127.0.0.1").expect("a free port");
     let next = Store::serve("127.0.0.1").expect("a free port");
