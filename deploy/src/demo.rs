@@ -21,6 +21,9 @@ const COMMAND_DEADLINE: Duration = Duration::from_secs(3600);
 /// How long the cluster may take to answer.
 const START: Duration = Duration::from_secs(60);
 
+/// With so many URLs of each class and so many epochs a network must beat the baseline.
+const ENOUGH: (usize, u32) = (500, 11);
+
 /// Arguments of `gleaner demo`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -28,10 +31,10 @@ pub(crate) struct Args {
     #[arg(long, default_value = "gleaner-demo")]
     dir: PathBuf,
     /// URLs of each of the 20 classes
-    #[arg(long, default_value_t = 500)]
+    #[arg(long, default_value_t = ENOUGH.0)]
     urls_per_class: usize,
     /// Passes over the training pictures
-    #[arg(long, default_value_t = 11)]
+    #[arg(long, default_value_t = ENOUGH.1)]
     epochs: u32,
     /// Fetch workers
     #[arg(long, default_value_t = 2)]
@@ -47,7 +50,7 @@ pub(crate) struct Args {
 /// Runs the demo. Prints as it goes; the last line holds the figures.
 ///
 /// # Errors
-/// If any of its commands fails, or its figures do not add up.
+/// If any of its commands fails, its figures do not add up, or the network has not learned.
 pub(crate) async fn run(args: Args) -> Result<()> {
     let begun = Instant::now();
     let dir = fresh(&args.dir)?;
@@ -100,7 +103,19 @@ pub(crate) async fn run(args: Args) -> Result<()> {
         say(format!("Try the network on a picture of yours: http://{pages}/runs/demo/try"));
         tokio::signal::ctrl_c().await?;
     }
-    cluster.stop().await
+    cluster.stop().await?;
+    verdict(&args, top1, baseline)
+}
+
+/// Fails a network that is no better than the baseline, if it had enough to learn from.
+fn verdict(args: &Args, top1: f64, baseline: f64) -> Result<()> {
+    let enough = args.urls_per_class >= ENOUGH.0 && args.epochs >= ENOUGH.1;
+    ensure!(
+        top1 > baseline || !enough,
+        "the network has not learned: its test top-1 of {top1:.3} does not beat the {baseline:.3} of the nearest class mean; \
+         `gleaner run explain demo` and cluster.log in the demo's folder may say why"
+    );
+    Ok(())
 }
 
 /// `dir`, or the first of `dir-2`, `dir-3` ... that does not exist; made.
@@ -233,5 +248,20 @@ impl Gleaner {
 
     async fn json(self) -> Result<Value> {
         Ok(serde_json::from_slice(&self.output().await?)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_network_that_had_enough_to_learn_from_must_beat_the_baseline() {
+        let args =
+            |urls_per_class, epochs| Args { dir: "demo".into(), urls_per_class, epochs, workers: 1, ranks: 1, seed: 1 };
+        assert!(verdict(&args(500, 11), 0.7, 0.6).is_ok());
+        let failed = verdict(&args(500, 11), 0.6, 0.6).expect_err("no better");
+        assert!(failed.to_string().contains("has not learned"), "{failed}");
+        assert!(verdict(&args(500, 1), 0.1, 0.6).is_ok() && verdict(&args(40, 11), 0.1, 0.6).is_ok());
     }
 }
