@@ -1,5 +1,8 @@
 //! What a request can fail of, and its one translation into a gRPC status.
 
+use std::any::Any;
+
+use tokio::task::JoinError;
 use tonic::Status;
 
 use crate::store::StoreError;
@@ -40,6 +43,9 @@ pub(crate) enum Error {
     /// A temporary file, a thread: something of this machine.
     #[error("{0}")]
     Local(String),
+    /// The same would happen again: with the panic's own words.
+    #[error("the coordinator has panicked, which is a fault of its program: {0}")]
+    Panicked(String),
 }
 
 impl Error {
@@ -51,6 +57,23 @@ impl Error {
         let meant =
             near.filter(|(distance, _)| *distance <= most).map(|(_, known)| format!("; did you mean {known:?}?"));
         Self::NotFound(format!("no {kind} is called {name:?}{}", meant.unwrap_or_default()))
+    }
+}
+
+impl Error {
+    /// What a panic has said.
+    pub(crate) fn panicked(panic: &(dyn Any + Send)) -> Self {
+        Self::Panicked(proto::caught::words(panic).to_owned())
+    }
+}
+
+/// A task or a thread has not come to its end.
+impl From<JoinError> for Error {
+    fn from(error: JoinError) -> Self {
+        match error.try_into_panic() {
+            Ok(panic) => Self::panicked(&*panic),
+            Err(error) => Self::Local(error.to_string()),
+        }
     }
 }
 
@@ -77,7 +100,7 @@ impl From<Error> for Status {
             Error::Denied(_) => Status::permission_denied(message),
             Error::Aborted(_) => Status::aborted(message),
             Error::Store(_) | Error::HeardHigher { .. } => Status::unavailable(message),
-            Error::Local(_) => Status::internal(message),
+            Error::Local(_) | Error::Panicked(_) => Status::internal(message),
         }
     }
 }

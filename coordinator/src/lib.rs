@@ -17,7 +17,7 @@
 //!   over which it is reached, plain or over TLS;
 //! - [`audit`]: what in a store does not add up, and what is garbage, for commands that look at it without a
 //!   coordinator;
-//! - [`metrics`], `store`, `cluster`, `clock`, `term`, `handover`, `error`: what they stand on.
+//! - [`metrics`], `store`, `cluster`, `clock`, `term`, `handover`, `tasks`, `error`: what they stand on.
 
 mod access;
 pub mod audit;
@@ -49,6 +49,7 @@ mod site_rules;
 mod sites;
 mod spool;
 mod store;
+mod tasks;
 mod term;
 mod trouble;
 
@@ -101,6 +102,7 @@ use crate::service::scaler::ScalerApi;
 use crate::service::trainer::TrainerApi;
 pub use crate::sites::SiteBudgets;
 use crate::store::Store;
+use crate::tasks::Tasks;
 use crate::term::Term;
 
 /// The coordinator's settings.
@@ -181,8 +183,8 @@ impl Doorway {
 /// SERVING once everything is recovered.
 ///
 /// # Errors
-/// If the store lacks put-if-absent or cannot be read, if the port cannot be served, or if a later coordinator has
-/// begun its term: this one must then end.
+/// If the store lacks put-if-absent or cannot be read, if the port cannot be served, if a later coordinator has begun
+/// its term, or if a task of this one has ended that it cannot do without: it must then end.
 pub async fn run(
     config: Config,
     store: Arc<dyn ObjectStore>,
@@ -213,19 +215,17 @@ pub async fn run(
     info!(term = term.number(), cluster = &*cluster, store = store.name(), "coordinator begins its term");
 
     // Whatever way `run` ends, its tasks end with it.
-    let tasks = CancellationToken::new();
-    let _end = tasks.clone().drop_guard();
-    tokio::spawn(tasks.clone().run_until_cancelled_owned(Arc::clone(&datasets).watch_leases()));
-    tokio::spawn(tasks.clone().run_until_cancelled_owned(drive));
+    let mut tasks = Tasks::default();
+    tasks.spawn("ends leases", Arc::clone(&datasets).watch_leases());
+    tasks.spawn("drives the runs", drive);
     let known = Arc::clone(&datasets);
-    let keeping = handover::keep(store.clone(), move || known.handover(false));
-    tokio::spawn(tasks.clone().run_until_cancelled_owned(keeping));
-    tokio::spawn(tasks.clone().run_until_cancelled_owned(Arc::clone(&runs).watch_figures()));
+    tasks.spawn("keeps what is known of sites", handover::keep(store.clone(), move || known.handover(false)));
+    tasks.spawn("counts for the metrics", Arc::clone(&runs).watch_figures());
     if has_accounts {
-        tokio::spawn(tasks.clone().run_until_cancelled_owned(Arc::clone(&access).follow_accounts()));
+        tasks.spawn("asks about service accounts", Arc::clone(&access).follow_accounts());
     }
     if let Some(file) = config.tokens {
-        tokio::spawn(tasks.clone().run_until_cancelled_owned(Arc::clone(&access).follow(file)));
+        tasks.spawn("reads the tokens", Arc::clone(&access).follow(file));
     }
 
     let reflection = tonic_reflection::server::Builder::configure()
@@ -263,20 +263,27 @@ pub async fn run(
     let stop = CancellationToken::new();
     let serve = router.serve_with_incoming_shutdown(door::open(listener, tls), stop.clone().cancelled_owned());
     tokio::pin!(serve);
-    let fenced = tokio::select! {
-        served = &mut serve => return served.context("failed to serve"),
+    let failed = tokio::select! {
+        // What ends the term may end a task: the term's reason comes first.
+        biased;
+        reason = until_over(&term, &cluster, &store, &datasets, lease) => Some(anyhow::Error::msg(reason)),
+        ended = tasks.ended() => Some(ended),
+        served = &mut serve => {
+            metrics::set_ready(false);
+            served.context("failed to serve")?;
+            anyhow::bail!("failed to serve: no more connections are accepted");
+        }
         () = shutdown.cancelled() => None,
-        reason = until_over(&term, &cluster, &store, &datasets, lease) => Some(reason),
     };
     health.set_not_serving::<DatasetServiceServer<DatasetApi>>().await;
     metrics::set_ready(false);
     stop.cancel();
     // Watchers and long polls do not end by themselves.
     let served = tokio::time::timeout(DRAIN, serve).await.is_ok();
-    if let Some(reason) = fenced {
-        anyhow::bail!(reason);
+    if let Some(failed) = failed {
+        return Err(failed);
     }
-    tasks.cancel();
+    drop(tasks);
     let _ = tokio::time::timeout(DRAIN, handover::write(&store, &datasets.handover(served))).await;
     Ok(())
 }

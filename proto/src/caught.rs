@@ -1,6 +1,7 @@
 //! Panics of libraries that read what strangers have written: where that is damaged, some of them panic instead of
 //! saying so.
 
+use std::any::Any;
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
 use std::sync::Once;
@@ -27,10 +28,13 @@ pub fn caught<T>(library: impl FnOnce() -> T) -> Result<T, String> {
     let was = QUIET.replace(true);
     let result = catch_unwind(AssertUnwindSafe(library));
     QUIET.set(was);
-    result.map_err(|panic| {
-        let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
-        text.unwrap_or("it has panicked").to_owned()
-    })
+    result.map_err(|panic| words(&*panic).to_owned())
+}
+
+/// What a panic has said.
+pub fn words(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    text.unwrap_or("it has panicked")
 }
 
 #[cfg(test)]

@@ -247,7 +247,7 @@ pub(crate) async fn put_slices<T: Send + 'static>(
     let (put, cut) = tokio::join!(put, cut);
     // Of two errors the first cause: the upload's ends the cutting.
     put?;
-    cut.map_err(|error| Error::Local(error.to_string()))?
+    cut?
 }
 
 impl Datasets {

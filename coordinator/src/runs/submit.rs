@@ -34,7 +34,7 @@ impl Runs {
             let _one = one;
             this.commit(name, stored).await
         });
-        tail.await.map_err(|error| Error::Local(error.to_string()))?
+        tail.await?
     }
 
     /// The run that would be submitted.

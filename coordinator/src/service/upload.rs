@@ -76,7 +76,7 @@ pub(super) async fn create(
             let (round, slowest_site) = catalog.survey(&spec)?;
             Ok(pb::CreateDatasetResponse { slowest_site, ..with_shown(response(&id, &round), shown) })
         });
-        let read = async { read.await.map_err(|error| Error::Local(error.to_string()))? };
+        let read = async { read.await? };
         let response = with_lists(datasets, &start, received, pieces, read).await?;
         return Ok(pb::CreateDatasetResponse { dataset: String::new(), ..response });
     }
@@ -110,7 +110,7 @@ pub(super) async fn create(
             });
         })
     };
-    tokio::spawn(finish.in_current_span()).await.map_err(|error| Error::Local(error.to_string()))?
+    tokio::spawn(finish.in_current_span()).await?
 }
 
 /// See `RefreshDataset` in `dataset.proto`.
@@ -172,7 +172,7 @@ pub(super) async fn refresh(
         let added = datasets.add_round(&dataset.id, round.clone()).await;
         added.map(|()| with_shown(response(&dataset.id, &round), shown))
     };
-    tokio::spawn(finish.in_current_span()).await.map_err(|error| Error::Local(error.to_string()))?
+    tokio::spawn(finish.in_current_span()).await?
 }
 
 /// What the lists are made into, while they are pumped.
