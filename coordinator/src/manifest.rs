@@ -35,12 +35,17 @@ pub(crate) enum SealError {
     /// Worth another try.
     #[error("temporary file: {0}")]
     Local(#[from] std::io::Error),
+    /// What seals has not come to its end.
+    #[error("{0}")]
+    Broken(Error),
 }
 
 impl SealError {
     /// Whether another try would end the same way, unless somebody does something about it.
     pub(crate) fn is_final(&self) -> bool {
-        matches!(self, Self::History(HistoryError::TooDamaged { .. }) | Self::Round(Error::Damaged(_)))
+        use Error::{Damaged, Panicked};
+        let too_damaged = matches!(self, Self::History(HistoryError::TooDamaged { .. }));
+        too_damaged || matches!(self, Self::Round(Damaged(_) | Panicked(_)) | Self::Broken(Panicked(_)))
     }
 }
 

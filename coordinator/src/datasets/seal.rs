@@ -1,12 +1,13 @@
 //! Sealing, once all shards of a dataset are committed, and what it leaves to sweep.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
 use backon::BackoffBuilder;
 use bytes::Bytes;
-use futures::TryStreamExt;
+use futures::{FutureExt, TryStreamExt};
 use proto::manifest::Manifest;
 use proto::pb::FailureKind;
 use proto::{Attempt, DatasetId, DatasetSpec, Split, keys};
@@ -15,6 +16,7 @@ use tracing::{error, info, warn};
 use super::rounds::short;
 use super::{Dataset, Datasets, Stage};
 use crate::damage;
+use crate::error::Error;
 use crate::ledger::Counts;
 use crate::manifest::{SealError, Sealing, seal};
 use crate::store::StoreError;
@@ -52,7 +54,9 @@ impl Datasets {
             let stage = loop {
                 let sealed = {
                     let Ok(_permit) = this.sealing.acquire().await else { return };
-                    this.seal_or_reopen(&id).await
+                    // Of what a panic may have left half done, only what is in the store goes on.
+                    let sealed = AssertUnwindSafe(this.seal_or_reopen(&id)).catch_unwind().await;
+                    sealed.unwrap_or_else(|panic| Err(SealError::Broken(Error::panicked(&*panic))))
                 };
                 match sealed {
                     Ok(Some(stage)) => break stage,
@@ -126,7 +130,7 @@ impl Datasets {
         };
         let (store, handle) = (self.store.clone(), tokio::runtime::Handle::current());
         let sealed = tokio::task::spawn_blocking(move || seal(&handle, &store, &sealing)).await;
-        sealed.unwrap_or_else(|error| Err(SealError::Local(std::io::Error::other(error))))
+        sealed.unwrap_or_else(|error| Err(SealError::Broken(error.into())))
     }
 
     /// Removes the files of attempts whose shard has an index that names another attempt, and the slices of rounds that
