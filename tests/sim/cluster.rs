@@ -166,7 +166,7 @@ impl Sim {
     /// Ends leases, again and again.
     fn tick(&mut self, number: u64, period: Micros) {
         self.during(number, move |sim, coordinator| {
-            sim.runtime.block_on(coordinator.datasets.end_leases());
+            sim.runtime.block_on(coordinator.datasets.end_leases_now());
             sim.at(period, move |sim| sim.tick(number, period));
         });
     }

@@ -1,17 +1,19 @@
 //! Leases: shards are granted, renewed, given back, committed, and given up.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use futures::StreamExt;
+use futures::future::BoxFuture;
+use futures::stream::FuturesUnordered;
+use futures::{FutureExt, StreamExt};
 use proto::handover::Handover;
 use proto::pb::{FailureKind, FetchedRules, KnownRules};
 use proto::{Attempt, OutcomeCounts, Rejection, ShardId, ShardIndex, keys};
 use tracing::{error, info, warn};
 
 use super::wanted::Wanted;
-use super::{Dataset, Datasets, PARALLEL, Stage, State};
+use super::{Dataset, Datasets, Stage, State};
 use crate::damage::{self, Read};
 use crate::error::Error;
 use crate::handover;
@@ -22,6 +24,17 @@ use crate::store::{Created, nonce, wall_millis};
 
 /// A worker that has not been heard of for so long is not shown any more.
 const WORKER_FORGOTTEN: Duration = Duration::from_secs(60);
+
+/// Shards that are checked at the same time. One whose index the store does not give holds up no other until there are
+/// so many of them.
+const CHECKS: usize = 32;
+
+/// Shards whose attempts are over.
+#[derive(Default)]
+struct Checks {
+    waiting: VecDeque<ShardId>,
+    open: FuturesUnordered<BoxFuture<'static, ()>>,
+}
 
 /// The lease of one shard, as a worker gets it.
 #[derive(Debug, Clone)]
@@ -382,26 +395,56 @@ impl Datasets {
         let period = (self.state().ledger.lease() / 10).clamp(Duration::from_millis(50), Duration::from_secs(1));
         let mut clock = tokio::time::interval(period);
         clock.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut checks = Checks::default();
         loop {
-            clock.tick().await;
-            self.end_leases().await;
+            tokio::select! {
+                _ = clock.tick() => self.end_leases(&mut checks),
+                // A store that hangs at one shard must not keep the leases of others from their end.
+                () = self.check_next(&mut checks) => {}
+            }
         }
     }
 
-    /// Ends the leases whose time is over now, and decides what becomes of their shards.
-    pub(crate) async fn end_leases(self: &Arc<Self>) {
-        let over = [self.expire(), self.take_finished()].concat();
-        futures::stream::iter(over)
-            .for_each_concurrent(PARALLEL, |id| async move {
-                if let Err(error) = self.check(id.clone()).await {
-                    warn!(dataset = &*id.dataset, shard = id.shard, %error, "cannot check a shard");
-                    let text = format!("shard {}: {error}", id.shard);
-                    self.state().failed(self.now(), FailureKind::Store, None, &id.dataset, text);
-                }
-            })
-            .await;
+    /// The same once, for a simulated coordinator.
+    #[cfg(test)]
+    pub(crate) async fn end_leases_now(self: &Arc<Self>) {
+        let mut checks = Checks::default();
+        self.end_leases(&mut checks);
+        while !(checks.waiting.is_empty() && checks.open.is_empty()) {
+            self.check_next(&mut checks).await;
+        }
+        self.free.notify_waiters();
+    }
+
+    /// Ends the leases whose time is over now; what becomes of their shards is still to be looked at.
+    fn end_leases(&self, checks: &mut Checks) {
+        checks.waiting.extend(self.expire());
+        // They can wait, and of those that are closed there may be very many.
+        if checks.waiting.is_empty() {
+            checks.waiting.extend(self.take_finished());
+        }
         // Shards whose pause after a failure is over are free now, too.
         self.free.notify_waiters();
+    }
+
+    /// Waits until one more check is done. Nothing is lost if it is not waited for to the end.
+    async fn check_next(self: &Arc<Self>, checks: &mut Checks) {
+        while checks.open.len() < CHECKS
+            && let Some(id) = checks.waiting.pop_front()
+        {
+            let this = Arc::clone(self);
+            let check = async move {
+                if let Err(error) = this.check(id.clone()).await {
+                    warn!(dataset = &*id.dataset, shard = id.shard, %error, "cannot check a shard");
+                    let text = format!("shard {}: {error}", id.shard);
+                    this.state().failed(this.now(), FailureKind::Store, None, &id.dataset, text);
+                }
+            };
+            checks.open.push(check.boxed());
+        }
+        if checks.open.next().await.is_none() {
+            std::future::pending().await
+        }
     }
 
     /// Ends what is over; the shards that are to be checked.
