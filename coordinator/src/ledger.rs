@@ -8,6 +8,7 @@
 //! counts against its worker, which is asked less often.
 
 mod answers;
+mod changes;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
@@ -17,6 +18,8 @@ use proto::pb::FailureKind;
 use proto::{Attempt, DatasetId, ShardId};
 
 pub(crate) use self::answers::{Counts, Decision, Expired, Renewal};
+pub(crate) use self::changes::Change;
+use self::changes::Changes;
 
 /// Strikes after which a slice is closed.
 pub(crate) const MOST_STRIKES: usize = 5;
@@ -41,8 +44,7 @@ pub(crate) struct Ledger {
     term: u64,
     lease: Duration,
     granted: u64,
-    /// Grows whenever a shard may have come, gone, or changed its state.
-    version: u64,
+    changes: Changes,
     /// Shards that workers have committed.
     commits: u64,
     /// Oldest first.
@@ -58,6 +60,8 @@ pub(crate) struct Ledger {
 struct Queue {
     id: DatasetId,
     shards: BTreeMap<u32, Open>,
+    /// So many of them.
+    leased: u32,
     /// URLs that were granted, divided by its weight: whoever has the fewest comes first. One that comes later begins
     /// with as many as the last of those that are there.
     served: f64,
@@ -123,7 +127,7 @@ impl Ledger {
     /// An empty one. `lease` is the duration of a lease.
     pub(crate) fn new(term: u64, lease: Duration) -> Self {
         let (datasets, workers, lost) = (Vec::new(), HashMap::new(), VecDeque::new());
-        Self { term, lease, granted: 0, version: 1, commits: 0, datasets, workers, lost }
+        Self { term, lease, granted: 0, changes: Changes::new(), commits: 0, datasets, workers, lost }
     }
 
     /// Goes on in a higher term.
@@ -136,9 +140,9 @@ impl Ledger {
         self.lease
     }
 
-    /// Differs whenever [`Ledger::open_shards`] may.
-    pub(crate) fn version(&self) -> u64 {
-        self.version
+    /// What [`Ledger::open_shards`] has become since the last call; None: anything.
+    pub(crate) fn take_changes(&mut self) -> Option<Vec<Change>> {
+        self.changes.take()
     }
 
     /// Adds uncommitted shards of a dataset: all of a new one, or those of another round. `fresh`: it was created in
@@ -147,7 +151,7 @@ impl Ledger {
         let state = if fresh { State::Pending { from: now } } else { State::Unknown { until: now + self.lease } };
         let open = Open { failures: 0, strikes: Vec::new(), commits: self.commits, attempt: None, holder: None, state };
         let shards = shards.into_iter().map(|shard| (shard, open.clone()));
-        self.version += 1;
+        self.changes.note_all();
         let busy = self.datasets.iter().filter(|queue| !queue.shards.is_empty() && !queue.is_paused);
         let least = busy.map(|queue| queue.served).fold(f64::INFINITY, f64::min);
         let least = if least.is_finite() { least } else { 0.0 };
@@ -160,14 +164,14 @@ impl Ledger {
             }
             None => {
                 let (id, shards) = (dataset.clone(), shards.collect());
-                self.datasets.push(Queue { id, shards, served: least, weight: 1.0, is_paused: false });
+                self.datasets.push(Queue { id, shards, leased: 0, served: least, weight: 1.0, is_paused: false });
             }
         }
     }
 
     /// Sets how large a dataset's share of the workers is, and whether it has none for now.
     pub(crate) fn control(&mut self, dataset: &DatasetId, weight: f64, is_paused: bool) {
-        self.version += 1;
+        self.changes.note_all();
         let least = self.order().first().and_then(|id| self.datasets.iter().find(|queue| queue.id == *id));
         let least = least.map_or(0.0, |queue| queue.served);
         let Some(queue) = self.datasets.iter_mut().find(|queue| queue.id == *dataset) else { return };
@@ -190,7 +194,7 @@ impl Ledger {
 
     /// Forgets a dataset and all its leases.
     pub(crate) fn remove(&mut self, dataset: &DatasetId) {
-        self.version += 1;
+        self.changes.note_all();
         self.datasets.retain(|queue| queue.id != *dataset);
     }
 
@@ -225,14 +229,16 @@ impl Ledger {
             }
         }
         let (shard, open) = found?;
-        (self.granted, self.version) = (self.granted + 1, self.version + 1);
+        self.granted += 1;
         let attempt = Attempt { term: self.term, n: self.granted };
         open.attempt = Some(attempt);
         let worker: Arc<str> = worker.into();
         open.holder = Some(Arc::clone(&worker));
         open.state = State::Leased { worker, until: now + self.lease, finished: 0, since: now };
         queue.served += f64::from(urls(shard)) / queue.weight;
-        Some((dataset.shard(shard), attempt))
+        let id = dataset.shard(shard);
+        self.moved(&id, false, Some(true));
+        Some((id, attempt))
     }
 
     /// Takes shards of a dataset that nobody makes, up to so many, to be checked and closed.
@@ -272,14 +278,14 @@ impl Ledger {
         if now.saturating_sub(since) >= STALLED {
             open.attempt = None;
             open.state = State::Unknown { until: now };
-            self.version += 1;
+            self.moved(id, was_leased, Some(false));
             self.fail(now, id, worker, FailureKind::Slice);
             return Renewal::Stalled;
         }
         let holder: Arc<str> = worker.into();
         open.holder = Some(Arc::clone(&holder));
         open.state = State::Leased { worker: holder, until: now + lease, finished, since };
-        self.version += u64::from(!was_leased);
+        self.moved(id, was_leased, Some(true));
         if was_late {
             self.forgive(|loss| &*loss.worker == worker && loss.id == *id);
         }
@@ -309,7 +315,7 @@ impl Ledger {
             }
             None => open.state = State::Pending { from: now },
         }
-        self.version += 1;
+        self.moved(id, true, Some(false));
         true
     }
 
@@ -348,9 +354,11 @@ impl Ledger {
                     _ => continue,
                 };
                 open.state = State::Checking;
-                self.version += 1;
                 over.push((dataset.shard(shard), lost));
             }
+        }
+        for (id, lost) in &over {
+            self.moved(id, lost.is_some(), Some(false));
         }
         while self.lost.front().is_some_and(|loss| loss.at + self.lease <= now) {
             self.lost.pop_front();
@@ -415,8 +423,11 @@ impl Ledger {
 
     /// Its index is in the store, put there by this worker; none: by a coordinator. True: it was not known before.
     pub(crate) fn commit(&mut self, id: &ShardId, worker: Option<&str>) -> bool {
-        let new = self.shards(&id.dataset).is_some_and(|shards| shards.remove(&id.shard).is_some());
-        self.version += u64::from(new);
+        let open = self.shards(&id.dataset).and_then(|shards| shards.remove(&id.shard));
+        let new = open.is_some();
+        if let Some(open) = open {
+            self.moved(id, matches!(open.state, State::Leased { .. }), None);
+        }
         if let Some(worker) = worker.filter(|_| new) {
             self.commits += 1;
             let record = self.workers.entry(worker.into()).or_default();
@@ -446,13 +457,20 @@ impl Ledger {
 
     fn count(&self, which: impl Fn(&Queue) -> bool) -> Counts {
         let mut counts = Counts::default();
-        for open in self.datasets.iter().filter(|queue| which(queue)).flat_map(|queue| queue.shards.values()) {
-            match open.state {
-                State::Leased { .. } => counts.leased += 1,
-                _ => counts.waiting += 1,
-            }
+        for queue in self.datasets.iter().filter(|queue| which(queue)) {
+            counts.leased += queue.leased;
+            counts.waiting += queue.shards.len() as u32 - queue.leased;
         }
         counts
+    }
+
+    /// Takes note of a shard that was leased, or is now, or (None) is gone.
+    fn moved(&mut self, id: &ShardId, was_leased: bool, is_leased: Option<bool>) {
+        let Some(queue) = self.datasets.iter_mut().find(|queue| queue.id == id.dataset) else { return };
+        queue.leased = queue.leased + u32::from(is_leased == Some(true)) - u32::from(was_leased);
+        if is_leased != Some(was_leased) {
+            self.changes.note(Change { id: id.clone(), is_paused: queue.is_paused, was_leased, is_leased });
+        }
     }
 
     /// Leases by worker.

@@ -1,11 +1,13 @@
 //! Large sites, which have slices of their own: of which of them a slice may be leased, and how far each is.
 
-use std::collections::HashMap;
+use std::cmp::Reverse;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use proto::{DatasetId, pb};
 
 use super::{Dataset, Datasets, State};
+use crate::ledger::{Change, Ledger};
 use crate::shares::LEAST_RATE;
 
 /// Requests at once for which one worker is enough.
@@ -15,61 +17,102 @@ const ALTERNATIVES: usize = 8;
 /// Sites of a dataset that are shown: those of which most is left.
 const SHOWN: usize = 20;
 
-/// Uncommitted slices of all datasets, as long as the ledger does not change.
-#[derive(Debug, Default)]
+/// Uncommitted slices of all datasets by their sites.
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Slices {
-    version: u64,
     large: HashMap<Arc<str>, OfSite>,
     waiting: HashMap<DatasetId, Waiting>,
 }
 
-/// The slices of one large site.
-#[derive(Debug, Clone, Copy, Default)]
+/// The slices of one large site. There are some.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct OfSite {
     waiting: u32,
     leased: u32,
 }
 
-/// The slices of one dataset that nobody makes.
-#[derive(Debug, Default)]
+/// The slices of one dataset that nobody makes. There are some.
+#[derive(Debug, Default, PartialEq, Eq)]
 struct Waiting {
     /// Of many sites.
     mixed: u32,
-    /// Of each large site, the one with the most first.
-    large: Vec<(Arc<str>, u32)>,
+    /// Of each large site.
+    large: HashMap<Arc<str>, u32>,
+    /// The same, the one with the most first.
+    most: BTreeSet<(Reverse<u32>, Arc<str>)>,
+}
+
+impl Slices {
+    /// Takes up what the ledger has done since the last time: a count of all for each lease would be quadratic.
+    /// `site` tells of which large site a slice is; None: of none that is there.
+    fn follow(&mut self, ledger: &mut Ledger, site: impl Fn(&DatasetId, u32) -> Option<Option<Arc<str>>>) {
+        let Some(changes) = ledger.take_changes() else {
+            *self = Self::counted(ledger, site);
+            return;
+        };
+        for Change { id, is_paused, was_leased, is_leased } in changes {
+            let Some(site) = site(&id.dataset, id.shard) else { continue };
+            // What waits in a paused dataset does not count.
+            if was_leased || !is_paused {
+                self.count(&id.dataset, site.as_ref(), was_leased, false);
+            }
+            if let Some(is_leased) = is_leased.filter(|is_leased| *is_leased || !is_paused) {
+                self.count(&id.dataset, site.as_ref(), is_leased, true);
+            }
+        }
+    }
+
+    fn counted(ledger: &Ledger, site: impl Fn(&DatasetId, u32) -> Option<Option<Arc<str>>>) -> Self {
+        let mut slices = Self::default();
+        for (id, shard, leased) in ledger.open_shards() {
+            if let Some(site) = site(id, shard) {
+                slices.count(id, site.as_ref(), leased, true);
+            }
+        }
+        slices
+    }
+
+    /// Counts one slice more, or one less.
+    fn count(&mut self, id: &DatasetId, site: Option<&Arc<str>>, leased: bool, more: bool) {
+        let change = |n: u32| if more { n + 1 } else { n.saturating_sub(1) };
+        if let Some(site) = site {
+            let of_site = self.large.entry(Arc::clone(site)).or_default();
+            let counted = if leased { &mut of_site.leased } else { &mut of_site.waiting };
+            *counted = change(*counted);
+            if *of_site == OfSite::default() {
+                self.large.remove(site);
+            }
+        }
+        if leased {
+            return;
+        }
+        if !self.waiting.contains_key(id) {
+            self.waiting.insert(id.clone(), Waiting::default());
+        }
+        let Some(waiting) = self.waiting.get_mut(id) else { return };
+        match site {
+            None => waiting.mixed = change(waiting.mixed),
+            Some(site) => {
+                let before = waiting.large.remove(site).unwrap_or(0);
+                waiting.most.remove(&(Reverse(before), Arc::clone(site)));
+                let now = change(before);
+                if now > 0 {
+                    waiting.large.insert(Arc::clone(site), now);
+                    waiting.most.insert((Reverse(now), Arc::clone(site)));
+                }
+            }
+        }
+        if *waiting == Waiting::default() {
+            self.waiting.remove(id);
+        }
+    }
 }
 
 impl State {
-    /// Counts anew if anything has changed: many workers ask at the same moment.
     fn slices(&mut self) -> &Slices {
-        let version = self.ledger.version();
-        if self.slices.version != version {
-            let mut slices = Slices { version, ..Slices::default() };
-            let mut waiting: HashMap<(&DatasetId, &Arc<str>), u32> = HashMap::new();
-            for (id, shard, leased) in self.ledger.open_shards() {
-                let Some(dataset) = self.live.get(id) else { continue };
-                match (dataset.deal.site(shard), leased) {
-                    (Some(site), true) => slices.large.entry(Arc::clone(site)).or_default().leased += 1,
-                    (Some(site), false) => {
-                        slices.large.entry(Arc::clone(site)).or_default().waiting += 1;
-                        *waiting.entry((id, site)).or_default() += 1;
-                    }
-                    (None, true) => {}
-                    (None, false) => match slices.waiting.get_mut(id) {
-                        Some(waiting) => waiting.mixed += 1,
-                        None => drop(slices.waiting.insert(id.clone(), Waiting { mixed: 1, large: Vec::new() })),
-                    },
-                }
-            }
-            for ((id, site), n) in waiting {
-                slices.waiting.entry(id.clone()).or_default().large.push((Arc::clone(site), n));
-            }
-            for waiting in slices.waiting.values_mut() {
-                waiting.large.sort_by(|(a, n_a), (b, n_b)| n_b.cmp(n_a).then_with(|| a.cmp(b)));
-            }
-            self.slices = slices;
-        }
-        &self.slices
+        let Self { ledger, live, slices, .. } = self;
+        slices.follow(ledger, |id, shard| live.get(id).map(|dataset| dataset.deal.site(shard).cloned()));
+        slices
     }
 }
 
@@ -82,8 +125,8 @@ impl Datasets {
             return if waiting.mixed > 0 { vec![None] } else { Vec::new() };
         }
         let leased = |site: &Arc<str>| slices.large.get(site).map_or(0, |of| of.leased);
-        let leasable = waiting.large.iter().filter(|(site, _)| self.leases_left(site, leased(site)) > 0);
-        leasable.take(ALTERNATIVES).map(|(site, _)| Some(Arc::clone(site))).collect()
+        let leasable = waiting.most.iter().filter(|(_, site)| self.leases_left(site, leased(site)) > 0);
+        leasable.take(ALTERNATIVES).map(|(_, site)| Some(Arc::clone(site))).collect()
     }
 
     /// How many more slices of a large site may be leased: workers that make more of them would only wait for each
@@ -138,5 +181,98 @@ impl Datasets {
             }
         };
         left.into_iter().map(show).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::time::Duration;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::ledger::Now;
+
+    fn id(n: usize) -> DatasetId {
+        format!("birds-{n}").parse().expect("an id")
+    }
+
+    /// Of three slices one is of many sites; the others are of four large ones, which datasets share.
+    fn site(_: &DatasetId, shard: u32) -> Option<Option<Arc<str>>> {
+        Some((!shard.is_multiple_of(3)).then(|| format!("site-{}.com", shard % 4).into()))
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_followed_is_what_would_be_counted(steps in prop::collection::vec((0..12u8, 0..1000u32, 0..4u64), 1..200)) {
+            let lease = Duration::from_secs(30);
+            let (mut ledger, mut slices) = (Ledger::new(1, lease), Slices::default());
+            let mut now = Now::ZERO;
+            let (mut leases, mut next) = (Vec::new(), [0u32; 3]);
+            for (what, n, seconds) in steps {
+                now += Duration::from_secs(seconds);
+                let (of, worker) = (n as usize % 3, format!("w{}", n % 5));
+                match what {
+                    0 => {
+                        let first = next[of];
+                        next[of] += n % 40;
+                        ledger.add(now, &id(of), first..next[of], n % 2 == 0);
+                    }
+                    1 => ledger.control(&id(of), 1.0, n % 2 == 0),
+                    2 if n % 10 == 0 => ledger.remove(&id(of)),
+                    3 => now += lease,
+                    4 => drop(ledger.expire(now)),
+                    5 => {
+                        for shard in 0..next[of] {
+                            ledger.decide(now, &id(of).shard(shard), 10, false);
+                        }
+                    }
+                    6 => drop(ledger.take_waiting(&id(of), 2)),
+                    7 if !leases.is_empty() => {
+                        let (shard, attempt, worker): &(_, _, String) = &leases[n as usize % leases.len()];
+                        ledger.renew(now, shard, *attempt, worker, 0);
+                    }
+                    8 if !leases.is_empty() => {
+                        let (shard, attempt, _) = &leases[n as usize % leases.len()];
+                        ledger.release(now, shard, *attempt, None);
+                    }
+                    9 if !leases.is_empty() => drop(ledger.commit(&leases[n as usize % leases.len()].0, Some("w1"))),
+                    _ => if let Some((shard, attempt)) = ledger.grant(now, &worker, &id(of), |_| 10, |_| true) {
+                        leases.push((shard, attempt, worker));
+                    }
+                }
+                // Not after each step, so that several are taken up at once.
+                if n % 3 > 0 {
+                    slices.follow(&mut ledger, site);
+                    prop_assert_eq!(&slices, &Slices::counted(&ledger, site));
+                }
+                let leased = ledger.open_shards().filter(|(_, _, leased)| *leased);
+                let all: u32 = (0..3).map(|of| ledger.counts(&id(of)).leased).sum();
+                prop_assert_eq!(all as usize, leased.count());
+            }
+        }
+    }
+
+    #[test]
+    fn a_lease_costs_the_same_however_many_slices_wait() {
+        let (mut ledger, mut slices) = (Ledger::new(1, Duration::from_secs(30)), Slices::default());
+        ledger.add(Now::ZERO, &id(0), 0..10_000, true);
+        let looked = Cell::new(0);
+        let counting = |of: &DatasetId, shard: u32| {
+            looked.set(looked.get() + 1);
+            site(of, shard)
+        };
+        slices.follow(&mut ledger, counting);
+        assert_eq!(looked.replace(0), 10_000);
+        for n in 0..1000 {
+            let (shard, _) = ledger.grant(Now::ZERO, "w", &id(0), |_| 10, |_| true).expect("there are more");
+            if n % 2 == 0 {
+                ledger.commit(&shard, Some("w"));
+            }
+            slices.follow(&mut ledger, counting);
+        }
+        assert_eq!(looked.get(), 1500, "one slice for each lease, and for each commit");
+        assert_eq!(slices, Slices::counted(&ledger, site));
     }
 }
