@@ -22,6 +22,8 @@ use crate::store::{Store, StoreError};
 
 /// Objects of gists that are read at the same time.
 const AHEAD: usize = 4;
+/// Indexes that are held together: with what they count of each class, thousands of them are gigabytes.
+pub(crate) const INDEXES: usize = if cfg!(test) { 3 } else { 256 };
 /// An object is full with so many bytes, which zstd makes about half as many.
 const FULL: usize = 16 << 20;
 
@@ -120,22 +122,25 @@ impl<'a> Gists<'a> {
                 }
             }
             read_anew += left.len();
-            let indexes = history.indexes_of(left, &self.listed.tars)?;
+            let left: Vec<u32> = left.into_iter().collect();
             let mut writer = GistWriter::default();
-            history.each(indexes.values(), |index, mut rows| -> Result<(), E> {
-                let gist = Gist::new(index.clone(), &mut rows, |synset| history.label(synset));
-                let mut gist = gist.map_err(|what| corrupt(&name(history.dataset, index), what))?;
-                gist.marks = self.listed.marks(index);
-                // Those of shards that are damaged or closed are not kept.
-                if let Some(puts) = puts.as_deref_mut().filter(|_| index.outcomes_file.is_some()) {
-                    writer.push(&gist);
-                    if writer.len() >= FULL {
-                        let object = self.write(std::mem::take(&mut writer), round, puts)?;
-                        self.objects.push(object);
+            for shards in left.chunks(INDEXES) {
+                let indexes = history.indexes_of(shards.iter().copied(), &self.listed.tars)?;
+                history.each(indexes.values(), |index, mut rows| -> Result<(), E> {
+                    let gist = Gist::new(index.clone(), &mut rows, |synset| history.label(synset));
+                    let mut gist = gist.map_err(|what| corrupt(&name(history.dataset, index), what))?;
+                    gist.marks = self.listed.marks(index);
+                    // Those of shards that are damaged or closed are not kept.
+                    if let Some(puts) = puts.as_deref_mut().filter(|_| index.outcomes_file.is_some()) {
+                        writer.push(&gist);
+                        if writer.len() >= FULL {
+                            let object = self.write(std::mem::take(&mut writer), round, puts)?;
+                            self.objects.push(object);
+                        }
                     }
-                }
-                each(gist, Some(&rows))
-            })?;
+                    each(gist, Some(&rows))
+                })?;
+            }
             if let Some(puts) = puts.as_deref_mut().filter(|_| !writer.is_empty()) {
                 let object = self.write(writer, round, puts)?;
                 self.objects.push(object);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use proto::findings::Finding;
-use proto::index::{ClassCounts, StoredFile};
+use proto::index::StoredFile;
 use proto::manifest::{Manifest, ManifestBlock, ManifestClass, ManifestShard, ManifestTar};
 use proto::round::Round;
 use proto::shard::{Moments, sha256_hex};
@@ -94,8 +94,7 @@ pub(crate) fn seal(handle: &Handle, store: &Store, sealing: &Sealing) -> Result<
         }
         let mut index = gist.index;
         totals.add(&index);
-        // Of thousands of shards, these would be most of it.
-        index.tars.values_mut().for_each(|tar| tar.per_class = ClassCounts::default());
+        index.forget_classes();
         indexes.insert(index.shard, index);
         Ok(())
     })?;

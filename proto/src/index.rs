@@ -36,6 +36,13 @@ pub struct ShardIndex {
 
 stored!(ShardIndex, "shard index", version, nonce);
 
+impl ShardIndex {
+    /// Drops what it counts of each class, which is most of it: for those who hold thousands of them.
+    pub fn forget_classes(&mut self) {
+        self.tars.values_mut().for_each(|tar| tar.per_class = ClassCounts::default());
+    }
+}
+
 /// One tar of a shard.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tar {

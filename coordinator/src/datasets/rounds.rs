@@ -20,7 +20,7 @@ use tracing::info;
 use super::{Dataset, Datasets, Stage};
 use crate::catalog::{Catalog, Dealing, RoundStart};
 use crate::error::Error;
-use crate::gists::Gists;
+use crate::gists::{Gists, INDEXES};
 use crate::history::{History, HistoryError, Seen};
 use crate::sites::Deal;
 use crate::store::{Created, Store};
@@ -128,11 +128,18 @@ pub(super) fn may_be_opened(dataset: &Dataset) -> bool {
 fn stands_still(history: &History<'_>) -> Result<bool, HistoryError> {
     let last = history.rounds.last().filter(|last| last.cause == Cause::MayComeBack);
     let Some(last) = last else { return Ok(false) };
-    let indexes = history.indexes_of(last.shards(), &history.tars()?)?;
-    Ok(indexes.values().all(|index| {
-        let unfetched = index.outcomes.of(Err(Rejection::Unfetched)) == index.outcomes.total();
-        unfetched && index.outcomes_file.is_some()
-    }))
+    let (tars, shards) = (history.tars()?, last.shards().collect::<Vec<u32>>());
+    for shards in shards.chunks(INDEXES) {
+        let indexes = history.indexes_of(shards.iter().copied(), &tars)?;
+        let stood_still = indexes.values().all(|index| {
+            let unfetched = index.outcomes.of(Err(Rejection::Unfetched)) == index.outcomes.total();
+            unfetched && index.outcomes_file.is_some()
+        });
+        if !stood_still {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// The keys that have failed in more rounds than one; what nobody got to has not failed. None if that cannot be.
@@ -196,7 +203,9 @@ pub(crate) fn gather(
             retry_later(history, spec, retry, &mut later, catalog)?;
         }
         if compared {
-            indexes.insert(gist.index.shard, gist.index);
+            let mut index = gist.index;
+            index.forget_classes();
+            indexes.insert(index.shard, index);
         }
         Ok(())
     })?;

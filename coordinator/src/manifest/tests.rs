@@ -6,7 +6,7 @@ use futures::TryStreamExt;
 use object_store::path::Path;
 use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt};
 use proto::gist::{self, GistList, GistWriter};
-use proto::index::Tar;
+use proto::index::{ClassCounts, Tar};
 use proto::outcomes::OutcomeRow;
 use proto::rejection::outcome_name;
 use proto::round::{Cause, Slice};
@@ -19,6 +19,7 @@ use super::*;
 use crate::catalog::{Catalog, RoundStart};
 use crate::datasets::rounds::{Retry, gather};
 
+mod bounded;
 mod counted;
 
 /// A dataset that grows round by round, of random pictures, some of which are the same, or look alike.
