@@ -9,7 +9,7 @@ use proto::findings::Finding;
 use proto::index::StoredFile;
 use proto::manifest::{Manifest, ManifestBlock, ManifestClass, ManifestShard, ManifestTar};
 use proto::round::Round;
-use proto::shard::{Moments, sha256_hex};
+use proto::shard::{Moments, Sums, sha256_hex};
 use proto::{DatasetId, DatasetSpec, FormatError, OutcomeCounts, ShardIndex, Split, Stored, keys, table};
 use tokio::runtime::Handle;
 
@@ -249,7 +249,7 @@ struct Totals {
     outcomes: Vec<OutcomeCounts>,
     /// By label and split.
     samples: Vec<[u64; 3]>,
-    train: Moments,
+    train: Sums,
 }
 
 impl Totals {
@@ -257,7 +257,7 @@ impl Totals {
         Self {
             outcomes: vec![OutcomeCounts::default(); classes],
             samples: vec![[0; 3]; classes],
-            train: Moments::default(),
+            train: Sums::default(),
         }
     }
 

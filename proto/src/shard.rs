@@ -68,12 +68,12 @@ pub struct Moments {
 }
 
 impl Moments {
-    /// Adds `other`.
+    /// Adds `other`. Those of one shard always fit; nonsense that somebody has written stops at the largest numbers.
     pub fn add(&mut self, other: &Moments) {
-        self.pixels += other.pixels;
+        self.pixels = self.pixels.saturating_add(other.pixels);
         for channel in 0..3 {
-            self.sum[channel] += other.sum[channel];
-            self.sum_of_squares[channel] += other.sum_of_squares[channel];
+            self.sum[channel] = self.sum[channel].saturating_add(other.sum[channel]);
+            self.sum_of_squares[channel] = self.sum_of_squares[channel].saturating_add(other.sum_of_squares[channel]);
         }
     }
 
@@ -83,6 +83,35 @@ impl Moments {
         for channel in 0..3 {
             self.sum[channel] -= other.sum[channel];
             self.sum_of_squares[channel] -= other.sum_of_squares[channel];
+        }
+    }
+}
+
+/// The same over all shards of a dataset: a hundred million large pictures have more than 64 bits.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Sums {
+    pixels: u128,
+    sum: [u128; 3],
+    sum_of_squares: [u128; 3],
+}
+
+impl Sums {
+    /// Adds `more`.
+    pub fn add(&mut self, more: &Moments) {
+        self.pixels += u128::from(more.pixels);
+        for channel in 0..3 {
+            self.sum[channel] += u128::from(more.sum[channel]);
+            self.sum_of_squares[channel] += u128::from(more.sum_of_squares[channel]);
+        }
+    }
+
+    /// Takes away what must have been added.
+    pub fn subtract(&mut self, part: &Moments) {
+        self.pixels = self.pixels.saturating_sub(part.pixels.into());
+        for channel in 0..3 {
+            self.sum[channel] = self.sum[channel].saturating_sub(part.sum[channel].into());
+            let squares = &mut self.sum_of_squares[channel];
+            *squares = squares.saturating_sub(part.sum_of_squares[channel].into());
         }
     }
 
@@ -447,9 +476,23 @@ mod tests {
 
     #[test]
     fn moments_give_mean_and_deviation_on_the_scale_of_one() {
-        let mut moments = Moments::default();
-        moments.add(&Moments { pixels: 2, sum: [255, 0, 510], sum_of_squares: [255 * 255, 0, 2 * 255 * 255] });
-        let (mean, std) = moments.mean_and_std();
-        assert_eq!((mean, std), ([0.5, 0.0, 1.0], [0.5, 1e-3, 1e-3]));
+        let mut sums = Sums::default();
+        sums.add(&Moments { pixels: 2, sum: [255, 0, 510], sum_of_squares: [255 * 255, 0, 2 * 255 * 255] });
+        assert_eq!(sums.mean_and_std(), ([0.5, 0.0, 1.0], [0.5, 1e-3, 1e-3]));
+    }
+
+    #[test]
+    fn a_hundred_million_large_pictures_have_a_mean_and_a_deviation() {
+        // A shard of 100,000 pictures of 100 megapixels, half of whose pixels are black, and 1,000 such shards.
+        let pixels = 100_000 * 100_000_000;
+        let (sum, squares) = (pixels / 2 * 255, pixels / 2 * 255 * 255);
+        let shard = Moments { pixels, sum: [sum; 3], sum_of_squares: [squares; 3] };
+        let mut sums = Sums::default();
+        (0..1000).for_each(|_| sums.add(&shard));
+        assert!(sums.sum_of_squares[0] > u64::MAX.into());
+        let (mean, std) = sums.mean_and_std();
+        assert!(mean.iter().chain(&std).all(|value| (value - 0.5).abs() < 1e-9), "{mean:?} {std:?}");
+        (0..1000).for_each(|_| sums.subtract(&shard));
+        assert_eq!(sums, Sums::default());
     }
 }
