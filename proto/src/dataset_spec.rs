@@ -234,6 +234,16 @@ impl DatasetSpec {
         Ok(spec)
     }
 
+    /// The same for a dataset that is to be made: what older ones may have chosen is refused, too, where it could never
+    /// work.
+    pub fn from_new_json(json: &str) -> Result<Self, SpecError> {
+        let spec = Self::from_json(json)?;
+        check("limits.redirects", spec.limits.redirects, spec.limits.redirects <= 20, "at most 20")?;
+        let why = "at most 100000: a shard is held in memory as rows, and fetched again whole when its worker is lost";
+        check("slice_urls", spec.slice_urls, spec.slice_urls <= 100_000, why)?;
+        Ok(spec)
+    }
+
     /// The stored form.
     pub fn to_json(&self) -> String {
         serde_json::to_string_pretty(self).expect("strings and numbers only")

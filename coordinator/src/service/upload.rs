@@ -42,7 +42,7 @@ pub(super) async fn create(
         let rule = "1 to 54 of a-z 0-9 - . , beginning and ending with a letter or digit";
         return Err(Error::Invalid(format!("name = {:?}: must be {rule}", start.name)));
     }
-    let spec = DatasetSpec::from_json(if start.spec_json.is_empty() { "{}" } else { &start.spec_json })?;
+    let spec = DatasetSpec::from_new_json(if start.spec_json.is_empty() { "{}" } else { &start.spec_json })?;
     // Who cannot have the name hears it before the list is sent; nobody is kept from it while it is.
     if datasets.by_request(&start.request_id).is_none() && datasets.find(&start.name).is_ok() {
         return Err(taken(&start.name));

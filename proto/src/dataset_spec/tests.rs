@@ -26,6 +26,24 @@ fn unknown_keys_and_impossible_values_are_refused_by_name() {
 }
 
 #[test]
+fn what_older_datasets_may_have_chosen_is_read_and_not_chosen_anew() {
+    for (json, said) in [
+        (r#"{"limits": {"redirects": 21}}"#, "limits.redirects = 21: must be at most 20"),
+        (r#"{"slice_urls": 100001}"#, "slice_urls = 100001: must be at most 100000"),
+        (r#"{"slice_urls": 0}"#, "slice_urls = 0: must be"),
+    ] {
+        let error = DatasetSpec::from_new_json(json).expect_err(json).to_string();
+        assert!(error.contains(said), "{error}");
+        assert_eq!(DatasetSpec::from_json(json).is_ok(), !json.contains(": 0"), "{json}");
+    }
+    let most = r#"{"limits": {"redirects": 20}, "slice_urls": 100000}"#;
+    assert_eq!(
+        DatasetSpec::from_new_json(most).expect("both may be"),
+        DatasetSpec::from_json(most).expect("both may be")
+    );
+}
+
+#[test]
 fn the_smallest_side_is_what_mode_and_limits_leave() {
     let limits = Limits { min_side: 64, max_aspect: 8.0, ..Limits::default() };
     for (mode, upscaled, as_it_is) in [
