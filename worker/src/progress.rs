@@ -48,7 +48,7 @@ impl Progress {
         counts.limits.get(&label).is_some_and(|limit| kept >= *limit)
     }
 
-    /// Whether a class may have become full since the last call.
+    /// Whether a class is full that was not at the last call, or is so by what the coordinator has said since.
     pub(crate) fn take_class_filled(&self) -> bool {
         std::mem::take(&mut self.counts().class_filled)
     }
@@ -58,7 +58,8 @@ impl Progress {
         let limit = |(label, wanted)| (label, wanted + reported.get(&label).copied().unwrap_or(0));
         let mut counts = self.counts();
         counts.limits = wanted.into_iter().map(limit).collect();
-        counts.class_filled = !counts.limits.is_empty();
+        let Counts { kept, limits, .. } = &*counts;
+        counts.class_filled = limits.iter().any(|(label, limit)| kept.get(label).copied().unwrap_or(0) >= *limit);
     }
 
     /// URLs by outcome.
@@ -70,5 +71,24 @@ impl Progress {
     pub(crate) fn kept(&self) -> HashMap<u32, u64> {
         let counts = self.counts();
         if counts.limits.is_empty() { HashMap::new() } else { counts.kept.clone() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn urls_are_looked_through_only_when_a_class_is_full() {
+        let (progress, none) = (Progress::default(), HashMap::new());
+        progress.set_wanted([(0, 2), (1, 5)].into(), &none);
+        progress.count_sample(0);
+        assert!(!progress.take_class_filled(), "no class is full, though each has a limit");
+        progress.count_sample(0);
+        assert!(progress.take_class_filled() && !progress.take_class_filled());
+        progress.set_wanted([(0, 9), (1, 5)].into(), &progress.kept());
+        assert!(!progress.take_class_filled() && !progress.is_full(0));
+        progress.set_wanted([(0, 9), (1, 0)].into(), &progress.kept());
+        assert!(progress.take_class_filled() && progress.is_full(1));
     }
 }

@@ -46,7 +46,7 @@ pub(crate) struct Grant {
     /// Of the shard's round.
     pub(crate) traceparent: String,
     /// Samples that classes still want, by label; see `wanted`.
-    pub(crate) wanted: HashMap<u32, u64>,
+    pub(crate) wanted: Arc<HashMap<u32, u64>>,
     /// Its URLs have failed before.
     pub(crate) once: bool,
     /// What lately gave pictures to others.
@@ -86,7 +86,7 @@ impl State {
 pub(crate) struct Renewed {
     pub(crate) duration: Duration,
     /// As in [`Grant`].
-    pub(crate) wanted: HashMap<u32, u64>,
+    pub(crate) wanted: Arc<HashMap<u32, u64>>,
     /// As in [`Grant`].
     pub(crate) probes: Vec<String>,
     /// Nothing more is to be begun.

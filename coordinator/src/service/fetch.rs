@@ -145,7 +145,7 @@ impl FetchService for FetchApi {
             spec_json: grant.spec_json,
             traceparent: grant.traceparent,
             budgets: Some(pb::SiteBudgets::from(&*self.0.sites)),
-            wanted: grant.wanted,
+            wanted: Arc::unwrap_or_clone(grant.wanted),
             once: grant.once,
             probes: grant.probes,
         });
@@ -171,7 +171,8 @@ impl FetchService for FetchApi {
         Ok(Response::new(match renewed {
             None => response,
             Some(Renewed { duration, wanted, probes, finish }) => {
-                pb::RenewLeaseResponse { duration_millis: millis(duration), wanted, probes, finish, ..response }
+                let (duration_millis, wanted) = (millis(duration), Arc::unwrap_or_clone(wanted));
+                pb::RenewLeaseResponse { duration_millis, wanted, probes, finish, ..response }
             }
         }))
     }
