@@ -67,6 +67,7 @@ mod worker {
 #[cfg(test)]
 use worker::pace;
 
+use std::convert::Infallible;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -84,6 +85,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::service::interceptor::{InterceptedService, InterceptorLayer};
 use tonic::transport::Server;
+use tonic_health::server::HealthReporter;
 use tower::util::MapResponseLayer;
 use tracing::{info, warn};
 
@@ -162,6 +164,10 @@ const DRAIN: Duration = Duration::from_secs(3);
 const TERM_CHECKS: u32 = 4;
 const TERM_CHECK_PERIOD: Duration = Duration::from_secs(30);
 
+/// How often it is looked whether the store still answers, and for how long it may be silent at least.
+const READINESS_PERIOD: Duration = Duration::from_millis(500);
+const SHORTEST_SILENCE: Duration = Duration::from_secs(2);
+
 /// How a coordinator is reached, and who is asked about those who reach it.
 pub struct Doorway {
     /// Bound.
@@ -180,7 +186,7 @@ impl Doorway {
 }
 
 /// Serves at `doorway` until `shutdown`; `store` is the cluster's, already prefixed. The gRPC health service answers
-/// SERVING once everything is recovered.
+/// SERVING once everything is recovered, and as long as the store answers.
 ///
 /// # Errors
 /// If the store lacks put-if-absent or cannot be read, if the port cannot be served, if a later coordinator has begun
@@ -257,8 +263,6 @@ pub async fn run(
             TrainerServiceServer::new(TrainerApi::new(runs)).max_decoding_message_size(LARGEST_MESSAGE),
             Guard(Arc::clone(&cluster)),
         ));
-    health.set_serving::<DatasetServiceServer<DatasetApi>>().await;
-    metrics::set_ready(true);
 
     let stop = CancellationToken::new();
     let serve = router.serve_with_incoming_shutdown(door::open(listener, tls), stop.clone().cancelled_owned());
@@ -268,6 +272,7 @@ pub async fn run(
         biased;
         reason = until_over(&term, &cluster, &store, &datasets, lease) => Some(anyhow::Error::msg(reason)),
         ended = tasks.ended() => Some(ended),
+        never = tell_readiness(&health, &term, lease) => match never {},
         served = &mut serve => {
             metrics::set_ready(false);
             served.context("failed to serve")?;
@@ -288,9 +293,37 @@ pub async fn run(
     Ok(())
 }
 
+/// Between two questions to the store whether a higher term has begun.
+fn term_check_period(lease: Duration) -> Duration {
+    (lease / TERM_CHECKS).min(TERM_CHECK_PERIOD)
+}
+
+/// Says that requests are served as long as the store answers: without it nothing can be committed, and a later
+/// coordinator may have begun unseen.
+async fn tell_readiness(health: &HealthReporter, term: &Term, lease: Duration) -> Infallible {
+    // The good answer, and two more that did not come.
+    let longest = (term_check_period(lease) * 3).max(SHORTEST_SILENCE);
+    let mut told = None;
+    loop {
+        let silent = term.unchecked();
+        let ready = silent < longest;
+        if told.replace(ready) != Some(ready) {
+            metrics::set_ready(ready);
+            match ready {
+                true => health.set_serving::<DatasetServiceServer<DatasetApi>>().await,
+                false => {
+                    warn!(?silent, "the store does not answer: not ready until it does");
+                    health.set_not_serving::<DatasetServiceServer<DatasetApi>>().await;
+                }
+            }
+        }
+        tokio::time::sleep(READINESS_PERIOD).await;
+    }
+}
+
 /// Returns when the term is over, with the reason. Looks into what callers say of it.
 async fn until_over(term: &Term, cluster: &str, store: &Store, datasets: &Datasets, lease: Duration) -> String {
-    let period = (lease / TERM_CHECKS).min(TERM_CHECK_PERIOD);
+    let period = term_check_period(lease);
     loop {
         tokio::select! {
             reason = term.ended() => return reason,

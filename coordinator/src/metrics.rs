@@ -39,7 +39,7 @@ static REFUSED: LazyLock<Family<Labels, Counter>> = LazyLock::new(Family::defaul
 
 /// Adds the coordinator's metrics to those of the process.
 pub fn register(registry: &mut Registry) {
-    registry.register("coordinator_ready", "1: the store is read and requests are served", READY.clone());
+    registry.register("coordinator_ready", "1: the store is read, it answers, and requests are served", READY.clone());
     registry.register("coordinator_term", "The term of this coordinator", TERM.clone());
     registry.register("connections", "Connections that are open", CONNECTIONS.clone());
     registry.register("connections_refused", "Connections that were not let in, by reason", TURNED_AWAY.clone());
@@ -72,7 +72,7 @@ pub fn register(registry: &mut Registry) {
     );
 }
 
-/// Whether requests are served.
+/// Whether requests are served, and the store answers.
 pub fn ready() -> bool {
     READY.get() == 1
 }

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use common::{Cluster, PATIENCE};
+use futures::StreamExt;
 use futures::stream::BoxStream;
 use object_store::memory::InMemory;
 use object_store::path::Path;
@@ -17,11 +18,17 @@ use object_store::{
     PutOptions, PutPayload, PutResult,
 };
 use proto::pb::DatasetState;
+use proto::pb::dataset_service_server::DatasetServiceServer;
+use tonic::server::NamedService;
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
 
 #[derive(Debug, Clone, Copy)]
 enum How {
     Panics,
     Hangs,
+    Fails,
 }
 
 /// A store in memory that does not do what it should where the operation and its key have all words of a rule.
@@ -43,11 +50,12 @@ impl Broken {
         rules.iter().find(|(words, _)| fits(words)).map(|(_, how)| *how)
     }
 
-    async fn pass(&self, operation: &str, key: &str) {
+    async fn pass(&self, operation: &str, key: &str) -> object_store::Result<()> {
         match self.rule(operation, key) {
             Some(How::Panics) => panic!("{operation} {key} is odd"),
             Some(How::Hangs) => std::future::pending().await,
-            None => {}
+            Some(How::Fails) => Err(object_store::Error::Generic { store: "Broken", source: "out of order".into() }),
+            None => Ok(()),
         }
     }
 }
@@ -61,7 +69,7 @@ impl fmt::Display for Broken {
 #[tonic::async_trait]
 impl ObjectStore for Broken {
     async fn put_opts(&self, at: &Path, payload: PutPayload, how: PutOptions) -> object_store::Result<PutResult> {
-        self.pass("put", at.as_ref()).await;
+        self.pass("put", at.as_ref()).await?;
         self.inner.put_opts(at, payload, how).await
     }
 
@@ -74,7 +82,7 @@ impl ObjectStore for Broken {
     }
 
     async fn get_opts(&self, at: &Path, options: GetOptions) -> object_store::Result<GetResult> {
-        self.pass("get", at.as_ref()).await;
+        self.pass("get", at.as_ref()).await?;
         self.inner.get_opts(at, options).await
     }
 
@@ -86,14 +94,20 @@ impl ObjectStore for Broken {
     }
 
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, object_store::Result<ObjectMeta>> {
-        if let (Some(How::Panics), Some(prefix)) = (prefix.and_then(|at| self.rule("list", at.as_ref())), prefix) {
-            panic!("list {prefix} is odd");
+        let folder = prefix.map_or("", Path::as_ref);
+        match self.rule("list", folder) {
+            Some(How::Panics) => panic!("list {folder} is odd"),
+            Some(How::Hangs) => futures::stream::pending().boxed(),
+            Some(How::Fails) => {
+                let error = object_store::Error::Generic { store: "Broken", source: "out of order".into() };
+                futures::stream::once(std::future::ready(Err(error))).boxed()
+            }
+            None => self.inner.list(prefix),
         }
-        self.inner.list(prefix)
     }
 
     async fn list_with_delimiter(&self, prefix: Option<&Path>) -> object_store::Result<ListResult> {
-        self.pass("list", prefix.map_or("", Path::as_ref)).await;
+        self.pass("list", prefix.map_or("", Path::as_ref)).await?;
         self.inner.list_with_delimiter(prefix).await
     }
 
@@ -159,5 +173,26 @@ async fn a_store_that_hangs_at_one_shard_keeps_no_other_lease_from_its_end() {
     let again = cluster.lease_as("w3", Duration::from_secs(10)).await.expect("its lease is over, and it is free");
     assert_eq!((&again.dataset, again.shard), (&lost.dataset, lost.shard));
     assert_ne!(again.attempt, lost.attempt);
+    cluster.stop().await;
+}
+
+#[tokio::test]
+async fn a_coordinator_whose_store_does_not_answer_is_not_ready_until_it_does() {
+    let store = Arc::new(Broken::default());
+    let cluster = Cluster::start_on(store.clone(), 0.5).await;
+    let until = async |wanted: ServingStatus| {
+        let mut health = HealthClient::new(cluster.channel.clone());
+        let service = <DatasetServiceServer<()> as NamedService>::NAME.to_owned();
+        let watch = async {
+            let mut all = health.watch(HealthCheckRequest { service }).await.expect("is known").into_inner();
+            while all.message().await.expect("watches").expect("goes on").status() != wanted {}
+        };
+        tokio::time::timeout(PATIENCE, watch).await.expect("in time");
+    };
+    until(ServingStatus::Serving).await;
+    store.set(&[(&["list", "coordinator/terms"], How::Fails)]);
+    until(ServingStatus::NotServing).await;
+    store.set(&[]);
+    until(ServingStatus::Serving).await;
     cluster.stop().await;
 }

@@ -8,6 +8,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
+use crate::store;
+
 /// One label: its name and value.
 type Label = [(&'static str, &'static str); 1];
 
@@ -42,9 +44,9 @@ pub fn register(registry: &mut Registry) {
     registry.register("worker_online", "1: it has a way out to the web", ONLINE.clone());
 }
 
-/// Whether the coordinator's last response came, and there is a way out to the web.
+/// Whether the coordinator's last response came, there is a way out to the web, and the store has not failed for long.
 pub fn ready() -> bool {
-    READY.get() == 1 && ONLINE.get() == 1
+    READY.get() == 1 && ONLINE.get() == 1 && !store::fails()
 }
 
 /// There is a way out to the web, or is none.

@@ -15,15 +15,28 @@ use crate::backoff::backoff;
 /// No try begins later than this after the first one. A store's own retries (S3 has some) are within it.
 const RETRY_TIME: Duration = Duration::from_secs(300);
 
-/// Why operations under way have failed so far, by their keys. A worker has one store.
-static FAILING: Mutex<BTreeMap<String, String>> = Mutex::new(BTreeMap::new());
+/// A worker for which the store has failed for so long is not ready.
+const LONG: Duration = Duration::from_secs(30);
+
+/// Operations under way that have failed so far, by their keys. A worker has one store.
+static FAILING: Mutex<BTreeMap<String, Failing>> = Mutex::new(BTreeMap::new());
+
+/// Why, and since when.
+struct Failing {
+    error: String,
+    since: Instant,
+}
 
 /// An operation that is tried again.
 struct Retrying<'a>(&'a str);
 
 impl Retrying<'_> {
     fn because(&self, error: &Error) {
-        failing(|all| drop(all.insert(self.0.to_owned(), error.to_string())));
+        let (error, now) = (error.to_string(), Instant::now());
+        failing(|all| {
+            let since = all.get(self.0).map_or(now, |before| before.since);
+            all.insert(self.0.to_owned(), Failing { error, since });
+        });
     }
 }
 
@@ -33,13 +46,19 @@ impl Drop for Retrying<'_> {
     }
 }
 
-fn failing<T>(look: impl FnOnce(&mut BTreeMap<String, String>) -> T) -> T {
+fn failing<T>(look: impl FnOnce(&mut BTreeMap<String, Failing>) -> T) -> T {
     look(&mut FAILING.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
 /// What the store does not do at present, although it is tried again and again.
 pub(crate) fn trouble() -> Option<String> {
-    failing(|all| all.first_key_value().map(|(key, error)| format!("{key}: {error}")))
+    failing(|all| all.first_key_value().map(|(key, failing)| format!("{key}: {}", failing.error)))
+}
+
+/// Whether the store has not done something for long, although it was tried again and again.
+pub(crate) fn fails() -> bool {
+    let now = Instant::now();
+    failing(|all| all.values().any(|failing| now.duration_since(failing.since) >= LONG))
 }
 
 /// Reads an object whole.
@@ -80,4 +99,23 @@ fn may_pass(error: &Error) -> bool {
             | Error::Unauthenticated { .. }
             | Error::UnknownConfigurationKey { .. }
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_store_that_fails_for_long_is_told_of_until_what_failed_has_ended() {
+        let error = || Error::Generic { store: "test", source: "full".into() };
+        let retrying = Retrying("tests/a_store_that_fails");
+        retrying.because(&error());
+        assert!(!fails() && trouble().is_some(), "it may pass");
+        let long_ago = Instant::now().checked_sub(LONG).expect("the machine runs for longer");
+        failing(|all| all.values_mut().for_each(|failing| failing.since = long_ago));
+        retrying.because(&error());
+        assert!(fails(), "a further try that fails is the same failure");
+        drop(retrying);
+        assert!(!fails());
+    }
 }
