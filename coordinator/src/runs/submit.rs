@@ -85,7 +85,10 @@ impl Runs {
         let manifest_key = keys::manifest(&dataset.id, version);
         let missing = || Error::NotFound(format!("dataset {:?} has no manifest of version {version}", spec.dataset));
         let json = self.store.get(&manifest_key).await?.ok_or_else(missing)?;
-        let manifest = Manifest::from_json(&json).map_err(|e| Error::Local(format!("{manifest_key}: {e}")))?;
+        // That of a large dataset has many megabytes: others are not to wait for it.
+        let read = tokio::task::spawn_blocking(move || (Manifest::from_json(&json), proto::shard::sha256_hex(&json)));
+        let (manifest, manifest_sha256) = read.await?;
+        let manifest = manifest.map_err(|e| Error::Local(format!("{manifest_key}: {e}")))?;
         let steps_per_epoch = check(&spec, &manifest)?;
         let nonce = sent.as_ref().map_or_else(nonce, |sent| sent.nonce.clone());
         let start = match (from_run.as_str(), sent) {
@@ -110,7 +113,6 @@ impl Runs {
             let why = if deleting { " and is still being deleted: try again in some seconds" } else { " already" };
             return Err(Error::Exists(format!("a run is called {name:?}{why}")));
         }
-        let manifest_sha256 = proto::shard::sha256_hex(&json);
         let dataset = dataset.id.clone();
         let stored = StoredRun {
             format: 1,
