@@ -192,6 +192,7 @@ def workload(item, template, have):
         wanted += [(kind, ref.get("name") or ref.get("secretName") or ref.get("claimName")) for ref in refs]
     yield from (f"{kind} {name} does not exist" for kind, name in wanted if (kind, name) not in have | PRINTED | GIVEN)
     yield from kept(spec)
+    yield from spooled(spec)
     queue = get(item, "metadata.labels", {}).get("kueue.x-k8s.io/queue-name")
     if queue and ("LocalQueue", queue) not in have:
         yield f"LocalQueue {queue} does not exist"
@@ -214,6 +215,18 @@ def kept(spec):
         requested = get(container, "resources.requests.memory")
         if cache and requested and size(cache) + in_memory >= size(requested):
             yield f"keeps {cache} of pixels and {in_memory} bytes of volumes in memory, and requests {requested}"
+
+
+def spooled(spec):
+    """A list that a coordinator takes lies on the disk as it was sent, and beside it as lines, each of which has up to as much again."""
+    for container in spec.get("containers", []):
+        if container.get("args") != ["coordinator"]:
+            continue
+        room = [volume["emptyDir"].get("sizeLimit", "0") for volume in spec.get("volumes", []) if "emptyDir" in volume]
+        room = min(map(size, [*room, get(container, "resources.limits.ephemeral-storage", "1024G")]), default=0)
+        largest = next((entry["value"] for entry in container.get("env", []) if entry["name"] == "GLEANER_LARGEST_LIST"), "64G")
+        if 3 * size(largest) > room:
+            yield f"takes lists of {largest} bytes, and has not room for three times as much"
 
 
 def ports(container):
@@ -425,6 +438,7 @@ BREAKS = (
     ("Deployment/worker", "spec.template.spec.containers.0.securityContext.readOnlyRootFilesystem", False, "is not True"),
     ("Deployment/worker", "spec.template.spec.securityContext.runAsUser", 0, "runs as root"),
     ("Deployment/worker", "spec.template.spec.automountServiceAccountToken", True, "automountServiceAccountToken is not False"),
+    ("Deployment/coordinator", "spec.template.spec.containers.0.env", None, "has not room for three times"),
     ("Deployment/worker", "metadata.namespace", None, "is in no namespace"),
     ("Deployment/worker", "spec.template.spec.containers.0.env.0.name", "GLEANER_COORD", "is no flag of the binary"),
 )
