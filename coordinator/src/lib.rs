@@ -218,6 +218,8 @@ pub async fn run(
     datasets.recover().await.context("failed to recover the datasets")?;
     let recovered = Runs::recover(store.clone(), Arc::clone(&term), Arc::clone(&datasets)).await;
     let (runs, drive) = recovered.context("failed to recover the runs")?;
+    // That may have taken long: who begins to serve knows that no later one has begun, and that the store answers.
+    term.check(&store).await?;
     info!(term = term.number(), cluster = &*cluster, store = store.name(), "coordinator begins its term");
 
     // Whatever way `run` ends, its tasks end with it.
