@@ -278,8 +278,14 @@ impl<'a> History<'a> {
         }
     }
 
+    /// The round that a shard is of.
+    pub(crate) fn round_of(&self, shard: u32) -> Option<&Round> {
+        self.rounds.iter().find(|round| round.shards().contains(&shard))
+    }
+
     fn slice_of(&self, shard: u32) -> Option<&Slice> {
-        self.rounds.iter().find_map(|round| round.slices.get(shard.checked_sub(round.first_slice)? as usize))
+        let round = self.round_of(shard)?;
+        round.slices.get((shard - round.first_slice) as usize)
     }
 
     fn stand_in(&self, shard: u32) -> ShardIndex {

@@ -10,7 +10,7 @@
 //! - `sites`, `shares` (pure): how much of which site each worker may use; `site_rules` (pure): what sites say may be
 //!   taken from them;
 //! - `datasets`, `manifest`, `history`, `damage`: the state of all datasets, their sealing, what became of each URL,
-//!   and what cannot be read any more;
+//!   and what cannot be read any more; `turns` (pure): which of what may come back is asked again;
 //! - `duplicates`, `near` (pure): which samples do not count;
 //! - `roster` (pure), `runs`: which rank runs where, and each run's history;
 //! - `service`: the gRPC face of all that; `access` stands in front of it: who may do what; [`door`]: the connections
@@ -52,6 +52,7 @@ mod store;
 mod tasks;
 mod term;
 mod trouble;
+mod turns;
 
 // What `make sim` simulates (see tests/sim) is the code of this crate, and that of the worker which decides.
 #[cfg(test)]

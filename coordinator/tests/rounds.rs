@@ -88,6 +88,51 @@ async fn a_refresh_fetches_what_may_come_back_and_what_is_new_and_outlives_a_kil
 }
 
 #[tokio::test]
+async fn what_is_dead_in_several_refreshes_is_asked_less_and_less_often_and_all_at_once_on_request() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut cluster = Cluster::start(folder.path(), 0.5).await;
+    let silent = (0..40).map(|i| format!("n0\thttp://silent/{i}\n"));
+    let list: String = (0..10).map(|i| format!("n0\thttp://h{i}/{i}\n")).chain(silent).collect();
+    let dataset = cluster.create("birds", "request-0", 1000, &list).await.expect("a good list").dataset;
+    cluster.work().await;
+    // A part is asked by each refresh: what it asks, and what it leaves for later.
+    let mut asked: Vec<Vec<String>> = Vec::new();
+    for refresh in 1..=7 {
+        if refresh == 4 {
+            cluster.kill();
+            cluster = Cluster::start(folder.path(), 0.5).await;
+        }
+        cluster.sealed("birds").await;
+        let request = format!("request-{refresh}");
+        let opened = cluster.refresh("birds", &request, None).await.expect("it is ready");
+        assert_eq!(opened.retried.values().sum::<u64>() + opened.left_for_later, 40, "refresh {refresh}");
+        cluster.work().await;
+        let lines = slice(&cluster, &dataset, opened.round - 1).await;
+        assert_eq!(lines.len() as u64, opened.urls);
+        asked.push(lines);
+    }
+    let apart = |refreshes: std::ops::RangeInclusive<usize>| {
+        let mut all = asked[refreshes.start() - 1..*refreshes.end()].concat();
+        let total = all.len();
+        all.sort();
+        all.dedup();
+        (total, all.len())
+    };
+    assert_eq!(apart(1..=1), (40, 40), "the first one asks all");
+    assert_eq!(apart(2..=3), (40, 40), "each once in two");
+    assert_eq!(apart(4..=7), (40, 40), "and each once in four, over a restart");
+    assert!(asked[1..].iter().all(|lines| !lines.is_empty() && lines.len() < 40), "{asked:?}");
+
+    cluster.sealed("birds").await;
+    let all = cluster.refresh_all("birds", "request-8").await.expect("it is ready");
+    assert_eq!((all.retried, all.left_for_later), (counts(&[("timeout", 40)]), 0));
+    cluster.work().await;
+    let described = cluster.sealed("birds").await;
+    assert_eq!((described.rounds, described.automatic_rounds), (10, 1), "what has failed twice is in no automatic one");
+    cluster.stop().await;
+}
+
+#[tokio::test]
 async fn a_class_keeps_so_many_and_opens_what_it_left_when_duplicates_make_it_short() {
     let folder = tempfile::tempdir().expect("a folder");
     let cluster = Cluster::start(folder.path(), 30.0).await;

@@ -150,7 +150,7 @@ mod tests {
                 size resize no-upscale encode-format reencode quality validation test seed slice-urls per-class min-bytes spec set wait timeout"),
             (&["dataset", "import"], "class-column image-column store splits dry-run unlabelled keep-columns multi-label synsets class-names limit \
                 size resize no-upscale encode-format reencode quality validation test seed slice-urls per-class min-bytes spec set wait timeout"),
-            (&["dataset", "refresh"], "urls store-key format synset-column url-column url-format columns limit import class-column image-column store accept-damage wait timeout"),
+            (&["dataset", "refresh"], "urls store-key format synset-column url-column url-format columns limit import class-column image-column store all accept-damage wait timeout"),
             (&["dataset", "outcomes"], "store outcome synset limit version"),
             (&["dataset", "sample"], "store to synset each split version"),
             (&["dataset", "diff"], "store"),

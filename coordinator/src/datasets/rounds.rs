@@ -24,6 +24,7 @@ use crate::gists::{Gists, INDEXES};
 use crate::history::{History, HistoryError, Seen};
 use crate::sites::Deal;
 use crate::store::{Created, Store};
+use crate::turns::{Made, Streaks, Turns};
 
 /// Slices that are uploaded at the same time.
 const UPLOADS: usize = 8;
@@ -33,8 +34,9 @@ const LATER: usize = 32;
 /// Which URLs are fetched retry.
 #[derive(Debug, Clone)]
 pub(crate) enum Retry {
-    /// Those whose failure is transient, but not of these synsets, which have enough.
-    Transient { full: HashSet<String> },
+    /// Those whose failure is transient, but not of these synsets, which have enough. Unless `all` are wanted, those
+    /// that have failed in several rounds only if it is their [turn](Turns).
+    Transient { full: HashSet<String>, all: bool },
     /// Likewise, but only what has failed in no more than one round, or was not got to: the automatic round.
     Once { full: HashSet<String> },
     /// Those of these synsets that were left because their class seemed to have enough.
@@ -42,12 +44,12 @@ pub(crate) enum Retry {
 }
 
 impl Retry {
-    /// Everything that failed transiently, of classes that do not have enough.
-    pub(crate) fn transient(dataset: &Dataset) -> Self {
+    /// What failed transiently, of classes that do not have enough.
+    pub(crate) fn transient(dataset: &Dataset, all: bool) -> Self {
         let per_class = u64::from(dataset.spec.per_class);
         let classes = dataset.manifest.iter().flat_map(|manifest| &manifest.classes);
         let full = classes.filter(|class| per_class > 0 && class.total() >= per_class);
-        Self::Transient { full: full.map(|class| class.synset.clone()).collect() }
+        Self::Transient { full: full.map(|class| class.synset.clone()).collect(), all }
     }
 
     /// The same as an automatic round has it.
@@ -70,7 +72,7 @@ impl Retry {
         let rejection = row.outcome.err()?;
         let transient = || rejection.is_transient(row.http_status);
         let wanted = match self {
-            Self::Transient { full } => transient() && !full.contains(synset),
+            Self::Transient { full, .. } => transient() && !full.contains(synset),
             Self::Once { full } => {
                 let failed = || failed.is_some_and(|failed| failed.contains(row.key));
                 let retry = match rejection {
@@ -160,8 +162,39 @@ fn failed_twice(history: &History<'_>, gists: &mut Gists<'_>) -> Result<Seen, Er
     Ok(twice)
 }
 
+/// Which of the URLs that may come back a refresh takes; None: all.
+fn turns(
+    history: &History<'_>,
+    gists: &mut Gists<'_>,
+    selects: impl Fn(&GistRow) -> Option<Rejection>,
+) -> Result<Option<Turns>, Error> {
+    let asked = history.rounds.iter().filter(|round| round.cause == Cause::Request).count();
+    if asked < 2 {
+        return Ok(None);
+    }
+    let mut streaks = Streaks::new(history.rounds.last().map_or(0, Round::end_key));
+    gists.latest_first(None, |gist, latest, _| -> Result<(), Error> {
+        let asked = history.round_of(gist.index.shard).is_some_and(|round| round.cause == Cause::Request);
+        for (row, latest) in gist.rows.iter().zip(latest) {
+            let made = match row.outcome {
+                Err(Rejection::Unfetched) => Made::Untried,
+                Err(rejection) if rejection.is_transient(row.http_status) => Made::Failed { asked },
+                _ => Made::Other,
+            };
+            match latest {
+                true if selects(row).is_some() => streaks.begin(row.key, made),
+                true => {}
+                false => streaks.older(row.key, made),
+            }
+        }
+        Ok(())
+    })?;
+    Ok(Some(streaks.turns(asked as u64)))
+}
+
 /// Takes into `catalog` what is to be fetched again, and, if new lines are to be `compared`, what is known. `base` is
-/// the latest manifest: what it covers is read as far as something of it is fetched again. Blocks its thread.
+/// the latest manifest: what it covers is read as far as something of it is fetched again. How many URLs may come back,
+/// but are left for later. Blocks its thread.
 pub(crate) fn gather(
     history: &History<'_>,
     base: Option<&Manifest>,
@@ -169,21 +202,29 @@ pub(crate) fn gather(
     retry: &Retry,
     compared: bool,
     catalog: &mut Catalog,
-) -> Result<(), Error> {
+) -> Result<u64, Error> {
     let mut gists = Gists::find(history, 0, "", base)?;
     let failed = match retry {
-        Retry::Once { .. } if stands_still(history)? => return Ok(()),
+        Retry::Once { .. } if stands_still(history)? => return Ok(0),
         Retry::Once { .. } => Some(failed_twice(history, &mut gists)?),
         _ => None,
     };
-    let mut indexes = BTreeMap::new();
-    let mut later = Vec::new();
+    let selects = |row: &GistRow| {
+        let synset = &spec.classes.get(row.label as usize)?.synset;
+        retry.selects(row, synset, failed.as_ref())
+    };
+    let turns = match retry {
+        Retry::Transient { all: false, .. } => turns(history, &mut gists, selects)?,
+        _ => None,
+    };
+    let (mut indexes, mut later, mut waiting) = (BTreeMap::new(), Vec::new(), 0);
     gists.latest_first(None, |gist, latest, rows| -> Result<(), Error> {
-        let selects = |row: &GistRow| {
-            let synset = &spec.classes.get(row.label as usize)?.synset;
-            retry.selects(row, synset, failed.as_ref())
-        };
-        let selected = gist.rows.iter().zip(latest).map(|(row, latest)| if *latest { selects(row) } else { None });
+        let selected = gist.rows.iter().zip(latest).map(|(row, latest)| {
+            let rejection = if *latest { selects(row)? } else { return None };
+            let is_due = turns.as_ref().is_none_or(|turns| turns.has(row.key));
+            waiting += u64::from(!is_due);
+            is_due.then_some(rejection)
+        });
         match rows {
             Some(rows) => {
                 for (row, rejection) in rows.iter().zip(selected) {
@@ -210,7 +251,10 @@ pub(crate) fn gather(
         Ok(())
     })?;
     retry_later(history, spec, retry, &mut later, catalog)?;
-    if compared { history.each_listed(&indexes, |url| catalog.push_known(url)) } else { Ok(()) }
+    if compared {
+        history.each_listed(&indexes, |url| catalog.push_known(url))?;
+    }
+    Ok(waiting)
 }
 
 /// Takes into `catalog` rows of shards of which only the gists were read.
@@ -374,7 +418,7 @@ mod tests {
 
     #[test]
     fn transient_failures_are_retried_unless_their_class_has_enough() {
-        let retry = Retry::Transient { full: HashSet::from(["n2".to_owned()]) };
+        let retry = Retry::Transient { full: HashSet::from(["n2".to_owned()]), all: false };
         assert!(retry.selects(&row(Rejection::Timeout, None), "n1", None).is_some());
         assert!(retry.selects(&row(Rejection::HttpStatus, Some(503)), "n1", None).is_some());
         assert!(retry.selects(&row(Rejection::Timeout, None), "n2", None).is_none());

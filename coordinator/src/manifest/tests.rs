@@ -315,7 +315,11 @@ impl World {
 
     fn retries(&self) -> [Retry; 3] {
         let some = || HashSet::from(["n1".to_owned(), "n3".to_owned()]);
-        [Retry::Once { full: HashSet::new() }, Retry::Transient { full: some() }, Retry::Left { short: some() }]
+        [
+            Retry::Once { full: HashSet::new() },
+            Retry::Transient { full: some(), all: false },
+            Retry::Left { short: some() },
+        ]
     }
 
     fn assert_whole(&self, manifest: &Manifest) {

@@ -155,22 +155,26 @@ pub(super) async fn refresh(
             tolerance.any |= start.accept_damage;
             let of = (&dataset.id, &*dataset.spec);
             let history = History::new(&handle, &store, of, &dataset.rounds, &tolerance);
-            let (base, retry) = (dataset.manifest.as_deref(), Retry::transient(&dataset));
-            gather(&history, base, &dataset.spec, &retry, lists > 0, &mut catalog)?;
+            let (base, retry) = (dataset.manifest.as_deref(), Retry::transient(&dataset, start.all));
+            let left = gather(&history, base, &dataset.spec, &retry, lists > 0, &mut catalog)?;
             let round = catalog.cut(&mut spec, slices)?;
-            Ok((Round { accepts_damage: start.accept_damage, ..round }, shown))
+            Ok((Round { accepts_damage: start.accept_damage, ..round }, shown, left))
         }
     });
-    let (round, shown) = with_lists(datasets, &start, received, pieces, made).await?;
+    let (round, shown, left) = with_lists(datasets, &start, received, pieces, made).await?;
+    let respond = move |id: &DatasetId, round: &Round| {
+        let response = with_shown(response(id, round), shown);
+        pb::CreateDatasetResponse { left_for_later: left, ..response }
+    };
     if round.slices.is_empty() {
         datasets.seal_again(&dataset.id, start.accept_damage);
-        return Ok(pb::CreateDatasetResponse { round: 0, ..with_shown(response(&dataset.id, &round), shown) });
+        return Ok(pb::CreateDatasetResponse { round: 0, ..respond(&dataset.id, &round) });
     }
     let datasets = Arc::clone(datasets);
     let finish = async move {
         let _name = name;
         let added = datasets.add_round(&dataset.id, round.clone()).await;
-        added.map(|()| with_shown(response(&dataset.id, &round), shown))
+        added.map(|()| respond(&dataset.id, &round))
     };
     tokio::spawn(finish.in_current_span()).await?
 }

@@ -31,7 +31,11 @@ const EXAMPLES: [(&str, &[&str]); 12] = [
     ),
     (
         "dataset refresh",
-        &["gleaner dataset refresh birds --wait", "gleaner dataset refresh birds --urls more-birds.txt"],
+        &[
+            "gleaner dataset refresh birds --wait",
+            "gleaner dataset refresh birds --urls more-birds.txt",
+            "gleaner dataset refresh birds --all",
+        ],
     ),
     (
         "dataset outcomes",

@@ -87,6 +87,9 @@ pub(crate) struct RefreshArgs {
     import: Vec<String>,
     #[command(flatten)]
     columns: FileColumns,
+    /// Also ask for what has failed in several refreshes in a row, which is otherwise asked less and less often
+    #[arg(long)]
+    all: bool,
     /// Go on although so many shards are damaged that the store itself may be wrong: leave them out, and fetch their
     /// URLs again
     #[arg(long)]
@@ -180,7 +183,7 @@ pub(super) async fn create(args: CreateArgs) -> Result<()> {
 /// Opens another round of a dataset.
 pub(super) async fn refresh(args: RefreshArgs) -> Result<()> {
     let mut sources = args.lists.urls.iter().map(|text| Source::parse(text)).collect::<Result<Vec<_>>>()?;
-    let mut start = Start { accept_damage: args.accept_damage, ..args.lists.start(&args.name) };
+    let mut start = Start { accept_damage: args.accept_damage, all: args.all, ..args.lists.start(&args.name) };
     let of = NameArgs { name: args.name, cluster: args.cluster };
     if !args.import.is_empty() {
         let mut client = Cluster::new(&of.cluster)?.datasets;
@@ -311,6 +314,7 @@ pub(super) fn summary(name: &str, verb: &str, round: &CreateDatasetResponse) -> 
         (round.repeated, "lines say again what another one said"),
         (round.several, "pictures have several classes"),
         (*bad_lines, "bad lines"),
+        (round.left_for_later, "that failed in several refreshes in a row are left for a later one (--all asks them)"),
     ] {
         if count > 0 {
             line += &format!("; {count} {what}");
@@ -452,6 +456,13 @@ mod tests {
     struct Cli {
         #[command(flatten)]
         create: CreateArgs,
+    }
+
+    #[test]
+    fn what_is_left_for_later_is_said() {
+        let round = CreateDatasetResponse { left_for_later: 3, ..CreateDatasetResponse::default() };
+        let line = summary("birds", "refreshed", &round);
+        assert!(line.contains("; 3 that failed in several refreshes in a row are left"), "{line}");
     }
 
     #[test]
