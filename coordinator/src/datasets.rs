@@ -1,9 +1,10 @@
 //! The datasets: what is known of each, and the work on them, by subject: `recover`, `lease`, `large`, `control`,
-//! `rounds`, `seal`, `remove`, `wanted`.
+//! `compare`, `rounds`, `seal`, `remove`, `wanted`.
 //!
 //! The state is behind one lock that is never held over an await. All of it comes from the store: [`Datasets::recover`]
 //! rebuilds it by listing.
 
+mod compare;
 pub(crate) mod control;
 mod large;
 mod lease;
@@ -44,6 +45,7 @@ use crate::sites::Deal;
 use crate::store::{Created, Store};
 use crate::term::Term;
 use crate::trouble::{Trouble, Troubles};
+use crate::yields::Yields;
 
 /// Datasets, and slices of one dataset, that are worked on at the same time.
 const PARALLEL: usize = 8;
@@ -81,6 +83,7 @@ struct State {
     /// When each was heard of last.
     workers: HashMap<String, Now>,
     troubles: Troubles,
+    yields: Yields,
     probes: Probes,
 }
 
@@ -251,6 +254,7 @@ impl Datasets {
                 slices: Slices::default(),
                 workers: HashMap::new(),
                 troubles: Troubles::default(),
+                yields: Yields::default(),
                 probes: Probes::default(),
             }),
             shares: Mutex::new(shares),

@@ -7,6 +7,7 @@
 //! - `inbox`, `catalog`, `list`, `dealing`, `spool`: lists of URLs are received and become slices, dealt by site, in
 //!   bounded memory;
 //! - `ledger` (pure): who may make which shard until when;
+//! - `yields` (pure): whose yield stands out, of workers and of large sites;
 //! - `sites`, `shares` (pure): how much of which site each worker may use; `site_rules` (pure): what sites say may be
 //!   taken from them;
 //! - `datasets`, `manifest`, `history`, `damage`: the state of all datasets, their sealing, what became of each URL,
@@ -53,6 +54,7 @@ mod tasks;
 mod term;
 mod trouble;
 mod turns;
+mod yields;
 
 // What `make sim` simulates (see tests/sim) is the code of this crate, and that of the worker which decides.
 #[cfg(test)]

@@ -1,5 +1,5 @@
-//! What goes wrong in the cluster, and since when: the failures of workers and of the store that have not ended. Pure;
-//! time comes in as an argument.
+//! What goes wrong in the cluster, and since when: the failures of workers and of the store that have not ended, and
+//! workers that keep far less than others. Pure; time comes in as an argument.
 
 use std::time::Duration;
 
@@ -10,6 +10,8 @@ use crate::ledger::Now;
 
 /// A trouble that was not heard of for so long has passed.
 const PASSED: Duration = Duration::from_secs(300);
+/// A yield is news for longer: a slice may take a quarter of an hour.
+const YIELD_PASSED: Duration = Duration::from_secs(3600);
 /// Those that are remembered.
 const MOST: usize = 1000;
 
@@ -25,8 +27,18 @@ pub(crate) struct Trouble {
     pub(crate) count: u64,
     pub(crate) since: Now,
     pub(crate) last: Now,
-    /// It holds an attempt up that goes on.
-    holds_up: bool,
+    lasts: Lasts,
+}
+
+/// How long a trouble lasts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Lasts {
+    /// An attempt has failed: until its worker has committed something.
+    Worked,
+    /// It holds an attempt up that goes on: until it is no longer told.
+    HeldUp,
+    /// A worker keeps far less than the others: until it does not.
+    LowYield,
 }
 
 impl Trouble {
@@ -58,7 +70,7 @@ impl Troubles {
         dataset: &DatasetId,
         text: String,
     ) {
-        self.note(now, kind, worker, dataset, text, false);
+        self.note(now, kind, worker, dataset, text, Lasts::Worked);
     }
 
     /// An attempt is held up, or (None) is not.
@@ -73,11 +85,11 @@ impl Troubles {
         let kind = by.as_ref().map(|(kind, _)| *kind);
         let over = |trouble: &Trouble| {
             let same = trouble.worker.as_deref() == Some(worker) && trouble.dataset == *dataset;
-            same && trouble.holds_up && Some(trouble.kind) != kind
+            same && trouble.lasts == Lasts::HeldUp && Some(trouble.kind) != kind
         };
         self.0.retain(|trouble| !over(trouble));
         if let Some((kind, text)) = by {
-            self.note(now, kind, Some(worker), dataset, text, true);
+            self.note(now, kind, Some(worker), dataset, text, Lasts::HeldUp);
             return true;
         }
         self.0.len() != before
@@ -85,12 +97,25 @@ impl Troubles {
 
     /// A worker, or (None) the coordinator, did what it was to do: only slices that failed may still be in trouble.
     pub(crate) fn worked(&mut self, worker: Option<&str>) {
-        self.0.retain(|trouble| trouble.worker.as_deref() != worker || trouble.kind == FailureKind::Slice);
+        let stays = |trouble: &Trouble| trouble.kind == FailureKind::Slice || trouble.lasts == Lasts::LowYield;
+        self.0.retain(|trouble| trouble.worker.as_deref() != worker || stays(trouble));
+    }
+
+    /// The workers that keep far less of a dataset than the others, each with what is to be said: these, and no more.
+    pub(crate) fn low_yields(&mut self, now: Now, dataset: &DatasetId, low: Vec<(String, String)>) {
+        let is_low = |worker: Option<&str>| low.iter().any(|(low, _)| Some(&**low) == worker);
+        self.0.retain(|trouble| {
+            trouble.lasts != Lasts::LowYield || trouble.dataset != *dataset || is_low(trouble.worker.as_deref())
+        });
+        for (worker, text) in low {
+            self.note(now, FailureKind::WayOut, Some(&worker), dataset, text, Lasts::LowYield);
+        }
     }
 
     /// Forgets those that have passed, and those of datasets that are gone.
     pub(crate) fn forget(&mut self, now: Now, exists: impl Fn(&DatasetId) -> bool) {
-        self.0.retain(|trouble| now.saturating_sub(trouble.last) < PASSED && exists(&trouble.dataset));
+        let passed = |trouble: &Trouble| if trouble.lasts == Lasts::LowYield { YIELD_PASSED } else { PASSED };
+        self.0.retain(|trouble| now.saturating_sub(trouble.last) < passed(trouble) && exists(&trouble.dataset));
     }
 
     /// The oldest first.
@@ -105,17 +130,20 @@ impl Troubles {
         worker: Option<&str>,
         dataset: &DatasetId,
         text: String,
-        holds_up: bool,
+        lasts: Lasts,
     ) {
+        let is_low = lasts == Lasts::LowYield;
         let same = |trouble: &&mut Trouble| {
-            trouble.kind == kind && trouble.worker.as_deref() == worker && trouble.dataset == *dataset
+            let same = trouble.kind == kind && trouble.worker.as_deref() == worker && trouble.dataset == *dataset;
+            same && (trouble.lasts == Lasts::LowYield) == is_low
         };
         if let Some(trouble) = self.0.iter_mut().find(same) {
-            (trouble.text, trouble.last, trouble.holds_up) = (text, now, holds_up);
-            trouble.count += 1;
+            (trouble.text, trouble.last, trouble.lasts) = (text, now, lasts);
+            // A yield that stays low is one trouble.
+            trouble.count += u64::from(!is_low);
         } else if self.0.len() < MOST {
             let (worker, dataset) = (worker.map(str::to_owned), dataset.clone());
-            self.0.push(Trouble { kind, worker, dataset, text, count: 1, since: now, last: now, holds_up });
+            self.0.push(Trouble { kind, worker, dataset, text, count: 1, since: now, last: now, lasts });
         }
     }
 }
@@ -162,5 +190,22 @@ mod tests {
         assert_eq!(troubles.iter().map(|trouble| trouble.count).collect::<Vec<_>>(), [2, 1]);
         assert!(troubles.held_up(at(4), "w1", &birds, None) && !troubles.held_up(at(5), "w1", &birds, None));
         assert_eq!(troubles.iter().map(|trouble| trouble.kind).collect::<Vec<_>>(), [FailureKind::WayOut]);
+    }
+
+    #[test]
+    fn a_low_yield_stays_until_it_is_no_longer_told_whatever_else_its_worker_does() {
+        let (mut troubles, birds): (_, DatasetId) = (Troubles::default(), "birds-1".parse().expect("an id"));
+        let low = |percent: u32| vec![("w1".to_owned(), format!("w1 keeps {percent} %"))];
+        troubles.low_yields(at(10), &birds, low(3));
+        troubles.failed(at(20), FailureKind::WayOut, Some("w1"), &birds, "offline".to_owned());
+        troubles.low_yields(at(30), &birds, low(4));
+        troubles.worked(Some("w1"));
+        assert!(!troubles.held_up(at(40), "w1", &birds, None));
+        troubles.low_yields(at(50), &"cats-1".parse().expect("an id"), Vec::new());
+        troubles.forget(at(30) + PASSED, |_| true);
+        let told: Vec<_> = troubles.iter().map(|trouble| (&*trouble.text, trouble.since, trouble.count)).collect();
+        assert_eq!(told, [("w1 keeps 4 %", at(10), 1)]);
+        troubles.low_yields(at(60), &birds, Vec::new());
+        assert_eq!(troubles.iter().count(), 0);
     }
 }

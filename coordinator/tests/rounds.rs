@@ -6,10 +6,10 @@ mod common;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use common::{Cluster, PATIENCE, get, put, shard_id};
+use common::{Cluster, PATIENCE, get, put, put_shard_as, shard_id};
 use proto::findings::Finding;
 use proto::manifest::Skip;
-use proto::pb::{self, DatasetState};
+use proto::pb::{self, DatasetState, FailureKind};
 use proto::{DatasetSpec, Split, keys, table};
 use tonic::Code;
 
@@ -217,5 +217,34 @@ async fn objects_of_a_dataset_are_read_through_the_coordinator_and_no_others() {
     {
         assert_eq!(read(other.clone(), 0, 0).await.expect_err(&other).code(), Code::InvalidArgument, "{other}");
     }
+    cluster.stop().await;
+}
+
+#[tokio::test]
+async fn a_worker_that_keeps_far_less_than_another_is_told_with_both_yields_while_the_round_lasts() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cluster = Cluster::start(folder.path(), 30.0).await;
+    let list: String =
+        (0..1600).map(|i| format!("n0\thttp://{}{i}/{i}\n", if i % 4 == 0 { "g" } else { "h" })).collect();
+    cluster.create("birds", "request-1", 100, &list).await.expect("a good list");
+    let make = async |worker: &str, slices: u32| {
+        for _ in 0..slices {
+            let lease = cluster.lease_as(worker, PATIENCE).await.expect("one of sixteen");
+            put_shard_as(worker, &*cluster.store, &lease).await;
+            cluster.complete(&lease).await;
+        }
+        cluster.dataset("birds").await.expect("exists").troubles
+    };
+    assert_eq!(make("w1", 4).await, []);
+    assert_eq!(make("deaf", 2).await, [], "that may be chance");
+    let troubles = make("deaf", 2).await;
+    let told: Vec<_> = troubles.iter().map(|trouble| (&*trouble.worker, trouble.kind(), trouble.count)).collect();
+    assert_eq!(told, [("deaf", FailureKind::WayOut, 1)]);
+    assert!(troubles[0].text.contains("deaf lately kept 0.0 %") && troubles[0].text.contains("name servers"));
+    assert_eq!(make("w1", 2).await.len(), 1, "what another one does changes nothing");
+    // The next round begins with what the deaf one has left.
+    cluster.work().await;
+    let dataset = cluster.sealed("birds").await;
+    assert_eq!((dataset.outcomes["kept"], dataset.automatic_rounds), (1200, 1));
     cluster.stop().await;
 }

@@ -239,7 +239,7 @@ fn description(dataset: &Dataset) -> Vec<String> {
 
 /// Sites that are asked for long: how far each is, and how fast.
 fn sites_table(sites: &[LargeSite]) -> Table {
-    let mut table = Table::new(&["site", "urls", "waiting", "per second", "at once", "left"]);
+    let mut table = Table::new(&["site", "urls", "waiting", "kept", "per second", "at once", "left"]);
     for site in sites {
         let rate = site.requests_per_second;
         let seconds = if rate > 0.0 { site.left as f64 / rate } else { 0.0 };
@@ -258,12 +258,25 @@ fn sites_table(sites: &[LargeSite]) -> Table {
             site.site.clone(),
             site.urls.to_string(),
             site.left.to_string(),
+            site_yield(site),
             speed,
             format!("{} of {}", site.slots_lent, site.slots),
             left,
         ]);
     }
     table
+}
+
+/// What of a site was kept in this round, and what lately, if that is far less.
+pub(crate) fn site_yield(site: &LargeSite) -> String {
+    let LargeSite { asked, kept, asked_lately, kept_lately, .. } = *site;
+    match asked_lately {
+        0 => percent(kept, asked),
+        _ => {
+            let before = percent(kept.saturating_sub(kept_lately), asked.saturating_sub(asked_lately));
+            format!("{} lately, {before} before", percent(kept_lately, asked_lately))
+        }
+    }
 }
 
 /// What became of the URLs; adds up to their number.
@@ -414,6 +427,10 @@ mod tests {
             slots_lent: 1,
             slots: 1,
             most_requests_per_second: 0.5,
+            asked: 6000,
+            kept: 2008,
+            asked_lately: 2000,
+            kept_lately: 8,
         };
         let photos = LargeSite { site: "photos.com".into(), urls: 7000, left: 20, ..flickr.clone() };
         let photos = LargeSite {
@@ -422,14 +439,15 @@ mod tests {
             slots_lent: 0,
             slots: 16,
             most_requests_per_second: 100.0,
+            asked_lately: 0,
             ..photos
         };
         assert_eq!(
             sites_table(&[flickr, photos]).lines(),
             [
-                "SITE        URLS  WAITING  PER SECOND                   AT ONCE  LEFT",
-                "flickr.com  9000     3000  0.5, its budget              1 of 1   1h 40m",
-                "photos.com  7000       20  4.0 so far of 100.0 at most  0 of 16  -",
+                "SITE        URLS  WAITING  KEPT                         PER SECOND                   AT ONCE  LEFT",
+                "flickr.com  9000     3000  0.4 % lately, 50.0 % before  0.5, its budget              1 of 1   1h 40m",
+                "photos.com  7000       20  33.5 %                       4.0 so far of 100.0 at most  0 of 16  -",
             ]
         );
     }

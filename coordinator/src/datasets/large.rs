@@ -9,6 +9,7 @@ use proto::{DatasetId, pb};
 use super::{Dataset, Datasets, State};
 use crate::ledger::{Change, Ledger};
 use crate::shares::LEAST_RATE;
+use crate::yields::SiteYield;
 
 /// Requests at once for which one worker is enough.
 const SLOTS_OF_A_WORKER: u32 = 16;
@@ -168,6 +169,8 @@ impl Datasets {
         let show = |(site, left): (&str, u64)| {
             let budget = self.sites.budget(site);
             let standing = self.shares().standing(self.now(), site, budget);
+            let SiteYield { all, lately } = self.state().yields.site(&dataset.id, site);
+            let lately = lately.unwrap_or_default();
             let of_it = dataset.deal.large().filter(|(name, _)| &***name == site).flat_map(|(_, shards)| shards);
             pb::LargeSite {
                 site: site.to_owned(),
@@ -178,6 +181,10 @@ impl Datasets {
                 slots_lent: standing.lent,
                 slots: budget.slots,
                 most_requests_per_second: budget.rate,
+                asked: all.asked,
+                kept: all.kept,
+                asked_lately: lately.asked,
+                kept_lately: lately.kept,
             }
         };
         left.into_iter().map(show).collect()

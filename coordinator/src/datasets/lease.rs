@@ -9,7 +9,7 @@ use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
 use proto::handover::Handover;
 use proto::pb::{FailureKind, FetchedRules, KnownRules};
-use proto::{Attempt, OutcomeCounts, Rejection, ShardId, ShardIndex, keys};
+use proto::{Attempt, DatasetId, OutcomeCounts, Rejection, ShardId, ShardIndex, keys};
 use tracing::{error, info, warn};
 
 use super::wanted::Wanted;
@@ -288,8 +288,11 @@ impl Datasets {
             if !state.ledger.commit(of, worker) {
                 return;
             }
-            if worker.is_some() {
-                state.troubles.worked(worker);
+            if let Some(worker) = worker {
+                state.troubles.worked(Some(worker));
+                if let Ok(index) = index {
+                    state.yielded(self.now(), of, worker, &index.outcomes);
+                }
             }
             let counts = state.ledger.counts(id);
             let Some(dataset) = state.live.get_mut(id) else { return };
@@ -455,6 +458,11 @@ impl Datasets {
         state.workers.retain(|_, seen| now < *seen + WORKER_FORGOTTEN);
         state.ledger.retain_workers(|worker| state.workers.contains_key(worker));
         state.troubles.forget(now, |id| state.live.contains_key(id));
+        let (is_worker, is_live) =
+            (|name: &str| state.workers.contains_key(name), |id: &DatasetId| state.live.contains_key(id));
+        for changed in state.yields.retain(is_worker, is_live) {
+            state.compare(now, &changed);
+        }
         let mut shards = Vec::new();
         for Expired { id, lost } in state.ledger.expire(now) {
             if let Some((worker, kind)) = lost {

@@ -15,6 +15,7 @@ use super::page::{Failure, Page, number, query, troubles};
 use super::pictures::sheet;
 use super::progress::{YIELD, comes_back, progress, shares};
 use super::source::Source;
+use crate::dataset::site_yield;
 use crate::output::percent;
 
 /// Pictures of one sheet.
@@ -122,10 +123,10 @@ fn sites_section(dataset: &Dataset) -> Markup {
         @if !dataset.large_sites.is_empty() { section #sites {
             h2 { "Large sites that are not done" }
             div .scroll { table {
-                thead { tr { th { "site" } th .n { "URLs" } th .n { "waiting" } th .n { "a second" } th .n { "at once" } } }
+                thead { tr { th { "site" } th .n { "URLs" } th .n { "waiting" } th .n { "kept" } th .n { "a second" } th .n { "at once" } } }
                 tbody { @for site in &dataset.large_sites { tr {
                     td { (site.site) }
-                    td .n { (number(site.urls)) } td .n { (number(site.left)) }
+                    td .n { (number(site.urls)) } td .n { (number(site.left)) } td .n { (site_yield(site)) }
                     td .n { @if site.requests_per_second > 0.0 { (format!("{:.1}", site.requests_per_second)) } @else { "no limit" } @if site.known { small { " it bears no more" } } }
                     td .n { (site.slots_lent) " of " (site.slots) }
                 } } }
