@@ -15,12 +15,14 @@ use hickory_resolver::net::NetError;
 use hickory_resolver::net::runtime::TokioRuntimeProvider;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use tokio::sync::Semaphore;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::net::AddressRules;
 
 /// A look-up that takes longer, its turn included, has failed: it must not use up a URL's whole time.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(8);
+/// One that has to wait longer for its turn is put off: that says nothing of the name.
+const TURN_TIMEOUT: Duration = Duration::from_secs(5);
 /// For one question to one name server.
 const ASK_TIMEOUT: Duration = Duration::from_millis(2500);
 /// Questions per name server and look-up.
@@ -49,6 +51,11 @@ pub(crate) struct Blocked(String);
 #[derive(Debug, thiserror::Error)]
 #[error("{0} has no address")]
 pub(crate) struct NoSuchName(String);
+
+/// So many others are being looked up that this host had no turn.
+#[derive(Debug, thiserror::Error)]
+#[error("too many names are being looked up for {0} to have a turn")]
+pub(crate) struct NoTurn(String);
 
 /// No name server could tell in time.
 #[derive(Debug, thiserror::Error)]
@@ -84,6 +91,7 @@ struct Inner {
 enum Failed {
     NoSuchName,
     NoAnswer,
+    PutOff,
 }
 
 impl GuardedResolver {
@@ -157,11 +165,11 @@ impl Inner {
         if let Some(failed) = self.remembered(host) {
             return Err(failed);
         }
-        let asked = async {
-            let _turn = self.lookups.acquire().await;
-            self.resolver.lookup_ip(name).await
+        let deadline = Instant::now() + LOOKUP_TIMEOUT;
+        let Ok(_turn) = timeout(TURN_TIMEOUT, self.lookups.acquire()).await else {
+            return Err(Failed::PutOff);
         };
-        let failed = match timeout(LOOKUP_TIMEOUT, asked).await {
+        let failed = match timeout_at(deadline, self.resolver.lookup_ip(name)).await {
             Ok(Ok(found)) => {
                 let found: Vec<IpAddr> = found.iter().collect();
                 if !found.is_empty() {
@@ -210,6 +218,7 @@ impl Resolve for GuardedResolver {
                 match failed {
                     Failed::NoSuchName => NoSuchName(host.to_owned()).into(),
                     Failed::NoAnswer => NoAnswer(host.to_owned()).into(),
+                    Failed::PutOff => NoTurn(host.to_owned()).into(),
                 }
             })?;
             // reqwest puts the URL's port in the place of 0.

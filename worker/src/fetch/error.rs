@@ -6,7 +6,7 @@ use std::io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, Invalid
 
 use proto::Rejection;
 
-use super::dns::{Blocked, NoSuchName};
+use super::dns::{Blocked, NoSuchName, NoTurn};
 use super::retry::{FetchError, Retry};
 use crate::hosts::HostSignal;
 
@@ -18,6 +18,9 @@ pub(super) fn of_request(error: &reqwest::Error, https: bool) -> FetchError {
         Rejection::BlockedAddress.into()
     } else if causes().any(|cause| cause.is::<NoSuchName>()) {
         Rejection::Dns.into()
+    } else if causes().any(|cause| cause.is::<NoTurn>()) {
+        // Nobody has asked anything yet.
+        FetchError { retry: Retry::WithHost, ..Rejection::Dns.into() }
     } else if error.is_dns() {
         FetchError::of_host(Rejection::Dns)
     } else if causes().any(|cause| cause.is::<rustls::Error>()) {
