@@ -25,7 +25,7 @@ pub struct OutcomeRow {
     pub final_url: Option<String>,
     /// `kept` or a rejection's name.
     pub outcome: String,
-    /// Of the last answer.
+    /// Of the last answer; of `unfetched`, with which its site said that it is to be asked for later (429, 503).
     pub http_status: Option<i32>,
     /// Of the body, after decompression.
     pub bytes: Option<i64>,

@@ -110,8 +110,8 @@ rejections! {
     Undecodable = "undecodable",
     /// All pixels have nearly the same colour.
     Flat = "flat",
-    /// Nobody got to it in this round: its worker was told to leave or lost its way out, or its slice failed. A later
-    /// round fetches it.
+    /// Nobody got to it in this round: its site wants to be asked later, its worker was told to leave or lost its way
+    /// out, or its slice failed. A later round fetches it.
     Unfetched = "unfetched",
     /// It failed its workers again and again, alone in its slice.
     SliceFailed = "slice_failed",

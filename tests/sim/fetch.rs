@@ -10,7 +10,7 @@ use super::shard::End;
 use super::worker::{Flight, Job};
 use super::world::Sim;
 use super::{Bug, MILLI, Micros, SECOND};
-use crate::worker::hosts::{HostSignal, Next, Pass};
+use crate::worker::hosts::{GiveUp, HostSignal, Next, Pass};
 
 /// As in `dispatch`.
 const ASK_TIMEOUT: Micros = 5 * SECOND;
@@ -26,7 +26,7 @@ impl Sim {
             let now = self.local(w);
             match self.workers[w].hosts.next(now) {
                 Next::Begin(pass, job) => self.fetch(w, pass, job),
-                Next::GivenUp(job) => self.finish(w, job, Rejection::HostGivenUp.into()),
+                Next::GivenUp(job, why) => self.finish(w, job, why.into()),
                 Next::Wait(at) => {
                     if let Some(at) = at {
                         let at = self.when(w, at);
@@ -156,15 +156,15 @@ impl Sim {
             }
             origin::Answer::TooMany(rest) => {
                 worker.hosts.finish(now, pass, HostSignal::Throttled(Duration::from_micros(rest)));
-                let given_up = worker.hosts.is_given_up(now, &job.host);
+                let given_up = worker.hosts.given_up(now, &job.host);
                 let throttled = end(Err(Rejection::HttpStatus), 429);
                 match job.throttled < THROTTLED {
                     true => {
                         job.throttled += 1;
-                        job.retried = Some(throttled);
+                        job.retried = Some(end(Err(Rejection::Unfetched), 429));
                         match given_up {
-                            true => self.finish(w, job, Rejection::HostGivenUp.into()),
-                            false => self.queue(w, job, None),
+                            Some(why) => self.finish(w, job, why.into()),
+                            None => self.queue(w, job, None),
                         }
                     }
                     false => self.finish(w, job, throttled),
@@ -274,6 +274,12 @@ impl Sim {
             let at = self.now as f64 / 1e6;
             self.wrong.push(format!("{site}: {out} slots of {budget} are lent at {at:.3} s: {holders:?}"));
         }
+    }
+}
+
+impl From<GiveUp> for End {
+    fn from(why: GiveUp) -> Self {
+        Self { outcome: Err(why.rejection()), status: (why == GiveUp::Throttled).then_some(429) }
     }
 }
 

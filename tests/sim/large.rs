@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use proto::index::StoredFile;
 use proto::pb::SiteDemand;
@@ -217,7 +218,7 @@ impl Sim {
         let next = self.counts_mut().rounds.last().expect("the first").clone();
         let Some(coordinator) = self.coordinators.values().next_back() else { return };
         coordinator.set_clock(self.now);
-        let added = self.runtime.block_on(coordinator.datasets.add_round(id, next));
+        let added = self.runtime.block_on(coordinator.datasets.add_round(id, next, Duration::ZERO));
         self.counts_mut().pending = added.is_err();
     }
 

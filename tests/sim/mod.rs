@@ -63,6 +63,32 @@ fn whatever_goes_wrong_nothing_is_lost_and_no_site_is_asked_too_much() {
     }
 }
 
+/// What comes of lists with a site that throttles whatever is asked of it, until then.
+fn simulate_throttled(seed: u64, until: Micros) -> Verdict {
+    let mut sim = Sim::new(seed, Bug::None);
+    // Nothing else goes wrong.
+    sim.calm = true;
+    sim.origin.shuts("s0.test", until);
+    sim.run();
+    sim.verdict()
+}
+
+#[test]
+fn what_a_site_throttles_for_minutes_is_fetched_later_and_what_it_throttles_for_ever_is_left() {
+    for seed in 1..6 {
+        let (well, minutes) = (simulate_throttled(seed, 0), simulate_throttled(seed, 600 * SECOND));
+        assert!(well.is_good() && minutes.is_good(), "{minutes}\n{:#?}", minutes.wrong);
+        assert_eq!((minutes.kept, minutes.left), (well.kept, 0), "{minutes}");
+        let for_ever = simulate_throttled(seed, Micros::MAX);
+        assert!(for_ever.is_good() && for_ever.left > 10, "{for_ever}\n{:#?}", for_ever.wrong);
+        println!(
+            "throttled: seed={seed} well_hours={:.2} minutes_hours={:.2} for_ever_hours={:.2}",
+            well.hours, minutes.hours, for_ever.hours
+        );
+        assert!(for_ever.hours < well.hours + 1.0, "{for_ever}");
+    }
+}
+
 /// Whether one of a few seeds, from this one on, finds it.
 fn is_found(bug: Bug, first: u64, shows: impl Fn(&Verdict) -> bool) {
     let found = (first..first + 30).find(|&seed| shows(&simulate(seed, bug)));

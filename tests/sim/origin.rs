@@ -47,6 +47,8 @@ struct Site {
     filled: Micros,
     /// It gives nothing until then.
     down_until: Micros,
+    /// It answers nothing but 429 until then.
+    shut_until: Micros,
 }
 
 #[derive(Debug)]
@@ -72,6 +74,7 @@ impl Origin {
             bucket: 1.0,
             filled: 0,
             down_until: 0,
+            shut_until: 0,
         };
         let sites = sites.into_iter().map(|(name, terms)| (name, site(terms))).collect();
         let (most_at_once, most_per_second) = ((0, 1), (0.0, 1.0));
@@ -98,6 +101,14 @@ impl Origin {
 
     pub(super) fn goes_down(&mut self, site: &str, until: Micros) {
         self.sites.get_mut(site).expect("a site of the list").down_until = until;
+    }
+
+    pub(super) fn shuts(&mut self, site: &str, until: Micros) {
+        self.sites.get_mut(site).expect("a site of the list").shut_until = until;
+    }
+
+    pub(super) fn is_shut(&self, now: Micros, url: &str) -> bool {
+        self.sites.iter().any(|(name, site)| now < site.shut_until && url.contains(name))
     }
 
     /// A request of a worker is sent; `margin`: what clocks and the pace of each of several workers may add to ten
@@ -145,7 +156,7 @@ impl Origin {
         let bears = site.terms.bears;
         site.bucket = (site.bucket + (now - site.filled) as f64 / 1e6 * bears).min(bears.max(1.0));
         site.filled = now;
-        if site.bucket < 1.0 {
+        if site.bucket < 1.0 || now < site.shut_until {
             return Answer::TooMany(SECOND);
         }
         site.bucket -= 1.0;

@@ -18,9 +18,11 @@ use crate::store::Store;
 #[derive(Debug)]
 pub(super) struct Verdict {
     seed: u64,
-    hours: f64,
+    pub(super) hours: f64,
     pub(super) urls: u64,
     pub(super) kept: u64,
+    /// URLs of sites that throttle to the end.
+    pub(super) left: u64,
     pub(super) most_at_once: (u32, u32),
     most_per_second: (f64, f64),
     /// URLs without the outcome that they must have.
@@ -48,6 +50,7 @@ impl Verdict {
             hours: sim.now as f64 / 3.6e9,
             urls: 0,
             kept: 0,
+            left: 0,
             most_at_once: sim.origin.most_at_once,
             most_per_second: sim.origin.most_per_second,
             lost: 0,
@@ -117,7 +120,10 @@ impl Sim {
                 // Sites that were down or asked too much may have said so in both rounds; that is their outcome.
                 let trouble = [Rejection::Timeout, Rejection::HttpStatus, Rejection::HostGivenUp].map(Rejection::name);
                 let last = told.last().map_or("", String::as_str);
+                let is_left = last == Rejection::Unfetched.name() && self.origin.is_shut(self.now, url);
+                verdict.left += u64::from(is_left);
                 let right = match self.origin.truth(url) {
+                    _ if is_left => true,
                     Truth::Gone => last == Rejection::NotFound.name() || trouble.contains(&last),
                     Truth::Picture | Truth::Late(_) => pictures > 0 || trouble.contains(&last),
                 };

@@ -92,6 +92,8 @@ pub(super) struct Making {
     pub(super) ending: bool,
     fetching: bool,
     uploaded: bool,
+    /// Sites say that they are to be asked later.
+    throttled: bool,
     began: Micros,
     pub(super) last: Micros,
 }
@@ -354,6 +356,7 @@ impl Sim {
             ending: false,
             fetching: true,
             uploaded: false,
+            throttled: false,
             began: self.now,
             last: self.now,
         };
@@ -407,7 +410,11 @@ impl Sim {
             return;
         };
         (making.ending, making.starting) = (true, false);
-        let mut left = self.workers[w].hosts.take_out(now, |job| job.attempt == a);
+        let Worker { hosts, made, leaving, .. } = &mut self.workers[w];
+        let mut left = hosts.take_out(now, |job| job.attempt == a);
+        let told = |job: &Job| job.retried.is_some_and(|end| end.outcome == Err(Rejection::Unfetched));
+        let throttled = !*leaving && left.iter().any(told);
+        made.get_mut(&a).into_iter().for_each(|making| making.throttled |= throttled);
         left.sort_by_key(|job| job.entry);
         left.into_iter().for_each(|job| self.finish(w, job, Rejection::Unfetched.into()));
         self.later(w, rest, move |sim| {
@@ -432,9 +439,16 @@ impl Sim {
         self.start(w, &mut job);
         let now = self.now;
         let Some(making) = self.workers[w].made.get_mut(&job.attempt) else { return };
-        let given_up = end.outcome == Err(Rejection::HostGivenUp);
-        making.ends.insert(job.entry, job.retried.filter(|_| given_up).unwrap_or(end));
-        making.last = now;
+        let told = |retried: &End| match end.outcome {
+            Err(Rejection::HostGivenUp) => true,
+            Err(Rejection::Unfetched) => retried.outcome == end.outcome,
+            _ => false,
+        };
+        making.ends.insert(job.entry, job.retried.filter(told).unwrap_or(end));
+        match end.outcome {
+            Err(Rejection::Unfetched) => making.throttled |= !making.ending,
+            _ => making.last = now,
+        }
         if making.ends.len() == making.entries.len() && making.fetching {
             making.fetching = false;
             let (a, pause) = (job.attempt, self.random.u64(20 * MILLI..4 * SECOND));
@@ -454,7 +468,7 @@ impl Sim {
         let bug = self.bug;
         let Some(making) = self.workers[w].made.get_mut(&a) else { return };
         let unfetched = |end: &End| end.outcome == Err(Rejection::Unfetched);
-        if making.ending && making.ends.values().all(unfetched) {
+        if making.ending && !making.throttled && making.ends.values().all(unfetched) {
             let (id, attempt) = (making.id.clone(), making.attempt);
             self.workers[w].made.remove(&a);
             let call = Call::Release { id, attempt, failure: None };

@@ -38,7 +38,7 @@ use crate::way_out::WayOut;
 /// An attempt that lasts longer commits what it has.
 const LONGEST_ATTEMPT: Duration = Duration::from_secs(15 * 60);
 /// An attempt in which nothing is finished for so long, because sites are asked by others or want to be left alone,
-/// commits what it has.
+/// commits what it has. If that is nothing its slice is free again, but for sites that throttle: then it commits that.
 const LONGEST_WAIT: Duration = Duration::from_secs(5 * 60);
 /// For what is in flight when the worker is told to leave.
 const LAST_REQUESTS_TIMEOUT: Duration = Duration::from_secs(5);
@@ -215,6 +215,8 @@ async fn fetch_and_upload<T: Send>(
     let mut start_permit = Some(start_permit);
     let mut validating = JoinSet::new();
     let (mut ended, mut cut) = (None, None);
+    // Whether sites say that they are to be asked later.
+    let mut throttled = false;
     let mut waits = std::pin::pin!(tokio::time::sleep(LONGEST_WAIT));
     while rows.len() < urls {
         if progress.take_class_filled() {
@@ -227,7 +229,11 @@ async fn fetch_and_upload<T: Send>(
                 tracing::info!(?why, finished = rows.len(), urls, "ending early");
                 ended = Some(why);
                 drop(start_permit.take());
-                rows.extend(batch.end().into_iter().map(|entry| (0, unfetched(entry, Rejection::Unfetched))));
+                for (entry, told) in batch.end() {
+                    throttled |= told.is_some();
+                    let http_status = told.map(i32::from);
+                    rows.push((0, OutcomeRow { http_status, ..unfetched(entry, Rejection::Unfetched) }));
+                }
                 cut = Some(Instant::now() + match why {
                     EarlyEnd::Leave => LAST_REQUESTS_TIMEOUT,
                     EarlyEnd::TooLong | EarlyEnd::Waits => spec.limits.timeout(),
@@ -239,8 +245,11 @@ async fn fetch_and_upload<T: Send>(
                 batch.cut();
             }
             result = batch.next(), if rows.len() + validating.len() < urls => {
-                waits.as_mut().reset(Instant::now() + LONGEST_WAIT);
                 let result = result.context("a URL got no result").fault_of(FailureKind::Slice)?;
+                match result.body {
+                    Err(Rejection::Unfetched) => throttled |= ended.is_none(),
+                    _ => waits.as_mut().reset(Instant::now() + LONGEST_WAIT),
+                }
                 let (tools, rules) = (Arc::clone(tools), Arc::clone(&rules));
                 validating.spawn(async move { validate(&tools, rules, result).await });
             }
@@ -264,13 +273,15 @@ async fn fetch_and_upload<T: Send>(
         }
     }
     let rows = match believed(&tools.way_out, rows).await {
-        Some(rows) => rows,
-        None if matches!(ended, Some(EarlyEnd::Leave | EarlyEnd::Waits)) => return Ok(Err(AttemptResult::Left)),
-        None if ended == Some(EarlyEnd::TooLong) => {
+        (rows, true) => rows,
+        // Another attempt at once would come no further: a later round does.
+        (rows, false) if throttled && matches!(ended, None | Some(EarlyEnd::Waits | EarlyEnd::TooLong)) => rows,
+        _ if matches!(ended, Some(EarlyEnd::Leave | EarlyEnd::Waits)) => return Ok(Err(AttemptResult::Left)),
+        _ if ended == Some(EarlyEnd::TooLong) => {
             let minutes = LONGEST_ATTEMPT.as_secs() / 60;
             return Err(anyhow!("no URL was finished in {minutes} minutes")).fault_of(FailureKind::Worker);
         }
-        None => return Err(anyhow!("this worker has no way out to the web")).fault_of(FailureKind::WayOut),
+        _ => return Err(anyhow!("this worker has no way out to the web")).fault_of(FailureKind::WayOut),
     };
     let mut tars = BTreeMap::new();
     for (split, tar) in &mut files.tars {
@@ -309,8 +320,8 @@ fn unfetched(entry: SliceEntry, why: Rejection) -> OutcomeRow {
     OutcomeRow { outcome: why.name().to_owned(), fetched_at: now(), ..entry.into_row() }
 }
 
-/// The rows in the order of their keys; those that are not believed as `unfetched`. None: nothing is left of them.
-async fn believed(way_out: &WayOut, rows: Vec<(u64, OutcomeRow)>) -> Option<Vec<OutcomeRow>> {
+/// The rows in the order of their keys; those that are not believed as `unfetched`; and whether anything is left of them.
+async fn believed(way_out: &WayOut, rows: Vec<(u64, OutcomeRow)>) -> (Vec<OutcomeRow>, bool) {
     let belief = way_out.prove(rows.iter().map(|(number, _)| *number).max().unwrap_or(0)).await;
     let (mut finished, mut left) = (0, 0);
     let believe = |(number, row): (u64, OutcomeRow)| {
@@ -332,7 +343,7 @@ async fn believed(way_out: &WayOut, rows: Vec<(u64, OutcomeRow)>) -> Option<Vec<
     };
     let mut rows: Vec<OutcomeRow> = rows.into_iter().map(believe).collect();
     rows.sort_by_key(|row| row.key);
-    (finished > 0 || left == 0).then_some(rows)
+    (rows, finished > 0 || left == 0)
 }
 
 /// Milliseconds since 1970.

@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use backon::BackoffBuilder;
 use proto::site::Sites;
-use proto::{DatasetSpec, Limits, Rejection};
+use proto::{DatasetSpec, Limits};
 use tokio::sync::{Notify, Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
@@ -244,8 +244,8 @@ impl Dispatcher {
                 };
                 let until = match next {
                     Next::Begin(pass, job) => break (pass, job),
-                    Next::GivenUp(mut job) => {
-                        job.finish(Err(Rejection::HostGivenUp));
+                    Next::GivenUp(mut job, why) => {
+                        job.give_up(why);
                         continue;
                     }
                     Next::Wait(until) => until,

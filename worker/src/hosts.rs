@@ -7,7 +7,8 @@
 //! slot.
 //!
 //! A host that fails many times in a row gets a pause, then one request at a time, and after some more failures it is
-//! given up for a while: what waits for it is handed back. A site that throttles is asked more slowly (see `pace`).
+//! given up for a while: what waits for it is handed back. A site that throttles is asked more slowly (see `pace`); a
+//! host that goes on throttling is given up as well, but what waited for it has not failed, and comes later.
 
 mod end;
 mod host;
@@ -22,6 +23,7 @@ use proto::site::Sites;
 use tokio::time::Instant;
 
 pub(crate) use self::end::HostSignal;
+pub(crate) use self::host::GiveUp;
 use self::host::Host;
 use self::site::{Ask, FORGET, Site, UNUSED};
 
@@ -45,8 +47,8 @@ pub(crate) struct Pass {
 pub(crate) enum Next<T> {
     /// Fetch this.
     Begin(Pass, T),
-    /// The host of this was given up.
-    GivenUp(T),
+    /// The host of this was given up, for this reason.
+    GivenUp(T, GiveUp),
     /// Wait until then, or for something to change.
     Wait(Option<Instant>),
 }
@@ -63,7 +65,7 @@ pub(crate) struct Hosts<T> {
     timed: BTreeSet<(Instant, Kind, Arc<str>)>,
     /// URLs with a pause of their own.
     paused: BTreeMap<(Instant, u64), (Arc<str>, T)>,
-    given_up: VecDeque<T>,
+    given_up: VecDeque<(T, GiveUp)>,
     /// Requests that were cut, and until when each counts.
     cut: VecDeque<(Instant, Pass)>,
     /// Sites whose part is to be asked for, prolonged or given back, by the time for it.
@@ -154,11 +156,19 @@ impl<T> Hosts<T> {
         self.settle_host(now, &name);
     }
 
-    /// Whether what waits for this host is handed back at once.
-    pub(crate) fn is_given_up(&self, now: Instant, host: &str) -> bool {
+    /// Why this host is given up, if it is.
+    pub(crate) fn given_up(&self, now: Instant, host: &str) -> Option<GiveUp> {
+        self.host(host).and_then(|at| at.given_up(now))
+    }
+
+    /// Whether this host has throttled lately, and has answered nothing else since.
+    pub(crate) fn is_throttling(&self, host: &str) -> bool {
+        self.host(host).is_some_and(|at| at.halvings > 0)
+    }
+
+    fn host(&self, host: &str) -> Option<&Host<T>> {
         let place = self.known.place(host);
-        let at = self.hosts.get(place.bucket.unwrap_or(host));
-        at.is_some_and(|at| at.given_up.is_some_and(|until| now < until))
+        self.hosts.get(place.bucket.unwrap_or(host))
     }
 
     /// When the coordinator is to be asked for parts next; None: not before something changes.
@@ -253,8 +263,8 @@ impl<T> Hosts<T> {
                 Kind::Host => self.settle_host(now, &name),
             }
         }
-        if let Some(item) = self.given_up.pop_front() {
-            return Next::GivenUp(item);
+        if let Some((item, why)) = self.given_up.pop_front() {
+            return Next::GivenUp(item, why);
         }
         while let Some((_, name)) = self.ready.first().cloned() {
             // Its share may have ended since it was put there.
@@ -280,12 +290,14 @@ impl<T> Hosts<T> {
         Next::Wait([timed, paused, self.cut.front().map(|(until, _)| *until)].into_iter().flatten().min())
     }
 
-    /// Holds no failure against any host: they were this worker's own.
+    /// Holds no failure against any host: they were this worker's own. One that throttles has said so itself.
     pub(crate) fn forgive(&mut self, now: Instant) {
         let mut changed = Vec::new();
         for (host, at) in &mut self.hosts {
-            if at.failures > 0 || at.pauses > 0 || at.given_up.is_some() {
-                (at.failures, at.pauses, at.given_up, at.quiet_until) = (0, 0, None, now);
+            let is_dead = matches!(at.given_up, Some((_, GiveUp::Dead)));
+            if at.failures > 0 || at.pauses > 0 || is_dead {
+                (at.failures, at.pauses, at.quiet_until) = (0, 0, now);
+                at.given_up.take_if(|_| is_dead);
                 changed.push(Arc::clone(host));
             }
         }
@@ -295,7 +307,8 @@ impl<T> Hosts<T> {
     /// Takes out everything that waits and fits.
     pub(crate) fn take_out(&mut self, now: Instant, fits: impl Fn(&T) -> bool) -> Vec<T> {
         let given_up = std::mem::take(&mut self.given_up);
-        let (mut out, left): (Vec<T>, Vec<T>) = given_up.into_iter().partition(&fits);
+        let (out, left): (Vec<_>, Vec<_>) = given_up.into_iter().partition(|(item, _)| fits(item));
+        let mut out: Vec<T> = out.into_iter().map(|(item, _)| item).collect();
         self.given_up = left.into();
         let (gone, left): (BTreeMap<_, _>, _) =
             std::mem::take(&mut self.paused).into_iter().partition(|(_, (_, item))| fits(item));
@@ -350,9 +363,10 @@ impl<T> Hosts<T> {
         let Some(at) = self.hosts.get_mut(&host) else { return };
         at.touched = now;
         match at.given_up {
-            Some(until) if now < until => return self.given_up.push_back(item),
-            Some(_) => at.given_up = None,
-            None => {}
+            Some((until, why)) if now < until => return self.given_up.push_back((item, why)),
+            Some((_, GiveUp::Dead)) => at.given_up = None,
+            // Not before it has answered.
+            Some((_, GiveUp::Throttled)) | None => {}
         }
         at.queue.insert(ticket, item);
         if let Some(site) = self.sites.get_mut(&at.site) {
@@ -419,7 +433,7 @@ impl<T> Hosts<T> {
             return;
         }
         self.swept = now;
-        self.hosts.retain(|_, at| !at.is_idle() || now < at.touched + FORGET);
+        self.hosts.retain(|_, at| !at.is_idle() || now < at.touched + FORGET || at.given_up(now).is_some());
         let used: BTreeSet<Arc<str>> = self.hosts.values().map(|at| Arc::clone(&at.site)).collect();
         self.sites.retain(|name, site| used.contains(name) || !site.is_over(now));
     }

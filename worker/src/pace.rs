@@ -146,6 +146,11 @@ impl Pace {
         (self.rate, self.known)
     }
 
+    /// Whether the site is asked as slowly as any.
+    pub(crate) fn is_slowest(&self) -> bool {
+        self.rate > 0.0 && self.rate <= LEAST
+    }
+
     /// For so long it wants to be left alone.
     pub(crate) fn quiet(&self, now: Instant) -> Duration {
         self.quiet_until.saturating_duration_since(now)

@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
@@ -30,6 +31,10 @@ use crate::turns::{Made, Streaks, Turns};
 const UPLOADS: usize = 8;
 /// Shards whose rows are read together, once their gists have shown that there is something in them.
 const LATER: usize = 32;
+
+/// How long workers wait for an automatic round after so many in a row in which nobody got to anything, because sites
+/// throttle; after one more there is no other. A coordinator that begins meanwhile does not wait.
+const RESTS: [Duration; 2] = [Duration::from_secs(240), Duration::from_secs(480)];
 
 /// Which URLs are fetched retry.
 #[derive(Debug, Clone)]
@@ -126,31 +131,41 @@ pub(super) fn may_be_opened(dataset: &Dataset) -> bool {
     unfetched(&outcomes) || last.is_none() && outcomes.iter().any(|(outcome, _)| failed(outcome))
 }
 
-/// Whether the last round was an automatic one in which nobody got to anything: another one would be the same.
-fn stands_still(history: &History<'_>) -> Result<bool, HistoryError> {
-    let last = history.rounds.last().filter(|last| last.cause == Cause::MayComeBack);
-    let Some(last) = last else { return Ok(false) };
-    let (tars, shards) = (history.tars()?, last.shards().collect::<Vec<u32>>());
-    for shards in shards.chunks(INDEXES) {
-        let indexes = history.indexes_of(shards.iter().copied(), &tars)?;
-        let stood_still = indexes.values().all(|index| {
-            let unfetched = index.outcomes.of(Err(Rejection::Unfetched)) == index.outcomes.total();
-            unfetched && index.outcomes_file.is_some()
-        });
-        if !stood_still {
-            return Ok(false);
+/// How many automatic rounds there were last, at the most one more than rests, in which nobody got to anything.
+fn standing(history: &History<'_>) -> Result<usize, HistoryError> {
+    let automatic = history.rounds.iter().rev().take_while(|round| round.cause == Cause::MayComeBack);
+    let last: Vec<&Round> = automatic.take(RESTS.len() + 1).collect();
+    if last.is_empty() {
+        return Ok(0);
+    }
+    let tars = history.tars()?;
+    for (standing, round) in last.iter().enumerate() {
+        let shards: Vec<u32> = round.shards().collect();
+        for shards in shards.chunks(INDEXES) {
+            let indexes = history.indexes_of(shards.iter().copied(), &tars)?;
+            let stood_still = indexes.values().all(|index| {
+                let unfetched = index.outcomes.of(Err(Rejection::Unfetched)) == index.outcomes.total();
+                unfetched && index.outcomes_file.is_some()
+            });
+            if !stood_still {
+                return Ok(standing);
+            }
         }
     }
-    Ok(true)
+    Ok(last.len())
 }
 
-/// The keys that have failed in more rounds than one; what nobody got to has not failed. None if that cannot be.
-fn failed_twice(history: &History<'_>, gists: &mut Gists<'_>) -> Result<Seen, Error> {
+/// The keys that have failed in more rounds than one; what nobody got to has not failed. None if that cannot be. And
+/// whether sites said of URLs, last, that these are to be asked for later.
+fn failed_twice(history: &History<'_>, gists: &mut Gists<'_>) -> Result<(Seen, bool), Error> {
     let (mut once, mut twice) = (Seen::new(history.rounds), Seen::new(history.rounds));
+    let mut throttled = false;
     if history.rounds.len() > 1 {
-        gists.latest_first(None, |gist, _, _| -> Result<(), Error> {
-            for row in &gist.rows {
+        gists.latest_first(None, |gist, latest, _| -> Result<(), Error> {
+            for (row, latest) in gist.rows.iter().zip(latest) {
                 let Err(rejection) = row.outcome else { continue };
+                let later = rejection == Rejection::Unfetched && matches!(row.http_status, Some(429 | 503));
+                throttled |= *latest && later;
                 let failed = rejection != Rejection::Unfetched && rejection.is_transient(row.http_status);
                 if failed && !once.insert(row.key) {
                     twice.insert(row.key);
@@ -159,7 +174,7 @@ fn failed_twice(history: &History<'_>, gists: &mut Gists<'_>) -> Result<Seen, Er
             Ok(())
         })?;
     }
-    Ok(twice)
+    Ok((twice, throttled))
 }
 
 /// Which of the URLs that may come back a refresh takes; None: all.
@@ -194,7 +209,7 @@ fn turns(
 
 /// Takes into `catalog` what is to be fetched again, and, if new lines are to be `compared`, what is known. `base` is
 /// the latest manifest: what it covers is read as far as something of it is fetched again. How many URLs may come back,
-/// but are left for later. Blocks its thread.
+/// but are left for later, and how long workers are to wait for the round. Blocks its thread.
 pub(crate) fn gather(
     history: &History<'_>,
     base: Option<&Manifest>,
@@ -202,13 +217,17 @@ pub(crate) fn gather(
     retry: &Retry,
     compared: bool,
     catalog: &mut Catalog,
-) -> Result<u64, Error> {
+) -> Result<(u64, Duration), Error> {
     let mut gists = Gists::find(history, 0, "", base)?;
-    let failed = match retry {
-        Retry::Once { .. } if stands_still(history)? => return Ok(0),
-        Retry::Once { .. } => Some(failed_twice(history, &mut gists)?),
-        _ => None,
-    };
+    let (mut failed, mut rest) = (None, Duration::ZERO);
+    if let Retry::Once { .. } = retry {
+        let (standing, (twice, throttled)) = (standing(history)?, failed_twice(history, &mut gists)?);
+        if let Some(last) = standing.checked_sub(1) {
+            let Some(pause) = RESTS.get(last).filter(|_| throttled) else { return Ok((0, Duration::ZERO)) };
+            rest = *pause;
+        }
+        failed = Some(twice);
+    }
     let selects = |row: &GistRow| {
         let synset = &spec.classes.get(row.label as usize)?.synset;
         retry.selects(row, synset, failed.as_ref())
@@ -254,7 +273,7 @@ pub(crate) fn gather(
     if compared {
         history.each_listed(&indexes, |url| catalog.push_known(url))?;
     }
-    Ok(waiting)
+    Ok((waiting, rest))
 }
 
 /// Takes into `catalog` rows of shards of which only the gists were read.
@@ -353,26 +372,27 @@ impl Datasets {
             let mut catalog = Catalog::new(&spec, start, folder, sites);
             let of = spec.clone();
             let history = History::new(&handle, &store, (&id, &of), &rounds, &tolerance);
-            gather(&history, base.as_deref(), &of, &retry, false, &mut catalog)?;
-            catalog.cut(&mut spec, slices)
+            let (_, rest) = gather(&history, base.as_deref(), &of, &retry, false, &mut catalog)?;
+            Ok((catalog.cut(&mut spec, slices)?, rest))
         });
-        let round = round.await?;
+        let (round, rest) = round.await?;
         if round.slices.is_empty() {
             return Ok(false);
         }
-        info!(dataset = &*dataset.id, ?cause, urls = round.urls(), retried = ?round.retried, "opening another round");
-        self.add_round(&dataset.id, round).await?;
+        let urls = round.urls();
+        info!(dataset = &*dataset.id, ?cause, urls, retried = ?round.retried, ?rest, "opening another round");
+        self.add_round(&dataset.id, round, rest).await?;
         Ok(true)
     }
 
-    /// Commits a later round whose slices are in the store, and opens its shards.
-    pub(crate) async fn add_round(self: &Arc<Self>, id: &DatasetId, round: Round) -> Result<(), Error> {
+    /// Commits a later round whose slices are in the store, and opens its shards after a while.
+    pub(crate) async fn add_round(self: &Arc<Self>, id: &DatasetId, round: Round, rest: Duration) -> Result<(), Error> {
         self.term.check(&self.store).await?;
         let key = keys::round(id, round.round);
         if let Created::Lost(theirs) = self.store.create(&key, &round).await? {
             let theirs = Round::from_json(&theirs).map_err(|e| Error::Local(format!("{key}: {e}")))?;
             let same = theirs.request_id == round.request_id;
-            self.open_round(id, theirs, false);
+            self.open_round(id, theirs, false, Duration::ZERO);
             return match same {
                 true => Ok(()),
                 false => Err(Error::Aborted(format!("another coordinator has opened round {} of {id}", round.round))),
@@ -384,12 +404,12 @@ impl Datasets {
             return Err(Error::NotFound(format!("{id} has been deleted")));
         }
         info!(dataset = &**id, round = round.round, urls = round.urls(), shards = round.slices.len(), "round opened");
-        self.open_round(id, round, true);
+        self.open_round(id, round, true, rest);
         Ok(())
     }
 
     /// Takes a committed round into the state. `fresh`: it was committed in this term.
-    fn open_round(&self, id: &DatasetId, round: Round, fresh: bool) {
+    fn open_round(&self, id: &DatasetId, round: Round, fresh: bool, rest: Duration) {
         {
             let now = self.now();
             let mut state = self.state();
@@ -398,7 +418,7 @@ impl Datasets {
             else {
                 return;
             };
-            state.ledger.add(now, id, round.shards(), fresh);
+            state.ledger.add(now + rest, id, round.shards(), fresh);
             Arc::make_mut(&mut dataset.rounds).push(round);
             dataset.deal = Deal::new(&dataset.rounds).into();
             dataset.stage = Stage::Fetching;

@@ -156,7 +156,7 @@ pub(super) async fn refresh(
             let of = (&dataset.id, &*dataset.spec);
             let history = History::new(&handle, &store, of, &dataset.rounds, &tolerance);
             let (base, retry) = (dataset.manifest.as_deref(), Retry::transient(&dataset, start.all));
-            let left = gather(&history, base, &dataset.spec, &retry, lists > 0, &mut catalog)?;
+            let (left, _) = gather(&history, base, &dataset.spec, &retry, lists > 0, &mut catalog)?;
             let round = catalog.cut(&mut spec, slices)?;
             Ok((Round { accepts_damage: start.accept_damage, ..round }, shown, left))
         }
@@ -173,7 +173,7 @@ pub(super) async fn refresh(
     let datasets = Arc::clone(datasets);
     let finish = async move {
         let _name = name;
-        let added = datasets.add_round(&dataset.id, round.clone()).await;
+        let added = datasets.add_round(&dataset.id, round.clone(), Duration::ZERO).await;
         added.map(|()| respond(&dataset.id, &round))
     };
     tokio::spawn(finish.in_current_span()).await?

@@ -419,3 +419,24 @@ async fn an_attempt_without_a_way_out_commits_what_it_had_from_before_and_gives_
     let index = ShardIndex::from_json(&get(&*store, &keys::index(&birds(7))).await).expect("own output");
     assert_eq!(index.outcomes.of(Err(Rejection::Connect)), 40, "{index:?}");
 }
+
+#[tokio::test]
+async fn what_a_host_wants_to_be_asked_for_later_is_unfetched_also_if_there_is_nothing_else() {
+    let store: Arc<dyn ObjectStore> = Arc::new(object_store::memory::InMemory::new());
+    let (at, throttling) = (origin().await, [origin().await, origin().await]);
+    let later = |of: usize| (0..20).map(move |n| format!("http://{}/later/{n}", throttling[of]));
+    let good = (0..5).map(|n| format!("http://{at}/good/{n}"));
+    let tools = tools(Arc::clone(&store)).await;
+    for (shard, urls, kept) in [(7, good.chain(later(0)).collect::<Vec<_>>(), 5), (8, later(1).collect(), 0)] {
+        put_slice(&*store, shard, &urls).await;
+        let assignment = Assignment { shard: birds(shard), ..assignment(1) };
+        let result = make_shard(&tools, &assignment, &Progress::default(), (), &Signals::default()).await;
+        assert_eq!(result.expect("a good store"), AttemptResult::Committed);
+        let index = ShardIndex::from_json(&get(&*store, &keys::index(&birds(shard))).await).expect("own output");
+        let unfetched = index.outcomes.of(Err(Rejection::Unfetched));
+        assert_eq!((index.outcomes.of(Ok(())), unfetched), (kept, 20), "{:?}", index.outcomes);
+        let file = index.outcomes_file.expect("an attempt has outcomes");
+        let rows: Vec<OutcomeRow> = table::read(get(&*store, &file.key).await).expect("own output");
+        assert!(rows.iter().any(|row| row.http_status == Some(429)), "it is said why");
+    }
+}

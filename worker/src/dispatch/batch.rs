@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::Dispatcher;
 use crate::fetch::{Body, Request, ResponseInfo};
 use crate::format::format_of;
+use crate::hosts::GiveUp;
 use crate::metrics::InFlight;
 use crate::opt_out::{Errand, Respect};
 use crate::way_out::WayOut;
@@ -66,7 +67,7 @@ pub(super) struct Job {
     pub(super) request: Request,
     /// Before it is asked for.
     pub(super) detour: Option<Detour>,
-    /// Why it was tried again last.
+    /// Why it was tried again last; `unfetched`: it was told to come later.
     pub(super) retried: Option<(Rejection, ResponseInfo)>,
     pub(super) throttled: u32,
     /// The server that it asked last may still be at work on its answer.
@@ -114,8 +115,18 @@ impl Shared {
 
 impl Job {
     pub(super) fn new(ticket: u64, entry: SliceEntry, request: Request, batch: Arc<Shared>) -> Self {
-        let (started, finished, throttled, is_open) = (false, false, 0, false);
-        Self { ticket, started, finished, entry, request, detour: None, retried: None, throttled, is_open, batch }
+        Self {
+            ticket,
+            started: false,
+            finished: false,
+            entry,
+            request,
+            detour: None,
+            retried: None,
+            throttled: 0,
+            is_open: false,
+            batch,
+        }
     }
 
     /// The host that is asked next, as budgets name it.
@@ -136,6 +147,7 @@ impl Job {
         let (body, info) = match (body, self.retried.take()) {
             // What this URL met at its host says more than that the host was given up.
             (Err(Rejection::HostGivenUp), Some((rejection, info))) => (Err(rejection), info),
+            (Err(Rejection::Unfetched), Some((Rejection::Unfetched, info))) => (Err(Rejection::Unfetched), info),
             (body, _) => (body, info),
         };
         let number = match &body {
@@ -147,6 +159,15 @@ impl Job {
         };
         // An attempt that is gone needs no result.
         let _ = self.batch.results.send(FetchResult { entry, number, info, spent: self.request.spent, body });
+    }
+
+    /// Its host was given up.
+    pub(super) fn give_up(&mut self, why: GiveUp) {
+        if why == GiveUp::Throttled {
+            // Its host has said so, if to another URL.
+            self.request.info.status.get_or_insert(429);
+        }
+        self.finish(Err(why.rejection()));
     }
 
     /// Takes it out of its batch: it gets no result.
@@ -188,10 +209,18 @@ impl Batch {
         jobs.into_iter().map(Job::withdraw).chain(files).collect()
     }
 
-    /// Starts nothing more and tries nothing again; those that wait get no result, and are returned.
-    pub(crate) fn end(&self) -> Vec<SliceEntry> {
+    /// Starts nothing more and tries nothing again; those that wait get no result, and are returned, each with the status
+    /// by which it was told to come later.
+    pub(crate) fn end(&self) -> Vec<(SliceEntry, Option<u16>)> {
         self.shared.ending.store(true, Ordering::Release);
-        self.take_out(|_| true)
+        let files = self.shared.take_out_files(|_| true);
+        let jobs = self.dispatcher.hosts().take_out(Instant::now(), |job| job.batch.id == self.id);
+        let later = |job: Job| {
+            let told = job.retried.as_ref().filter(|(why, _)| *why == Rejection::Unfetched);
+            let status = told.and_then(|(_, info)| info.status);
+            (job.withdraw(), status)
+        };
+        jobs.into_iter().map(later).chain(files.into_iter().map(|entry| (entry, None))).collect()
     }
 
     /// Cuts what is in flight: its result is `unfetched`.

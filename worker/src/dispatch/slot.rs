@@ -151,12 +151,12 @@ impl HostSlot {
                 job.throttled += 1;
                 let host = job.host();
                 let info = std::mem::take(&mut job.request.info);
-                job.retried = Some((error.rejection, info));
+                job.retried = Some((Rejection::Unfetched, info));
                 job.request.begin_again();
                 // If the host is given up for it, it is handed back.
-                self.give_back(is_open, error.signal, |hosts, now| match hosts.is_given_up(now, &host) {
-                    true => job.finish(Err(Rejection::HostGivenUp)),
-                    false => queue(hosts, now, None, job),
+                self.give_back(is_open, error.signal, |hosts, now| match hosts.given_up(now, &host) {
+                    Some(why) => job.give_up(why),
+                    None => queue(hosts, now, None, job),
                 });
             }
             Some(Err(error)) => {
@@ -171,13 +171,18 @@ impl HostSlot {
                 let retry = job.request.retry(&error, &batch.limits, fastrand::f64());
                 match retry.filter(|_| !batch.is_ending()) {
                     Some(backoff) => {
-                        job.retried = Some((error.rejection, info));
+                        let is_busy = signal == HostSignal::Busy;
+                        job.retried = Some((if is_busy { Rejection::Unfetched } else { error.rejection }, info));
                         self.give_back(is_open, signal, |hosts, now| queue(hosts, now, Some(backoff), job));
                     }
                     None => {
                         job.request.info = info;
-                        self.give_back(is_open, signal, |_, _| {});
-                        job.finish(Err(error.rejection));
+                        let host = job.host();
+                        self.give_back(is_open, signal, |hosts, _| {
+                            // Said to one URL after the other it is the host that has no time, and it is no try.
+                            let is_later = signal == HostSignal::Busy && hosts.is_throttling(&host);
+                            job.finish(Err(if is_later { Rejection::Unfetched } else { error.rejection }));
+                        });
                     }
                 }
             }

@@ -4,13 +4,17 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::host::{GIVEN_UP, Host};
+use super::host::{GiveUp, Host};
 use super::{Hosts, Pass};
 
-/// So many times in a row a host's rate is halved before it is given up.
+/// So many times in a row a host's rate is halved before it is given up; or until it cannot be halved any more.
 const HALVINGS: u32 = 6;
 /// A host that wants to be left alone for longer is given up.
 const LONGEST_COOLDOWN: Duration = Duration::from_secs(300);
+/// For so long a host is given up that throttles, or for as long as it wants, within [`LONGEST_REST`]. The coordinator
+/// lets a round wait for longer that was opened for nothing else.
+const REST: Duration = Duration::from_secs(180);
+const LONGEST_REST: Duration = Duration::from_secs(24 * 3600);
 /// A server that a request was cut hears of that late, if at all: it still counts for so long.
 const CUT_COUNTS: Duration = Duration::from_secs(1);
 
@@ -53,6 +57,7 @@ impl<T> Hosts<T> {
 
     fn hear(&mut self, now: Instant, Pass { host, site, begun }: &Pass, signal: HostSignal) {
         let (Some(at), Some(site)) = (self.hosts.get_mut(host), self.sites.get_mut(site)) else { return };
+        let before = at.given_up;
         match signal {
             HostSignal::Answered => {
                 (at.failures, at.pauses, at.halvings, at.given_up) = (0, 0, 0, None);
@@ -64,25 +69,26 @@ impl<T> Hosts<T> {
             HostSignal::Failed => at.fail(now),
             HostSignal::Throttled(cooldown) => {
                 let pace = at.own.as_mut().map_or(&mut site.pace, |(_, pace)| pace);
+                let was_slowest = pace.is_slowest();
                 let is_news = pace.throttled(now, *begun, cooldown.min(LONGEST_COOLDOWN));
                 (at.halvings, site.news) = (at.halvings + u32::from(is_news), is_news || site.news);
-                if at.halvings >= HALVINGS || cooldown > LONGEST_COOLDOWN {
-                    at.given_up = Some(now + cooldown.max(GIVEN_UP));
+                if is_news && (was_slowest || at.halvings >= HALVINGS) || cooldown > LONGEST_COOLDOWN {
+                    at.given_up = Some((now + cooldown.clamp(REST, LONGEST_REST), GiveUp::Throttled));
                 }
             }
             HostSignal::Busy => {
                 let pace = at.own.as_mut().map_or(&mut site.pace, |(_, pace)| pace);
                 let is_news = pace.busy(now, *begun);
                 (at.halvings, site.news) = (at.halvings + u32::from(is_news), is_news || site.news);
-                if at.halvings >= HALVINGS {
-                    at.given_up = Some(now + GIVEN_UP);
+                if is_news && at.halvings >= HALVINGS {
+                    at.given_up = Some((now + REST, GiveUp::Throttled));
                 }
             }
             HostSignal::Unknown => {}
         }
-        if at.given_up.is_some_and(|until| now < until) {
+        if let Some(why) = at.given_up(now).filter(|_| at.given_up != before) {
             site.queued -= at.queue.len();
-            self.given_up.extend(std::mem::take(&mut at.queue).into_values());
+            self.given_up.extend(std::mem::take(&mut at.queue).into_values().map(|item| (item, why)));
         }
     }
 

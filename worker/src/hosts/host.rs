@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use proto::Rejection;
 use proto::site::Budget;
 use tokio::time::Instant;
 
@@ -17,7 +18,26 @@ const PAUSE: Duration = Duration::from_secs(2);
 /// After so many pauses without an answer in between, a host is given up.
 const PAUSES: u32 = 3;
 /// For so long; then it gets one request to show that it is back.
-pub(super) const GIVEN_UP: Duration = Duration::from_secs(600);
+const GIVEN_UP: Duration = Duration::from_secs(600);
+
+/// Why a host is given up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum GiveUp {
+    /// It failed again and again.
+    Dead,
+    /// It throttled again and again, or wants to be left alone for long.
+    Throttled,
+}
+
+impl GiveUp {
+    /// What becomes of a URL that waited for it. To be told to come later is no try.
+    pub(crate) fn rejection(self) -> Rejection {
+        match self {
+            Self::Dead => Rejection::HostGivenUp,
+            Self::Throttled => Rejection::Unfetched,
+        }
+    }
+}
 
 #[derive(Debug)]
 pub(super) struct Host<T> {
@@ -35,7 +55,8 @@ pub(super) struct Host<T> {
     pub(super) failures: u32,
     pub(super) pauses: u32,
     pub(super) halvings: u32,
-    pub(super) given_up: Option<Instant>,
+    /// Until when, at the least, and why.
+    pub(super) given_up: Option<(Instant, GiveUp)>,
     pub(super) touched: Instant,
     pub(super) place: Place,
 }
@@ -61,7 +82,11 @@ impl<T> Host<T> {
 
     pub(super) fn place(&self, now: Instant) -> Place {
         let Some((&ticket, _)) = self.queue.first_key_value() else { return Place::Nowhere };
-        let slots = if self.pauses > 0 { 1 } else { self.own.map_or(u32::MAX, |(slots, _)| slots) };
+        // One request shows whether it is back.
+        let slots = match self.given_up {
+            None if self.pauses == 0 => self.own.map_or(u32::MAX, |(slots, _)| slots),
+            _ => 1,
+        };
         if self.in_flight >= slots {
             return Place::Nowhere;
         }
@@ -70,6 +95,11 @@ impl<T> Host<T> {
             from if from > now => Place::Timed(from),
             _ => Place::Ready(ticket),
         }
+    }
+
+    /// Why it is given up, if it is.
+    pub(super) fn given_up(&self, now: Instant) -> Option<GiveUp> {
+        self.given_up.filter(|(until, _)| now < *until).map(|(_, why)| why)
     }
 
     pub(super) fn is_idle(&self) -> bool {
@@ -89,7 +119,7 @@ impl<T> Host<T> {
             return;
         }
         if self.pauses >= PAUSES {
-            self.given_up = Some(now + GIVEN_UP);
+            self.given_up = Some((now + GIVEN_UP, GiveUp::Dead));
             return;
         }
         self.quiet_until = now + PAUSE * 2u32.pow(self.pauses);

@@ -312,17 +312,20 @@ fn a_host_that_only_fails_is_paused_then_tried_alone_then_given_up_and_tried_onc
                 tried += 1;
                 table.hosts.finish(table.now(), pass, HostSignal::Failed);
             }
-            Next::GivenUp(_) => given_up += 1,
+            Next::GivenUp(_, why) => {
+                assert_eq!(why, GiveUp::Dead);
+                given_up += 1;
+            }
         }
     }
     assert_eq!((tried, table.millis), (11, 14_000));
-    while let Next::GivenUp(_) = table.hosts.next(table.now()) {
+    while let Next::GivenUp(..) = table.hosts.next(table.now()) {
         given_up += 1;
     }
     assert_eq!(given_up, 89);
     assert_eq!(table.ask(ALL), [demand("dead.com", 0, false)]);
     table.push("dead.com", 100..101);
-    assert!(matches!(table.hosts.next(table.now()), Next::GivenUp(100)));
+    assert!(matches!(table.hosts.next(table.now()), Next::GivenUp(100, GiveUp::Dead)));
 
     table.millis += 600_000;
     table.push("dead.com", 101..103);
@@ -351,4 +354,72 @@ fn pauses_of_urls_are_waited_for_and_what_is_taken_out_is_gone() {
     table.millis = 5_000;
     assert_eq!(table.hosts.take_out(table.now(), |item| *item == 0), [0]);
     assert_eq!(table.ask(ALL), [demand("a.com", 0, false)]);
+}
+
+/// Whether everything that waits is handed back now, as it has to be asked for later.
+fn handed_back(table: &mut Table) -> Vec<u32> {
+    let mut back = Vec::new();
+    while let Next::GivenUp(item, why) = table.hosts.next(table.now()) {
+        assert_eq!(why, GiveUp::Throttled);
+        back.push(item);
+    }
+    back
+}
+
+#[test]
+fn a_host_that_goes_on_throttling_is_left_alone_and_what_waits_for_it_is_to_come_later() {
+    let mut table = Table::new();
+    table.push("a.com", 0..100);
+    let mut tried = 0;
+    while table.hosts.given_up(table.now(), "a.com").is_none() {
+        // Its share is prolonged all the time.
+        table.ask(ALL);
+        let begun = table.begin();
+        tried += begun.len();
+        table.end(begun, HostSignal::Throttled(Duration::from_secs(1)));
+        table.millis += 500;
+    }
+    assert!(tried <= 24 && table.millis < 60_000, "{tried} in {} ms", table.millis);
+    assert!(table.hosts.is_throttling("a.com"));
+    assert_eq!(handed_back(&mut table).len() + tried, 100);
+    table.push("a.com", 100..110);
+    assert_eq!(handed_back(&mut table).len(), 10, "it is not asked so soon");
+}
+
+#[test]
+fn a_host_that_throttles_the_slowest_rate_that_others_have_learned_is_asked_once() {
+    let mut table = Table::new();
+    table.push("a.com", 0..100);
+    table.ask(SiteShare { site_requests_per_second: 100.0, requests_per_second: 1.0 / 64.0, ..ALL });
+    let begun = table.begin();
+    assert_eq!(begun.len(), 1);
+    table.end(begun, HostSignal::Throttled(Duration::from_secs(1)));
+    assert_eq!(handed_back(&mut table).len(), 99);
+}
+
+#[test]
+fn a_host_that_has_rested_for_as_long_as_it_wants_is_asked_once_and_given_up_again_or_back() {
+    for is_back in [false, true] {
+        let mut table = Table::new();
+        table.push("a.com", 0..1);
+        table.ask(ALL);
+        let begun = table.begin();
+        table.end(begun, HostSignal::Throttled(Duration::from_secs(700)));
+        table.millis = 699_000;
+        table.push("a.com", 1..2);
+        assert_eq!(handed_back(&mut table), [1]);
+        table.millis = 700_500;
+        table.push("a.com", 2..10);
+        table.ask(ALL);
+        let begun = table.begin();
+        assert_eq!(items(&begun), [2]);
+        // However long it wants to be left alone.
+        let signal = if is_back { HostSignal::Answered } else { HostSignal::Throttled(Duration::MAX) };
+        table.end(begun, signal);
+        assert_eq!(handed_back(&mut table).len(), if is_back { 0 } else { 7 });
+        assert_eq!(table.hosts.is_throttling("a.com"), !is_back);
+        table.millis += 3_000;
+        table.ask(ALL);
+        assert_eq!(table.begin().len() > 1, is_back);
+    }
 }

@@ -65,6 +65,7 @@ async fn serve(mut stream: TcpStream) -> std::io::Result<()> {
         ("file", _) => with("302 Found\r\nLocation: file:///etc/passwd", b""),
         ("gone", _) => with("410 Gone", b"gone"),
         ("missing", _) => with("404 Not Found", b"missing"),
+        ("later", _) => with("429 Too Many\r\nRetry-After: 3600", b""),
         ("sick", _) => with("500 Oops", b""),
         ("broken", _) => with("503 Unavailable\r\nRetry-After: 60", b""),
         ("html", _) => with("200 OK\r\nContent-Type: image/jpeg", &b"<html>no picture here</html>".repeat(300)),
