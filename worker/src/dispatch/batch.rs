@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::Dispatcher;
-use crate::fetch::{Body, Request, ResponseInfo};
+use crate::fetch::{Body, FetchError, Request, ResponseInfo};
 use crate::format::format_of;
 use crate::hosts::GiveUp;
 use crate::metrics::InFlight;
@@ -70,6 +70,9 @@ pub(super) struct Job {
     /// Why it was tried again last; `unfetched`: it was told to come later.
     pub(super) retried: Option<(Rejection, ResponseInfo)>,
     pub(super) throttled: u32,
+    /// A redirect has led it to where it had to wait; and it was refused there and has begun again for that.
+    pub(super) waited: bool,
+    pub(super) renewed: bool,
     /// The server that it asked last may still be at work on its answer.
     pub(super) is_open: bool,
     pub(super) batch: Arc<Shared>,
@@ -124,6 +127,8 @@ impl Job {
             detour: None,
             retried: None,
             throttled: 0,
+            waited: false,
+            renewed: false,
             is_open: false,
             batch,
         }
@@ -132,6 +137,13 @@ impl Job {
     /// The host that is asked next, as budgets name it.
     pub(super) fn host(&self) -> String {
         self.detour.as_ref().map_or_else(|| self.request.host(), |detour| detour.request.host())
+    }
+
+    /// Whether this failure may be its own delay's: redirects lead to signed URLs, which are good for a short time.
+    pub(super) fn came_late(&self, error: &FetchError) -> bool {
+        let refused = matches!(self.request.info.status, Some(401 | 403)) && error.rejection == Rejection::HttpStatus;
+        // What its site's file has met says nothing of it.
+        refused && error.detail.is_none() && self.waited && !self.renewed && self.request.is_redirected()
     }
 
     pub(super) fn start(&mut self) {

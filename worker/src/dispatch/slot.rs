@@ -159,6 +159,12 @@ impl HostSlot {
                     None => queue(hosts, now, None, job),
                 });
             }
+            Some(Err(error)) if job.came_late(&error) => {
+                (job.waited, job.renewed) = (false, true);
+                job.request.begin_again();
+                // Its ticket puts it before those that came later, so that it hardly waits again.
+                self.give_back(is_open, error.signal, |hosts, now| queue(hosts, now, None, job));
+            }
             Some(Err(error)) => {
                 // A URL that fails once more says nothing new of its host: retries are the few URLs that fail, after
                 // all others have their results.
@@ -226,6 +232,7 @@ impl Drop for HostSlot {
 /// batch says that it is ending before it takes out what waits.)
 fn queue(hosts: &mut Hosts<Job>, now: Instant, backoff: Option<Duration>, mut job: Job) {
     let (host, ticket) = (job.host(), job.ticket);
+    job.waited |= job.request.is_redirected();
     match backoff {
         _ if job.batch.is_ending() => job.finish(Err(Rejection::Unfetched)),
         Some(backoff) => hosts.push_later(now, backoff, &host, ticket, job),

@@ -165,3 +165,69 @@ async fn who_ends_a_request_before_its_answer_keeps_its_place_until_the_server_c
         assert!(if is_whole { millis < 700 } else { millis >= 900 }, "{millis} ms after {answer:?}");
     }
 }
+
+/// For so long a signed URL is good.
+const SIGNED_FOR: Duration = Duration::from_secs(1);
+
+/// A server at two addresses, whose first one redirects to signed URLs of the second one, which takes its time.
+async fn signs() -> SocketAddr {
+    let listener = TcpListener::bind("0.0.0.0:0").await.expect("all addresses");
+    let port = listener.local_addr().expect("bound").port();
+    let start = Instant::now();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let mut request = vec![0; 4096];
+                let length = stream.read(&mut request).await.unwrap_or(0);
+                let request = String::from_utf8_lossy(&request[..length]).into_owned();
+                let path = request.split(' ').nth(1).unwrap_or("/");
+                let now = start.elapsed();
+                let response = match path.strip_prefix("/signed?") {
+                    None => {
+                        let to = format!("http://127.0.0.2:{port}/signed?{}", now.as_millis());
+                        format!("HTTP/1.1 302 Found\r\nLocation: {to}\r\nContent-Length: 0\r\n")
+                    }
+                    Some(at) if now > Duration::from_millis(at.parse().expect("own URL")) + SIGNED_FOR => {
+                        "HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n".to_owned()
+                    }
+                    Some(_) => {
+                        tokio::time::sleep(Duration::from_millis(100)).await;
+                        "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n".to_owned()
+                    }
+                };
+                stream.write_all(format!("{response}Connection: close\r\n\r\n").as_bytes()).await.ok();
+                stream.shutdown().await.ok();
+            });
+        }
+    });
+    SocketAddr::from(([127, 0, 0, 1], port))
+}
+
+#[tokio::test]
+async fn a_signature_that_expires_while_its_url_waits_for_its_site_is_asked_for_again() {
+    let at = signs().await;
+    let dispatcher = Arc::new(Dispatcher::new(fetcher_of_loopback(), 64, Arc::new(WayOut::new(Vec::new()))));
+    tokio::spawn(Arc::clone(&dispatcher).dispatch());
+    let lending = Arc::clone(&dispatcher);
+    tokio::spawn(async move {
+        loop {
+            {
+                let (mut hosts, now) = (lending.hosts(), Instant::now());
+                let four = SiteShare { slots: 4, site_slots: 4, known: true, ..SiteShare::default() };
+                let shares = vec![four; hosts.demands(now).len()];
+                hosts.lend(now, now, Duration::from_secs(3600), &shares);
+                lending.wake(hosts);
+            }
+            sleep(Duration::from_millis(10)).await;
+        }
+    });
+    // Twice as many as are answered while their signatures are good.
+    let entry = |n| SliceEntry { key: n, url: format!("http://{at}/{n}"), ..SliceEntry::default() };
+    let spec = DatasetSpec { respect: Vec::new(), ..DatasetSpec::default() };
+    let mut batch = dispatcher.batch((0..80).map(entry).collect(), &spec, false, false);
+    for _ in 0..80 {
+        let result = batch.next().await.expect("one for each");
+        let (status, body) = (result.info.status, result.body.map(drop));
+        assert_eq!((status, body), (Some(200), Ok(())), "{}", result.entry.url);
+    }
+}
