@@ -181,3 +181,77 @@ fn sites_of_one_class_each_are_mixed_as_far_as_a_window_holds_several() {
         assert!(lane <= most_of_lane && batch <= most_of_batch, "{sites}: {lane} per lane, {batch} per batch");
     }
 }
+
+/// So many URLs by default, ten for each site; `URLS` names another number.
+const MANY_URLS: u64 = 10_000_000;
+
+/// The number of the `n`-th URL's site: six in ten are of site 0, each other site has one at least, and few have many.
+fn site_of(n: u64, sites: u64) -> u64 {
+    if n % 10 < 6 {
+        return 0;
+    }
+    match n / 10 * 4 + n % 10 - 6 {
+        other if other < sites - 1 => 1 + other,
+        other => {
+            let drawn = XxHash64::oneshot(9, &other.to_le_bytes()) as f64 / 2f64.powi(64);
+            1 + (drawn.powi(3) * (sites - 1) as f64) as u64
+        }
+    }
+}
+
+/// One of its URLs; one site in a hundred is an address.
+fn url_of(site: u64, n: u64) -> String {
+    match site {
+        0 => format!("http://img{}.large.com/{n}.jpg", n % 50),
+        site if site % 100 == 7 => {
+            let [.., a, b, c] = site.to_be_bytes();
+            format!("http://93.{a}.{b}.{c}/{n}.jpg")
+        }
+        site => format!("http://www{}.s{site}.com/{n}.jpg", n % 3),
+    }
+}
+
+#[test]
+#[ignore = "minutes, to be measured with optimisation"]
+fn how_many_sites_of_a_long_list_are_met_by_one_worker_alone() {
+    const SLICE_URLS: u32 = 10_000;
+    let urls = std::env::var("URLS").map_or(MANY_URLS, |text| text.parse().expect("a number"));
+    let site_count = urls / 10;
+    let sites = Sites::new(Budget::default(), []);
+    let folder = tempfile::tempdir().expect("a folder");
+    let folder = Some(folder.path().to_owned());
+    let mut spool = Spool::new(folder.clone());
+    for n in 0..urls {
+        let url = url_of(site_of(n, site_count), n);
+        let site = sites.of_url(&url).expect("a URL");
+        let (most, hash) = (most_of_site(sites.budget(&site), SLICE_URLS), XxHash64::oneshot(3, url.as_bytes()));
+        let entry = Entry { site: site_hash(1, &site), most, hash, key: n, synset: b"n1", tail: url.as_bytes() };
+        entry.spool(&mut spool).expect("there is room");
+    }
+    // Of each site its URLs, and the slice in which it is; `SEVERAL` of them.
+    const NONE: u32 = u32::MAX;
+    const SEVERAL: u32 = u32::MAX - 1;
+    let mut met = vec![(0u64, NONE); site_count as usize];
+    let (mut slices, mut fullest) = (0, 0);
+    let large = deal(spool, folder, 1, SLICE_URLS, &sites, &mut |number, mut hand: Hand| {
+        (slices, fullest) = (slices + 1, fullest.max(hand.len()));
+        for (key, ..) in hand.shuffled() {
+            let (urls, slice) = &mut met[site_of(key, site_count) as usize];
+            *urls += 1;
+            *slice = if *slice == NONE || *slice == number { number } else { SEVERAL };
+        }
+        io::Result::Ok(())
+    });
+    let large = large.expect("there is room");
+    assert_eq!(met.iter().map(|(urls, _)| urls).sum::<u64>(), urls, "each is dealt once");
+    let alone = || met.iter().filter(|(_, slice)| *slice < SEVERAL);
+    let (count, of_those) = (alone().count() as u64, alone().map(|(urls, _)| urls).sum::<u64>());
+    let share = count as f64 / site_count as f64;
+    println!(
+        "dealing: urls={urls} sites={site_count} sites_of_one_slice={count} share={share:.6} urls_of_those={of_those} \
+         large_sites={} slices={slices} largest_slice={fullest}",
+        large.len()
+    );
+    assert_eq!(site_count - count, large.len() as u64, "only large sites have slices of their own");
+    assert!(share > 0.99, "{share}");
+}
