@@ -1,5 +1,7 @@
 //! A store that fails, loses answers, tears listings and is full for a while: what that may cost is time.
 
+mod small;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -107,4 +109,37 @@ fn a_full_store_holds_up_a_dataset_until_there_is_room() {
     assert_eq!(faulty.committed(), 0);
     faulty.faults.set(Rules::default());
     faulty.assert_whole(&list);
+}
+
+#[test]
+fn a_run_is_trained_and_recorded_as_any_other_though_requests_fail_and_answers_are_lost_and_late() {
+    let mut faulty = Faulty::start(3);
+    small::dataset(&mut faulty.cluster);
+    faulty.cluster.start_trainer("trainer", 2);
+    let whole = ["ranks.min=2", "ranks.max=2", "checkpoint.every_epochs=0.4"];
+    small::submit(&faulty.cluster, "undisturbed", 6, &whole);
+    small::wait(&faulty.cluster, "undisturbed");
+    // Ranks read the dataset anew.
+    faulty.cluster.kill("trainer");
+    let rules = Rules { failed: 0.1, lost: 0.1, torn: 0.1, delay: Duration::from_millis(20), ..Rules::default() };
+    faulty.faults.set(rules);
+    faulty.cluster.start_trainer("another-trainer", 2);
+    small::submit(&faulty.cluster, "disturbed", 6, &whole);
+    small::wait(&faulty.cluster, "disturbed");
+    let Injected { failed, lost, .. } = faulty.faults.injected();
+    assert!(failed > 10 && lost > 5, "{failed} {lost}");
+    faulty.faults.set(Rules::default());
+    let found = small::verify(&faulty.cluster, "disturbed", "undisturbed");
+    assert!(found["equal"] == true && found["steps_a"].as_u64() >= Some(6 * 5), "{found}");
+    // What the coordinator knows of the curve is now what the store has.
+    faulty.cluster.kill("coordinator");
+    faulty.cluster.start_coordinator();
+    let points = |run: &str| {
+        let kinds = ["--kind", "train", "--kind", "validation", "--kind", "test"];
+        let points = faulty.cluster.json(&[&["run", "metrics", run], &kinds[..]].concat());
+        let points = points.as_array().expect("a list").iter();
+        points.map(|point| (point["kind"].to_string(), point["step"].as_u64())).collect::<Vec<_>>()
+    };
+    assert_eq!(points("disturbed"), points("undisturbed"));
+    assert_eq!(points("disturbed").len(), 6 + 6 + 1);
 }
