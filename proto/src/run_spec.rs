@@ -233,6 +233,10 @@ pub struct Ranks {
     /// rounding.
     #[serde(skip_serializing_if = "Layout::is_auto")]
     pub layout: Layout,
+    /// Whether a GPU is given a step as one recorded piece of work (CUDA graphs) instead of operation by operation.
+    /// The same numbers come out.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub graphs: bool,
     /// How gradients travel between ranks.
     pub compress: Compress,
 }
@@ -349,6 +353,7 @@ impl Default for Ranks {
             max_failures: 3,
             precision: Precision::F32,
             layout: Layout::Auto,
+            graphs: false,
             compress: Compress::None,
         }
     }

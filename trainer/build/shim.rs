@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 pub(crate) fn compile() {
-    for source in ["shim.cc", "shim.h", "gloo_stub"] {
+    for source in ["shim.cc", "graphs.cc", "shim.h", "guard.h", "gloo_stub"] {
         println!("cargo:rerun-if-changed=src/torch/{source}");
     }
     let lib = PathBuf::from(std::env::var("DEP_TCH_LIBTORCH_LIB").expect("torch-sys says where libtorch is"));
@@ -14,7 +14,7 @@ pub(crate) fn compile() {
     build.cpp(true).std("c++17").warnings(false);
     build.define("USE_DISTRIBUTED", None).define("USE_C10D_GLOO", None);
     build.include("src/torch/gloo_stub").include(&include).include(include.join("torch/csrc/api/include"));
-    build.file("src/torch/shim.cc");
+    build.files(["src/torch/shim.cc", "src/torch/graphs.cc"]);
     if nccl {
         let nvidia = lib.join("../include-nvidia");
         assert!(

@@ -2,6 +2,7 @@
 
 mod agree;
 pub(crate) mod alexnet;
+mod averaging;
 mod best;
 pub(crate) mod checkpoint;
 pub(crate) mod context;
@@ -9,6 +10,7 @@ pub(crate) mod control;
 mod evaluate;
 mod export;
 pub(crate) mod failure;
+mod graphs;
 mod history;
 pub(crate) mod job;
 mod membership;

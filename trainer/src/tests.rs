@@ -24,6 +24,7 @@ use crate::torch::{self, tensor::Named};
 mod ahead;
 mod device_pixels;
 mod ends;
+mod graphs;
 mod late;
 mod layout;
 

@@ -45,6 +45,18 @@ fn a_layout_is_stored_only_if_it_was_chosen() {
 }
 
 #[test]
+fn graphs_are_off_by_themselves_and_stored_only_if_they_were_chosen() {
+    let spec = |toml: &str| RunSpec::from_toml(&format!("dataset = \"b\"\n{toml}")).expect(toml);
+    for toml in ["", "ranks = { graphs = false }"] {
+        assert!(!spec(toml).ranks.graphs);
+        assert!(!spec(toml).to_json().contains("graphs"), "agents of before there was a choice read it too");
+    }
+    let chosen = spec("ranks = { graphs = true }");
+    assert!(chosen.ranks.graphs);
+    assert_eq!(RunSpec::from_json(&chosen.to_json()).expect("own output"), chosen);
+}
+
+#[test]
 fn lanes_and_ranks_that_nobody_chose_follow_from_what_was_chosen() {
     let resolved = |toml: &str| {
         let spec = RunSpec::from_toml(&format!("dataset = \"b\"\n{toml}")).expect(toml);

@@ -21,9 +21,9 @@ import torch
 
 from sides import HERE, LOADER, STEP, Bench, Failed, figures
 
-# The trainer's own choices, in the words of a run's spec: a precision, and a layout if it is not the one by itself.
+# The trainer's own choices, in the words of a run's spec: a precision, a layout if it is not the one by itself, and graphs.
 OURS = ["f32", "bf16"]
-OURS_ON_GPU = ["tf32", "tf32+nhwc", "bf16+nchw"]
+OURS_ON_GPU = ["tf32", "tf32+nhwc", "tf32+nhwc+graphs", "bf16+nchw", "bf16+graphs"]
 EAGER = ["eager", "eager+channels_last", "eager+bf16", "eager+bf16+channels_last"]
 COMPILED = ["compile", "compile+bf16", "compile+bf16+channels_last"]
 # What a GPU has besides.
@@ -65,8 +65,9 @@ class Gpu(Bench):
     def step_spec(self, device, ranks=1, **values):
         sizes = self.sizes(device)
         chosen = {key: sizes[key] for key in ("batch", "lanes", "crop", "width")}
-        precision, _, layout = values.pop("precision", "f32").partition("+")
-        values |= {"precision": precision, "layout": layout or "auto"}
+        precision, *words = values.pop("precision", "f32").split("+")
+        layout = next((word for word in words if word != "graphs"), "auto")
+        values |= {"precision": precision, "layout": layout, "graphs": str("graphs" in words).lower()}
         return self.spec(**STEP | chosen | values, threads=max(self.args.threads // ranks, 1))
 
     def sizes(self, device):

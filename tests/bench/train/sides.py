@@ -25,8 +25,9 @@ max = 1
 threads = {threads}
 precision = "{precision}"
 layout = "{layout}"
+graphs = {graphs}
 """
-STEP = dict(arch="alexnet-bn", width=1.0, crop=224, cut="translate", epochs=1, batch=32, lanes=4, precision="f32", layout="auto")
+STEP = dict(arch="alexnet-bn", width=1.0, crop=224, cut="translate", epochs=1, batch=32, lanes=4, precision="f32", layout="auto", graphs="false")
 LOADER = dict(STEP, epochs=3, batch=64)
 RUN = dict(STEP, arch="alexnet-slim", width=0.25, crop=112, epochs=3, batch=64)
 

@@ -28,8 +28,10 @@ use proto::network::{self, Network};
 use proto::run_spec::{Arch, Model};
 use tch::{Device, Kind, Tensor};
 
+use self::dropout::Keys;
 use self::norm::Norm;
 use crate::data::random;
+use crate::torch::Result;
 use crate::torch::tensor::{self, Named};
 
 /// Weight of one step's statistics in the running ones (PyTorch's default).
@@ -113,10 +115,37 @@ impl AlexNet {
     /// after lane; `shares`: how many samples each lane has, two at least; `keys`: one random key per sample and step,
     /// of which dropout is made.
     pub(crate) fn train(&self, images: &Tensor, shares: &[i64], keys: &[u64]) -> Forward {
+        self.train_by(images, shares, Keys::Host(keys), &mut |x| x)
+    }
+
+    /// The same of nothing but what the device has: `keys` are those that [`Self::dropout_keys`] gives. The
+    /// fully-connected layers get what `cut` makes of the output of the convolutions.
+    pub(crate) fn train_cut(
+        &self,
+        images: &Tensor,
+        shares: &[i64],
+        keys: &Tensor,
+        cut: &mut dyn FnMut(Tensor) -> Tensor,
+    ) -> Forward {
+        self.train_by(images, shares, Keys::Device(keys), cut)
+    }
+
+    /// Keys of samples as [`Self::train_cut`] takes them, on a device.
+    pub(crate) fn dropout_keys(&self, keys: &[u64], device: Device) -> Result<Tensor> {
+        dropout::of_layers(self.hidden.len().max(1) as u64, keys, device)
+    }
+
+    fn train_by(
+        &self,
+        images: &Tensor,
+        shares: &[i64],
+        keys: Keys<'_>,
+        cut: &mut dyn FnMut(Tensor) -> Tensor,
+    ) -> Forward {
         let mut statistics = Vec::new();
         let mut norm = |norm: &Norm, x: &Tensor| norm.train(x, shares, &mut statistics);
         let dropout = |layer: u64, x: Tensor| dropout::drop_units(&x, self.dropout, layer, keys);
-        let logits = self.forward(images, &mut norm, &dropout);
+        let logits = self.forward(images, &mut norm, &dropout, cut);
         let statistics = match statistics.is_empty() {
             true => Tensor::zeros([0], (Kind::Double, images.device())),
             false => Tensor::cat(&statistics, 0),
@@ -126,7 +155,7 @@ impl AlexNet {
 
     /// The logits [samples, classes] of normalised images [samples, 3, crop, crop], by the running statistics.
     pub(crate) fn evaluate(&self, images: &Tensor) -> Tensor {
-        tch::no_grad(|| self.forward(images, &mut |norm, x| norm.evaluate(x), &|_, x| x))
+        tch::no_grad(|| self.forward(images, &mut |norm, x| norm.evaluate(x), &|_, x| x, &mut |x| x))
     }
 
     /// Moves the running statistics towards those of a step: [`Forward::statistics`] summed over ranks and divided by
@@ -211,6 +240,7 @@ impl AlexNet {
         images: &Tensor,
         normalise: &mut dyn FnMut(&Norm, &Tensor) -> Tensor,
         dropout: &dyn Fn(u64, Tensor) -> Tensor,
+        cut: &mut dyn FnMut(Tensor) -> Tensor,
     ) -> Tensor {
         let mut activate = |layer: &Layer, x: Tensor| match &layer.norm {
             Some(norm) => normalise(norm, &x).relu_(),
@@ -228,7 +258,7 @@ impl AlexNet {
                 x = x.max_pool2d([3, 3], [2, 2], [0, 0], [1, 1], false);
             }
         }
-        x = x.adaptive_avg_pool2d([self.grid, self.grid]).flatten(1, -1);
+        x = cut(x.adaptive_avg_pool2d([self.grid, self.grid]).flatten(1, -1));
         for (index, layer) in self.hidden.iter().enumerate() {
             // torchvision drops inputs of the hidden layers; the paper drops their outputs.
             if !self.paper {

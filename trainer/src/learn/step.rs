@@ -10,10 +10,10 @@ use proto::pb::rank_heartbeat::Activity;
 use proto::run_spec::{Compress, Layout, Precision, Ranks, Train};
 use tch::{Device, Kind, Reduction, Tensor};
 
-use super::alexnet::AlexNet;
+use super::alexnet::{AlexNet, Forward};
 use super::failure::Failure;
 use super::history::Sums;
-use crate::data::batch::Batch;
+use crate::data::batch::{Batch, Pixels};
 use crate::data::normalise::Normalise;
 use crate::data::random;
 use crate::torch::tensor::{self, Named};
@@ -40,7 +40,7 @@ pub(crate) struct Measured {
 
 impl Measured {
     /// Has the device send what it has in these three numbers.
-    fn sent(numbers: &Tensor, group: &Group) -> Result<Self, Failure> {
+    pub(super) fn sent(numbers: &Tensor, group: &Group) -> Result<Self, Failure> {
         let numbers = numbers.f_to_device_(Device::Cpu, Kind::Double, true, false)?;
         Ok(Self { numbers, mark: group.mark()? })
     }
@@ -95,17 +95,12 @@ pub(crate) fn compute(
         start += samples;
         at(Activity::Forward);
         let (images, labels) = normalise.apply(&pixels)?;
-        let keys: Vec<u64> = pixels.keys.iter().map(|&key| random::key(&[spec.seed, batch.step, key])).collect();
+        let keys = keys(spec, batch.step, &pixels);
         let forward = match autocast(spec.ranks.precision) {
             None => model.train(&images, shares, &keys),
             Some(half) => torch::autocast(device, half, || model.train(&images, shares, &keys))?,
         };
-        let logits = forward.logits.to_kind(kind(spec.ranks.precision));
-        let loss = loss(&logits, &labels, spec.train.label_smoothing);
-        // The reducer divides the sum over ranks by their number.
-        let share = &loss * (world as f64 / batch.samples as f64);
-        let loss = loss.detach().to_kind(Kind::Double).reshape([1]);
-        let these = Tensor::cat(&[loss, correct(&logits, &labels), forward.statistics], 0);
+        let (share, these) = judged(spec, forward, &labels, share_of_mean(world, batch.samples));
         let sum = match measured {
             None => these,
             Some(sum) => sum + these,
@@ -129,8 +124,27 @@ pub(crate) fn compute(
     Ok(Computed { measured, statistics: all.narrow(0, 3, all.size()[0] - 3), exposed })
 }
 
+/// Of each sample the key of what is random for it in a step.
+pub(super) fn keys(spec: &RunSpec, step: u64, pixels: &Pixels) -> Vec<u64> {
+    pixels.keys.iter().map(|&key| random::key(&[spec.seed, step, key])).collect()
+}
+
+/// What a rank sends into backward is its loss, a sum, times this: gradients' sum over ranks is divided by their number.
+pub(super) fn share_of_mean(world: usize, samples: u64) -> f64 {
+    world as f64 / samples as f64
+}
+
+/// The loss times `share`, and in f64 one after the other the loss, top-1 and top-5 hits, and statistics.
+pub(super) fn judged(spec: &RunSpec, forward: Forward, labels: &Tensor, share: f64) -> (Tensor, Tensor) {
+    let logits = forward.logits.to_kind(kind(spec.ranks.precision));
+    let loss = loss(&logits, labels, spec.train.label_smoothing);
+    let share = &loss * share;
+    let loss = loss.detach().to_kind(Kind::Double).reshape([1]);
+    (share, Tensor::cat(&[loss, correct(&logits, labels), forward.statistics], 0))
+}
+
 /// Consecutive lanes that together have at most `most` samples, at least one at a time; all if `most` is 0.
-fn parts(shares: &[i64], most: u32) -> Vec<&[i64]> {
+pub(super) fn parts(shares: &[i64], most: u32) -> Vec<&[i64]> {
     let (mut parts, mut start, mut samples) = (Vec::new(), 0, 0);
     for (i, share) in shares.iter().enumerate() {
         if i > start && most > 0 && samples + share > i64::from(most) {
@@ -144,9 +158,6 @@ fn parts(shares: &[i64], most: u32) -> Vec<&[i64]> {
 }
 
 /// The cross entropy of `logits` [samples, classes] with `labels` [samples] (i64), summed over samples.
-///
-/// What a rank sends into backward is this times `world` / (samples in the step on all ranks): the reducer divides by
-/// `world`.
 pub(crate) fn loss(logits: &Tensor, labels: &Tensor, label_smoothing: f64) -> Tensor {
     logits.cross_entropy_loss(labels, None::<Tensor>, Reduction::Sum, -100, label_smoothing)
 }
@@ -238,7 +249,7 @@ pub(crate) fn prepare(device: Device, precision: Precision) -> torch::Result<()>
 }
 
 /// What convolutions and matrix products compute in, if not in that.
-fn autocast(precision: Precision) -> Option<Half> {
+pub(super) fn autocast(precision: Precision) -> Option<Half> {
     (precision == Precision::Bf16).then_some(Half::Bf16)
 }
 

@@ -6,6 +6,7 @@ use proto::RunSpec;
 use tch::{Device, Kind, Tensor};
 
 use super::alexnet::AlexNet;
+use super::averaging::Averaging;
 use super::failure::Failure;
 use super::step::Measured;
 use super::{schedule, step};
@@ -14,10 +15,8 @@ use crate::data::normalise::Normalise;
 use crate::data::plan::lanes_of;
 use crate::data::random;
 use crate::torch::tensor::{Chunk, Slab};
-use crate::torch::{Copies, Group, Op, Reducer, Sgd};
+use crate::torch::{Copies, Group, Op, Sgd};
 
-/// Gradients travel in parts of so many bytes.
-const BUCKET_BYTES: usize = 25 << 20;
 const CLASSES: i64 = 1000;
 /// Steps of an epoch of ImageNet at a batch of 1,280.
 const STEPS_PER_EPOCH: u64 = 1000;
@@ -30,7 +29,7 @@ pub(crate) struct Synthetic<'a> {
     group: &'a Group,
     model: AlexNet,
     sgd: Sgd,
-    reducer: Reducer,
+    averaging: Averaging,
     normalise: Normalise,
     copies: Copies,
     /// The samples of each step, in the host's memory.
@@ -49,9 +48,7 @@ impl<'a> Synthetic<'a> {
         let crop = i64::from(spec.input.crop);
         let model = step::network(spec, CLASSES, device);
         let sgd = step::optimizer(&model, &spec.train);
-        let parameters: Vec<Tensor> = model.parameters().into_iter().map(|(_, parameter)| parameter).collect();
-        let compress = step::compression(spec.ranks.compress, world as usize);
-        let reducer = Reducer::new(group, &parameters, BUCKET_BYTES, compress)?;
+        let averaging = Averaging::new(spec, group, &model)?;
         let normalise = Normalise::new(MOMENTS.0, MOMENTS.1, device, kind)?.in_nhwc(step::is_nhwc(&spec.ranks, device));
         let (lanes, batch) = (i64::from(spec.ranks.lanes), i64::from(spec.train.batch));
         let share = |lane: u32| (batch * (i64::from(lane) + 1) / lanes) - (batch * i64::from(lane) / lanes);
@@ -67,7 +64,7 @@ impl<'a> Synthetic<'a> {
         };
         let copies = Copies::new(device)?;
         let batch = Batch { step: 0, samples: batch as u64, shares, pixels: sent_ahead(&pixels, &copies)? };
-        Ok(Self { spec, group, model, sgd, reducer, normalise, copies, pixels, batch, measured: None })
+        Ok(Self { spec, group, model, sgd, averaging, normalise, copies, pixels, batch, measured: None })
     }
 
     /// Samples of this rank in a step.
@@ -77,9 +74,9 @@ impl<'a> Synthetic<'a> {
 
     /// Takes the next step.
     pub(crate) fn step(&mut self) -> Result<(), Failure> {
-        let Self { spec, group, model, sgd, reducer, normalise, copies, pixels, batch, measured } = self;
+        let Self { spec, group, model, sgd, averaging, normalise, copies, pixels, batch, measured } = self;
         let next = sent_ahead(pixels, copies)?;
-        let computed = step::compute(spec, group, model, normalise, reducer, batch, &|_| {})?;
+        let computed = averaging.compute(spec, group, model, normalise, batch, &|_| {})?;
         if let Some(before) = measured.replace(computed.measured) {
             before.wait(group)?;
         }

@@ -23,6 +23,7 @@ use tracing::info;
 
 use super::agree::agree;
 use super::alexnet::AlexNet;
+use super::averaging::Averaging;
 use super::best::best_weights;
 use super::control::ControlFlags;
 use super::evaluate::evaluate;
@@ -33,15 +34,12 @@ use super::job::{Job, Untold};
 use super::membership::Membership;
 use super::records::Records;
 use super::reports::Reports;
+use super::schedule;
 use super::step::Computed;
 use super::timing::Timing;
-use super::{schedule, step};
 use crate::data::batch::Batch;
 use crate::data::plan::lanes_of;
-use crate::torch::{Op, Reducer, device};
-
-/// Bytes of gradients in one all-reduce (PyTorch's default).
-const BUCKET_BYTES: usize = 25 << 20;
+use crate::torch::{Op, device};
 
 /// How a generation ends without a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,9 +67,7 @@ pub(crate) fn generation(
 
     let own_lanes = lanes_of(join.rank, join.world_size, job.spec.ranks.lanes);
     let mut batches = job.loader(Split::Train).train(&job.spec, own_lanes.clone(), job.progress.step)?;
-    let parameters: Vec<Tensor> = job.model.trained().into_iter().map(|(_, parameter)| parameter).collect();
-    let compress = step::compression(job.spec.ranks.compress, membership.world);
-    let reducer = Reducer::new(&membership.group, &parameters, BUCKET_BYTES, compress)?;
+    let mut averaging = Averaging::new(&job.spec, &membership.group, &job.model)?;
     let mut records = Records::new(job, join, &membership, reports);
 
     loop {
@@ -98,7 +94,7 @@ pub(crate) fn generation(
         if flags.aborted() {
             return Err(Failure::Collective("aborted while waiting for data".to_owned()));
         }
-        let word = train_step(job, &membership, &reducer, &batch?, flags, &mut records, asked)?;
+        let word = train_step(job, &membership, &mut averaging, &batch?, flags, &mut records, asked)?;
         if word.leave {
             flags.set_activity(Activity::Checkpointing);
             records.settle(job)?;
@@ -162,7 +158,7 @@ struct ControlWord {
 fn train_step(
     job: &mut Job,
     membership: &Membership,
-    reducer: &Reducer,
+    averaging: &mut Averaging,
     batch: &Batch,
     flags: &ControlFlags,
     records: &mut Records<'_>,
@@ -176,7 +172,7 @@ fn train_step(
     device::begin_step(job.device)?;
     let at = |activity| flags.set_activity(activity);
     let Computed { measured, statistics, exposed } =
-        step::compute(&job.spec, &membership.group, &job.model, &job.normalise, reducer, batch, &at)?;
+        averaging.compute(&job.spec, &membership.group, &job.model, &job.normalise, batch, &at)?;
     // The device is at this step: the one before is over, or soon.
     records.settle(job)?;
     let busy = asked.elapsed().saturating_sub(exposed);

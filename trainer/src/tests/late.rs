@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::graphs::with_graphs;
 use super::*;
 
 /// Has not come so far when it is first asked, and has when it is asked again. Counts how often it was by then given
@@ -87,8 +88,17 @@ fn what_came_of_a_loss_that_is_not_finite_is_neither_kept_nor_measured_although_
 
 #[test]
 fn a_step_that_fails_on_one_rank_in_its_gradients_or_before_its_counts_is_applied_by_none_and_done_again() {
+    fails_on_one_rank(&spec("f64"));
+}
+
+#[test]
+fn so_is_one_whose_gradients_are_averaged_without_hooks() {
+    fails_on_one_rank(&with_graphs(&spec("f64")));
+}
+
+fn fails_on_one_rank(spec: &str) {
     let world = World::new();
-    let undisturbed = world.whole("undisturbed", &spec("f64"), 1);
+    let undisturbed = world.whole("undisturbed", spec, 1);
     // How often the device is asked in that step until it fails: while it reduces gradients, or when that is done.
     for (run, fails_at, first) in [("gradients", 500, false), ("counts", 2, true)] {
         let a = world.rank();
@@ -105,11 +115,11 @@ fn a_step_that_fails_on_one_rank_in_its_gradients_or_before_its_counts_is_applie
             })
         };
         let b = world.rank_on(Some(Box::new(fake)));
-        let _first = world.generation(run, &spec("f64"), 1, &[&a, &b], &[]);
+        let _first = world.generation(run, spec, 1, &[&a, &b], &[]);
         let (of_b, of_a) = (b.left(Cause::Collective), a.left(Cause::Collective));
         assert_eq!((of_a.step, of_b.step), (7, 7), "{run}");
         assert!(of_b.detail.contains("half a bucket"), "{}", of_b.detail);
-        let _second = world.generation(run, &spec("f64"), 2, &[&a, &b], &[]);
+        let _second = world.generation(run, spec, 2, &[&a, &b], &[]);
         for rank in [&a, &b] {
             rank.left(Cause::Finished);
         }

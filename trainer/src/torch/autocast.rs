@@ -2,7 +2,7 @@
 
 use std::ffi::c_int;
 
-use tch::Device;
+use tch::{Device, Kind};
 
 use super::error::Result;
 use super::ffi::{self, check};
@@ -14,6 +14,16 @@ pub(crate) enum Half {
     Fp16 = 1,
     /// 8 significant bits, the range of f32.
     Bf16 = 2,
+}
+
+impl Half {
+    /// libtorch's name of them.
+    pub(crate) fn kind(self) -> Kind {
+        match self {
+            Self::Fp16 => Kind::Half,
+            Self::Bf16 => Kind::BFloat16,
+        }
+    }
 }
 
 pub(super) fn code(half: Option<Half>) -> c_int {

@@ -1,4 +1,4 @@
-//! The functions of shim.cc.
+//! The functions of shim.cc and graphs.cc.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::time::Duration;
@@ -106,6 +106,26 @@ unsafe extern "C" {
     #[cfg(test)]
     pub(super) fn c10d_reducer_buckets(reducer: *mut c_void, out: *mut usize) -> Answer;
     pub(super) fn c10d_reducer_free(reducer: *mut c_void);
+    pub(super) fn c10d_gradients(
+        output: *const c_void,
+        by: *const c_void,
+        leaves: *const *const c_void,
+        count: usize,
+        out: *mut *mut c_void,
+    ) -> Answer;
+    pub(super) fn c10d_set_gradients(
+        parameters: *const *const c_void,
+        gradients: *const *const c_void,
+        count: usize,
+    ) -> Answer;
+    pub(super) fn c10d_recorder_new(cuda: c_int, out: *mut *mut c_void) -> Answer;
+    pub(super) fn c10d_recorder_free(recorder: *mut c_void);
+    pub(super) fn c10d_recorder_enter(recorder: *mut c_void) -> Answer;
+    pub(super) fn c10d_recorder_leave(recorder: *mut c_void) -> Answer;
+    pub(super) fn c10d_graph_begin(recorder: *mut c_void, out: *mut *mut c_void) -> Answer;
+    pub(super) fn c10d_graph_end(graph: *mut c_void) -> Answer;
+    pub(super) fn c10d_graph_replay(graph: *mut c_void) -> Answer;
+    pub(super) fn c10d_graph_free(graph: *mut c_void);
     pub(super) fn c10d_event_record(cuda: c_int, out: *mut *mut c_void) -> Answer;
     pub(super) fn c10d_event_reached(event: *mut c_void, out: *mut c_int) -> Answer;
     pub(super) fn c10d_event_free(event: *mut c_void);

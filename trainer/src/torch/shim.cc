@@ -1,4 +1,4 @@
-#include "shim.h"
+#include "guard.h"
 
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
@@ -7,14 +7,15 @@
 #include <c10/core/Event.h>
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/utils/grad_layout_contract.h>
 #include <torch/csrc/autograd/utils/lambda_post_hook.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
-#include <torch/csrc/distributed/c10d/exception.h>
 #include <torch/csrc/distributed/c10d/reducer.hpp>
 #ifdef USE_C10D_NCCL
 #include <torch/csrc/cuda/nccl.h>
@@ -82,37 +83,6 @@ struct c10d_copied {
 };
 
 namespace {
-
-c10d_result failure(c10d_class of, const char* message) noexcept {
-  return {of, strdup(message)};
-}
-
-template <class F>
-c10d_result guard(F&& f) noexcept {
-  try {
-    f();
-    return {C10D_OK, nullptr};
-  } catch (const c10::OutOfMemoryError& e) {
-    return failure(C10D_OUT_OF_MEMORY, e.what_without_backtrace());
-  } catch (const c10::AcceleratorError& e) {
-    return failure(C10D_DEVICE, e.what_without_backtrace());
-  } catch (const c10d::TimeoutError& e) {
-    return failure(C10D_TIMEOUT, e.what_without_backtrace());
-  } catch (const c10::DistError& e) {
-    return failure(C10D_PEER, e.what_without_backtrace());
-  } catch (const c10::Error& e) {
-    return failure(C10D_HERE, e.what_without_backtrace());
-  } catch (const std::exception& e) {
-    // gloo throws its own types, all of them of connections, whose declarations are not ours.
-    return failure(strncmp(typeid(e).name(), "N4gloo", 6) ? C10D_HERE : C10D_PEER, e.what());
-  } catch (...) {
-    return failure(C10D_HERE, "an exception of an unknown type");
-  }
-}
-
-void drop(c10d_result result) {
-  free(result.message);
-}
 
 at::Tensor tensor(c10d_tensor t) {
   return *static_cast<const at::Tensor*>(t);
@@ -345,6 +315,25 @@ c10d_result c10d_reducer_buckets(c10d_reducer* reducer, size_t* out) {
 
 void c10d_reducer_free(c10d_reducer* reducer) {
   drop(guard([&] { delete reducer; }));
+}
+
+c10d_result c10d_gradients(c10d_tensor output, c10d_tensor by, const c10d_tensor* t, size_t count, void** out) {
+  return guard([&] {
+    namespace utils = torch::autograd::utils;
+    auto leaves = list(t, count);
+    auto factors = by ? list(&by, 1) : std::vector<at::Tensor>();
+    auto gradients = torch::autograd::grad({tensor(output)}, leaves, factors);
+    // As autograd does for a gradient that it accumulates.
+    for (size_t i = 0; i < count; i++)
+      if (!utils::obeys_layout_contract(gradients[i], leaves[i])) gradients[i] = utils::clone_obey_contract(gradients[i], leaves[i]);
+    for (size_t i = 0; i < count; i++) out[i] = new at::Tensor(std::move(gradients[i]));
+  });
+}
+
+c10d_result c10d_set_gradients(const c10d_tensor* parameters, const c10d_tensor* gradients, size_t count) {
+  return guard([&] {
+    for (size_t i = 0; i < count; i++) tensor(parameters[i]).mutable_grad() = tensor(gradients[i]);
+  });
 }
 
 c10d_result c10d_event_record(int cuda, c10d_event** out) {

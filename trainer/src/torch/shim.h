@@ -13,6 +13,8 @@ typedef struct c10d_work c10d_work;
 typedef struct c10d_reducer c10d_reducer;
 typedef struct c10d_event c10d_event;
 typedef struct c10d_copied c10d_copied;
+typedef struct c10d_recorder c10d_recorder;
+typedef struct c10d_graph c10d_graph;
 typedef const void* c10d_tensor;
 
 // Whose failure it is, by the type of the exception.
@@ -65,6 +67,27 @@ c10d_result c10d_backward(c10d_tensor loss);
 c10d_result c10d_reducer_ready(c10d_reducer* reducer, int* reached, int64_t* ago_ns);
 c10d_result c10d_reducer_buckets(c10d_reducer* reducer, size_t* out);
 void c10d_reducer_free(c10d_reducer* reducer);
+
+// The gradients of `output`, times `by` unless that is null, by these leaves: new tensors that lie as the leaves do. The gradients that
+// tensors have of their own stay what they are, and no hook hears of it.
+c10d_result c10d_gradients(c10d_tensor output, c10d_tensor by, const c10d_tensor* leaves, size_t count, void** out);
+// Makes them the gradients of these parameters.
+c10d_result c10d_set_gradients(const c10d_tensor* parameters, const c10d_tensor* gradients, size_t count);
+
+// A stream of a CUDA device's own, on which work is recorded, and the memory of what is. Builds without NCCL have none.
+c10d_result c10d_recorder_new(int cuda, c10d_recorder** out);
+void c10d_recorder_free(c10d_recorder* recorder);
+// What this thread gives the device from now on goes to that stream, after all that it has given before ...
+c10d_result c10d_recorder_enter(c10d_recorder* recorder);
+// ... and no more: what comes now comes after that.
+c10d_result c10d_recorder_leave(c10d_recorder* recorder);
+// In there: what the device is given from now on it does not do, but it is recorded ...
+c10d_result c10d_graph_begin(c10d_recorder* recorder, c10d_graph** out);
+// ... up to here. To be called once, also if what was to be recorded has failed.
+c10d_result c10d_graph_end(c10d_graph* graph);
+// Has the device do it, on this thread's stream.
+c10d_result c10d_graph_replay(c10d_graph* graph);
+void c10d_graph_free(c10d_graph* graph);
 
 // Marks the place that a CUDA device's current stream has come to.
 c10d_result c10d_event_record(int cuda, c10d_event** out);

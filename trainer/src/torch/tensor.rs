@@ -8,6 +8,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::error::Result;
 use super::ffi::{self, check};
+use super::graph::is_recording;
 
 /// Names and tensors that share memory with their owner, in an order that is the same on every rank.
 pub(crate) type Named = Vec<(String, Tensor)>;
@@ -34,6 +35,7 @@ impl Element for f64 {
 
 /// A new tensor in the CPU's memory, of which `fill` writes every element, in the order in which they lie.
 pub(crate) fn filled<T: Element>(shape: &[i64], fill: impl FnOnce(&mut [MaybeUninit<T>])) -> Tensor {
+    debug_assert!(!is_recording(), "a recording has nothing of the host");
     let tensor = Tensor::empty(shape, (T::KIND, Device::Cpu));
     // SAFETY: a new tensor is contiguous and of this kind, nothing else refers to its memory yet, and `tensor` keeps it
     // alive.
@@ -51,6 +53,7 @@ pub(crate) fn bytes<R>(tensor: &Tensor, read: impl FnOnce(&[u8]) -> R) -> R {
 
 /// The same on a device. A GPU copies it by itself, in its turn: nobody waits for that.
 pub(crate) fn sent(tensor: &Tensor, device: Device) -> Result<Tensor> {
+    debug_assert!(!is_recording(), "a recording has nothing of the host");
     if !device.is_cuda() || tensor.device() == device {
         return Ok(tensor.f_to_device(device)?);
     }

@@ -42,12 +42,12 @@ fn losses(world: &World, network: &str) -> Vec<f64> {
     let reports = Reports { run: join.run.clone(), generation: 1, rank: 0, to };
     let mut records = Records::new(&job, &join, &membership, &reports);
     let mut batches = job.loader(Split::Train).train(&job.spec, 0..3, 0).expect("threads start");
-    let parameters: Vec<Tensor> = job.model.parameters().into_iter().map(|(_, parameter)| parameter).collect();
-    let reducer = Reducer::new(&membership.group, &parameters, BUCKET_BYTES, None).expect("the only rank is here");
+    let averaging = Averaging::new(&job.spec, &membership.group, &job.model);
+    let mut averaging = averaging.map_err(|failure| failure.to_string()).expect("the only rank is here");
     let mut step = || {
         let batch = batches.next(|| false).expect("20 batches").expect("a sound dataset");
         let before = job.progress.sums;
-        train_step(&mut job, &membership, &reducer, &batch, &flags, &mut records, Instant::now())
+        train_step(&mut job, &membership, &mut averaging, &batch, &flags, &mut records, Instant::now())
             .expect("a sound step");
         let Sums { loss, samples, .. } = job.progress.sums;
         (loss - before.loss) / (samples - before.samples)
