@@ -23,6 +23,7 @@ use crate::torch::{self, tensor::Named};
 
 mod ahead;
 mod device_pixels;
+mod devices;
 mod ends;
 mod graphs;
 mod late;

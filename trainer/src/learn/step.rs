@@ -193,29 +193,39 @@ pub(crate) fn optimizer(model: &AlexNet, train: &Train) -> Sgd {
 /// running statistic), `logits` and `loss` (the mean over samples). The step has the spec's peak learning rate; the
 /// samples are shared out to `ranks.lanes` lanes in their order.
 pub fn reference_step(spec: &RunSpec, classes: i64, batch: &Path, out: &Path) -> anyhow::Result<()> {
-    let kind = kind(spec.ranks.precision);
     let tensors = Tensor::read_safetensors(batch).with_context(|| format!("failed to read {}", batch.display()))?;
     let get = |name: &str| {
         let found = tensors.iter().find(|(other, _)| other == name).map(|(_, tensor)| tensor);
         found.with_context(|| format!("{}: no tensor {name}", batch.display()))
     };
-    let (images, labels) = (get("images")?.to_kind(kind), get("labels")?);
-    let images = if is_nhwc(&spec.ranks, Device::Cpu) { tensor::nhwc(&images)? } else { images };
+    let written = stepped(spec, classes, Device::Cpu, (get("images")?, get("labels")?))?;
+    Tensor::write_safetensors(&written, out).with_context(|| format!("failed to write {}", out.display()))
+}
+
+/// That step on any device, of images and labels in the host's memory; its tensors come there, too.
+pub(crate) fn stepped(
+    spec: &RunSpec,
+    classes: i64,
+    device: Device,
+    (images, labels): (&Tensor, &Tensor),
+) -> anyhow::Result<Named> {
+    let images = images.f_to_device(device)?.f_to_kind(kind(spec.ranks.precision))?;
+    let labels = labels.f_to_device(device)?;
+    let images = if is_nhwc(&spec.ranks, device) { tensor::nhwc(&images)? } else { images };
     let (samples, lanes) = (images.size()[0], i64::from(spec.ranks.lanes));
     let shares: Vec<i64> = (0..lanes).map(|lane| samples * (lane + 1) / lanes - samples * lane / lanes).collect();
     let keys: Vec<u64> = (0..samples as u64).map(|sample| random::key(&[spec.seed, sample])).collect();
 
-    let model = network(spec, classes, Device::Cpu);
+    let model = network(spec, classes, device);
     let mut sgd = optimizer(&model, &spec.train);
     let mut written: Named = Vec::new();
+    let copied = |tensor: Tensor| tensor.detach().copy().to_device(Device::Cpu).contiguous();
     let mut write = |prefix: &str, named: Named| {
-        written.extend(
-            named.into_iter().map(|(name, tensor)| (format!("{prefix}{name}"), tensor.detach().copy().contiguous())),
-        );
+        written.extend(named.into_iter().map(|(name, tensor)| (format!("{prefix}{name}"), copied(tensor))));
     };
     write("before.", model.parameters());
     let forward = model.train(&images, &shares, &keys);
-    let loss = loss(&forward.logits, labels, spec.train.label_smoothing) / samples as f64;
+    let loss = loss(&forward.logits, &labels, spec.train.label_smoothing) / samples as f64;
     loss.f_backward()?;
     write("gradient.", model.parameters().into_iter().map(|(name, parameter)| (name, parameter.grad())).collect());
     sgd.step(spec.train.learning_rate)?;
@@ -223,7 +233,7 @@ pub fn reference_step(spec: &RunSpec, classes: i64, batch: &Path, out: &Path) ->
     write("after.", model.parameters());
     write("after.", model.buffers());
     write("", vec![("logits".to_owned(), forward.logits), ("loss".to_owned(), loss)]);
-    Tensor::write_safetensors(&written, out).with_context(|| format!("failed to write {}", out.display()))
+    Ok(written)
 }
 
 /// libtorch's name of a precision.

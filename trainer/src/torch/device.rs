@@ -44,6 +44,13 @@ fn allow_tf32(allow: bool) -> Result<()> {
     check(unsafe { ffi::c10d_allow_tf32(c_int::from(allow)) })
 }
 
+/// Whether convolutions of GPUs may be of TF32 in this process, as libtorch lets them.
+#[cfg(test)]
+pub(crate) fn allow_tf32_convolutions(allow: bool) -> Result<()> {
+    // SAFETY: takes no pointers.
+    check(unsafe { ffi::c10d_allow_tf32_convolutions(c_int::from(allow)) })
+}
+
 /// Whether matrix products of GPUs may be of TF32 in this process.
 pub(crate) fn allows_tf32() -> Result<bool> {
     let mut allowed = 0;

@@ -99,6 +99,8 @@ unsafe extern "C" {
     pub(super) fn c10d_reducer_ready(reducer: *mut c_void, reached: *mut c_int, ago_ns: *mut i64) -> Answer;
     pub(super) fn c10d_allow_tf32(allow: c_int) -> Answer;
     pub(super) fn c10d_allows_tf32(out: *mut c_int) -> Answer;
+    #[cfg(test)]
+    pub(super) fn c10d_allow_tf32_convolutions(allow: c_int) -> Answer;
     pub(super) fn c10d_allow_bf16_sums(allow: c_int) -> Answer;
     #[cfg(test)]
     pub(super) fn c10d_allows_bf16_sums(out: *mut c_int) -> Answer;

@@ -434,6 +434,10 @@ c10d_result c10d_allows_tf32(int* out) {
   return guard([&] { *out = at::globalContext().allowTF32CuBLAS(); });
 }
 
+c10d_result c10d_allow_tf32_convolutions(int allow) {
+  return guard([&] { at::globalContext().setAllowTF32CuDNN(allow != 0); });
+}
+
 c10d_result c10d_allow_bf16_sums(int allow) {
   return guard([&] { at::globalContext().setAllowBF16ReductionCuBLAS(allow != 0); });
 }

@@ -118,6 +118,8 @@ void c10d_copied_free(c10d_copied* copied);
 // Whether matrix products of f32 on GPUs compute in TF32 from now on, in this process.
 c10d_result c10d_allow_tf32(int allow);
 c10d_result c10d_allows_tf32(int* out);
+// Whether convolutions of f32 on GPUs do. libtorch lets them.
+c10d_result c10d_allow_tf32_convolutions(int allow);
 // Whether sums of bf16 products of GPUs may be of bf16, too.
 c10d_result c10d_allow_bf16_sums(int allow);
 c10d_result c10d_allows_bf16_sums(int* out);
