@@ -44,6 +44,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         config = config.message_attribute(format!(".gleaner.v1.{message}"), "#[derive(serde::Serialize)]");
     }
     config
+        .field_attribute(".gleaner.v1.Metric.device", "#[serde(skip_serializing_if = \"Option::is_none\")]")
         .field_attribute(".gleaner.v1.Trouble.kind", "#[serde(serialize_with = \"crate::serialize_kind\")]")
         // The roles bring the transport; this crate stays free of it.
         .build_transport(false)

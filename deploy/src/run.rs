@@ -62,7 +62,7 @@ pub(crate) enum Command {
     Compare(verify::Args),
     /// Say whether two runs were trained on the same samples in each step; ends with 1 if not
     Verify(verify::Args),
-    /// Say what bounds the run: data, compute, network, or one of its ranks
+    /// Say what bounds the run: data, compute, the host of a GPU, network, or one of its ranks
     Explain(NameArgs),
     /// End a run after the step it is at, with a checkpoint
     Cancel(NameArgs),

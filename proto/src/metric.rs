@@ -65,6 +65,10 @@ pub struct MetricPoint {
     /// Bytes a second that a rank's link to the others was measured to carry each way, when the generation began; 0 for
     /// one rank.
     pub link_bytes_per_second: f64,
+    /// The share of the time in which rank 0's device had a step's work to do, by its own clock: from the first to the
+    /// last operation of what it was given at once. A CPU has no such clock.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<f64>,
 }
 
 /// What a point is measured over.
@@ -111,11 +115,12 @@ impl TryFrom<&pb::Metric> for MetricPoint {
     fn try_from(metric: &pb::Metric) -> Result<Self, FormatError> {
         let pb::Metric { generation, epoch, step, loss, top1, top5, samples, learning_rate, .. } = *metric;
         let pb::Metric { images_per_second, seconds, data_wait, compute, rank_wait, network_wait, .. } = *metric;
-        let pb::Metric { optimizer, slowest_rank, ranks, gradient_bytes, link_bytes_per_second, .. } = *metric;
+        let pb::Metric { optimizer, slowest_rank, ranks, gradient_bytes, link_bytes_per_second, device, .. } = *metric;
         #[rustfmt::skip]
         let point = Self {
             kind: metric.kind.as_str().try_into()?, generation, epoch, step, loss, top1, top5, samples, learning_rate, images_per_second,
             seconds, data_wait, compute, rank_wait, network_wait, optimizer, slowest_rank, ranks, gradient_bytes, link_bytes_per_second,
+            device,
         };
         Ok(point)
     }
@@ -125,13 +130,33 @@ impl From<MetricPoint> for pb::Metric {
     fn from(point: MetricPoint) -> Self {
         let MetricPoint { kind, generation, epoch, step, loss, top1, top5, samples, .. } = point;
         let MetricPoint { learning_rate, images_per_second, seconds, data_wait, compute, rank_wait, .. } = point;
-        let MetricPoint { network_wait, optimizer, slowest_rank, ranks, gradient_bytes, .. } = point;
+        let MetricPoint { network_wait, optimizer, slowest_rank, ranks, gradient_bytes, device, .. } = point;
         let (kind, link_bytes_per_second) = (kind.name().to_owned(), point.link_bytes_per_second);
         #[rustfmt::skip]
         let metric = Self {
             kind, generation, epoch, step, loss, top1, top5, samples, learning_rate, images_per_second, seconds, data_wait, compute,
-            rank_wait, network_wait, optimizer, slowest_rank, ranks, gradient_bytes, link_bytes_per_second,
+            rank_wait, network_wait, optimizer, slowest_rank, ranks, gradient_bytes, link_bytes_per_second, device,
         };
         metric
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A line as it is stored of a CPU's step.
+    const LINE: &str = r#"{"kind":"step","generation":1,"epoch":1,"step":1,"loss":3.0,"top1":0.1,"top5":0.5,"samples":32,"learning_rate":0.1,"images_per_second":9.0,"seconds":1.0,"data_wait":0.0,"compute":1.0,"rank_wait":0.0,"network_wait":0.0,"optimizer":0.0,"slowest_rank":0,"ranks":1,"gradient_bytes":4,"link_bytes_per_second":0.0}"#;
+
+    #[test]
+    fn a_line_without_a_devices_share_is_read_and_written_as_it_was_and_one_with_it_goes_all_the_way() {
+        let point: MetricPoint = serde_json::from_str(LINE).expect("as stored");
+        assert_eq!(point.device, None);
+        assert_eq!(serde_json::to_string(&point).expect("numbers"), LINE);
+        let timed = MetricPoint { device: Some(0.75), ..point };
+        assert_eq!(MetricPoint::try_from(&pb::Metric::from(timed)).expect("a kind"), timed);
+        let line = serde_json::to_string(&timed).expect("numbers");
+        assert!(line.ends_with(r#","device":0.75}"#), "{line}");
+        assert_eq!(serde_json::from_str::<MetricPoint>(&line).expect("as stored"), timed);
     }
 }

@@ -7,6 +7,7 @@ mod best;
 pub(crate) mod checkpoint;
 pub(crate) mod context;
 pub(crate) mod control;
+pub(crate) mod device_time;
 mod evaluate;
 mod export;
 pub(crate) mod failure;

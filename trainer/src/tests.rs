@@ -113,6 +113,15 @@ impl World {
 
     /// A rank whose device answers as `fake` says, which is given the rank's heartbeat.
     fn rank_on(&self, fake: Option<Box<dyn FnOnce(Arc<Heartbeat>) -> torch::Fake>>) -> Rank {
+        self.rank_with(fake, None)
+    }
+
+    /// ... and which may have a clock.
+    fn rank_with(
+        &self,
+        fake: Option<Box<dyn FnOnce(Arc<Heartbeat>) -> torch::Fake>>,
+        clock: Option<torch::FakeClock>,
+    ) -> Rank {
         let (orders, to_rank) = channel();
         let (reports, said) = channel();
         let context = self.context();
@@ -123,6 +132,7 @@ impl World {
         let fake = fake.map(|fake| fake(heartbeat.clone()));
         std::thread::spawn(move || {
             torch::FAKE.set(fake);
+            torch::FAKE_CLOCK.set(clock);
             serve(&context, &to_rank, &reports, &beating, &|| {});
         });
         Rank { orders, said, heard: Mutex::default(), heartbeat }

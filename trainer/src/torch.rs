@@ -20,6 +20,7 @@ mod error;
 mod ffi;
 mod graph;
 mod group;
+mod moment;
 mod optimizer;
 mod reducer;
 mod store;
@@ -38,6 +39,9 @@ pub(crate) use device::{FAKE, Fake};
 pub(crate) use error::{Error, Result};
 pub(crate) use graph::{Graph, Recorder};
 pub(crate) use group::{Aborter, Group, Member, NCCL_ENVIRONMENT, Op, Work};
+pub(crate) use moment::Moment;
+#[cfg(test)]
+pub(crate) use moment::{Double as MomentDouble, FAKE_CLOCK, FakeClock};
 pub(crate) use optimizer::{Settings as SgdSettings, Sgd};
 pub(crate) use reducer::Reducer;
 pub(crate) use store::Store;

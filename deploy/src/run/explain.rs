@@ -11,11 +11,14 @@ use crate::output::{Format, say, say_json};
 /// Of the newest measured steps so many are looked at.
 const STEPS: usize = 100;
 
+/// Below this share of the time with work to do a device waits for its host.
+const BUSY: f64 = 0.8;
+
 /// Where the time of a run's steps goes.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub(crate) struct Explanation {
     run: String,
-    /// `data`, `compute`, `ranks`, `network`, or `nothing` if no step has been measured.
+    /// `data`, `compute`, `host`, `ranks`, `network`, or `nothing` if no step has been measured.
     bound_by: &'static str,
     generation: u64,
     ranks: u32,
@@ -35,6 +38,9 @@ pub(crate) struct Explanation {
     link_bytes_per_second: f64,
     /// What a ring all-reduce of the gradients takes at the least: 2 (n - 1) / n of their bytes over the link.
     all_reduce_seconds: f64,
+    /// The share of the time in which rank 0's device had a step's work to do, by its own clock, if it has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    device: Option<f64>,
 }
 
 /// Runs the command.
@@ -70,6 +76,8 @@ pub(crate) fn measured(run: &str, points: &[Metric]) -> Explanation {
     let (gradient_bytes, link) = last.map_or((0, 0.0), |point| (point.gradient_bytes, point.link_bytes_per_second));
     let ring = if ranks > 1 { 2.0 * f64::from(ranks - 1) / f64::from(ranks) } else { 0.0 };
     let step_seconds = mean(&time);
+    let devices: Vec<f64> = newest.iter().filter_map(|point| point.device).collect();
+    let device = (!devices.is_empty()).then(|| devices.iter().sum::<f64>() / devices.len() as f64);
     let mut explanation = Explanation {
         run: run.to_owned(),
         bound_by: "nothing",
@@ -88,6 +96,7 @@ pub(crate) fn measured(run: &str, points: &[Metric]) -> Explanation {
         gradient_bytes,
         link_bytes_per_second: link,
         all_reduce_seconds: if link > 0.0 { ring * gradient_bytes as f64 / link } else { 0.0 },
+        device,
     };
     let parts = [
         ("compute", explanation.compute_seconds + explanation.optimizer_seconds),
@@ -96,11 +105,12 @@ pub(crate) fn measured(run: &str, points: &[Metric]) -> Explanation {
         ("network", explanation.network_wait_seconds),
     ];
     // Computing is what a run is for: something else bounds it only if a faster one would speed it up by a tenth and
-    // more.
+    // more, or if the device has nothing to do for as long as that.
     let other = parts[1..].iter().copied().max_by(|(_, one), (_, other)| one.total_cmp(other));
     if steps > 0 {
         let other = other.filter(|(_, seconds)| *seconds > 0.1 * explanation.step_seconds);
-        explanation.bound_by = other.map_or("compute", |(name, _)| name);
+        let computes = if device.is_some_and(|share| share < BUSY) { "host" } else { "compute" };
+        explanation.bound_by = other.map_or(computes, |(name, _)| name);
     }
     explanation
 }
@@ -137,6 +147,10 @@ pub(crate) fn words(run: &Run, explanation: &Explanation) -> Vec<String> {
     for (what, seconds) in explanation.parts() {
         lines.push(format!("  {what:<29} {seconds:>8.4} s  {:>3.0} %", share(seconds)));
     }
+    if let Some(device) = explanation.device {
+        let whose = if *ranks > 1 { "rank 0's device" } else { "the device" };
+        lines.push(format!("  {whose} worked {:.0} % of the time", 100.0 * device));
+    }
     if *ranks > 1 {
         let Explanation { gradient_bytes, link_bytes_per_second, all_reduce_seconds, network_wait_seconds, .. } =
             explanation;
@@ -167,6 +181,15 @@ pub(crate) fn words(run: &Run, explanation: &Explanation) -> Vec<String> {
              sends them less often, model.arch = \"alexnet-slim\" has 20 times fewer",
             without(explanation.network_wait_seconds)
         ),
+        "host" => {
+            let device = explanation.device.unwrap_or(1.0);
+            format!(
+                "bound by the host: the device worked {:.0} % of the time, and waited for its next work in the rest; if it never did, \
+                 {:.0} images/s. More or faster cores help, and a larger train.batch, which has fewer steps",
+                100.0 * device,
+                images_per_second / device.max(1e-9)
+            )
+        }
         _ => format!(
             "bound by compute: data, network and ranks together would give {:.0} images/s at most; more ranks or faster devices help",
             without(explanation.data_wait_seconds + explanation.rank_wait_seconds + explanation.network_wait_seconds)
@@ -224,6 +247,35 @@ mod tests {
         let waiting = Run { state: RunState::Waiting.into(), reason: "1 of 2 ranks".into(), ..Run::default() };
         let text = words(&waiting, &measured("r", &[])).join("\n");
         assert!(text.contains("1 of 2 ranks"), "{text}");
+    }
+
+    #[test]
+    fn a_device_that_has_nothing_to_do_for_a_fifth_of_the_time_and_more_is_held_up_by_its_host_or_by_the_data() {
+        let of = |data_wait, device| {
+            let points: Vec<Metric> = (1..=8)
+                .map(|n| Metric {
+                    device: if n == 1 { None } else { device },
+                    ranks: 1,
+                    ..step(n, data_wait, 0.0, 0.0)
+                })
+                .collect();
+            let explanation = measured("r", &points);
+            let text = words(&Run::default(), &explanation);
+            (explanation, text.join("\n"))
+        };
+        let (explanation, text) = of(0.0, Some(0.5));
+        assert_eq!((explanation.bound_by, explanation.device), ("host", Some(0.5)));
+        for said in ["  the device worked 50 % of the time\n", "bound by the host", "400 images/s"] {
+            assert!(text.contains(said), "{said}: {text}");
+        }
+        let (explanation, text) = of(0.0, Some(0.97));
+        assert!(explanation.bound_by == "compute" && text.contains("the device worked 97 % of the time"), "{text}");
+        let (explanation, text) = of(0.3, Some(0.6));
+        assert!(explanation.bound_by == "data" && text.contains("the device worked 60 % of the time"), "{text}");
+        let (explanation, text) = of(0.0, None);
+        assert!(explanation.bound_by == "compute" && !text.contains("worked"), "{text}");
+        let json = serde_json::to_string(&explanation).expect("numbers");
+        assert!(!json.contains("device"), "{json}");
     }
 
     #[test]

@@ -115,6 +115,7 @@ fn event(begun: f64, point: &Metric) -> Event {
             ("time/network_wait", point.network_wait),
             ("time/optimizer", point.optimizer),
         ]);
+        values.extend(point.device.map(|share| ("time/device", share)));
     }
     let value = |(tag, value): (&str, f64)| Value { tag: tag.to_owned(), simple_value: Some(value as f32) };
     let summary = Summary { value: values.into_iter().map(value).collect() };

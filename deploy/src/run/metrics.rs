@@ -13,7 +13,7 @@ use crate::client::{Cluster, answer};
 use crate::output::{Format, Table, note, say, say_json};
 
 /// Of the columns.
-const HEADINGS: [&str; 16] = [
+const HEADINGS: [&str; 17] = [
     "kind",
     "generation",
     "epoch",
@@ -30,6 +30,7 @@ const HEADINGS: [&str; 16] = [
     "rank_wait",
     "network_wait",
     "optimizer",
+    "device",
 ];
 
 /// Arguments of `gleaner run metrics`.
@@ -70,6 +71,7 @@ struct Row {
     rank_wait: f64,
     network_wait: f64,
     optimizer: f64,
+    device: Option<f64>,
 }
 
 impl table::Row for Row {
@@ -79,14 +81,14 @@ impl table::Row for Row {
 impl From<&Metric> for Row {
     fn from(metric: &Metric) -> Self {
         let Metric { loss, top1, top5, learning_rate, images_per_second, seconds, data_wait, compute, .. } = *metric;
-        let Metric { rank_wait, network_wait, optimizer, .. } = *metric;
+        let Metric { rank_wait, network_wait, optimizer, device, .. } = *metric;
         let [generation, epoch, step, samples] = [metric.generation, metric.epoch, metric.step, metric.samples]
             .map(|n| i64::try_from(n).unwrap_or(i64::MAX));
         let kind = metric.kind.clone();
         #[rustfmt::skip]
         let row = Self {
             kind, generation, epoch, step, loss, top1, top5, samples, learning_rate, images_per_second, seconds, data_wait, compute,
-            rank_wait, network_wait, optimizer,
+            rank_wait, network_wait, optimizer, device,
         };
         row
     }
@@ -119,12 +121,14 @@ pub(super) async fn run(args: Args) -> Result<()> {
         let [images, seconds] = [format!("{:.0}", m.images_per_second), format!("{:.1}", m.seconds)];
         let shares = [m.data_wait, m.compute, m.rank_wait, m.network_wait, m.optimizer].map(|x| format!("{x:.3}"));
         let [data_wait, compute, rank_wait, network_wait, optimizer] = shares;
+        // A CPU has none.
+        let device = m.device.map_or_else(String::new, |share| format!("{share:.3}"));
         let samples = m.samples.to_string();
         let kind = m.kind.clone();
         #[rustfmt::skip]
         let row = [
             kind, generation, epoch, step, loss, top1, top5, samples, learning_rate, images, seconds, data_wait, compute, rank_wait,
-            network_wait, optimizer,
+            network_wait, optimizer, device,
         ];
         row
     };
@@ -133,7 +137,7 @@ pub(super) async fn run(args: Args) -> Result<()> {
         metrics.iter().for_each(|metric| say(row(metric).join(",")));
     } else {
         // As much as a terminal is wide; where the time goes, `run explain` says in words.
-        let shown = |cells: [String; 16]| [0, 2, 3, 4, 5, 6, 8, 9, 10].map(|column| cells[column].clone());
+        let shown = |cells: [String; 17]| [0, 2, 3, 4, 5, 6, 8, 9, 10].map(|column| cells[column].clone());
         let mut table = Table::new(&shown(HEADINGS.map(str::to_owned)).each_ref().map(String::as_str));
         metrics.iter().for_each(|metric| table.row(shown(row(metric)).into()));
         table.say();
@@ -177,7 +181,7 @@ mod tests {
         let (names, values): (Vec<String>, Vec<String>) =
             row.get_column_iter().map(|(name, value)| (name.clone(), value.to_string())).unzip();
         assert_eq!(names, HEADINGS);
-        let shown = [(0, "\"validation\""), (3, "7"), (5, "0.5"), (15, "0.25")];
+        let shown = [(0, "\"validation\""), (3, "7"), (5, "0.5"), (15, "0.25"), (16, "null")];
         assert!(shown.iter().all(|(column, value)| values[*column] == *value), "{values:?}");
     }
 }

@@ -209,6 +209,7 @@ mod tests {
             ranks: 1,
             gradient_bytes: 0,
             link_bytes_per_second: 0.0,
+            device: None,
         }
     }
 

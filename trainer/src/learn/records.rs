@@ -9,6 +9,7 @@ use tokio::sync::oneshot;
 
 use super::checkpoint::Snapshot;
 use super::control::ControlFlags;
+use super::device_time::DeviceClock;
 use super::failure::Failure;
 use super::history::{History, Sums};
 use super::job::{Job, Untold};
@@ -31,6 +32,8 @@ pub(super) struct Records<'a> {
     last_point: Instant,
     /// Samples and step times since the epoch, or the generation, began.
     epoch: (f64, Timing),
+    /// Of rank 0's device. Its work on what is no step is not counted.
+    pub(super) clock: DeviceClock,
     gradient_bytes: u64,
     learning_rate: f64,
     /// Steps between checkpoints.
@@ -68,6 +71,7 @@ impl<'a> Records<'a> {
             last_report: long_ago,
             last_point: long_ago,
             epoch: (0.0, Timing::default()),
+            clock: DeviceClock::new((membership.rank == 0).then_some(job.device)),
             gradient_bytes: job.gradient_bytes(),
             learning_rate: 0.0,
             interval: (job.spec.checkpoint.every_epochs * job.steps_per_epoch as f64).round().max(1.0) as u64,
@@ -106,25 +110,28 @@ impl<'a> Records<'a> {
             ranks: self.membership.world as u32,
             gradient_bytes: self.gradient_bytes,
             link_bytes_per_second: self.membership.link,
+            device: timing.device.share(),
         }
     }
 
     /// As [`Job::settle`], with a point of what it says.
     pub(super) fn settle(&mut self, job: &mut Job) -> Result<(), Failure> {
         if let Some((sums, Untold { learning_rate, timing, .. })) = job.settle(&self.membership.group)? {
-            self.step(job, &sums, learning_rate, &timing);
+            self.step(job, &sums, learning_rate, timing);
         }
         Ok(())
     }
 
-    pub(super) fn step(&mut self, job: &Job, sums: &Sums, learning_rate: f64, timing: &Timing) {
+    /// A step that was applied, with the time of the device in what it has done by now: that may be the step before.
+    pub(super) fn step(&mut self, job: &Job, sums: &Sums, learning_rate: f64, timing: Timing) {
         if self.membership.rank != 0 {
             return;
         }
+        let timing = Timing { device: self.clock.read(), ..timing };
         self.learning_rate = learning_rate;
         self.epoch.0 += sums.samples;
-        self.epoch.1.add(timing);
-        let point = self.point(job, MetricKind::Step, sums, timing);
+        self.epoch.1.add(&timing);
+        let point = self.point(job, MetricKind::Step, sums, &timing);
         if self.last_point.elapsed() >= POINT_EVERY {
             self.last_point = Instant::now();
             self.history.point(point);
@@ -139,6 +146,8 @@ impl<'a> Records<'a> {
     /// Adds the mean of the epoch that has ended to the curve, and resets the sums.
     pub(super) fn epoch(&mut self, job: &mut Job) -> Result<(), Failure> {
         self.settle(job)?;
+        // The validation follows.
+        self.clock.pause();
         let (samples, timing) = std::mem::take(&mut self.epoch);
         let sums = std::mem::take(&mut job.progress.sums);
         if self.membership.rank == 0 && sums.samples > 0.0 {
@@ -237,6 +246,7 @@ impl<'a> Records<'a> {
     /// sound checkpoint.
     fn copy(&mut self, job: &mut Job) -> Result<Copied, Failure> {
         self.settle(job)?;
+        self.clock.pause();
         let step = job.progress.step;
         let tensors = job.tensors();
         for (name, tensor) in &tensors {

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use tch::{Kind, Tensor};
 
+use super::device_time::DeviceTime;
 use super::failure::Failure;
 use crate::torch::{Group, Op};
 
@@ -28,6 +29,8 @@ pub(crate) struct Timing {
     pub optimizer: f64,
     /// How long the others waited for each rank.
     pub late: Vec<f64>,
+    /// Of rank 0's device alone, by its own clock if it has one.
+    pub device: DeviceTime,
 }
 
 impl Timing {
@@ -46,12 +49,13 @@ impl Timing {
         let for_ranks = (slowest - busy).clamp(0.0, waiting);
         let late = ranks.iter().map(|&(_, busy)| (seconds(busy) - slowest + for_ranks).max(0.0)).collect();
         let network = waiting - for_ranks;
-        Self { whole, data, compute: (busy - data).max(0.0), ranks: for_ranks, network, optimizer, late }
+        let (compute, device) = ((busy - data).max(0.0), DeviceTime::default());
+        Self { whole, data, compute, ranks: for_ranks, network, optimizer, late, device }
     }
 
     /// Adds another step's.
     pub(crate) fn add(&mut self, other: &Self) {
-        let Self { whole, data, compute, ranks, network, optimizer, late } = self;
+        let Self { whole, data, compute, ranks, network, optimizer, late, device } = self;
         for (sum, one) in [
             (whole, other.whole),
             (data, other.data),
@@ -62,6 +66,7 @@ impl Timing {
         ] {
             *sum += one;
         }
+        device.add(&other.device);
         late.resize(other.late.len(), 0.0);
         late.iter_mut().zip(&other.late).for_each(|(sum, one)| *sum += one);
     }

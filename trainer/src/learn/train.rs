@@ -170,9 +170,11 @@ fn train_step(
         return Err(anyhow!("the batch of step {step} came where that of {} belongs", job.progress.step).into());
     }
     device::begin_step(job.device)?;
+    records.clock.begin();
     let at = |activity| flags.set_activity(activity);
     let Computed { measured, statistics, exposed } =
         averaging.compute(&job.spec, &membership.group, &job.model, &job.normalise, batch, &at)?;
+    records.clock.end();
     // The device is at this step: the one before is over, or soon.
     records.settle(job)?;
     let busy = asked.elapsed().saturating_sub(exposed);
@@ -199,8 +201,10 @@ fn train_step(
 
     flags.set_activity(Activity::Updating);
     let learning_rate = schedule::learning_rate(*step, job.steps_per_epoch, &job.spec.train);
+    records.clock.begin();
     job.sgd.step(learning_rate)?;
     job.model.update_running(&(statistics / f64::from(job.spec.ranks.lanes)));
+    records.clock.end();
     let epoch = step / job.steps_per_epoch + 1;
     job.progress.step += 1;
     job.progress.tail.retain(|line| line.step > count(4) as u64);
@@ -212,7 +216,7 @@ fn train_step(
     match sums {
         Some(sums) => {
             job.progress.sums.add(&sums);
-            records.step(job, &sums, learning_rate, &timing);
+            records.step(job, &sums, learning_rate, timing);
         }
         None => job.untold = Some(Untold { step: *step, samples: *samples, measured, learning_rate, timing }),
     }

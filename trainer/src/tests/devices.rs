@@ -1,4 +1,4 @@
-//! Whatever device computes a step, the same comes of it.
+//! Whatever device computes a step, the same comes of it; and a device with a clock says how long it was busy.
 
 use proto::RunSpec;
 use tch::{Cuda, Device, Kind, Tensor};
@@ -61,4 +61,43 @@ fn a_step_of_every_network_is_the_same_on_a_cpu_and_on_a_gpu_in_both_layouts() {
             }
         }
     }
+}
+
+#[test]
+fn the_share_of_the_time_in_which_rank_0s_device_was_busy_is_in_its_points_and_none_where_it_has_no_clock() {
+    let world = World::new();
+    // Checkpoints only where epochs end: what comes after one counts as what comes after a validation.
+    let spec = spec("f64").replace(r#""every_epochs": 2.0"#, r#""every_epochs": 9.0"#);
+    let without = world.whole("without", &spec, 1);
+    assert!(!without.metrics.is_empty() && without.metrics.iter().all(|point| point.device.is_none()));
+    // Idle for half a second, at gradients for 0.3 s, idle for 0.1 s, and at their application for 0.1 s.
+    let (mut at, mut marks) = (0.0, [0.5, 0.3, 0.1, 0.1].into_iter().cycle());
+    let clock = move || {
+        at += marks.next().expect("they go round");
+        torch::MomentDouble { at, ..torch::MomentDouble::default() }
+    };
+    let ranks = [world.rank_with(None, Some(Box::new(clock))), world.rank()];
+    let _generation = world.generation("with", &spec, 1, &ranks.each_ref(), &[]);
+    for rank in &ranks {
+        rank.left(Cause::Finished);
+    }
+    let with = world.outcome("with", &ranks);
+    let mut epochs = 0;
+    for point in &with.metrics {
+        // Nothing is known of the time before an epoch's first step.
+        let expected = match (point.kind.as_str(), point.step % 5) {
+            ("train", _) => Some(5.0 * 0.4 / (5.0 - 0.5)),
+            ("step", 1) => Some(0.4 / 0.5),
+            ("step", _) => Some(0.4),
+            _ => None,
+        };
+        epochs += u32::from(point.kind == "train");
+        let is_near = match (point.device, expected) {
+            (Some(share), Some(expected)) => (share - expected).abs() < 1e-9,
+            (share, expected) => share == expected,
+        };
+        assert!(is_near, "{expected:?}: {point:?}");
+    }
+    assert_eq!(epochs, 4);
+    without.assert_equals(&with);
 }

@@ -84,7 +84,7 @@ pub(crate) fn failure(device: Device, said: &str) -> Option<Error> {
 /// in a collective.
 pub(crate) fn lost(device: Device) -> Option<Error> {
     let Device::Cuda(index) = device else { return None };
-    let error = Event::record(index).and_then(|event| event.reached()).err();
+    let error = Event::record(index, false).and_then(|event| event.reached()).err();
     error.filter(|error| matches!(error, Error::Device(_)))
 }
 
@@ -141,7 +141,7 @@ impl Completion {
     /// Marks what the device was given up to now.
     pub(super) fn mark(&self) -> Result<Mark> {
         let event = match self.device {
-            Device::Cuda(index) => Some(Event::record(index)?),
+            Device::Cuda(index) => Some(Event::record(index, false)?),
             _ => None,
         };
         Ok(Mark(event))
@@ -181,17 +181,26 @@ impl Completion {
 }
 
 #[derive(Debug)]
-struct Event(*mut c_void);
+pub(crate) struct Event(*mut c_void);
 
 impl Event {
-    fn record(cuda: usize) -> Result<Self> {
+    /// If it is timed, the device notes when it comes there.
+    pub(super) fn record(cuda: usize, timed: bool) -> Result<Self> {
         let mut raw = std::ptr::null_mut();
         // SAFETY: `raw` outlives the call.
-        check(unsafe { ffi::c10d_event_record(cuda as c_int, &raw mut raw) })?;
+        check(unsafe { ffi::c10d_event_record(cuda as c_int, c_int::from(timed), &raw mut raw) })?;
         Ok(Self(raw))
     }
 
-    fn reached(&self) -> Result<bool> {
+    /// Milliseconds up to a later one; both are timed, and reached.
+    pub(super) fn elapsed(&self, later: &Self) -> Result<f64> {
+        let mut milliseconds = 0.0;
+        // SAFETY: both events live, and `milliseconds` outlives the call.
+        check(unsafe { ffi::c10d_event_elapsed(self.0, later.0, &raw mut milliseconds) })?;
+        Ok(milliseconds)
+    }
+
+    pub(super) fn reached(&self) -> Result<bool> {
         let mut reached = 0;
         // SAFETY: `self` keeps the event alive, and `reached` outlives the call.
         check(unsafe { ffi::c10d_event_reached(self.0, &raw mut reached) })?;

@@ -128,8 +128,9 @@ unsafe extern "C" {
     pub(super) fn c10d_graph_end(graph: *mut c_void) -> Answer;
     pub(super) fn c10d_graph_replay(graph: *mut c_void) -> Answer;
     pub(super) fn c10d_graph_free(graph: *mut c_void);
-    pub(super) fn c10d_event_record(cuda: c_int, out: *mut *mut c_void) -> Answer;
+    pub(super) fn c10d_event_record(cuda: c_int, timed: c_int, out: *mut *mut c_void) -> Answer;
     pub(super) fn c10d_event_reached(event: *mut c_void, out: *mut c_int) -> Answer;
+    pub(super) fn c10d_event_elapsed(event: *mut c_void, later: *mut c_void, out: *mut f64) -> Answer;
     pub(super) fn c10d_event_free(event: *mut c_void);
     pub(super) fn c10d_copy_stream(cuda: c_int, out: *mut i64) -> Answer;
     pub(super) fn c10d_copy(

@@ -336,10 +336,10 @@ c10d_result c10d_set_gradients(const c10d_tensor* parameters, const c10d_tensor*
   });
 }
 
-c10d_result c10d_event_record(int cuda, c10d_event** out) {
+c10d_result c10d_event_record(int cuda, int timed, c10d_event** out) {
   return guard([&] {
     at::Device device(at::kCUDA, static_cast<c10::DeviceIndex>(cuda));
-    c10::Event event(at::kCUDA);
+    c10::Event event(at::kCUDA, timed ? c10::EventFlag::BACKEND_DEFAULT : c10::EventFlag::PYTORCH_DEFAULT);
     event.record(c10::impl::VirtualGuardImpl(at::kCUDA).getStream(device));
     *out = new c10d_event{std::move(event)};
   });
@@ -347,6 +347,10 @@ c10d_result c10d_event_record(int cuda, c10d_event** out) {
 
 c10d_result c10d_event_reached(c10d_event* event, int* out) {
   return guard([&] { *out = event->it.query(); });
+}
+
+c10d_result c10d_event_elapsed(c10d_event* event, c10d_event* later, double* out) {
+  return guard([&] { *out = event->it.elapsedTime(later->it); });
 }
 
 void c10d_event_free(c10d_event* event) {

@@ -89,9 +89,11 @@ c10d_result c10d_graph_end(c10d_graph* graph);
 c10d_result c10d_graph_replay(c10d_graph* graph);
 void c10d_graph_free(c10d_graph* graph);
 
-// Marks the place that a CUDA device's current stream has come to.
-c10d_result c10d_event_record(int cuda, c10d_event** out);
+// Marks the place that a CUDA device's current stream has come to; if `timed`, the device notes when it comes there.
+c10d_result c10d_event_record(int cuda, int timed, c10d_event** out);
 c10d_result c10d_event_reached(c10d_event* event, int* out);
+// Milliseconds between two timed ones that have both been reached.
+c10d_result c10d_event_elapsed(c10d_event* event, c10d_event* later, double* out);
 void c10d_event_free(c10d_event* event);
 
 // How often a CUDA device had no memory left for a tensor.
