@@ -3,8 +3,10 @@
 mod small;
 
 use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -142,4 +144,70 @@ fn a_run_is_trained_and_recorded_as_any_other_though_requests_fail_and_answers_a
     };
     assert_eq!(points("disturbed"), points("undisturbed"));
     assert_eq!(points("disturbed").len(), 6 + 6 + 1);
+}
+
+/// A web server of so many large pictures, which takes its time, and how often each was asked for.
+fn large_pictures(count: u64) -> (u16, Arc<Mutex<BTreeMap<u64, u32>>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let port = listener.local_addr().expect("bound").port();
+    // To draw some is enough: each has its number as a comment behind its start.
+    let drawn: Vec<Bytes> = (0..4).map(|n| support::dataset::picture(n, 1000, 750)).collect();
+    let picture = |n: u64| {
+        let jpeg = &drawn[(n % 4) as usize];
+        Bytes::from([&jpeg[..2], &[0xff, 0xfe, 0, 10], &n.to_be_bytes(), &jpeg[2..]].concat())
+    };
+    let pictures: Arc<Vec<Bytes>> = Arc::new((0..count).map(picture).collect());
+    let asked = Arc::new(Mutex::new(BTreeMap::new()));
+    let counts = Arc::clone(&asked);
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let (pictures, counts) = (Arc::clone(&pictures), Arc::clone(&counts));
+            std::thread::spawn(move || {
+                let mut lines = BufReader::new(stream.try_clone().expect("a socket")).lines();
+                let first = lines.next()?.ok()?;
+                while lines.next()?.is_ok_and(|line| !line.is_empty()) {}
+                let number = first.split(' ').nth(1).and_then(|path| path.strip_prefix('/')?.parse::<u64>().ok());
+                let (status, body) = match number {
+                    None => ("404 Not Found", Bytes::new()),
+                    Some(number) => {
+                        *counts.lock().expect("no panic").entry(number).or_default() += 1;
+                        std::thread::sleep(Duration::from_millis(400));
+                        ("200 OK", pictures[number as usize].clone())
+                    }
+                };
+                let head = format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
+                stream.write_all(&[head.as_bytes(), &body].concat()).ok()
+            });
+        }
+    });
+    (port, asked)
+}
+
+#[test]
+fn a_store_that_is_full_in_the_middle_of_a_tar_goes_on_where_it_was() {
+    const URLS: u64 = 80;
+    let (port, asked) = large_pictures(URLS);
+    let mut faulty = Faulty::start(4);
+    let list: String = (0..URLS).map(|n| format!("n1\thttp://127.0.0.1:{port}/{n}\n")).collect();
+    let urls = faulty.cluster.write("urls.txt", &list);
+    let flags = ["--resize", "none", "--validation", "0", "--test", "0", "--slice-urls", "100"];
+    faulty.cluster.gleaner(&[&["dataset", "create", "some", "--urls", &urls][..], &flags].concat());
+    faulty.cluster.start_worker_with("worker", &["--connections", "4"]);
+    let many = || asked.lock().expect("no panic").len() as u64;
+    faulty.cluster.eventually("it is in the middle", |_| many() > URLS / 2);
+    faulty.faults.set(Rules { full: true, ..Rules::default() });
+    faulty.cluster.eventually("a part is refused", |_| faulty.faults.injected().refused > 3);
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(faulty.committed(), 0);
+    faulty.faults.set(Rules::default());
+    faulty.cluster.gleaner(&["dataset", "wait", "some", "--timeout", "60s"]);
+    faulty.cluster.gleaner(&["fsck", "--deep"]);
+    let outcomes = faulty.cluster.json(&["dataset", "describe", "some"])["outcomes"].clone();
+    assert_eq!(outcomes, serde_json::json!({ "kept": URLS }));
+    let manifest = faulty.cluster.gleaner(&["dataset", "manifest", "some"]);
+    let manifest = Manifest::from_json(manifest.as_bytes()).expect("a manifest");
+    let index = faulty.folder.path().join("cluster").join(proto::keys::index(&manifest.dataset.shard(0)));
+    let index = ShardIndex::from_json(&std::fs::read(index).expect("it is committed")).expect("an index");
+    assert!(index.tars.values().all(|tar| tar.bytes > 2 * (5 << 20)), "of several parts: {:?}", index.tars);
+    assert!(asked.lock().expect("no panic").values().all(|times| *times == 1), "nothing was fetched again");
 }

@@ -1,14 +1,20 @@
 //! Opens the object store that a `--store` names.
 
+mod steady;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
+use object_store::aws::AmazonS3Builder;
+use object_store::azure::MicrosoftAzureBuilder;
+use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::local::LocalFileSystem;
-use object_store::prefix::PrefixStore;
-use object_store::{ObjectStore, parse_url_opts};
+use object_store::path::Path as Key;
+use object_store::{ObjectStore, ObjectStoreScheme};
 use url::Url;
 
+use self::steady::Steady;
 use crate::exit::{Ended, Exit};
 use crate::metered::Metered;
 
@@ -55,29 +61,46 @@ pub(crate) fn open_scratch(location: &str) -> Result<Arc<dyn ObjectStore>> {
     open_with(location, false)
 }
 
+/// Opens a bucket by one of the builders, which have nothing in common but their methods' names: as object_store's
+/// `parse_url_opts` does, which does not say what it has built.
+macro_rules! of_bucket {
+    ($builder:ty, $url:expr, $variables:expr) => {{
+        let options = std::env::vars().filter(|(name, _)| name.starts_with($variables));
+        let known = options.filter_map(|(name, value)| Some((name.to_ascii_lowercase().parse().ok()?, value)));
+        let builder = <$builder>::new().with_url($url.to_string());
+        let builder = known.fold(builder, |builder, (key, value)| builder.with_config(key, value));
+        prefix($url).and_then(|prefix| Ok(Steady::bucket(builder.build()?, prefix)))
+    }};
+}
+
+/// What comes before all keys in a bucket.
+fn prefix(url: &Url) -> object_store::Result<Key> {
+    let (_, path) = ObjectStoreScheme::parse(url)?;
+    Ok(Key::parse(path)?)
+}
+
 fn open_with(location: &str, fsync: bool) -> Result<Arc<dyn ObjectStore>> {
     if let Some(folder) = folder(location)? {
         std::fs::create_dir_all(&folder)
             .with_context(|| format!("cannot make the store's folder {}", folder.display()))?;
         let store = LocalFileSystem::new_with_prefix(&folder)
             .with_context(|| format!("cannot open the store's folder {}", folder.display()))?;
-        return Ok(Arc::new(store.with_fsync(fsync)));
+        return Ok(Arc::new(Steady::folder(store, fsync)));
     }
     let url = Url::parse(location).map_err(|e| Ended::usage(format!("--store {location}: {e}")))?;
-    let variables = match url.scheme() {
-        "s3" => "AWS_",
-        "gs" => "GOOGLE_",
-        "az" => "AZURE_",
+    let (opened, variables) = match url.scheme() {
+        "s3" => (of_bucket!(AmazonS3Builder, &url, "AWS_"), "AWS_"),
+        "gs" => (of_bucket!(GoogleCloudStorageBuilder, &url, "GOOGLE_"), "GOOGLE_"),
+        "az" => (of_bucket!(MicrosoftAzureBuilder, &url, "AZURE_"), "AZURE_"),
         scheme => {
             let message =
                 format!("--store {location}: {scheme}:// is no store; use a folder, file://, s3://, gs:// or az://");
             return Err(Ended::usage(message));
         }
     };
-    let options = std::env::vars().filter(|(name, _)| name.starts_with(variables));
-    let (store, prefix) = parse_url_opts(&url, options)
+    let steady = opened
         .with_context(|| format!("cannot open the store {location}; its options come from {variables}* variables"))?;
-    Ok(if prefix.as_ref().is_empty() { Arc::from(store) } else { Arc::new(PrefixStore::new(store, prefix)) })
+    Ok(Arc::new(steady))
 }
 
 /// The folder that `location` names, if it names one.
@@ -100,7 +123,7 @@ pub(crate) fn folder(location: &str) -> Result<Option<PathBuf>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use object_store::{ObjectStoreExt, PutPayload, path::Path as Key};
+    use object_store::{ObjectStoreExt, PutPayload};
 
     #[tokio::test]
     async fn a_folder_is_made_and_its_path_and_file_url_are_the_same_store() {

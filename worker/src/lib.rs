@@ -79,6 +79,7 @@ use lease::{Coordinator, LeaseId};
 pub use placeholder::PLACEHOLDERS_KEY;
 pub use prepare::{Pixels, Preparer};
 use progress::Progress;
+pub use store::with_retries;
 use way_out::WayOut;
 pub use web::{Certificates, Proxy, WebArgs};
 

@@ -67,8 +67,12 @@ pub(crate) async fn read(store: &dyn ObjectStore, key: &str) -> Result<Bytes> {
     with_retries(key, || async { store.get(&path).await?.bytes().await }).await
 }
 
-/// What `operation` returns once it succeeds, or its failure when that stays or has lasted for minutes.
-pub(crate) async fn with_retries<T, F>(key: &str, mut operation: impl FnMut() -> F) -> Result<T>
+/// What `operation` upon the store returns once it succeeds, or its failure when that stays or has lasted for minutes.
+/// Meanwhile it is told to the coordinator.
+///
+/// # Errors
+/// If the operation's failure stays.
+pub async fn with_retries<T, F>(key: &str, mut operation: impl FnMut() -> F) -> Result<T>
 where
     F: Future<Output = Result<T>>,
 {

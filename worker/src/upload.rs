@@ -100,7 +100,7 @@ impl TarUpload {
         let writer = mem::take(&mut self.writer);
         let (rest, bytes, sha256, blocks) = tokio::task::spawn_blocking(move || writer.finish()).await?;
         let stored = match self.parts.take() {
-            // Nothing can put a part again that the store did not take: the attempt fails.
+            // A store that a role opens tries each part again in its place. Nothing else can: then the attempt fails.
             Some(parts) => parts.finish(rest).await,
             None => put(&*self.store, &self.key, rest.into()).await,
         };

@@ -128,6 +128,15 @@ impl Bucket {
             }
             (&Method::PUT, Some(upload)) => {
                 let number = query.get("partNumber").and_then(|number| number.parse().ok()).unwrap_or(0);
+                // Writes nothing, and fails as a write does.
+                match self.store.copy(&Path::from("nothing is here"), &key).await {
+                    // A status that clients do not try again.
+                    Err(Error::Generic { source, .. }) if source.downcast_ref() == Some(&Fault::Full) => {
+                        return Ok(failure(StatusCode::BAD_REQUEST, "QuotaExceeded"));
+                    }
+                    Ok(()) | Err(Error::NotFound { .. }) => {}
+                    Err(error) => return Err(error),
+                }
                 match self.uploads().get_mut(upload) {
                     Some(parts) => parts.insert(number, body),
                     None => return Ok(failure(StatusCode::NOT_FOUND, "NoSuchUpload")),
