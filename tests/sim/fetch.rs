@@ -7,7 +7,6 @@ use proto::Rejection;
 use super::cluster::{Answer, Call};
 use super::origin;
 use super::shard::End;
-use super::worker::{Flight, Job};
 use super::world::Sim;
 use super::{Bug, MILLI, Micros, SECOND};
 use crate::worker::hosts::{GiveUp, HostSignal, Next, Pass};
@@ -18,6 +17,27 @@ const ASK_PAUSE: Micros = 50 * MILLI;
 const THROTTLED: u32 = 8;
 /// Slow sites take longer for one request of six.
 const TIMEOUT: Micros = 5 * SECOND;
+
+/// A URL that has no end yet.
+#[derive(Debug)]
+pub(super) struct Job {
+    pub(super) attempt: u64,
+    pub(super) entry: usize,
+    pub(super) url: String,
+    pub(super) host: String,
+    pub(super) ticket: u64,
+    pub(super) started: bool,
+    pub(super) tries: u32,
+    pub(super) throttled: u32,
+    pub(super) retried: Option<End>,
+}
+
+/// A request under way.
+pub(super) struct Flight {
+    pub(super) pass: Pass,
+    pub(super) job: Job,
+    pub(super) request: u64,
+}
 
 impl Sim {
     /// Begins whatever may begin.

@@ -9,7 +9,9 @@ use proto::index::{ClassCounts, StoredFile, Tar};
 use proto::outcomes::OutcomeRow;
 use proto::rejection::outcome_name;
 use proto::shard::{Moments, Origin, TarWriter, sha256_hex};
-use proto::{Attempt, DatasetSpec, Outcome, OutcomeCounts, Sample, ShardId, ShardIndex, Split, Stored, keys, table};
+use proto::{
+    Attempt, DatasetSpec, Outcome, OutcomeCounts, Rejection, Sample, ShardId, ShardIndex, Split, Stored, keys, table,
+};
 use sha2::{Digest, Sha256};
 
 use super::store::View;
@@ -27,6 +29,12 @@ pub(super) struct Entry {
 pub(super) struct End {
     pub(super) outcome: Outcome,
     pub(super) status: Option<i32>,
+}
+
+impl From<Rejection> for End {
+    fn from(rejection: Rejection) -> Self {
+        Self { outcome: Err(rejection), status: None }
+    }
 }
 
 /// An operation, tried until it succeeds. None: the process is dead.

@@ -8,12 +8,13 @@ use proto::{Attempt, DatasetSpec, Rejection, ShardId, keys, slice};
 use tokio::time::Instant;
 
 use super::cluster::{Answer, Call, Leased, Request, Response};
+use super::fetch::{Flight, Job};
 use super::large::{Load, Part};
 use super::shard::{self, End, Entry};
 use super::store::View;
 use super::world::Sim;
 use super::{Bug, MILLI, Micros, SECOND};
-use crate::worker::hosts::{HostSignal, Hosts, Pass};
+use crate::worker::hosts::{HostSignal, Hosts};
 
 /// As in the worker's `lease` and `attempt`.
 const CALL_TIMEOUT: Micros = 10 * SECOND;
@@ -54,27 +55,6 @@ pub(super) struct Worker {
     /// In a large simulation: its attempts, and its parts of sites.
     pub(super) loads: BTreeMap<u64, Load>,
     pub(super) shares: BTreeMap<String, Part>,
-}
-
-/// A URL that has no end yet.
-#[derive(Debug)]
-pub(super) struct Job {
-    pub(super) attempt: u64,
-    pub(super) entry: usize,
-    pub(super) url: String,
-    pub(super) host: String,
-    pub(super) ticket: u64,
-    pub(super) started: bool,
-    pub(super) tries: u32,
-    pub(super) throttled: u32,
-    pub(super) retried: Option<End>,
-}
-
-/// A request under way.
-pub(super) struct Flight {
-    pub(super) pass: Pass,
-    pub(super) job: Job,
-    pub(super) request: u64,
 }
 
 /// An attempt.
@@ -501,11 +481,5 @@ impl Sim {
             let pause = sim.random.u64(200 * MILLI..5 * SECOND);
             sim.later(w, pause, move |sim| sim.complete(w, a, id));
         });
-    }
-}
-
-impl From<Rejection> for End {
-    fn from(rejection: Rejection) -> Self {
-        Self { outcome: Err(rejection), status: None }
     }
 }

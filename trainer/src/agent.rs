@@ -97,10 +97,7 @@ pub async fn run(
     used: fn(&pb::StoreUse),
     shutdown: CancellationToken,
 ) -> Result<()> {
-    let devices = match &config.devices {
-        Some(text) => devices::chosen(text)?,
-        None => devices::devices(),
-    };
+    let devices = config.devices.as_deref().map_or_else(|| Ok(devices::devices()), devices::chosen)?;
     let grace = Duration::from_secs(config.leave_seconds.into());
     let (address, interface) = link::advertised_address(&dial, config.advertise_address, config.interface)?;
     let (rank_events, mut from_ranks) = mpsc::channel(RANK_EVENTS);
@@ -476,8 +473,8 @@ impl Agent {
     /// Reports on behalf of a rank that it has left.
     fn report_left(&mut self, of: (String, u64, u32), device: u32, cause: Cause, (step, detail): (u64, String)) {
         let (run, generation, rank) = of;
-        let message =
-            Some(rank_message::Message::Left(pb::Left { cause: cause.into(), step, detail, ..Default::default() }));
+        let left = pb::Left { cause: cause.into(), step, detail, ..Default::default() };
+        let message = Some(rank_message::Message::Left(left));
         self.report(pb::RankMessage { run, generation, rank, device, message, ..Default::default() });
     }
 
