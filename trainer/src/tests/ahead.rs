@@ -70,7 +70,7 @@ fn a_device_without_memory_for_a_batch_ahead_says_so_with_what_to_do_when_that_b
         batches.next(|| false).expect("all of them").expect("there was memory");
     }
     let error = batches.next(|| false).expect("in the place of the fourth").expect_err("there was none");
-    let Failure::Device(said) = Failure::from(error) else { panic!("the device's") };
+    let Failure::OutOfMemory(said) = Failure::from(error) else { panic!("its own class") };
     assert!(said.contains("out of memory: tried") && said.contains("train.micro_batch"), "{said}");
 }
 
