@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test test-nccl sim soak soak-train bench-train bench-gpu bench-fetch bench-import bench-scale fuzz engine images dist try-cluster libtorch pytorch clean
+.PHONY: help setup build demo test test-nccl sim soak soak-train gpu bench-train bench-gpu bench-fetch bench-import bench-scale fuzz engine images dist try-cluster libtorch pytorch clean
 
 tools := target/tools
 export PATH := $(CURDIR)/$(tools)/bin:$(PATH)
@@ -37,6 +37,8 @@ help:
 	@echo "                          namespaces that it makes and removes; needs the images of 'make images' on its node. ARGS=--help"
 	@echo "make libtorch CUDA=1      libtorch with CUDA and NCCL, into target/libtorch-cuda; to build with it:"
 	@echo "                          LIBTORCH=\$$PWD/target/libtorch-cuda cargo build --release --features nccl"
+	@echo "make gpu                  a binary with NCCL, target/gpu/gleaner, to be carried to a machine with a GPU; no GPU is needed to build it"
+	@echo "                          [TORCH=2.11.0: for the libtorch of that torch; PROFILE=dev: sooner]"
 	@echo "make pytorch              Python's torch, webdataset and a SeaweedFS, which tests compare with and store in"
 	@echo "make engine               the code by which a page in a browser runs a trained network, after its sources were changed"
 	@echo "make clean                removes what cargo built; 'rm -r target' removes the rest too"
@@ -54,6 +56,9 @@ test: setup pytorch
 
 test-nccl: setup
 	deploy/setup/nccl.sh
+
+gpu: setup
+	TORCH=$(TORCH) PROFILE=$(PROFILE) deploy/setup/gpu.sh
 
 images: setup
 	deploy/images.sh $(IMAGES)
