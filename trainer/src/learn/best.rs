@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use tch::Tensor;
 use tracing::{info, warn};
 
-use super::agree::largest;
+use super::agree::{largest, while_others_wait};
 use super::alexnet::AlexNet;
 use super::checkpoint;
 use super::failure::Failure;
@@ -22,27 +22,26 @@ pub(super) fn best_weights(
 ) -> Result<Option<(AlexNet, u64)>, Failure> {
     let Some(best) = job.progress.best.filter(|best| best.step < job.progress.step) else { return Ok(None) };
     let (network, _) = fresh(&job.spec, &job.manifest, job.device);
-    let read = membership.rank == 0 && {
-        let read = read(job, records, best.step, &network.weights());
-        if let Err(error) = &read {
-            let error = format!("{error:#}");
-            warn!(step = best.step, error, "the best weights cannot be read; the last ones are tested and exported");
-        }
-        read.is_ok()
-    };
-    if largest(&membership.group, [i64::from(read)])?[0] == 0 {
+    let weights = network.weights();
+    let reading = (membership.rank == 0).then(|| read(job, records, best.step, &weights));
+    let read = while_others_wait(&job.context.runtime, &membership.group, reading)?;
+    if let Some(Err(error)) = &read {
+        let error = format!("{error:#}");
+        warn!(step = best.step, error, "the best weights cannot be read; the last ones are tested and exported");
+    }
+    let is_read = matches!(read, Some(Ok(())));
+    if largest(&membership.group, [i64::from(is_read)])?[0] == 0 {
         return Ok(None);
     }
-    let tensors: Vec<Tensor> = network.weights().into_iter().map(|(_, tensor)| tensor).collect();
+    let tensors: Vec<Tensor> = weights.into_iter().map(|(_, tensor)| tensor).collect();
     membership.group.broadcast(&tensors, 0)?;
     info!(step = best.step, top1 = best.top1, "the best weights are tested and exported");
     Ok(Some((network, best.step)))
 }
 
-fn read(job: &Job, records: &mut Records<'_>, step: u64, into: &Named) -> Result<()> {
-    let made = records.checkpoint(job, step).context("there is no checkpoint of them")?;
-    let read = checkpoint::read_tensors(&job.context.store, &made.key, &made.digests);
-    let mut tensors = job.context.runtime.block_on(read)?;
+async fn read(job: &Job, records: &mut Records<'_>, step: u64, into: &Named) -> Result<()> {
+    let made = records.checkpoint(step).await.context("there is no checkpoint of them")?;
+    let mut tensors = checkpoint::read_tensors(&job.context.store, &made.key, &made.digests).await?;
     tensors.retain(|(name, _)| !name.starts_with("momentum."));
     checkpoint::load(into, &tensors)
 }

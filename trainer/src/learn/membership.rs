@@ -15,7 +15,8 @@ use crate::torch::{Group, Member};
 
 /// The timeout of collectives, in multiples of `failure_detection`. It is a last resort: a lost peer is noticed by its
 /// connection or its heartbeat, and waiting for a peer that loads data or validates is no failure.
-const PATIENCE: u32 = 30;
+pub(super) const PATIENCE: u32 = 30;
+
 /// A rank's place in its generation.
 pub(crate) struct Membership {
     pub generation: u64,

@@ -188,7 +188,7 @@ impl<'a> Records<'a> {
             return self.begin_last_checkpoint(job, flags);
         }
         if self.writing.front().is_some_and(|(_, writing)| writing.is_finished()) {
-            self.written(job);
+            job.context.runtime.block_on(self.written());
         }
         let step = job.progress.step;
         let is_free = self.writing.is_empty() && flags.in_contact(job.spec.failure_detection());
@@ -291,14 +291,14 @@ impl<'a> Records<'a> {
 
     fn all_written(&mut self, job: &Job) {
         while !self.writing.is_empty() {
-            self.written(job);
+            job.context.runtime.block_on(self.written());
         }
     }
 
     /// Waits for the first checkpoint that is being written.
-    fn written(&mut self, job: &Job) {
+    async fn written(&mut self) {
         if let Some((step, writing)) = self.writing.pop_front()
-            && let Some(made) = job.context.runtime.block_on(writing).unwrap_or(None)
+            && let Some(made) = writing.await.unwrap_or(None)
         {
             self.saved_step = step;
             self.known.push(made);
@@ -307,9 +307,9 @@ impl<'a> Records<'a> {
 
     /// The checkpoint of this step, once it is there if it is being written. Other ranks wait meanwhile, so nothing else
     /// is waited for.
-    pub(super) fn checkpoint(&mut self, job: &Job, step: u64) -> Option<&pb::Checkpointed> {
+    pub(super) async fn checkpoint(&mut self, step: u64) -> Option<&pb::Checkpointed> {
         while !self.knows(step) && self.is_coming(step) {
-            self.written(job);
+            self.written().await;
         }
         self.known.iter().rfind(|made| made.step == step)
     }
