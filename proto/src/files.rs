@@ -114,7 +114,11 @@ impl fmt::Display for FileUrl<'_> {
 
 /// What the addresses of rows have in common that are dealt and read together.
 pub fn span(url: &str) -> Option<&str> {
-    url.rsplit_once("&row=").map(|(span, _)| span).filter(|span| span.contains("#column="))
+    // Most addresses have no '#', which is found sooner.
+    url.split_once('#')
+        .and_then(|_| url.rsplit_once("&row="))
+        .map(|(span, _)| span)
+        .filter(|span| span.contains("#column="))
 }
 
 /// Reads an address; None if it is none of these.

@@ -2,7 +2,7 @@
 //! zstd. Behind the URL may stand a tab and the [columns](crate::columns) that travel with it: a URL in front of such
 //! has no tabs in it. URL and columns together are the line's tail.
 
-use std::io::{self, Write};
+use std::io::{self, BufWriter, IntoInnerError, Write};
 
 use crate::format::FormatError;
 
@@ -27,7 +27,8 @@ pub fn split_tail(tail: &str) -> (&str, &str) {
 
 /// Packs the entries of one slice.
 pub struct SliceWriter {
-    encoder: zstd::Encoder<'static, Vec<u8>>,
+    /// zstd is asked once for many lines.
+    encoder: BufWriter<zstd::Encoder<'static, Vec<u8>>>,
     urls: u32,
 }
 
@@ -37,7 +38,8 @@ impl SliceWriter {
     /// # Errors
     /// If zstd has no memory.
     pub fn new() -> io::Result<Self> {
-        Ok(Self { encoder: zstd::Encoder::new(Vec::new(), 3)?, urls: 0 })
+        let encoder = zstd::Encoder::new(Vec::new(), 3)?;
+        Ok(Self { encoder: BufWriter::with_capacity(64 << 10, encoder), urls: 0 })
     }
 
     /// Appends an entry, whose synset has no tab and which has no line breaks: UTF-8 both. `tail` is its URL, behind
@@ -61,7 +63,7 @@ impl SliceWriter {
     /// # Errors
     /// If zstd has no memory.
     pub fn finish(self) -> io::Result<Vec<u8>> {
-        self.encoder.finish()
+        self.encoder.into_inner().map_err(IntoInnerError::into_error)?.finish()
     }
 }
 
