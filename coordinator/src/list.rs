@@ -12,6 +12,7 @@ mod typed;
 
 use std::io::{self, BufRead, BufReader, Cursor, Read};
 
+use memchr::memchr;
 use proto::pb::ListFormat;
 
 use self::entry::{Each, unreadable};
@@ -164,7 +165,7 @@ fn read_line(source: &mut impl BufRead, line: &mut Vec<u8>) -> io::Result<bool> 
             return Ok(any);
         }
         any = true;
-        let end = buffer.iter().position(|&b| b == b'\n');
+        let end = memchr(b'\n', buffer);
         let piece = &buffer[..end.unwrap_or(buffer.len())];
         let room = (LONGEST_LINE + 1).saturating_sub(line.len());
         line.extend_from_slice(&piece[..piece.len().min(room)]);

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::io;
 use std::path::PathBuf;
 
+use memchr::memchr2;
 use percent_encoding::{CONTROLS, percent_encode};
 use proto::Synset;
 use proto::outcomes::LONGEST_URL;
@@ -70,7 +71,7 @@ pub(super) fn entry<'a>(synset: &'a str, url: &'a str, columns: &'a str) -> Line
         Line::Bad(format!("a URL of {} bytes; {LONGEST_URL} are allowed", url.len()))
     } else if url.is_empty() {
         Line::Bad("no URL".to_owned())
-    } else if url.contains(['\n', '\r']) {
+    } else if memchr2(b'\n', b'\r', url.as_bytes()).is_some() {
         Line::Bad("a line break in the URL".to_owned())
     } else {
         Line::Entry(Entry { synset, url, columns })
@@ -100,7 +101,7 @@ pub(super) fn clean_url(field: &[u8]) -> Cow<'_, str> {
         return undone(bare(&percent_encode(field.trim_ascii(), CONTROLS).to_string())).into();
     };
     let text = bare(text);
-    if text.contains(['&', '\t']) { undone(text).into() } else { text.into() }
+    if memchr2(b'&', b'\t', text.as_bytes()).is_some() { undone(text).into() } else { text.into() }
 }
 
 fn bare(text: &str) -> &str {

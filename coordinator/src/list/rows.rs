@@ -5,6 +5,7 @@ use std::cell::Cell;
 use std::io::{self, BufRead, Read};
 use std::rc::Rc;
 
+use memchr::memchr_iter;
 use proto::columns::Columns;
 use proto::dataset_spec::UNLABELLED;
 
@@ -40,9 +41,9 @@ pub(super) fn read(
         };
         found.clear();
         let mut start = 0;
-        while let Some(end) = line[start..].iter().position(|byte| Some(*byte) == delimiter) {
-            found.push(start..start + end);
-            start += end + 1;
+        for end in delimiter.into_iter().flat_map(|delimiter| memchr_iter(delimiter, line)) {
+            found.push(start..end);
+            start = end + 1;
         }
         found.push(start..line.len());
         row.hand(number, found.len(), |at| found.get(at).map_or(&[][..], |field| &line[field.clone()]), each)
