@@ -18,6 +18,7 @@ use std::path::PathBuf;
 use proto::site::{Budget, Sites};
 use proto::slice::split_tail;
 use twox_hash::XxHash64;
+use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::spool::{PARTITIONS, Spool};
 
@@ -54,16 +55,31 @@ impl Entry<'_> {
     }
 
     fn push(&self, partition: u8, spool: &mut Spool) -> io::Result<()> {
-        let (site, hash) = (self.site.to_be_bytes(), self.hash.to_be_bytes());
-        let (most, key) = (self.most.to_be_bytes(), self.key.to_be_bytes());
-        let lengths = [self.synset.len() as u32, self.tail.len() as u32].map(u32::to_be_bytes);
-        spool.push(partition, &[&site, &most, &hash, &key, &lengths[0], &lengths[1], self.synset, self.tail])
+        let Self { site, most, hash, key, .. } = *self;
+        let (synset, tail) = (self.synset.len() as u32, self.tail.len() as u32);
+        let head = EntryHead { site, hash, key, most, synset, tail, spare: 0 };
+        spool.push(partition, &[head.as_bytes(), self.synset, self.tail])
     }
 
     /// The name of its site.
     fn name(&self, sites: &Sites) -> String {
         std::str::from_utf8(self.tail).ok().and_then(|tail| sites.of_url(split_tail(tail).0)).unwrap_or_default()
     }
+}
+
+/// What stands before a synset and a tail in a spool.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable)]
+#[repr(C)]
+struct EntryHead {
+    site: u64,
+    hash: u64,
+    key: u64,
+    most: u32,
+    /// In bytes.
+    synset: u32,
+    /// In bytes.
+    tail: u32,
+    spare: u32,
 }
 
 /// What stands for a site.
@@ -236,21 +252,15 @@ fn each(stream: impl Read, mut take: impl FnMut(Entry<'_>) -> io::Result<()>) ->
     let mut stream = BufReader::with_capacity(1 << 16, stream);
     let mut text = Vec::new();
     while !stream.fill_buf()?.is_empty() {
-        let (site, most) = (u64::from_be_bytes(number(&mut stream)?), u32::from_be_bytes(number(&mut stream)?));
-        let (hash, key) = (u64::from_be_bytes(number(&mut stream)?), u64::from_be_bytes(number(&mut stream)?));
-        let (synset, tail) = (u32::from_be_bytes(number(&mut stream)?), u32::from_be_bytes(number(&mut stream)?));
+        let mut head = [0; size_of::<EntryHead>()];
+        stream.read_exact(&mut head)?;
+        let EntryHead { site, hash, key, most, synset, tail, .. } = zerocopy::transmute!(head);
         text.resize(synset as usize + tail as usize, 0);
         stream.read_exact(&mut text)?;
         let (synset, tail) = text.split_at(synset as usize);
         take(Entry { site, most, hash, key, synset, tail })?;
     }
     Ok(())
-}
-
-fn number<const N: usize>(stream: &mut impl Read) -> io::Result<[u8; N]> {
-    let mut bytes = [0; N];
-    stream.read_exact(&mut bytes)?;
-    Ok(bytes)
 }
 
 #[cfg(test)]

@@ -8,15 +8,14 @@ use std::path::PathBuf;
 /// Partitions of one spool.
 pub(crate) const PARTITIONS: usize = 256;
 
-/// Bytes that are held in memory before the partitions go to files.
-const IN_MEMORY: usize = 64 << 20;
+/// Bytes of a partition that are held in memory; more go to its file.
+const IN_MEMORY: usize = 256 << 10;
 
 /// Appends bytes to partitions; then hands out one partition at a time.
 pub(crate) struct Spool {
     folder: Option<PathBuf>,
-    partitions: Vec<(Vec<u8>, Option<File>)>,
-    buffered: usize,
-    limit: usize,
+    partitions: Vec<Partition>,
+    in_memory: usize,
 }
 
 impl Spool {
@@ -26,23 +25,16 @@ impl Spool {
         Self::with_limit(folder, IN_MEMORY)
     }
 
-    fn with_limit(folder: Option<PathBuf>, limit: usize) -> Self {
-        let partitions = (0..PARTITIONS).map(|_| (Vec::new(), None)).collect();
-        Self { folder, partitions, buffered: 0, limit }
+    fn with_limit(folder: Option<PathBuf>, in_memory: usize) -> Self {
+        let partitions = std::iter::repeat_with(Partition::default).take(PARTITIONS).collect();
+        Self { folder, partitions, in_memory }
     }
 
     /// Appends to the partition that the first byte of a hash chooses: so partitions are in the order of the hashes.
     pub(crate) fn push(&mut self, partition: u8, parts: &[&[u8]]) -> io::Result<()> {
-        let (buffer, _) = &mut self.partitions[usize::from(partition)];
-        for part in parts {
-            buffer.extend_from_slice(part);
-            self.buffered += part.len();
-        }
-        if self.buffered > self.limit { self.spill() } else { Ok(()) }
-    }
-
-    fn spill(&mut self) -> io::Result<()> {
-        for (buffer, file) in &mut self.partitions {
+        let Partition { buffer, file } = &mut self.partitions[usize::from(partition)];
+        let more = parts.iter().map(|part| part.len()).sum::<usize>();
+        if buffer.len() + more > self.in_memory && !buffer.is_empty() {
             let file = match file {
                 Some(file) => file,
                 None => file.insert(match &self.folder {
@@ -51,9 +43,13 @@ impl Spool {
                 }),
             };
             file.write_all(buffer)?;
-            *buffer = Vec::new();
+            buffer.clear();
         }
-        self.buffered = 0;
+        // Growing by doubling would end at nearly twice of what may be in memory.
+        if buffer.capacity() - buffer.len() < more && buffer.capacity() > self.in_memory / 8 {
+            buffer.reserve_exact((self.in_memory - buffer.len()).max(more));
+        }
+        parts.iter().for_each(|part| buffer.extend_from_slice(part));
         Ok(())
     }
 
@@ -63,7 +59,7 @@ impl Spool {
             if partition.file.is_none() {
                 return Ok(partition.buffer);
             }
-            let mut bytes = Vec::new();
+            let mut bytes = Vec::with_capacity(partition.len()?);
             partition.stream()?.read_to_end(&mut bytes)?;
             Ok(bytes)
         })
@@ -71,17 +67,24 @@ impl Spool {
 
     /// The partitions, in order, however large they are.
     pub(crate) fn into_streams(self) -> impl Iterator<Item = Partition> {
-        self.partitions.into_iter().map(|(buffer, file)| Partition { buffer, file })
+        self.partitions.into_iter()
     }
 }
 
-/// One partition of a spool.
+/// One partition of a spool: what is in its file, and behind that what is in memory.
+#[derive(Default)]
 pub(crate) struct Partition {
     buffer: Vec<u8>,
     file: Option<File>,
 }
 
 impl Partition {
+    /// In bytes.
+    fn len(&self) -> io::Result<usize> {
+        let in_file = self.file.as_ref().map_or(Ok(0), |file| Ok::<_, io::Error>(file.metadata()?.len()))?;
+        Ok(in_file as usize + self.buffer.len())
+    }
+
     /// Its bytes from the first one on.
     pub(crate) fn stream(&mut self) -> io::Result<Box<dyn Read + '_>> {
         Ok(match &mut self.file {
