@@ -1,30 +1,40 @@
 //! The catalog: all URLs of a list, dealt into slices by their sites, in bounded memory.
 //!
 //! Lines come together by their URLs first: one that stands in the list again is fetched once, and may have several
-//! classes. Entries go into the partitions of a [`Spool`] by a hash of their site; `dealing` makes slices of them.
-//! Within a slice they are in the order of a hash of (seed, ordinal, synset, URL). Nothing else decides, so the same
-//! list gives the same slices.
+//! classes. Entries go into the partitions of a [`Spool`](crate::spool::Spool) by a hash of their site; `dealing` makes
+//! slices of them. Within a slice they are in the order of a hash of (seed, ordinal, synset, URL). Nothing else decides,
+//! so the same list gives the same slices. Each of the three steps has two threads or more, one of which does what comes
+//! behind.
+
+mod batches;
+mod by_url;
+mod pack;
+mod pools;
 
 use std::collections::{BTreeMap, HashSet};
 use std::io::Read;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
+use std::thread;
 
 use bytes::Bytes;
 use proto::dataset_spec::Class;
 use proto::outcomes::OutcomeRow;
 use proto::round::{Cause, LargeSite, Round, Slice};
-use proto::site::{self, Sites};
-use proto::slice::{SliceWriter, split_tail};
-use proto::{DatasetSpec, MultiLabel, OutcomeCounts, Rejection, columns, files, pb};
-use sha2::{Digest, Sha256};
+use proto::site::Sites;
+use proto::slice::split_tail;
+use proto::{DatasetSpec, MultiLabel, OutcomeCounts, Rejection, columns, pb};
 use tokio::sync::mpsc;
-use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use crate::dealing::{self, Large, most_of_site, site_hash};
+use self::batches::{Batch, Batches};
+use self::by_url::{KNOWN, Lines, SortedLine, SortedLines};
+use self::pack::Dealt;
+pub(crate) use self::pools::Dealing;
+use self::pools::Pools;
+use crate::dealing::{self, Large};
 use crate::error::Error;
 use crate::list::{self, Entry, Line, ListOptions};
-use crate::spool::Spool;
 
 /// A list with more classes than this is not one of classes.
 const MOST_CLASSES: usize = 1_000_000;
@@ -66,15 +76,6 @@ impl RoundStart {
     }
 }
 
-/// Into which slices URLs go: those with the same go together.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Dealing {
-    /// The most of one slice.
-    pub(crate) slice_urls: u32,
-    /// See [`Slice::once`].
-    pub(crate) once: bool,
-}
-
 /// How lists were understood, for people.
 #[derive(Debug, Default)]
 pub(crate) struct Shown {
@@ -91,7 +92,7 @@ pub(crate) struct Catalog {
     sites: Arc<Sites>,
     /// Of URLs that have no other.
     dealing: Dealing,
-    pools: BTreeMap<Dealing, Spool>,
+    pools: Pools,
     multi_label: Option<MultiLabel>,
     /// Classes that nobody chose can be no classes.
     checked: bool,
@@ -104,7 +105,7 @@ pub(crate) struct Catalog {
     /// None: all that occur.
     chosen: Option<HashSet<String>>,
     /// The lines, and the URLs of earlier rounds, by URL: they are compared at the end.
-    lines: Spool,
+    lines: Lines,
     /// Good lines of chosen classes.
     ordinals: u64,
     /// How the first sources were understood.
@@ -123,9 +124,6 @@ pub(crate) struct Catalog {
     bad_line_examples: Vec<String>,
 }
 
-/// In the place of an ordinal: the URL is of an earlier round.
-const KNOWN: u64 = u64::MAX;
-
 impl Catalog {
     /// An empty one. The classes of `spec` choose which synsets are taken; `folder` is where large lists are spooled;
     /// `sites` say which URLs are of one site, and how many of them are many.
@@ -133,14 +131,14 @@ impl Catalog {
         let chosen = spec.classes.iter().map(|class| class.synset.clone()).collect::<HashSet<_>>();
         Self {
             seed: spec.seed,
-            lines: Spool::new(folder.clone()),
+            lines: Lines::new(spec.seed, folder.clone()),
             ordinals: 0,
             understood: Vec::new(),
             preview: Vec::new(),
             start,
-            sites,
+            sites: Arc::clone(&sites),
             dealing: Dealing { slice_urls: spec.slice_urls, once: false },
-            pools: BTreeMap::new(),
+            pools: Pools::new(spec.seed, sites, folder.clone()),
             multi_label: spec.multi_label,
             checked: chosen.is_empty() && !spec.unlabelled,
             limit: u64::MAX,
@@ -174,34 +172,39 @@ impl Catalog {
 
     /// Reads one source to its end.
     pub(crate) fn read(&mut self, name: &str, source: impl Read + Send, options: &ListOptions) -> Result<(), Error> {
-        let understood = list::read(name, source, options, &mut |number, line| match line {
-            Line::Entry(entry) => {
-                if self.preview.len() < EXAMPLES {
-                    let Entry { synset, url, columns } = entry;
-                    let [synset, url, columns] = [synset, url, columns].map(str::to_owned);
-                    self.preview.push(pb::ListRow { synset, url, columns });
-                }
-                self.push(entry)
-            }
-            Line::Absent => {
-                self.not_chosen += 1;
-                Ok(())
-            }
-            Line::Bad(what) => {
-                self.bad_lines += 1;
-                if self.bad_line_examples.len() < EXAMPLES {
-                    self.bad_line_examples.push(format!("{name}:{number}: {what}"));
-                }
-                Ok(())
-            }
+        let lines = self.lines.take();
+        let (lines, understood) = batches::spooled(lines, Lines::push, |batches| {
+            list::read(name, source, options, &mut |number, line| self.take(name, number, line, batches))
         })?;
+        self.lines = lines;
         if self.understood.len() < EXAMPLES {
             self.understood.push(format!("{name}: {understood}"));
         }
         Ok(())
     }
 
-    fn push(&mut self, Entry { synset, url, columns }: Entry<'_>) -> Result<(), Error> {
+    fn take(&mut self, name: &str, number: u64, line: Line<'_>, batches: &mut Batches) -> Result<(), Error> {
+        match line {
+            Line::Entry(entry) => {
+                if self.preview.len() < EXAMPLES {
+                    let Entry { synset, url, columns } = entry;
+                    let [synset, url, columns] = [synset, url, columns].map(str::to_owned);
+                    self.preview.push(pb::ListRow { synset, url, columns });
+                }
+                self.push(entry, batches)?;
+            }
+            Line::Absent => self.not_chosen += 1,
+            Line::Bad(what) => {
+                self.bad_lines += 1;
+                if self.bad_line_examples.len() < EXAMPLES {
+                    self.bad_line_examples.push(format!("{name}:{number}: {what}"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn push(&mut self, Entry { synset, url, columns }: Entry<'_>, batches: &mut Batches) -> Result<(), Error> {
         if self.chosen.as_ref().is_some_and(|chosen| !chosen.contains(synset)) {
             self.not_chosen += 1;
             return Ok(());
@@ -213,27 +216,14 @@ impl Catalog {
                 "the list unpacks to more than {largest} bytes: the coordinator's --largest-list"
             )));
         }
-        let (digest, ordinal) = (self.digest(url), self.ordinals);
         self.ordinals += 1;
         let between = if columns.is_empty() { "" } else { "\t" };
-        let tail = url.len() + between.len() + columns.len();
-        let head = LineHead { digest, ordinal, lengths: Lengths { synset: synset.len() as u32, tail: tail as u32 } };
-        let parts = [head.as_bytes(), synset.as_bytes(), url.as_bytes(), between.as_bytes(), columns.as_bytes()];
-        Ok(self.lines.push(digest[0], &parts)?)
+        batches.push(self.ordinals - 1, synset, &[url, between, columns])
     }
 
     /// Tells of a URL of an earlier round, so that a new line with it is known.
     pub(crate) fn push_known(&mut self, url: &str) -> Result<(), Error> {
-        let digest = self.digest(url);
-        let head = LineHead { digest, ordinal: KNOWN, lengths: Lengths { synset: 0, tail: 0 } };
-        Ok(self.lines.push(digest[0], &[head.as_bytes()])?)
-    }
-
-    /// What stands for a URL when they are compared. The seed makes the order of these a shuffle: the first of them are
-    /// a sample.
-    fn digest(&self, url: &str) -> [u8; 16] {
-        let hash = Sha256::new().chain_update(self.seed.to_le_bytes()).chain_update(url).finalize();
-        std::array::from_fn(|i| hash[i])
+        Ok(self.lines.push_known(url)?)
     }
 
     /// Takes in a URL of an earlier round, which is to be fetched again; `why` is what became of it last.
@@ -242,59 +232,49 @@ impl Catalog {
         let columns = row.columns.as_deref().unwrap_or_default();
         let between = if columns.is_empty() { "" } else { "\t" };
         let tail = [&row.url, between, columns].concat();
-        self.push_entry(dealing, row.key.max(0) as u64, row.synset.as_bytes(), tail.as_bytes())
+        Ok(self.pools.push(dealing, row.key.max(0) as u64, &row.synset, &tail)?)
     }
 
-    fn push_entry(&mut self, dealing: Dealing, key: u64, synset: &[u8], tail: &[u8]) -> Result<(), Error> {
-        let hash = Sha256::new()
-            .chain_update(self.seed.to_le_bytes())
-            .chain_update(key.to_le_bytes())
-            .chain_update(synset)
-            .chain_update([0])
-            .chain_update(tail)
-            .finalize();
-        let hash = u64::from_be_bytes(std::array::from_fn(|i| hash[i]));
-        let (url, _) = split_tail(std::str::from_utf8(tail).unwrap_or_default());
-        let (site, most) = match (files::span(url), &site::host_of(url)) {
-            // Rows of a Parquet file are read together, wherever it is.
-            (Some(span), _) => (site_hash(self.seed, span), dealing.slice_urls),
-            (None, Some(host)) => {
-                let site = self.sites.place(host).site;
-                (site_hash(self.seed, site), most_of_site(self.sites.budget(site), dealing.slice_urls))
-            }
-            // All else may be anywhere: files, and what will never be fetched.
-            (None, None) => (hash, dealing.slice_urls),
-        };
-        let pool = self.pools.entry(dealing).or_insert_with(|| Spool::new(self.folder.clone()));
-        Ok(dealing::Entry { site, most, hash, key, synset, tail }.spool(pool)?)
-    }
-
-    /// Enters each URL once that no earlier round has.
+    /// Enters each URL once that no earlier round has. While a partition is entered, the next one is read and sorted.
     fn enter_lines(&mut self) -> Result<(), Error> {
-        let spool = std::mem::replace(&mut self.lines, Spool::new(None));
-        for partition in spool.into_partitions() {
-            let partition = partition?;
-            let mut lines = lines(&partition, |head: &LineHead| head.lengths);
-            lines.sort_unstable_by_key(|(head, ..)| (head.digest, head.ordinal));
-            for same in lines.chunk_by(|(a, ..), (b, ..)| a.digest == b.digest) {
-                let known = same.last().is_some_and(|(head, ..)| head.ordinal == KNOWN);
-                match same {
-                    _ if known => self.known += same.iter().filter(|(head, ..)| head.ordinal != KNOWN).count() as u64,
-                    _ if self.new_urls == self.limit => return Ok(()),
-                    same => self.enter(same)?,
+        let (lines, pools, dealing) = (self.lines.take(), self.pools.take(), self.dealing);
+        let (sender, sorted) = sync_channel(1);
+        let pooled = thread::scope(|scope| {
+            // Those that nobody waits for are not read.
+            scope.spawn(move || lines.into_sorted().try_for_each(|sorted| sender.send(sorted)));
+            let pool = |pools: &mut Pools, batch: &Batch| pools.push_all(dealing, batch);
+            batches::spooled(pools, pool, |entries| {
+                for lines in sorted {
+                    self.enter_all(&lines?, entries)?;
+                    if self.new_urls == self.limit {
+                        break;
+                    }
                 }
+                Ok(())
+            })
+        });
+        self.pools = pooled?.0;
+        Ok(())
+    }
+
+    fn enter_all(&mut self, lines: &SortedLines, entries: &mut Batches) -> Result<(), Error> {
+        for same in lines.urls() {
+            match same.last().is_some_and(|line| line.ordinal == KNOWN) {
+                true => self.known += same.iter().filter(|line| line.ordinal != KNOWN).count() as u64,
+                false if self.new_urls == self.limit => return Ok(()),
+                false => self.enter(lines, same, entries)?,
             }
         }
         Ok(())
     }
 
     /// Enters a URL, which has one or several lines.
-    fn enter(&mut self, same: &[(LineHead, &[u8], &[u8])]) -> Result<(), Error> {
-        let (first, synset, tail) = same[0];
-        let mut synsets: Vec<&[u8]> = Vec::new();
+    fn enter(&mut self, lines: &SortedLines, same: &[SortedLine], entries: &mut Batches) -> Result<(), Error> {
+        let (first, (synset, tail)) = (same[0], lines.text(&same[0]));
+        let mut synsets: Vec<&str> = Vec::new();
         if same.len() > 1 {
-            same.iter().for_each(|(_, synset, _)| {
-                if !synsets.contains(synset) {
+            same.iter().map(|line| lines.text(line).0).for_each(|synset| {
+                if !synsets.contains(&synset) {
                     synsets.push(synset)
                 }
             });
@@ -302,24 +282,21 @@ impl Catalog {
         }
         let mut with_classes = None;
         if synsets.len() > 1 {
-            let synsets = synsets.iter().map(|synset| std::str::from_utf8(synset).unwrap_or_default());
-            let (url, columns) = split_tail(std::str::from_utf8(tail).unwrap_or_default());
+            let (url, columns) = split_tail(tail);
             if self.several == 0 {
-                let synsets: Vec<&str> = synsets.clone().take(3).collect();
-                self.several_example = format!("{url} ({})", synsets.join(", "));
+                self.several_example = format!("{url} ({})", synsets[..synsets.len().min(3)].join(", "));
             }
             self.several += 1;
             match self.multi_label {
                 Some(MultiLabel::Drop) => return Ok(()),
                 Some(MultiLabel::All) => {
-                    with_classes = Some([url, "\t", &columns::with_classes(columns, synsets)].concat());
+                    with_classes = Some([url, "\t", &columns::with_classes(columns, synsets.into_iter())].concat());
                 }
                 Some(MultiLabel::First) | None => {}
             }
         }
-        let name = String::from_utf8_lossy(synset);
         let classes = self.urls_per_class.len();
-        match self.urls_per_class.get_mut(&*name) {
+        match self.urls_per_class.get_mut(synset) {
             Some(urls) => *urls += 1,
             None => {
                 if matches!(classes, EARLY_CLASSES | MOST_CLASSES) {
@@ -328,12 +305,11 @@ impl Catalog {
                 if classes == MOST_CLASSES {
                     return Err(Error::Invalid(format!("more than {MOST_CLASSES} synsets: {WAY_OUT}")));
                 }
-                self.urls_per_class.insert(name.into_owned(), 1);
+                self.urls_per_class.insert(synset.to_owned(), 1);
             }
         }
         self.new_urls += 1;
-        let tail = with_classes.as_ref().map_or(tail, |tail| tail.as_bytes());
-        self.push_entry(self.dealing, self.start.first_key + first.ordinal, synset, tail)
+        entries.push(self.start.first_key + first.ordinal, synset, &[with_classes.as_deref().unwrap_or(tail)])
     }
 
     /// Refuses classes that nobody can have meant: most pictures have one of their own, as captions are.
@@ -382,7 +358,7 @@ impl Catalog {
     pub(crate) fn survey(mut self, spec: &DatasetSpec) -> Result<(Round, Option<pb::SlowestSite>), Error> {
         self.gather()?;
         let mut slowest = None;
-        for pool in std::mem::take(&mut self.pools).into_values() {
+        for (_, pool) in self.pools.take().into_spools() {
             slowest = dealing::slowest(pool, &self.sites)?.or(slowest);
         }
         let slowest =
@@ -403,32 +379,42 @@ impl Catalog {
             let class = |synset: &String| Class { synset: synset.clone(), name: String::new() };
             spec.classes = self.urls_per_class.keys().map(class).collect();
         }
-        let (mut done, mut large_sites) = (BTreeMap::new(), Vec::new());
-        for (Dealing { slice_urls, once }, pool) in std::mem::take(&mut self.pools) {
-            let first = first_slice.saturating_add(done.len() as u32);
-            let mut pack = |n: u32, mut hand: dealing::Hand| {
+        let pools = self.pools.take();
+        let (done, large_sites) = pack::packed(slices, |hand_over| self.deal(pools, first_slice, entered, hand_over))?;
+        Ok(self.into_round(done.into_values().collect(), Some(large_sites)))
+    }
+
+    /// Deals the entries into slices, and hands each over with its number.
+    fn deal(
+        &self,
+        pools: Pools,
+        first_slice: u32,
+        entered: u64,
+        hand_over: &mut dyn FnMut(Dealt) -> Result<(), Error>,
+    ) -> Result<Vec<LargeSite>, Error> {
+        let (mut next, mut large_sites) = (first_slice, Vec::new());
+        for (Dealing { slice_urls, once }, pool) in pools.into_spools() {
+            let first = next;
+            let mut number_it = |n: u32, hand: dealing::Hand| {
                 let number = first.saturating_add(n);
                 if number > LAST_SLICE {
                     return Err(Error::Invalid(format!(
-                        "{entered} URLs in slices of {}, and of fewer for slow sites: choose larger slices or budgets",
-                        spec.slice_urls
+                        "{entered} URLs in slices of {slice_urls}, and of fewer for slow sites: choose larger slices or \
+                         budgets"
                     )));
                 }
-                let mut writer = SliceWriter::new()?;
-                hand.shuffled().try_for_each(|(key, synset, tail)| writer.push(key, synset, tail))?;
-                let (urls, bytes) = (writer.urls(), Bytes::from(writer.finish()?));
-                done.insert(number, Slice { urls, sha256: proto::shard::sha256_hex(&bytes), once });
-                let sent = slices.blocking_send((number, bytes));
-                sent.map_err(|_| Error::Local("the upload of slices has ended".to_owned()))
+                next = next.max(number + 1);
+                hand_over(Dealt { number, once, hand })
             };
-            let large = dealing::deal(pool, self.folder.clone(), self.seed, slice_urls, &self.sites, &mut pack)?;
+            let folder = self.folder.clone();
+            let large = dealing::deal(pool, folder, self.seed, slice_urls, &self.sites, &mut number_it)?;
             large_sites.extend(large.into_iter().map(|Large { site, slices }| LargeSite {
                 site,
                 first_slice: first + slices.start,
                 slices: slices.end - slices.start,
             }));
         }
-        Ok(self.into_round(done.into_values().collect(), Some(large_sites)))
+        Ok(large_sites)
     }
 
     fn into_round(self, slices: Vec<Slice>, large_sites: Option<Vec<LargeSite>>) -> Round {
@@ -457,37 +443,6 @@ impl Catalog {
             bad_line_examples: self.bad_line_examples,
         }
     }
-}
-
-/// What stands before a synset and a tail that are compared; those of earlier rounds are left out, and have no length.
-#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable)]
-#[repr(C)]
-struct LineHead {
-    digest: [u8; 16],
-    /// Among the lines; or [`KNOWN`].
-    ordinal: u64,
-    lengths: Lengths,
-}
-
-/// Of a synset and of what stands behind it in a slice (see [`proto::slice`]), in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, FromBytes, IntoBytes, Immutable)]
-#[repr(C)]
-struct Lengths {
-    synset: u32,
-    tail: u32,
-}
-
-/// What a spool's partition holds: heads, each with its synset and tail.
-fn lines<H: FromBytes>(mut bytes: &[u8], lengths: impl Fn(&H) -> Lengths) -> Vec<(H, &[u8], &[u8])> {
-    let next = || {
-        let (head, rest) = H::read_from_prefix(bytes).ok()?;
-        let Lengths { synset, tail } = lengths(&head);
-        let (synset, rest) = rest.split_at_checked(synset as usize)?;
-        let (tail, rest) = rest.split_at_checked(tail as usize)?;
-        bytes = rest;
-        Some((head, synset, tail))
-    };
-    std::iter::from_fn(next).collect()
 }
 
 #[cfg(test)]

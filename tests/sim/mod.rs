@@ -78,7 +78,8 @@ fn what_a_site_throttles_for_minutes_is_fetched_later_and_what_it_throttles_for_
     for seed in 1..6 {
         let (well, minutes) = (simulate_throttled(seed, 0), simulate_throttled(seed, 600 * SECOND));
         assert!(well.is_good() && minutes.is_good(), "{minutes}\n{:#?}", minutes.wrong);
-        assert_eq!((minutes.kept, minutes.left), (well.kept, 0), "{minutes}");
+        // The rounds that come of it ask again what failed by chance, too.
+        assert!(minutes.kept >= well.kept && minutes.left == 0, "{minutes}");
         let for_ever = simulate_throttled(seed, Micros::MAX);
         assert!(for_ever.is_good() && for_ever.left > 10, "{for_ever}\n{:#?}", for_ever.wrong);
         println!(

@@ -1,5 +1,5 @@
 use super::*;
-use proto::Rejection;
+use proto::{Rejection, files};
 use std::collections::BTreeSet;
 use std::io::Cursor;
 
