@@ -25,6 +25,7 @@ if [[ $torch != "$pinned" ]]; then
     cd "$copy"
     sed -i -E "s/^(tch|torch-sys) = \{ version = \"[0-9.]+\"/\1 = { version = \"$tch\"/" Cargo.toml
     sed -i -E -e '/^ +--hash=/d' -e 's/ \\$//' -e "s/^torch==.*/torch==$torch/" deploy/setup/libtorch.txt deploy/setup/cuda.txt
+    sed -i 's/"--require-hashes", //' deploy/setup/libtorch.py
     # The wheel says which NCCL torch was compiled with; our shim must see the same one's header.
     make target/libtorch/build-version
     nccl=$(python3 -c 'import re, sys, zipfile
