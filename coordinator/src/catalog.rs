@@ -238,10 +238,12 @@ impl Catalog {
     /// Enters each URL once that no earlier round has. While a partition is entered, the next one is read and sorted.
     fn enter_lines(&mut self) -> Result<(), Error> {
         let (lines, pools, dealing) = (self.lines.take(), self.pools.take(), self.dealing);
-        let (sender, sorted) = sync_channel(1);
+        let mut parts = lines.into_sorted()?;
+        // No more than two are in memory.
+        let (sender, sorted) = sync_channel(0);
         let pooled = thread::scope(|scope| {
             // Those that nobody waits for are not read.
-            scope.spawn(move || lines.into_sorted().try_for_each(|sorted| sender.send(sorted)));
+            scope.spawn(move || parts.try_for_each(|part| sender.send(part)));
             let pool = |pools: &mut Pools, batch: &Batch| pools.push_all(dealing, batch);
             batches::spooled(pools, pool, |entries| {
                 for lines in sorted {
@@ -273,11 +275,8 @@ impl Catalog {
         let (first, (synset, tail)) = (same[0], lines.text(&same[0]));
         let mut synsets: Vec<&str> = Vec::new();
         if same.len() > 1 {
-            same.iter().map(|line| lines.text(line).0).for_each(|synset| {
-                if !synsets.contains(&synset) {
-                    synsets.push(synset)
-                }
-            });
+            let mut there = HashSet::new();
+            synsets.extend(same.iter().map(|line| lines.text(line).0).filter(|synset| there.insert(*synset)));
             self.repeated += (same.len() - synsets.len()) as u64;
         }
         let mut with_classes = None;

@@ -55,14 +55,7 @@ impl Spool {
 
     /// Each partition's bytes, in order.
     pub(crate) fn into_partitions(self) -> impl Iterator<Item = io::Result<Vec<u8>>> {
-        self.into_streams().map(|mut partition| {
-            if partition.file.is_none() {
-                return Ok(partition.buffer);
-            }
-            let mut bytes = Vec::with_capacity(partition.len()?);
-            partition.stream()?.read_to_end(&mut bytes)?;
-            Ok(bytes)
-        })
+        self.into_streams().map(Partition::into_bytes)
     }
 
     /// The partitions, in order, however large they are.
@@ -79,10 +72,20 @@ pub(crate) struct Partition {
 }
 
 impl Partition {
-    /// In bytes.
-    fn len(&self) -> io::Result<usize> {
+    /// How many bytes it has.
+    pub(crate) fn len(&self) -> io::Result<u64> {
         let in_file = self.file.as_ref().map_or(Ok(0), |file| Ok::<_, io::Error>(file.metadata()?.len()))?;
-        Ok(in_file as usize + self.buffer.len())
+        Ok(in_file + self.buffer.len() as u64)
+    }
+
+    /// All its bytes.
+    pub(crate) fn into_bytes(mut self) -> io::Result<Vec<u8>> {
+        if self.file.is_none() {
+            return Ok(self.buffer);
+        }
+        let mut bytes = Vec::with_capacity(self.len()? as usize);
+        self.stream()?.read_to_end(&mut bytes)?;
+        Ok(bytes)
     }
 
     /// Its bytes from the first one on.

@@ -1,6 +1,6 @@
 //! Lines by their URLs: those of one URL come together, those of earlier rounds among them.
 
-use std::io;
+use std::io::{self, Read};
 use std::path::PathBuf;
 
 use proto::slice::split_tail;
@@ -8,10 +8,17 @@ use sha2::{Digest, Sha256};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::batches::Batch;
-use crate::spool::Spool;
+use crate::error::Error;
+use crate::spool::{PARTITIONS, Partition, Spool};
 
 /// In the place of an ordinal: the URL is of an earlier round.
 pub(super) const KNOWN: u64 = u64::MAX;
+
+/// Lines that are compared at once have no more bytes than this, unless there are very many.
+const LARGEST: u64 = 256 << 20;
+
+/// So much of a partition tells which URL most of its lines have.
+const START_BYTES: u64 = 1 << 20;
 
 /// Gathers lines, however many they are.
 pub(super) struct Lines {
@@ -68,9 +75,37 @@ impl Lines {
     }
 
     /// All of them in the order of their URLs' digests, a part at a time.
-    pub(super) fn into_sorted(self) -> impl Iterator<Item = io::Result<SortedLines>> {
-        self.spool.into_partitions().map(|bytes| bytes.map(SortedLines::new))
+    ///
+    /// # Errors
+    /// If what was spooled cannot be read, or if one URL stands in so many lines that they cannot be compared.
+    pub(super) fn into_sorted(self) -> Result<impl Iterator<Item = Result<SortedLines, Error>>, Error> {
+        self.sorted_within(LARGEST)
     }
+
+    fn sorted_within(self, largest: u64) -> Result<impl Iterator<Item = Result<SortedLines, Error>>, Error> {
+        let partitions: Vec<Partition> = self.spool.into_streams().collect();
+        let all = partitions.iter().map(Partition::len).sum::<io::Result<u64>>()?;
+        // The digests of many URLs spread evenly.
+        let most = largest.max(8 * all / PARTITIONS as u64);
+        Ok(partitions.into_iter().map(move |mut partition| match partition.len()? > most {
+            true => Err(one_url(&mut partition)?),
+            false => Ok(SortedLines::new(partition.into_bytes()?)),
+        }))
+    }
+}
+
+/// That most lines of a partition have the same URL.
+fn one_url(partition: &mut Partition) -> io::Result<Error> {
+    let (megabytes, mut start) = (partition.len()? >> 20, Vec::new());
+    partition.stream()?.take(START_BYTES).read_to_end(&mut start)?;
+    let start = SortedLines::new(start);
+    // The last line may be cut: it is the last one of its URL's, if it has others.
+    let same = start.urls().max_by_key(|same| same.len()).filter(|same| same.len() > 1);
+    let url = same.map_or_else(String::new, |same| split_tail(start.text(&same[0]).1).0.to_owned());
+    Ok(Error::Invalid(format!(
+        "{megabytes} MB of the lines have one URL, {url:?}: is that the column of the URLs? If it stands for pictures that \
+         are not there, leave its lines out"
+    )))
 }
 
 /// Lines in the order of their URLs' digests, and those of one URL in the order of the list.
@@ -111,5 +146,27 @@ impl SortedLines {
         let (head, texts) = LineHead::read_from_prefix(&self.bytes[line.at..]).expect("written whole");
         let texts = &texts[..head.synset as usize + head.tail as usize];
         std::str::from_utf8(texts).expect("written as text").split_at(head.synset as usize)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::batches::{Batches, spooled};
+    use super::*;
+
+    #[test]
+    fn a_url_in_most_lines_of_a_long_list_is_named_instead_of_compared() {
+        let fill = |same: u64| {
+            let url = |n| if n < same { "http://a/missing.png".to_owned() } else { format!("http://a/{n}") };
+            let push = |lines: &mut Lines, batch: &_| lines.push(batch);
+            let fill = |batches: &mut Batches| (0..20_000).try_for_each(|n| batches.push(n, "n1", &[&url(n)]));
+            let (lines, ()) = spooled(Lines::new(1, None), push, fill).expect("in memory");
+            let sorted: Result<Vec<_>, _> = lines.sorted_within(10_000).expect("in memory").collect();
+            sorted.map(|sorted| sorted.iter().map(|lines| lines.urls().count()).sum::<usize>())
+        };
+        assert_eq!(fill(1).expect("each has its own"), 20_000);
+        assert_eq!(fill(100).expect("few lines"), 19_901);
+        let error = fill(4_000).expect_err("most of a partition").to_string();
+        assert!(error.contains("http://a/missing.png") && error.contains("column"), "{error}");
     }
 }
