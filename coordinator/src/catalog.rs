@@ -28,10 +28,10 @@ use proto::{DatasetSpec, MultiLabel, OutcomeCounts, Rejection, columns, pb};
 use tokio::sync::mpsc;
 
 use self::batches::{Batch, Batches};
-use self::by_url::{KNOWN, Lines, SortedLine, SortedLines};
+use self::by_url::{KNOWN, LineKey, Lines, SortedLine, SortedLines};
 use self::pack::Dealt;
 pub(crate) use self::pools::Dealing;
-use self::pools::Pools;
+use self::pools::{Place, Pools};
 use crate::dealing::{self, Large};
 use crate::error::Error;
 use crate::list::{self, Entry, Line, ListOptions};
@@ -136,9 +136,9 @@ impl Catalog {
             understood: Vec::new(),
             preview: Vec::new(),
             start,
-            sites: Arc::clone(&sites),
+            sites,
             dealing: Dealing { slice_urls: spec.slice_urls, once: false },
-            pools: Pools::new(spec.seed, sites, folder.clone()),
+            pools: Pools::new(spec.seed, folder.clone()),
             multi_label: spec.multi_label,
             checked: chosen.is_empty() && !spec.unlabelled,
             limit: u64::MAX,
@@ -183,7 +183,7 @@ impl Catalog {
         Ok(())
     }
 
-    fn take(&mut self, name: &str, number: u64, line: Line<'_>, batches: &mut Batches) -> Result<(), Error> {
+    fn take(&mut self, name: &str, number: u64, line: Line<'_>, batches: &mut Batches<LineKey>) -> Result<(), Error> {
         match line {
             Line::Entry(entry) => {
                 if self.preview.len() < EXAMPLES {
@@ -204,7 +204,7 @@ impl Catalog {
         Ok(())
     }
 
-    fn push(&mut self, Entry { synset, url, columns }: Entry<'_>, batches: &mut Batches) -> Result<(), Error> {
+    fn push(&mut self, Entry { synset, url, columns }: Entry<'_>, batches: &mut Batches<LineKey>) -> Result<(), Error> {
         if self.chosen.as_ref().is_some_and(|chosen| !chosen.contains(synset)) {
             self.not_chosen += 1;
             return Ok(());
@@ -218,7 +218,7 @@ impl Catalog {
         }
         self.ordinals += 1;
         let between = if columns.is_empty() { "" } else { "\t" };
-        batches.push(self.ordinals - 1, synset, &[url, between, columns])
+        batches.push(LineKey::new(self.seed, url, self.ordinals - 1), synset, &[url, between, columns])
     }
 
     /// Tells of a URL of an earlier round, so that a new line with it is known.
@@ -232,7 +232,8 @@ impl Catalog {
         let columns = row.columns.as_deref().unwrap_or_default();
         let between = if columns.is_empty() { "" } else { "\t" };
         let tail = [&row.url, between, columns].concat();
-        Ok(self.pools.push(dealing, row.key.max(0) as u64, &row.synset, &tail)?)
+        let place = Place::new(self.seed, &self.sites, dealing, row.key.max(0) as u64, &tail);
+        Ok(self.pools.push(dealing, place, &row.synset, &tail)?)
     }
 
     /// Enters each URL once that no earlier round has. While a partition is entered, the next one is read and sorted.
@@ -244,7 +245,7 @@ impl Catalog {
         let pooled = thread::scope(|scope| {
             // Those that nobody waits for are not read.
             scope.spawn(move || parts.try_for_each(|part| sender.send(part)));
-            let pool = |pools: &mut Pools, batch: &Batch| pools.push_all(dealing, batch);
+            let pool = |pools: &mut Pools, batch: &Batch<Place>| pools.push_all(dealing, batch);
             batches::spooled(pools, pool, |entries| {
                 for lines in sorted {
                     self.enter_all(&lines?, entries)?;
@@ -259,7 +260,7 @@ impl Catalog {
         Ok(())
     }
 
-    fn enter_all(&mut self, lines: &SortedLines, entries: &mut Batches) -> Result<(), Error> {
+    fn enter_all(&mut self, lines: &SortedLines, entries: &mut Batches<Place>) -> Result<(), Error> {
         for same in lines.urls() {
             match same.last().is_some_and(|line| line.ordinal == KNOWN) {
                 true => self.known += same.iter().filter(|line| line.ordinal != KNOWN).count() as u64,
@@ -271,7 +272,7 @@ impl Catalog {
     }
 
     /// Enters a URL, which has one or several lines.
-    fn enter(&mut self, lines: &SortedLines, same: &[SortedLine], entries: &mut Batches) -> Result<(), Error> {
+    fn enter(&mut self, lines: &SortedLines, same: &[SortedLine], entries: &mut Batches<Place>) -> Result<(), Error> {
         let (first, (synset, tail)) = (same[0], lines.text(&same[0]));
         let mut synsets: Vec<&str> = Vec::new();
         if same.len() > 1 {
@@ -308,7 +309,9 @@ impl Catalog {
             }
         }
         self.new_urls += 1;
-        entries.push(self.start.first_key + first.ordinal, synset, &[with_classes.as_deref().unwrap_or(tail)])
+        let tail = with_classes.as_deref().unwrap_or(tail);
+        let key = self.start.first_key + first.ordinal;
+        entries.push(Place::new(self.seed, &self.sites, self.dealing, key, tail), synset, &[tail])
     }
 
     /// Refuses classes that nobody can have meant: most pictures have one of their own, as captions are.

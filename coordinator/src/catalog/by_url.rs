@@ -27,13 +27,29 @@ pub(super) struct Lines {
     spool: Spool,
 }
 
+/// What decides where a line comes.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable)]
+#[repr(C)]
+pub(super) struct LineKey {
+    digest: [u8; 16],
+    /// Among the lines; or [`KNOWN`].
+    ordinal: u64,
+}
+
+impl LineKey {
+    /// By what stands for the URL when URLs are compared. The seed makes the order of these a shuffle: the first of them
+    /// are a sample.
+    pub(super) fn new(seed: u64, url: &str, ordinal: u64) -> Self {
+        let hash = Sha256::new().chain_update(seed.to_le_bytes()).chain_update(url).finalize();
+        Self { digest: std::array::from_fn(|i| hash[i]), ordinal }
+    }
+}
+
 /// What stands before a synset and a tail in the spool; those of earlier rounds are left out, and have no length.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable)]
 #[repr(C)]
 struct LineHead {
-    digest: [u8; 16],
-    /// Among the lines; or [`KNOWN`].
-    ordinal: u64,
+    key: LineKey,
     /// In bytes.
     synset: u32,
     tail: u32,
@@ -51,27 +67,18 @@ impl Lines {
         std::mem::replace(self, empty)
     }
 
-    /// Takes in lines of the list, whose numbers are their ordinals.
-    pub(super) fn push(&mut self, batch: &Batch) -> io::Result<()> {
-        batch.lines().try_for_each(|(ordinal, synset, tail)| {
-            let digest = self.digest(split_tail(tail).0);
-            let head = LineHead { digest, ordinal, synset: synset.len() as u32, tail: tail.len() as u32 };
-            self.spool.push(digest[0], &[head.as_bytes(), synset.as_bytes(), tail.as_bytes()])
+    /// Takes in lines of the list.
+    pub(super) fn push(&mut self, batch: &Batch<LineKey>) -> io::Result<()> {
+        batch.lines().try_for_each(|(key, synset, tail)| {
+            let head = LineHead { key, synset: synset.len() as u32, tail: tail.len() as u32 };
+            self.spool.push(key.digest[0], &[head.as_bytes(), synset.as_bytes(), tail.as_bytes()])
         })
     }
 
     /// Takes in a URL of an earlier round.
     pub(super) fn push_known(&mut self, url: &str) -> io::Result<()> {
-        let digest = self.digest(url);
-        let head = LineHead { digest, ordinal: KNOWN, synset: 0, tail: 0 };
-        self.spool.push(digest[0], &[head.as_bytes()])
-    }
-
-    /// What stands for a URL when they are compared. The seed makes the order of these a shuffle: the first of them are
-    /// a sample.
-    fn digest(&self, url: &str) -> [u8; 16] {
-        let hash = Sha256::new().chain_update(self.seed.to_le_bytes()).chain_update(url).finalize();
-        std::array::from_fn(|i| hash[i])
+        let key = LineKey::new(self.seed, url, KNOWN);
+        self.spool.push(key.digest[0], &[LineHead { key, synset: 0, tail: 0 }.as_bytes()])
     }
 
     /// All of them in the order of their URLs' digests, a part at a time.
@@ -128,8 +135,8 @@ impl SortedLines {
         let mut lines = Vec::new();
         let mut rest = &bytes[..];
         while let Ok((head, texts)) = LineHead::read_from_prefix(rest) {
-            let (digest, at) = (u128::from_be_bytes(head.digest), bytes.len() - rest.len());
-            lines.push(SortedLine { digest, ordinal: head.ordinal, at });
+            let (digest, at) = (u128::from_be_bytes(head.key.digest), bytes.len() - rest.len());
+            lines.push(SortedLine { digest, ordinal: head.key.ordinal, at });
             rest = texts.get(head.synset as usize + head.tail as usize..).unwrap_or_default();
         }
         lines.sort_unstable();
@@ -158,9 +165,10 @@ mod tests {
     fn a_url_in_most_lines_of_a_long_list_is_named_instead_of_compared() {
         let fill = |same: u64| {
             let url = |n| if n < same { "http://a/missing.png".to_owned() } else { format!("http://a/{n}") };
-            let push = |lines: &mut Lines, batch: &_| lines.push(batch);
-            let fill = |batches: &mut Batches| (0..20_000).try_for_each(|n| batches.push(n, "n1", &[&url(n)]));
-            let (lines, ()) = spooled(Lines::new(1, None), push, fill).expect("in memory");
+            let fill = |batches: &mut Batches<LineKey>| {
+                (0..20_000).try_for_each(|n| batches.push(LineKey::new(1, &url(n), n), "n1", &[&url(n)]))
+            };
+            let (lines, ()) = spooled(Lines::new(1, None), Lines::push, fill).expect("in memory");
             let sorted: Result<Vec<_>, _> = lines.sorted_within(10_000).expect("in memory").collect();
             sorted.map(|sorted| sorted.iter().map(|lines| lines.urls().count()).sum::<usize>())
         };

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::hash::Hasher;
 use std::io;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use proto::files;
 use proto::site::{self, Sites};
@@ -24,23 +23,47 @@ pub(crate) struct Dealing {
     pub(crate) once: bool,
 }
 
+/// What of an entry is found out before it comes into its pool.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Place {
+    key: u64,
+    /// What stands for its site, and [`most_of_site`]; None: it may be anywhere.
+    site: Option<(u64, u32)>,
+}
+
+impl Place {
+    pub(super) fn new(seed: u64, sites: &Sites, dealing: Dealing, key: u64, tail: &str) -> Self {
+        let (url, _) = split_tail(tail);
+        let site = match (files::span(url), &site::host_of(url)) {
+            // Rows of a Parquet file are read together, wherever it is.
+            (Some(span), _) => Some((site_hash(seed, span), dealing.slice_urls)),
+            (None, Some(host)) => {
+                let site = sites.place(host).site;
+                Some((site_hash(seed, site), most_of_site(sites.budget(site), dealing.slice_urls)))
+            }
+            // Files, and what will never be fetched.
+            (None, None) => None,
+        };
+        Self { key, site }
+    }
+}
+
 /// The entries of a round by how they are dealt.
 pub(super) struct Pools {
     seed: u64,
-    sites: Arc<Sites>,
     folder: Option<PathBuf>,
     spools: BTreeMap<Dealing, Spool>,
 }
 
 impl Pools {
     /// Without entries; `folder` is where many are spooled.
-    pub(super) fn new(seed: u64, sites: Arc<Sites>, folder: Option<PathBuf>) -> Self {
-        Self { seed, sites, folder, spools: BTreeMap::new() }
+    pub(super) fn new(seed: u64, folder: Option<PathBuf>) -> Self {
+        Self { seed, folder, spools: BTreeMap::new() }
     }
 
     /// All that is in it, which is empty then.
     pub(super) fn take(&mut self) -> Self {
-        let empty = Self::new(self.seed, Arc::clone(&self.sites), self.folder.clone());
+        let empty = Self::new(self.seed, self.folder.clone());
         std::mem::replace(self, empty)
     }
 
@@ -48,26 +71,16 @@ impl Pools {
         self.spools.into_iter()
     }
 
-    /// Takes in lines, whose numbers are their keys.
-    pub(super) fn push_all(&mut self, dealing: Dealing, batch: &Batch) -> io::Result<()> {
-        batch.lines().try_for_each(|(key, synset, tail)| self.push(dealing, key, synset, tail))
+    pub(super) fn push_all(&mut self, dealing: Dealing, batch: &Batch<Place>) -> io::Result<()> {
+        batch.lines().try_for_each(|(place, synset, tail)| self.push(dealing, place, synset, tail))
     }
 
-    pub(super) fn push(&mut self, dealing: Dealing, key: u64, synset: &str, tail: &str) -> io::Result<()> {
+    pub(super) fn push(&mut self, dealing: Dealing, place: Place, synset: &str, tail: &str) -> io::Result<()> {
+        let Place { key, site } = place;
         let mut hash = XxHash64::with_seed(self.seed);
         [&key.to_le_bytes(), synset.as_bytes(), &[0], tail.as_bytes()].iter().for_each(|part| hash.write(part));
         let hash = hash.finish();
-        let (url, _) = split_tail(tail);
-        let (site, most) = match (files::span(url), &site::host_of(url)) {
-            // Rows of a Parquet file are read together, wherever it is.
-            (Some(span), _) => (site_hash(self.seed, span), dealing.slice_urls),
-            (None, Some(host)) => {
-                let site = self.sites.place(host).site;
-                (site_hash(self.seed, site), most_of_site(self.sites.budget(site), dealing.slice_urls))
-            }
-            // All else may be anywhere: files, and what will never be fetched.
-            (None, None) => (hash, dealing.slice_urls),
-        };
+        let (site, most) = site.unwrap_or((hash, dealing.slice_urls));
         let spool = self.spools.entry(dealing).or_insert_with(|| Spool::new(self.folder.clone()));
         Entry { site, most, hash, key, synset: synset.as_bytes(), tail: tail.as_bytes() }.spool(spool)
     }
