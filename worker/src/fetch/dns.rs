@@ -169,6 +169,7 @@ impl Inner {
         let Ok(_turn) = timeout(TURN_TIMEOUT, self.lookups.acquire()).await else {
             return Err(Failed::PutOff);
         };
+        let begun = Instant::now();
         let failed = match timeout_at(deadline, self.resolver.lookup_ip(name)).await {
             Ok(Ok(found)) => {
                 let found: Vec<IpAddr> = found.iter().collect();
@@ -178,6 +179,8 @@ impl Inner {
                 Failed::NoSuchName
             }
             Ok(Err(error)) if is_their_word(&error) => Failed::NoSuchName,
+            // The name had no time for a second question, for it had waited.
+            Err(_) if deadline - begun < ASK_TIMEOUT * ASKS as u32 => return Err(Failed::PutOff),
             Ok(Err(_)) | Err(_) => Failed::NoAnswer,
         };
         self.remember(host, failed);
