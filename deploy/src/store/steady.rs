@@ -19,7 +19,7 @@ use object_store::path::Path;
 use object_store::prefix::PrefixStore;
 use object_store::{
     CopyOptions, Error, GetOptions, GetResult, ListResult, MultipartId, MultipartUpload, ObjectMeta, ObjectStore,
-    PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions, Result, UploadPart,
+    ObjectStoreExt, PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions, Result, UploadPart,
 };
 use worker::with_retries;
 
@@ -86,7 +86,8 @@ impl ObjectStore for Steady {
                 let id = store.create_multipart_opts(&path, options).await?;
                 let (store, parts) = (Arc::clone(store), Mutex::default());
                 let upload = Arc::new(BucketUpload { store, path, id, parts });
-                Ok(Box::new(PartsOfBucket { upload, begun: 0 }))
+                let (reader, location) = (Arc::clone(&self.store), location.clone());
+                Ok(Box::new(PartsOfBucket { upload, begun: 0, bytes: 0, reader, location }))
             }
             Uploads::Folder(folder, fsync) => {
                 let (key, to, fsync) = (location.to_string(), folder.path_to_filesystem(location)?, *fsync);
@@ -140,6 +141,11 @@ struct BucketUpload {
 struct PartsOfBucket {
     upload: Arc<BucketUpload>,
     begun: usize,
+    /// Of all parts.
+    bytes: u64,
+    /// Where the object can be looked for once it is there.
+    reader: Arc<dyn ObjectStore>,
+    location: Path,
 }
 
 impl fmt::Debug for PartsOfBucket {
@@ -153,9 +159,12 @@ impl MultipartUpload for PartsOfBucket {
     fn put_part(&mut self, data: PutPayload) -> UploadPart {
         let (upload, number) = (Arc::clone(&self.upload), self.begun);
         self.begun += 1;
+        self.bytes += data.content_length() as u64;
         Box::pin(async move {
             let BucketUpload { store, path, id, parts } = &*upload;
-            let part = with_retries(path.as_ref(), || store.put_part(path, id, number, data.clone())).await?;
+            // Under a key of its own: others go on while this one fails.
+            let part =
+                with_retries(&format!("{path}#{number}"), || store.put_part(path, id, number, data.clone())).await?;
             parts.lock().unwrap_or_else(PoisonError::into_inner).push((number, part));
             Ok(())
         })
@@ -169,7 +178,19 @@ impl MultipartUpload for PartsOfBucket {
         }
         parts.sort_unstable_by_key(|(number, _)| *number);
         let parts: Vec<PartId> = parts.into_iter().map(|(_, part)| part).collect();
-        with_retries(path.as_ref(), || store.complete_multipart(path, id, parts.clone())).await
+        let complete = || async {
+            match store.complete_multipart(path, id, parts.clone()).await {
+                // Perhaps an earlier try has ended the upload, and its answer was lost.
+                Err(unknown @ Error::NotFound { .. }) => match self.reader.head(&self.location).await {
+                    Ok(there) if there.size == self.bytes => {
+                        Ok(PutResult { e_tag: there.e_tag, version: there.version, extensions: Default::default() })
+                    }
+                    _ => Err(unknown),
+                },
+                completed => completed,
+            }
+        };
+        with_retries(path.as_ref(), complete).await
     }
 
     async fn abort(&mut self) -> Result<()> {
@@ -271,15 +292,15 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send
 
 #[cfg(test)]
 mod tests {
-    use object_store::ObjectStoreExt;
     use object_store::memory::InMemory;
 
     use super::*;
 
-    /// A bucket of which each part is refused at first, the earlier ones more often, and the end of the upload as well.
+    /// A bucket of which each part is refused at first, the earlier ones more often, and the end of the upload as well,
+    /// whose next answer is lost.
     #[derive(Debug, Default)]
     struct Refusing {
-        bucket: InMemory,
+        bucket: Arc<InMemory>,
         tries: Mutex<[usize; 4]>,
     }
 
@@ -306,8 +327,13 @@ mod tests {
         }
 
         async fn complete_multipart(&self, path: &Path, id: &MultipartId, parts: Vec<PartId>) -> Result<PutResult> {
-            self.try_of(3, 1)?;
-            self.bucket.complete_multipart(path, id, parts).await
+            let is_there = self.bucket.head(path).await.is_ok();
+            match is_there {
+                true => return Err(Error::NotFound { path: path.to_string(), source: "no such upload".into() }),
+                false => self.try_of(3, 1)?,
+            }
+            self.bucket.complete_multipart(path, id, parts).await?;
+            Err(Error::Generic { store: "Refusing", source: "the answer is lost".into() })
         }
 
         async fn abort_multipart(&self, path: &Path, id: &MultipartId) -> Result<()> {
@@ -319,7 +345,8 @@ mod tests {
     async fn parts_that_a_bucket_refuses_at_first_stand_in_their_places_under_its_prefix() {
         let bucket = Arc::new(Refusing::default());
         let uploads = Uploads::Bucket(Arc::<Refusing>::clone(&bucket), Path::from("a/b"));
-        let steady = Steady { store: Arc::new(InMemory::new()), uploads };
+        let store = Arc::new(PrefixStore::new(Arc::clone(&bucket.bucket), "a/b"));
+        let steady = Steady { store, uploads };
         let mut upload = steady.put_multipart(&Path::from("c.tar")).await.expect("memory");
         let parts = ["first,", "second,", "third"].map(|part| upload.put_part(part.into()));
         futures::future::try_join_all(parts).await.expect("in the end");
