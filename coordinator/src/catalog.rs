@@ -13,12 +13,14 @@ mod pools;
 
 use std::collections::{BTreeMap, HashSet};
 use std::io::Read;
+use std::panic::resume_unwind;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::thread;
 
 use bytes::Bytes;
+use proto::columns::LONGEST_COLUMNS;
 use proto::dataset_spec::Class;
 use proto::outcomes::OutcomeRow;
 use proto::round::{Cause, LargeSite, Round, Slice};
@@ -165,6 +167,11 @@ impl Catalog {
         Self { limit, largest, ..self }
     }
 
+    /// See [`Catalog::limited`].
+    pub(crate) fn largest(&self) -> u64 {
+        self.largest
+    }
+
     /// How the lists were understood, for people.
     pub(crate) fn shown(&mut self) -> Shown {
         Shown { understood: std::mem::take(&mut self.understood), preview: std::mem::take(&mut self.preview) }
@@ -194,14 +201,16 @@ impl Catalog {
                 self.push(entry, batches)?;
             }
             Line::Absent => self.not_chosen += 1,
-            Line::Bad(what) => {
-                self.bad_lines += 1;
-                if self.bad_line_examples.len() < EXAMPLES {
-                    self.bad_line_examples.push(format!("{name}:{number}: {what}"));
-                }
-            }
+            Line::Bad(what) => self.bad(|| format!("{name}:{number}: {what}")),
         }
         Ok(())
+    }
+
+    fn bad(&mut self, line: impl FnOnce() -> String) {
+        self.bad_lines += 1;
+        if self.bad_line_examples.len() < EXAMPLES {
+            self.bad_line_examples.push(line());
+        }
     }
 
     fn push(&mut self, Entry { synset, url, columns }: Entry<'_>, batches: &mut Batches<LineKey>) -> Result<(), Error> {
@@ -209,12 +218,9 @@ impl Catalog {
             self.not_chosen += 1;
             return Ok(());
         }
-        self.length += (synset.len() + url.len() + columns.len()) as u64;
+        self.length += (by_url::HEAD_BYTES + synset.len() + url.len() + columns.len()) as u64;
         if self.length > self.largest {
-            let largest = self.largest;
-            return Err(Error::Invalid(format!(
-                "the list unpacks to more than {largest} bytes: the coordinator's --largest-list"
-            )));
+            return Err(list::too_long(self.largest));
         }
         self.ordinals += 1;
         let between = if columns.is_empty() { "" } else { "\t" };
@@ -244,9 +250,9 @@ impl Catalog {
         let (sender, sorted) = sync_channel(0);
         let pooled = thread::scope(|scope| {
             // Those that nobody waits for are not read.
-            scope.spawn(move || parts.try_for_each(|part| sender.send(part)));
+            let sorter = scope.spawn(move || _ = parts.try_for_each(|part| sender.send(part)));
             let pool = |pools: &mut Pools, batch: &Batch<Place>| pools.push_all(dealing, batch);
-            batches::spooled(pools, pool, |entries| {
+            let pooled = batches::spooled(pools, pool, |entries| {
                 for lines in sorted {
                     self.enter_all(&lines?, entries)?;
                     if self.new_urls == self.limit {
@@ -254,7 +260,9 @@ impl Catalog {
                     }
                 }
                 Ok(())
-            })
+            });
+            sorter.join().unwrap_or_else(|panic| resume_unwind(panic));
+            pooled
         });
         self.pools = pooled?.0;
         Ok(())
@@ -290,7 +298,13 @@ impl Catalog {
             match self.multi_label {
                 Some(MultiLabel::Drop) => return Ok(()),
                 Some(MultiLabel::All) => {
-                    with_classes = Some([url, "\t", &columns::with_classes(columns, synsets.into_iter())].concat());
+                    let columns = columns::with_classes(columns, synsets.iter().copied());
+                    if columns.len() > 2 * LONGEST_COLUMNS {
+                        let what = format!("stands in {} classes, which are too many for one picture", synsets.len());
+                        self.bad(|| format!("{url}: {what}"));
+                        return Ok(());
+                    }
+                    with_classes = Some([url, "\t", &columns].concat());
                 }
                 Some(MultiLabel::First) | None => {}
             }

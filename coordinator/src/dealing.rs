@@ -143,7 +143,11 @@ pub(crate) fn slowest(entries: Spool, sites: &Sites) -> io::Result<Option<(Strin
         })?;
         for (urls, site) in counted.into_values() {
             let rate = sites.budget(&site).rate;
-            let longer = slowest.as_ref().is_none_or(|(_, most, of)| urls as f64 / rate > *most as f64 / of);
+            // Of those that take as long it is the first one by its name.
+            let longer = slowest.as_ref().is_none_or(|(than, most, of)| {
+                let order = (urls as f64 / rate).total_cmp(&(*most as f64 / of));
+                order.then_with(|| than.cmp(&site)).is_gt()
+            });
             if rate > 0.0 && longer {
                 slowest = Some((site, urls, rate));
             }

@@ -134,8 +134,8 @@ pub struct Config {
     /// Listen where other machines reach it without tokens or without TLS, because the network keeps others out
     #[arg(long, env = "GLEANER_INSECURE", value_parser = clap::builder::FalseyValueParser::new())]
     pub insecure: bool,
-    /// Lists may have so many bytes, as they are sent and as they are unpacked; each is kept in a temporary file until
-    /// it is whole
+    /// Lists may have so many bytes, as they are sent and as they are unpacked, where each line counts 32 more; each is
+    /// kept in a temporary file until it is whole, and takes up to three times as many bytes while it is dealt
     #[arg(long, env = "GLEANER_LARGEST_LIST", value_name = "BYTES", default_value_t = 64 << 30)]
     pub largest_list: u64,
     /// What may be asked of one site

@@ -4,6 +4,7 @@
 //! Which column is which is told by its name (`places`), whatever its case and punctuation, or by what the caller says;
 //! without a header by what stands in the first lines (`layout`).
 
+mod budget;
 mod entry;
 mod layout;
 mod places;
@@ -15,6 +16,7 @@ use std::io::{self, BufRead, BufReader, Cursor, Read};
 use memchr::memchr;
 use proto::pb::ListFormat;
 
+use self::budget::Budget;
 use self::entry::{Each, unreadable};
 pub(crate) use self::entry::{Entry, Line, ListOptions};
 use self::layout::Layout;
@@ -46,6 +48,9 @@ const REFUSED: [(&[u8], &str); 9] = [
 /// Of a list that would be one long line.
 const OLD_LINES: &str =
     "has lines that end as on old Macs: tr '\\r' '\\n' < FILE | gleaner dataset create NAME --urls -";
+
+/// What stands before a file in a tar, its long name among it, has no more bytes than this.
+const LONGEST_HEADERS: u64 = 1 << 20;
 
 /// Endings of files in a tar that may be lists.
 const LISTS: [&str; 12] =
@@ -131,22 +136,29 @@ fn archive(depth: u32, name: &str, source: impl Read, options: &ListOptions, eac
     if depth == DEEPEST {
         return Err(Error::Invalid(format!("{name}: is a tar in a tar in a tar")));
     }
-    let mut archive = tar::Archive::new(source);
+    let budget = Budget::new(LONGEST_HEADERS);
+    let longer = format!("what stands before a file in it has more than {LONGEST_HEADERS} bytes");
+    let mut archive = tar::Archive::new(budget.of(source, longer));
     let (mut understood, mut others) = (Vec::new(), Vec::new());
-    for file in archive.entries().map_err(broken)? {
-        let file = file.map_err(broken)?;
+    let mut files = archive.entries().map_err(broken)?;
+    loop {
+        // A file's own bytes are read as they are wanted, but what stands before it is held in memory.
+        budget.set(LONGEST_HEADERS);
+        let Some(file) = files.next() else { break };
+        budget.set(u64::MAX);
+        let mut file = file.map_err(broken)?;
         let path = file.path().map_err(broken)?.display().to_string();
         let last = path.rsplit('/').next().unwrap_or(&path);
-        if !file.header().entry_type().is_file() || last.starts_with('.') {
-            continue;
-        }
         let ending = last.rsplit_once('.').map(|(_, ending)| ending.to_lowercase());
-        if ending.is_some_and(|ending| !LISTS.contains(&ending.as_str()) && ending != "zst") {
+        if !file.header().entry_type().is_file() || last.starts_with('.') {
+            // Neither a list nor what may have been meant as one.
+        } else if ending.is_some_and(|ending| !LISTS.contains(&ending.as_str()) && ending != "zst") {
             others.push(path);
-            continue;
+        } else {
+            let name = format!("{name}/{path}");
+            understood.push(format!("{path}: {}", read_at(depth + 1, &name, Box::new(&mut file), options, each)?));
         }
-        let name = format!("{name}/{path}");
-        understood.push(format!("{path}: {}", read_at(depth + 1, &name, Box::new(file), options, each)?));
+        io::copy(&mut file, &mut io::sink()).map_err(broken)?;
     }
     if understood.is_empty() {
         others.truncate(3);
@@ -178,6 +190,11 @@ fn read_line(source: &mut impl BufRead, line: &mut Vec<u8>) -> io::Result<bool> 
             return Ok(true);
         }
     }
+}
+
+/// That a list is too long, however short it was when it was packed.
+pub(crate) fn too_long(largest: u64) -> Error {
+    Error::Invalid(format!("the list unpacks to more than {largest} bytes: the coordinator's --largest-list"))
 }
 
 fn is_blank(line: &[u8]) -> bool {

@@ -5,7 +5,7 @@ use serde_json::{Map, Value};
 
 /// A value of more bytes is cut if it is a text, and left out if not.
 pub const LONGEST_VALUE: usize = 4 << 10;
-/// All columns of a row together; what comes after that is left out.
+/// All columns of a row together, but for its classes; what comes after that is left out.
 pub const LONGEST_COLUMNS: usize = 16 << 10;
 /// The member with all classes of a picture that has several.
 pub const SYNSETS: &str = "synsets";

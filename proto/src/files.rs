@@ -23,7 +23,7 @@ const FILE: &str = "file://";
 const STORE: &str = "store:///";
 
 /// So many rows of a Parquet file below a folder that follow each other are dealt, and read, together.
-const SPAN: u64 = 256;
+pub const SPAN: u32 = 256;
 
 /// What stands in an address as it is. Everything else is encoded, so that nothing of it means anything in a list.
 const PLAIN: &AsciiSet = &NON_ALPHANUMERIC.remove(b'/').remove(b'-').remove(b'_').remove(b'.').remove(b'~');
@@ -78,7 +78,7 @@ pub enum Part<'a> {
 impl<'a> Part<'a> {
     /// A row of a file below a folder.
     pub fn row(column: impl Into<Cow<'a, str>>, row: u64) -> Self {
-        Self::Row { column: column.into(), of: None, span: row / SPAN, row }
+        Self::Row { column: column.into(), of: None, span: row / u64::from(SPAN), row }
     }
 }
 

@@ -1,6 +1,6 @@
 //! Lines by their URLs: those of one URL come together, those of earlier rounds among them.
 
-use std::io::{self, Read};
+use std::io::{self, BufRead, BufReader, Read};
 use std::path::PathBuf;
 
 use proto::slice::split_tail;
@@ -17,8 +17,8 @@ pub(super) const KNOWN: u64 = u64::MAX;
 /// Lines that are compared at once have no more bytes than this, unless there are very many.
 const LARGEST: u64 = 256 << 20;
 
-/// So much of a partition tells which URL most of its lines have.
-const START_BYTES: u64 = 1 << 20;
+/// So much of a partition, from all of it, tells which URL most of its lines have.
+const SAMPLE_BYTES: u64 = 1 << 20;
 
 /// Gathers lines, however many they are.
 pub(super) struct Lines {
@@ -54,6 +54,9 @@ struct LineHead {
     synset: u32,
     tail: u32,
 }
+
+/// So many bytes more than its text has a line in the spool.
+pub(super) const HEAD_BYTES: usize = size_of::<LineHead>();
 
 impl Lines {
     /// None. The seed decides in which order they come; `folder` is where many are spooled.
@@ -103,15 +106,36 @@ impl Lines {
 
 /// That most lines of a partition have the same URL.
 fn one_url(partition: &mut Partition) -> io::Result<Error> {
-    let (megabytes, mut start) = (partition.len()? >> 20, Vec::new());
-    partition.stream()?.take(START_BYTES).read_to_end(&mut start)?;
-    let start = SortedLines::new(start);
-    // The last line may be cut: it is the last one of its URL's, if it has others.
-    let same = start.urls().max_by_key(|same| same.len()).filter(|same| same.len() > 1);
-    let url = same.map_or_else(String::new, |same| split_tail(start.text(&same[0]).1).0.to_owned());
+    let (all, mut sample) = (partition.len()?, Vec::new());
+    let every = all.div_ceil(SAMPLE_BYTES).max(1);
+    let mut lines = BufReader::with_capacity(1 << 16, partition.stream()?);
+    let (mut head, mut texts) = ([0; size_of::<LineHead>()], Vec::new());
+    for n in 0u64.. {
+        if lines.fill_buf()?.is_empty() {
+            break;
+        }
+        lines.read_exact(&mut head)?;
+        let LineHead { synset, tail, .. } = zerocopy::transmute!(head);
+        texts.resize(synset as usize + tail as usize, 0);
+        lines.read_exact(&mut texts)?;
+        if n % every == 0 {
+            sample.extend([&head[..], &texts].concat());
+        }
+    }
+    let sample = SortedLines::new(sample);
+    let length = |line: &SortedLine| {
+        let (synset, tail) = sample.text(line);
+        HEAD_BYTES + synset.len() + tail.len()
+    };
+    let of_urls = sample.urls().map(|same| (same.iter().map(length).sum::<usize>(), same));
+    let (bytes, url) = match of_urls.max_by_key(|(bytes, _)| *bytes) {
+        Some((bytes, same)) => (bytes as u64, split_tail(sample.text(&same[0]).1).0),
+        None => (0, ""),
+    };
+    let megabytes = (all as f64 * bytes as f64 / sample.bytes.len().max(1) as f64) as u64 >> 20;
     Ok(Error::Invalid(format!(
-        "{megabytes} MB of the lines have one URL, {url:?}: is that the column of the URLs? If it stands for pictures that \
-         are not there, leave its lines out"
+        "about {megabytes} MB of the lines have one URL, {url:?}: is that the column of the URLs? If it stands for \
+         pictures that are not there, leave its lines out"
     )))
 }
 
@@ -164,7 +188,9 @@ mod tests {
     #[test]
     fn a_url_in_most_lines_of_a_long_list_is_named_instead_of_compared() {
         let fill = |same: u64| {
-            let url = |n| if n < same { "http://a/missing.png".to_owned() } else { format!("http://a/{n}") };
+            // They come last, and are more than the sample.
+            let (first, long) = (20_000 - same, format!("http://a/missing.png?{}", "x".repeat(400)));
+            let url = |n| if n >= first { long.clone() } else { format!("http://a/{n}") };
             let fill = |batches: &mut Batches<LineKey>| {
                 (0..20_000).try_for_each(|n| batches.push(LineKey::new(1, &url(n), n), "n1", &[&url(n)]))
             };
@@ -173,8 +199,11 @@ mod tests {
             sorted.map(|sorted| sorted.iter().map(|lines| lines.urls().count()).sum::<usize>())
         };
         assert_eq!(fill(1).expect("each has its own"), 20_000);
-        assert_eq!(fill(100).expect("few lines"), 19_901);
+        assert_eq!(fill(50).expect("few lines"), 19_951);
         let error = fill(4_000).expect_err("most of a partition").to_string();
-        assert!(error.contains("http://a/missing.png") && error.contains("column"), "{error}");
+        assert!(
+            error.contains("about 1 MB") && error.contains("http://a/missing.png") && error.contains("column"),
+            "{error}"
+        );
     }
 }

@@ -31,11 +31,13 @@ pub(super) fn packed<T>(
 ) -> Result<(BTreeMap<u32, Slice>, T), Error> {
     thread::scope(|scope| {
         let (mut hands, mut packed) = (Vec::new(), Vec::new());
+        let mut packers = Vec::new();
         for _ in 0..PACKERS {
-            let (hand, dealt) = sync_channel::<Dealt>(1);
+            // Slices may be large: none waits for a packer but the one that was dealt last.
+            let (hand, dealt) = sync_channel::<Dealt>(0);
             let (done, result) = sync_channel(1);
             // Those that nobody waits for are not packed.
-            scope.spawn(move || dealt.iter().try_for_each(|dealt| done.send(pack(dealt))));
+            packers.push(scope.spawn(move || _ = dealt.iter().try_for_each(|dealt| done.send(pack(dealt)))));
             hands.push(hand);
             packed.push(result);
         }
@@ -55,6 +57,7 @@ pub(super) fn packed<T>(
             sent.ok_or_else(|| Error::Local("the packing of slices has ended".to_owned()))
         });
         drop(hands);
+        packers.into_iter().for_each(|packer| packer.join().unwrap_or_else(|panic| resume_unwind(panic)));
         // What ended the packing ended the dealing, too.
         let done = sender.join().unwrap_or_else(|panic| resume_unwind(panic))?;
         Ok((done, result?))

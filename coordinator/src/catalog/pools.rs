@@ -5,7 +5,7 @@ use std::hash::Hasher;
 use std::io;
 use std::path::PathBuf;
 
-use proto::files;
+use proto::files::{self, SPAN};
 use proto::site::{self, Sites};
 use proto::slice::split_tail;
 use twox_hash::XxHash64;
@@ -35,14 +35,14 @@ impl Place {
     pub(super) fn new(seed: u64, sites: &Sites, dealing: Dealing, key: u64, tail: &str) -> Self {
         let (url, _) = split_tail(tail);
         let site = match (files::span(url), &site::host_of(url)) {
-            // Rows of a Parquet file are read together, wherever it is.
-            (Some(span), _) => Some((site_hash(seed, span), dealing.slice_urls)),
-            (None, Some(host)) => {
+            // Rows of a Parquet file are read together, wherever it is; unless a slice does not hold as many.
+            (Some(span), _) if dealing.slice_urls >= SPAN => Some((site_hash(seed, span), dealing.slice_urls)),
+            (_, Some(host)) => {
                 let site = sites.place(host).site;
                 Some((site_hash(seed, site), most_of_site(sites.budget(site), dealing.slice_urls)))
             }
             // Files, and what will never be fetched.
-            (None, None) => None,
+            (_, None) => None,
         };
         Self { key, site }
     }

@@ -99,9 +99,9 @@ fn slices_hold_every_url_once_dealt_by_site_shuffled_by_seed_and_keyed_by_their_
 #[test]
 fn rows_of_one_span_stand_in_one_slice_wherever_their_file_is() {
     for place in ["file:///a.parquet", "https://a.large.com/a.parquet", "store:///imports/a.parquet"] {
-        let row = |row: u32| format!("n1\t{place}#column=image&of=9&span={}&row={row}\n", row / 50);
-        let list: String = (0..600).map(row).collect();
-        let spec = DatasetSpec { slice_urls: 100, ..DatasetSpec::default() };
+        let row = |row: u32| format!("n1\t{place}#column=image&of=9&span={}&row={row}\n", row / files::SPAN);
+        let list: String = (0..3000).map(row).collect();
+        let spec = DatasetSpec { slice_urls: 600, ..DatasetSpec::default() };
         let (_, round, lines) = cut(&list, spec).expect("a good list");
         let slices = round.slices.iter().enumerate().flat_map(|(n, slice)| vec![n; slice.urls as usize]);
         let mut slices_of: BTreeMap<&str, BTreeSet<usize>> = BTreeMap::new();
@@ -110,6 +110,11 @@ fn rows_of_one_span_stand_in_one_slice_wherever_their_file_is() {
             slices_of.entry(files::span(url).expect("a row")).or_default().insert(slice);
         }
         assert!(slices_of.values().all(|slices| slices.len() == 1) && round.slices.len() >= 4, "{place}");
+        // In slices that are smaller no site is made up, of which one would be leased at a time.
+        let (_, round, lines) = cut(&list, DatasetSpec { slice_urls: 100, ..DatasetSpec::default() }).expect("as good");
+        let large: Vec<String> = round.large_sites.into_iter().flatten().map(|large| large.site).collect();
+        assert!(large.iter().all(|site| site == "large.com"), "{place}: {large:?}");
+        assert!(lines.len() == 3000 && round.slices.iter().all(|slice| slice.urls < 200), "{place}");
     }
 }
 
@@ -133,6 +138,15 @@ fn a_picture_of_several_classes_is_fetched_once_as_the_caller_says() {
     let classes = vec![Class { synset: "dog".into(), name: String::new() }];
     let (_, round, _) = cut(list, DatasetSpec { classes, ..DatasetSpec::default() }).expect("one class");
     assert_eq!((round.several, round.new_urls, round.not_chosen), (0, 2, 3));
+}
+
+#[test]
+fn a_picture_of_more_classes_than_fit_is_a_bad_line() {
+    let of = |n| format!("n{n}\thttp://a\nn{n}\thttp://b/{n}\nn{n}\thttp://c/{n}\n");
+    let spec = DatasetSpec { multi_label: Some(MultiLabel::All), ..DatasetSpec::default() };
+    let (_, round, lines) = cut(&(0..9000).map(of).collect::<String>(), spec).expect("all others are good");
+    assert_eq!((round.bad_lines, round.new_urls, lines.len()), (1, 18_000, 18_000));
+    assert!(round.bad_line_examples[0].starts_with("http://a: stands in 9000 classes"), "{round:?}");
 }
 
 #[test]

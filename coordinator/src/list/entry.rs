@@ -30,6 +30,8 @@ pub(crate) struct ListOptions {
     pub(crate) keep: Vec<String>,
     /// For temporary files; None: the system's folder.
     pub(crate) folder: Option<PathBuf>,
+    /// The most bytes of one that may be unpacked into a temporary file; None: without end.
+    pub(crate) largest: Option<u64>,
 }
 
 /// What a line says.

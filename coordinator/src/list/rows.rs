@@ -1,21 +1,20 @@
 //! Rows of fields: separated values with and without quotes.
 
 use std::borrow::Cow;
-use std::cell::Cell;
-use std::io::{self, BufRead, Read};
-use std::rc::Rc;
+use std::io::BufRead;
 
 use memchr::memchr_iter;
 use proto::columns::Columns;
 use proto::dataset_spec::UNLABELLED;
 
+use super::budget::Budget;
 use super::entry::{Each, Line, ListOptions, clean_text, clean_url, entry, unreadable};
 use super::layout::Rows;
 use super::places::Places;
 use crate::error::Error;
 
 /// A record of more bytes than this ends the reading: a quote was never closed.
-const LONGEST_RECORD: usize = 4 << 20;
+const LONGEST_RECORD: u64 = 4 << 20;
 
 /// Reads all rows; returns how they were understood.
 pub(super) fn read(
@@ -58,13 +57,14 @@ fn quoted(
     options: &ListOptions,
     each: Each<'_>,
 ) -> Result<String, Error> {
-    let budget = Rc::new(Cell::new(LONGEST_RECORD));
+    let budget = Budget::new(LONGEST_RECORD);
+    let longer = format!("a record is longer than {LONGEST_RECORD} bytes: is a quote not closed?");
     let mut reader = csv::ReaderBuilder::new()
         .delimiter(rows.delimiter.unwrap_or(b','))
         .has_headers(rows.header)
         .comment(Some(b'#'))
         .flexible(true)
-        .from_reader(Budgeted { source, budget: Rc::clone(&budget) });
+        .from_reader(budget.of(source, longer));
     let broken = |error: csv::Error| match error.into_kind() {
         csv::ErrorKind::Io(error) => unreadable(name, &error),
         kind => Error::Invalid(format!("{name}: {kind:?}")),
@@ -162,25 +162,5 @@ impl Row {
             (false, 1) if self.fields == 2 => "no tab between synset and URL".to_owned(),
             (false, _) => format!("{count} fields, but the first lines have {}", self.fields),
         }
-    }
-}
-
-/// Ends the reading when one record has used up the bytes that it may have.
-struct Budgeted<R> {
-    source: R,
-    budget: Rc<Cell<usize>>,
-}
-
-impl<R: Read> Read for Budgeted<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let read = self.source.read(buffer)?;
-        match self.budget.get().checked_sub(read) {
-            Some(left) => self.budget.set(left),
-            None => {
-                let message = format!("a record is longer than {LONGEST_RECORD} bytes: is a quote not closed?");
-                return Err(io::Error::new(io::ErrorKind::InvalidData, message));
-            }
-        }
-        Ok(read)
     }
 }

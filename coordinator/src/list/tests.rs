@@ -101,6 +101,20 @@ fn a_tar_is_read_file_by_file() {
     assert!(matches!(all("l", &inner[..700], &auto()), Err(Error::Invalid(_))), "cut short");
     let error = refusal("l.tar", &tar(&[("0001.jpg", b"\xff\xd8")]), &auto());
     assert!(error.contains("without a list in it: 0001.jpg"), "{error}");
+
+    let long = format!("{}/urls.txt", "long".repeat(100));
+    assert_eq!(all("l.tar", &tar(&[(&long, list)]), &auto()).expect("reads"), twice[..2]);
+    let mut endless = tar::Header::new_gnu();
+    endless.set_entry_type(tar::EntryType::GNULongName);
+    endless.set_size(2 * LONGEST_HEADERS);
+    endless.set_cksum();
+    let endless = [endless.as_bytes(), &vec![b'a'; 2 * LONGEST_HEADERS as usize][..]].concat();
+    let error = refusal("l.tar", &endless, &auto());
+    assert!(error.contains("stands before a file"), "{error}");
+    // Files themselves may be longer.
+    let more = "n1\thttp://a/\n".repeat(100_000);
+    let files = tar(&[("no.list.jpg", more.as_bytes()), ("l.txt", more.as_bytes())]);
+    assert_eq!(all("l.tar", &files, &auto()).expect("reads").len(), 100_000);
 }
 
 #[test]
@@ -297,7 +311,9 @@ fn parquet_lists_are_read_whatever_their_codec_and_the_order_of_their_columns() 
         };
         let (labels, urls) = (texts(&["golden retriever", ""]), texts(&["http://a", "http://b"]));
         let file = parquet(schema, codec, &[&labels, &numbers, &urls]);
-        let found = all("l", &file, &auto()).expect("reads");
+        let error = refusal("l", &file, &ListOptions { largest: Some(file.len() as u64 - 1), ..auto() });
+        assert!(error.contains("--largest-list"), "{error}");
+        let found = all("l", &file, &ListOptions { largest: Some(file.len() as u64), ..auto() }).expect("reads");
         assert_eq!(found, ["golden retriever http://a", "2: no synset"], "{codec:?}");
         let kept = all("l", &file, &keeping("n,label")).expect("reads");
         let expected = [r#"unlabelled http://a {"n":5,"label":"golden retriever"}"#, "unlabelled http://b"];

@@ -128,11 +128,13 @@ pub(super) fn parquet(
         None => tempfile::tempfile()?,
     };
     let mut buffer = vec![0; 1 << 20];
+    let mut left = options.largest.unwrap_or(u64::MAX);
     loop {
         let read = source.read(&mut buffer).map_err(|e| unreadable(name, &e))?;
         if read == 0 {
             break;
         }
+        left = left.checked_sub(read as u64).ok_or_else(|| super::too_long(options.largest.unwrap_or_default()))?;
         std::io::Write::write_all(&mut file, &buffer[..read])?;
     }
     file.rewind()?;

@@ -14,6 +14,7 @@ use proto::pb::create_dataset_request::{Part, Start};
 use proto::pb::{self, CreateDatasetRequest};
 use proto::round::{Cause, Round};
 use proto::{DatasetId, DatasetSpec};
+use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, mpsc};
 use tonic::Streaming;
 use tracing::{Instrument, warn};
@@ -29,7 +30,7 @@ use crate::store::Store;
 
 /// A caller that sends nothing for so long has lost its list.
 const IDLE: Duration = Duration::from_secs(600);
-/// Lists that are read at once; each takes a thread, and memory for its lines.
+/// Lists that are read at once; each takes a few threads, and memory for its lines.
 static READING: Semaphore = Semaphore::const_new(4);
 
 /// See `CreateDataset` in `dataset.proto`.
@@ -63,13 +64,14 @@ pub(super) async fn create(
     }
     let id = format!("{}-{}", start.name, &crate::store::nonce()[..8]);
     let id: DatasetId = id.parse().map_err(|error: IdError| Error::Invalid(format!("name: {error}")))?;
-    let _reading = READING.acquire().await;
+    let reading = READING.acquire().await;
     let (pieces, to_read) = mpsc::channel(32);
     let round = RoundStart::first(&start.request_id);
     if start.dry_run {
         let (folder, of, sites) = (datasets.folder.clone(), start.clone(), Arc::clone(&datasets.sites));
         let largest = datasets.largest_list;
         let read = tokio::task::spawn_blocking(move || {
+            let _reading = reading;
             let mut catalog = Catalog::new(&spec, round, folder.clone(), sites).limited(limit(&of), largest);
             read_lists(&mut catalog, &spec, &of, Pieces::new(to_read), folder)?;
             let shown = catalog.shown();
@@ -80,10 +82,13 @@ pub(super) async fn create(
         let response = with_lists(datasets, &start, received, pieces, read).await?;
         return Ok(pb::CreateDatasetResponse { dataset: String::new(), ..response });
     }
+    let uncommitted = Uncommitted { datasets: Arc::clone(datasets), id: Some(id.clone()) };
     let made = put_slices(&datasets.store, &id, {
         let (folder, start, sites) = (datasets.folder.clone(), start.clone(), Arc::clone(&datasets.sites));
         let largest = datasets.largest_list;
         move |slices| {
+            // Also when the caller goes away meanwhile, until this has ended.
+            let _reading = reading;
             let mut spec = spec;
             let mut catalog = Catalog::new(&spec, round, folder.clone(), sites).limited(limit(&start), largest);
             read_lists(&mut catalog, &spec, &start, Pieces::new(to_read), folder)?;
@@ -98,19 +103,36 @@ pub(super) async fn create(
     // A caller that goes away must not cut this in the middle.
     let finish = async move {
         let _name = name;
-        let committed = match made {
-            Ok((spec, round, shown)) => datasets.commit(&id, spec, round.clone()).await.map(|()| (round, shown)),
-            Err(error) => Err(error),
-        };
-        committed.map(|(round, shown)| with_shown(response(&id, &round), shown)).inspect_err(|_| {
-            tokio::spawn(async move {
-                if let Err(error) = datasets.remove_uncommitted(&id).await {
-                    warn!(dataset = &*id, %error, "cannot remove slices of a list that failed");
-                }
-            });
-        })
+        let (spec, round, shown) = made?;
+        datasets.commit(&id, spec, round.clone()).await?;
+        uncommitted.is_there();
+        Ok(with_shown(response(&id, &round), shown))
     };
     tokio::spawn(finish.in_current_span()).await?
+}
+
+/// A dataset that is not there yet. Its slices are removed unless it comes to be: its list may fail, or its caller go away.
+struct Uncommitted {
+    datasets: Arc<Datasets>,
+    id: Option<DatasetId>,
+}
+
+impl Uncommitted {
+    fn is_there(mut self) {
+        self.id = None;
+    }
+}
+
+impl Drop for Uncommitted {
+    fn drop(&mut self) {
+        let (Some(id), Ok(runtime)) = (self.id.take(), Handle::try_current()) else { return };
+        let datasets = Arc::clone(&self.datasets);
+        runtime.spawn(async move {
+            if let Err(error) = datasets.remove_uncommitted(&id).await {
+                warn!(dataset = &*id, %error, "cannot remove slices of a list that failed");
+            }
+        });
+    }
 }
 
 /// See `RefreshDataset` in `dataset.proto`.
@@ -139,14 +161,16 @@ pub(super) async fn refresh(
         return Err(Error::Precondition(message));
     }
     let round = datasets.next_round(&dataset, Cause::Request, &start.request_id).await?;
-    let _reading = READING.acquire().await;
+    let reading = READING.acquire().await;
     let (pieces, to_read) = mpsc::channel(32);
     let made = put_slices(&datasets.store, &dataset.id, {
         let (folder, start, sites) = (datasets.folder.clone(), start.clone(), Arc::clone(&datasets.sites));
         let largest = datasets.largest_list;
-        let (handle, store) = (tokio::runtime::Handle::current(), datasets.store.clone());
+        let (handle, store) = (Handle::current(), datasets.store.clone());
         let dataset = dataset.clone();
         move |slices| {
+            // Also when the caller goes away meanwhile, until this has ended.
+            let _reading = reading;
             let mut spec = (*dataset.spec).clone();
             let mut catalog = Catalog::new(&spec, round, folder.clone(), sites).limited(limit(&start), largest);
             let lists = read_lists(&mut catalog, &spec, &start, Pieces::new(to_read), folder)?;
@@ -320,6 +344,7 @@ fn read_lists(
         unlabelled: spec.unlabelled,
         keep: spec.kept_columns().map(str::to_owned).collect(),
         folder,
+        largest: Some(catalog.largest()),
     };
     let mut lists = 0;
     while let Some(name) = pieces.next_source()? {
