@@ -103,6 +103,10 @@ fn a_list_of_captions_is_refused_as_classes_and_gathered_without() {
     cluster.gleaner(&["dataset", "export", "captions", "--to", &folder, "--as", "tree"]);
     let exported = std::fs::read_dir(Path::new(&folder).join("train/unlabelled")).expect("one folder");
     assert_eq!(exported.count(), 12);
+    let sheet = cluster.path("sheet.png").display().to_string();
+    let rows = cluster.json(&["dataset", "sample", "captions", "--to", &sheet]);
+    assert!(rows[0]["pictures"].as_u64().is_some_and(|pictures| pictures > 0), "{rows}");
+    cluster.gleaner(&["fsck", "--deep"]);
 }
 
 #[test]
@@ -146,7 +150,8 @@ fn a_picture_of_several_classes_is_fetched_once_and_keeps_all_of_them() {
     assert_eq!(several.len(), 2);
     assert!(several.iter().all(|(_, json, _)| json["synsets"] == json!(["/m/dog", "/m/cat"])));
     let folder = cluster.path("tars").display().to_string();
-    cluster.gleaner(&["dataset", "export", "all", "--to", &folder, "--as", "webdataset"]);
+    let told = cluster.gleaner(&["dataset", "export", "all", "--to", &folder, "--as", "webdataset"]);
+    assert!(told.contains("8 images, and 2 of several classes,"), "{told}");
     let (mut pictures, mut classes) = (0, 0);
     for tar in std::fs::read_dir(Path::new(&folder).join("train")).expect("tars") {
         let mut archive = tar::Archive::new(std::fs::File::open(tar.expect("a tar").path()).expect("a tar"));
@@ -157,6 +162,7 @@ fn a_picture_of_several_classes_is_fetched_once_and_keeps_all_of_them() {
         }
     }
     assert_eq!((pictures, classes), (10, 8), "they are exported for other tools");
+    cluster.gleaner(&["fsck", "--deep"]);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use proto::gist::Gist;
 use proto::index::Tar;
 use proto::outcomes::OutcomeRow;
 use proto::round::Round;
-use proto::shard::{read_block, sha256_hex};
+use proto::shard::{RawSample, sha256_hex, split_block};
 use proto::{DatasetId, OutcomeCounts, ShardIndex, Split, keys, slice};
 use sha2::{Digest, Sha256};
 
@@ -175,11 +175,16 @@ impl Audit {
 
 /// Whether a block has its samples, and they are those of the rows.
 fn check_block(bytes: &Bytes, samples: u32, rows: Option<&HashMap<u64, u32>>) -> Result<(), String> {
-    let found = read_block(bytes).map_err(|error| error.to_string())?;
+    let found = split_block(bytes).map_err(|error| error.to_string())?;
     if found.len() as u64 != u64::from(samples) {
         return Err(format!("a block has {} samples, and its index names {samples}", found.len()));
     }
-    let stranger = found.iter().find(|sample| rows.is_some_and(|rows| rows.get(&sample.key) != Some(&sample.label)));
+    // Those of no class, or of several, say none.
+    let is_of = |sample: &RawSample, label: u32| sample.label == label || sample.label == u32::MAX;
+    let is_strange = |sample: &&RawSample| {
+        rows.is_some_and(|rows| !rows.get(&sample.key).is_some_and(|&label| is_of(sample, label)))
+    };
+    let stranger = found.iter().find(is_strange);
     match stranger {
         Some(sample) => Err(format!("sample {} of label {} is not in its outcomes", sample.key, sample.label)),
         None => Ok(()),

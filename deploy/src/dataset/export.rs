@@ -3,7 +3,7 @@
 mod parquet;
 
 use std::collections::{BTreeMap, HashSet};
-use std::ops::ControlFlow;
+use std::ops::{AddAssign, ControlFlow};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
@@ -73,26 +73,27 @@ pub(super) async fn run(args: Args) -> Result<()> {
     // Pictures of several classes count as samples of none, but other tools can use them.
     let several = manifest.skipped.contains_key(&Skip::SeveralClasses);
     let written = match args.form {
-        Form::List => list(&reader, &manifest, &splits, &target).await?,
+        Form::List => list(&reader, &manifest, &splits, &target).await?.into(),
         Form::Parquet => {
             let told = |written| progress.update(written, total, &args.from.name, "exported");
             parquet::write(&reader, &manifest, &splits, several, &target, told).await?
         }
         form => {
-            let mut written = 0;
+            let mut written = Written::default();
             let folders = folders(manifest.classes.iter().map(|class| class.synset.as_str()));
             for shard in &manifest.shards {
                 for (split, tar) in shard.tars.iter().filter(|(split, _)| splits.contains(split)) {
                     written += match form {
-                        Form::Tree => tree(&reader, &folders, (shard, *split, tar), &target).await?,
+                        Form::Tree => tree(&reader, &folders, (shard, *split, tar), &target).await?.into(),
                         _ => webdataset(&reader, (shard, *split, tar), several, &target).await?,
                     };
-                    progress.update(written, total, &args.from.name, "exported");
+                    progress.update(written.of_one, total, &args.from.name, "exported");
                 }
             }
             written
         }
     };
+    let Written { of_one: written, of_several } = written;
     drop(progress);
     ensure!(written == total, "{written} samples were written, but the manifest counts {total}");
     let mut classes = csv::Writer::from_writer(Vec::new());
@@ -104,12 +105,45 @@ pub(super) async fn run(args: Args) -> Result<()> {
     let version = manifest.version;
     match args.from.cluster.output {
         Format::Json => {
-            say_json(&json!({"dataset": manifest.dataset, "version": version, "samples": written, "to": args.to}))
+            let (dataset, to) = (&manifest.dataset, &args.to);
+            say_json(&json!({
+                "dataset": dataset, "version": version, "samples": written, "samples_of_several_classes": of_several, "to": to,
+            }))
         }
         Format::Table => {
-            say(format!("{}: {written} images of manifest version {version} are in {}", args.from.name, args.to));
+            let (name, to) = (&args.from.name, &args.to);
+            let and = if of_several > 0 { format!(", and {of_several} of several classes,") } else { String::new() };
+            say(format!("{name}: {written} images{and} of manifest version {version} are in {to}"));
             Ok(())
         }
+    }
+}
+
+/// How many samples were written.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+struct Written {
+    /// Those that count.
+    of_one: u64,
+    /// Those that have several classes.
+    of_several: u64,
+}
+
+impl Written {
+    fn count(&mut self, of_several: bool) {
+        *(if of_several { &mut self.of_several } else { &mut self.of_one }) += 1;
+    }
+}
+
+impl AddAssign for Written {
+    fn add_assign(&mut self, more: Self) {
+        self.of_one += more.of_one;
+        self.of_several += more.of_several;
+    }
+}
+
+impl From<u64> for Written {
+    fn from(of_one: u64) -> Self {
+        Self { of_one, of_several: 0 }
     }
 }
 
@@ -133,8 +167,8 @@ impl Target {
     }
 
     async fn put(&self, key: &str, bytes: Bytes) -> Result<()> {
-        let put = self.store.put(&Path::from(key), bytes.into()).await;
-        put.map(drop).with_context(|| format!("cannot write {key} to {}", self.location))
+        let put = async { self.store.put(&Path::parse(key)?, bytes.into()).await };
+        put.await.map(drop).with_context(|| format!("cannot write {key} to {}", self.location))
     }
 
     /// An object that is there once it is shut down.
@@ -218,30 +252,28 @@ fn has_no_label(sample: &RawSample) -> bool {
     sample.label == u32::MAX
 }
 
-/// Returns how many samples that count were written.
 async fn webdataset(
     reader: &Reader,
     (shard, split, tar): (&ManifestShard, Split, &ManifestTar),
     several: bool,
     target: &Target,
-) -> Result<u64> {
+) -> Result<Written> {
     if !several && tar.blocks.iter().all(|block| block.kept == 0) {
-        return Ok(0);
+        return Ok(Written::default());
     }
     let key = format!("{split}/{:06}.tar", shard.shard);
     let failed = || format!("cannot write {key} to {}", target.location);
     let mut writer = target.writer(&key);
-    let (mut written, mut any) = (0, false);
+    let mut written = Written::default();
     let mut blocks = std::pin::pin!(blocks(reader, shard, tar, several).await?);
     while let Some(samples) = blocks.try_next().await? {
         for sample in samples {
-            written += u64::from(!several || !has_no_label(&sample));
-            any = true;
+            written.count(several && has_no_label(&sample));
             writer.put(sample.members).await.with_context(failed)?;
         }
     }
-    if !any {
-        return Ok(0);
+    if written == Written::default() {
+        return Ok(Written::default());
     }
     // Two empty records end a tar (POSIX.1-1988).
     writer.put(Bytes::from_static(&[0; 1024])).await.with_context(failed)?;
@@ -306,6 +338,20 @@ mod tests {
     fn fields_with_commas_and_quotes_are_quoted() {
         let row = OutcomeRow { key: 3, synset: "n1".into(), url: "http://a/,\"x\"".into(), ..OutcomeRow::default() };
         assert_eq!(entry(&row, Some(2)).expect("text"), "3,,n1,2,\"http://a/,\"\"x\"\"\",,,,,,,,\n");
+    }
+
+    #[tokio::test]
+    async fn a_file_stands_in_a_folder_with_its_classs_own_name() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let target = Target::open(&folder.path().display().to_string()).await.expect("it is empty");
+        let long = "é".repeat(64);
+        let names = folders(["кошка", "50%", "[x]", "c#", "what~", &long].into_iter());
+        for name in &names {
+            target.put(&format!("train/{name}/1.jpg"), Bytes::from_static(b"picture")).await.expect("a folder");
+            let file = folder.path().join("train").join(name).join("1.jpg");
+            assert!(file.exists(), "{name}");
+        }
+        assert_eq!(names[..2], ["кошка", "50%"]);
     }
 
     #[test]

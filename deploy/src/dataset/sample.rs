@@ -121,7 +121,9 @@ async fn gather(
         let skips: Skips = reader.skips(shard).await?;
         let before: u32 = tar.blocks[..n].iter().map(|block| block.samples).sum();
         for (ordinal, sample) in (tar.first + before..).zip(split_block(&bytes)?) {
-            let row = rows.iter_mut().find(|row| row.label == sample.label || manifest.classes.is_empty());
+            // Without classes all pictures have the same label, which none of them says.
+            let is_of = |label| label == sample.label || manifest.classes.len() <= 1 && sample.label == u32::MAX;
+            let row = rows.iter_mut().find(|row| is_of(row.label));
             if let Some(row) = row.filter(|row| row.samples.len() < each && !skips.contains(ordinal)) {
                 row.samples.push(sample);
             }

@@ -21,7 +21,7 @@ use proto::{Manifest, Split};
 use serde_json::{Map, Value, json};
 use tokio::io::AsyncWriteExt;
 
-use super::{Target, blocks, has_no_label};
+use super::{Target, Written, blocks, has_no_label};
 use crate::dataset::reader::Reader;
 
 /// A row group is written once its pictures have so many bytes.
@@ -53,8 +53,8 @@ pub(super) async fn write(
     several: bool,
     target: &Target,
     mut told: impl FnMut(u64),
-) -> Result<u64> {
-    let mut written = 0;
+) -> Result<Written> {
+    let mut written = Written::default();
     for &split in splits {
         let wanted = |tar: &ManifestTar| several || tar.blocks.iter().any(|block| block.kept > 0);
         let tars = manifest.shards.iter().filter_map(|shard| Some((shard, shard.tars.get(&split)?)));
@@ -62,13 +62,12 @@ pub(super) async fn write(
         for (n, (shard, tar)) in tars.iter().enumerate() {
             let key = format!("{split}-{n:05}-of-{:05}.parquet", tars.len());
             written += file(reader, manifest, (shard, tar), several, target, &key).await?;
-            told(written);
+            told(written.of_one);
         }
     }
     Ok(written)
 }
 
-/// Returns how many samples that count were written.
 async fn file(
     reader: &Reader,
     manifest: &Manifest,
@@ -76,15 +75,15 @@ async fn file(
     several: bool,
     target: &Target,
     key: &str,
-) -> Result<u64> {
+) -> Result<Written> {
     let failed = || format!("cannot write {key} to {}", target.location);
     let mut to = target.writer(key);
     let mut writer = writer(manifest).with_context(failed)?;
-    let (mut group, mut written) = (Group::default(), 0);
+    let (mut group, mut written) = (Group::default(), Written::default());
     let mut blocks = std::pin::pin!(blocks(reader, shard, tar, several).await?);
     while let Some(samples) = blocks.try_next().await? {
         for sample in samples {
-            written += u64::from(!several || !has_no_label(&sample));
+            written.count(several && has_no_label(&sample));
             group.push(&sample, manifest.classes.len()).with_context(|| tar.key.clone())?;
         }
         if group.bytes >= GROUP_BYTES {
