@@ -120,6 +120,17 @@ fn pairs(name: &str, options: &ListOptions) -> Result<Rows, Error> {
     Ok(Rows { delimiter, header: false, fields: Some(names.len()), places: Some(places), with_id: false })
 }
 
+/// Refuses names of columns where there are none.
+fn unnamed(name: &str, options: &ListOptions) -> Result<(), Error> {
+    let given = [("--url-column", &options.url_column), ("--synset-column", &options.synset_column)];
+    match given.iter().find(|(_, column)| !column.is_empty()) {
+        None => Ok(()),
+        Some((flag, column)) => Err(Error::Invalid(format!(
+            "{name}: has no header, so none of its columns is called {column:?} ({flag}): --columns names them all"
+        ))),
+    }
+}
+
 /// Of a list without a header whose columns the caller has named.
 fn columns(name: &str, delimiter: Option<u8>, options: &ListOptions) -> Result<Rows, Error> {
     let names: Vec<&str> = options.columns.iter().map(String::as_str).collect();
@@ -146,11 +157,14 @@ fn by_content(name: &str, head: &[&str], options: &ListOptions) -> Result<Option
         let header = lines.len() > 1 && is_header(&lines[0], url);
         if header {
             let names: Vec<&str> = lines[0].iter().map(String::as_str).collect();
-            let url = url_column(&names, options).unwrap_or(url);
-            let places = Places::with_url(name, &names, url, options)?;
+            let places = match options.url_column.as_str() {
+                "" => Places::with_url(name, &names, url_column(&names, options).unwrap_or(url), options)?,
+                _ => Places::named(name, &names, options)?,
+            };
             let (fields, places) = (Some(fields), Some(places));
             return Ok(Some(Rows { delimiter: Some(delimiter), header, fields, places, with_id: false }));
         }
+        unnamed(name, options)?;
         let synset = (!options.unlabelled).then(|| class_column(&lines, url));
         let with_id = synset
             .is_some_and(|synset| lines.iter().filter(|line| is_wnid_id(&line[synset])).count() * 2 > lines.len());

@@ -194,6 +194,17 @@ fn a_missing_column_and_an_endless_quote_are_refused() {
     assert!(error.contains("for the URL") && error.contains("--url-column"), "{error}");
     let error = refusal("l.tsv", b"URL\tTEXT\nhttp://a/\ta dog\n", &auto());
     assert!(error.contains("for the class; it has URL, TEXT"), "{error}");
+    // Neither is another column taken for one that is not there, nor is a name that nobody could have given passed over.
+    let misspelt = ListOptions { url_column: "URL".into(), ..auto() };
+    let two = b"label,url,original\nn1,http://a/1,http://b/1\nn1,http://a/2,http://b/2\n";
+    for (column, expected) in [("url", "n1 http://a/1"), ("original", "n1 http://b/1")] {
+        let named = ListOptions { url_column: column.into(), ..auto() };
+        assert_eq!(all("l", two, &named).expect("it is there")[0], expected);
+    }
+    let error = refusal("l", two, &misspelt);
+    assert!(error.contains("\"URL\"") && error.contains("label, url, original"), "{error}");
+    let error = refusal("l", b"n1\thttp://a/1\nn1\thttp://a/2\n", &misspelt);
+    assert!(error.contains("no header") && error.contains("--columns"), "{error}");
     let endless = format!("class,u\nn1,\"{}", "x".repeat(9 << 20));
     let error = refusal("l.csv", endless.as_bytes(), &csv);
     assert!(error.contains("quote"), "{error}");
