@@ -228,8 +228,8 @@ impl Catalog {
     }
 
     /// Tells of a URL of an earlier round, so that a new line with it is known.
-    pub(crate) fn push_known(&mut self, url: &str) -> Result<(), Error> {
-        Ok(self.lines.push_known(url)?)
+    pub(crate) fn push_known(&mut self, synset: &str, url: &str) -> Result<(), Error> {
+        Ok(self.lines.push_known(synset, url)?)
     }
 
     /// Takes in a URL of an earlier round, which is to be fetched again; `why` is what became of it last.
@@ -270,13 +270,26 @@ impl Catalog {
 
     fn enter_all(&mut self, lines: &SortedLines, entries: &mut Batches<Place>) -> Result<(), Error> {
         for same in lines.urls() {
-            match same.last().is_some_and(|line| line.ordinal == KNOWN) {
-                true => self.known += same.iter().filter(|line| line.ordinal != KNOWN).count() as u64,
-                false if self.new_urls == self.limit => return Ok(()),
-                false => self.enter(lines, same, entries)?,
+            match same.last().filter(|line| line.ordinal == KNOWN) {
+                Some(known) => self.pass_over(lines, same, lines.text(known).0),
+                None if self.new_urls == self.limit => return Ok(()),
+                None => self.enter(lines, same, entries)?,
             }
         }
         Ok(())
+    }
+
+    /// Counts the lines of a URL that an earlier round has under this class.
+    fn pass_over(&mut self, lines: &SortedLines, same: &[SortedLine], known: &str) {
+        for line in same.iter().filter(|line| line.ordinal != KNOWN) {
+            let (synset, tail) = lines.text(line);
+            match synset == known || self.multi_label.is_some() {
+                true => self.known += 1,
+                false => {
+                    self.bad(|| format!("{}: is of class {synset:?} here, and {known:?} before", split_tail(tail).0))
+                }
+            }
+        }
     }
 
     /// Enters a URL, which has one or several lines.
@@ -351,6 +364,9 @@ impl Catalog {
         let entered = self.new_urls + self.retried.total();
         let all_bad = self.bad_lines > 0 && self.new_urls + self.known + self.not_chosen + self.several == 0;
         if all_bad || self.start.round == 1 && entered == 0 {
+            if self.bad_lines + self.not_chosen + self.several == 0 {
+                return Err(Error::Invalid("the list is empty".to_owned()));
+            }
             let mut message =
                 format!("no line of the list is good: {} bad, {} not chosen", self.bad_lines, self.not_chosen);
             if self.several > 0 {

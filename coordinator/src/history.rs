@@ -174,12 +174,12 @@ impl<'a> History<'a> {
         Ok(())
     }
 
-    /// Hands out the URL of every entry of every slice; one that was fetched again comes again. Those of a
-    /// damaged slice come from its shard's outcomes.
+    /// Hands out synset and URL of every entry of every slice; one that was fetched again comes again. Those of a damaged
+    /// slice come from its shard's outcomes.
     pub(crate) fn each_listed<E: From<HistoryError>>(
         &self,
         indexes: &BTreeMap<u32, ShardIndex>,
-        mut each: impl FnMut(&str) -> Result<(), E>,
+        mut each: impl FnMut(&str, &str) -> Result<(), E>,
     ) -> Result<(), E> {
         let slices: Vec<u32> = self.rounds.iter().flat_map(Round::shards).collect();
         for group in slices.chunks(PARALLEL) {
@@ -189,7 +189,7 @@ impl<'a> History<'a> {
                     Ok(text) => {
                         for entry in slice::entries(&text) {
                             let entry = entry.map_err(|error| corrupt(&self.slice_key(*slice), error))?;
-                            each(entry.url)?;
+                            each(entry.synset, entry.url)?;
                         }
                     }
                     Err(damaged) => {
@@ -198,7 +198,9 @@ impl<'a> History<'a> {
                             what = damaged.what,
                             "slice is damaged; its URLs come from its outcomes"
                         );
-                        self.each(indexes.get(slice), |_, rows| rows.iter().try_for_each(|row| each(&row.url)))?;
+                        self.each(indexes.get(slice), |_, rows| {
+                            rows.iter().try_for_each(|row| each(&row.synset, &row.url))
+                        })?;
                     }
                 }
             }

@@ -45,7 +45,7 @@ impl LineKey {
     }
 }
 
-/// What stands before a synset and a tail in the spool; those of earlier rounds are left out, and have no length.
+/// What stands before a synset and a tail in the spool; the tails of earlier rounds are left out, and have no length.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable)]
 #[repr(C)]
 struct LineHead {
@@ -79,9 +79,10 @@ impl Lines {
     }
 
     /// Takes in a URL of an earlier round.
-    pub(super) fn push_known(&mut self, url: &str) -> io::Result<()> {
+    pub(super) fn push_known(&mut self, synset: &str, url: &str) -> io::Result<()> {
         let key = LineKey::new(self.seed, url, KNOWN);
-        self.spool.push(key.digest[0], &[LineHead { key, synset: 0, tail: 0 }.as_bytes()])
+        let head = LineHead { key, synset: synset.len() as u32, tail: 0 };
+        self.spool.push(key.digest[0], &[head.as_bytes(), synset.as_bytes()])
     }
 
     /// All of them in the order of their URLs' digests, a part at a time.

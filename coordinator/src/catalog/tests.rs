@@ -39,7 +39,7 @@ fn a_later_round_holds_what_is_tried_again_under_its_key_and_new_lines_under_the
     let start = RoundStart { round: 2, first_slice: 7, first_key: 100, ..RoundStart::first("r2") };
     let mut catalog = Catalog::new(&spec, start.clone(), None, Arc::default());
     for url in ["http://a", "http://b"] {
-        catalog.push_known(url).expect("in memory");
+        catalog.push_known("n1", url).expect("in memory");
     }
     let dealing = catalog.dealing;
     let columns = Some(r#"{"caption":"b"}"#.to_owned());
@@ -58,6 +58,22 @@ fn a_later_round_holds_what_is_tried_again_under_its_key_and_new_lines_under_the
 
     let nothing = lines(Catalog::new(&spec, start, None, Arc::default()), &mut spec).expect("no error");
     assert_eq!((nothing.0.urls(), nothing.1.len()), (0, 0));
+}
+
+#[test]
+fn a_known_url_under_another_class_is_a_bad_line_unless_pictures_may_have_several() {
+    for (multi_label, bad) in [(None, 1), (Some(MultiLabel::First), 0)] {
+        let mut spec = DatasetSpec { multi_label, ..DatasetSpec::default() };
+        let start = RoundStart { round: 2, ..RoundStart::first("r2") };
+        let mut catalog = Catalog::new(&spec, start, None, Arc::default());
+        catalog.push_known("cat", "http://a").expect("in memory");
+        let list = "cat\thttp://a\ndog\thttp://a\ndog\thttp://b\n";
+        catalog.read("list", Cursor::new(list), &options()).expect("reads");
+        let (round, _) = lines(catalog, &mut spec).expect("cuts");
+        assert_eq!((round.new_urls, round.bad_lines, round.known), (1, bad, 2 - bad));
+        let example = "http://a: is of class \"dog\" here, and \"cat\" before";
+        assert_eq!(round.bad_line_examples, vec![example; bad as usize]);
+    }
 }
 
 #[test]

@@ -271,7 +271,7 @@ pub(crate) fn gather(
     })?;
     retry_later(history, spec, retry, &mut later, catalog)?;
     if compared {
-        history.each_listed(&indexes, |url| catalog.push_known(url))?;
+        history.each_listed(&indexes, |synset, url| catalog.push_known(synset, url))?;
     }
     Ok((waiting, rest))
 }
