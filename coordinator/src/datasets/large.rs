@@ -153,6 +153,7 @@ impl Datasets {
 
     /// The large sites of a dataset that are not finished, those of which most is left first.
     pub(crate) fn large_sites(&self, dataset: &Dataset) -> Vec<pb::LargeSite> {
+        let first = dataset.rounds.last().map_or(0, |round| round.first_slice);
         let urls = |shard| dataset.slice_of(shard).map_or(0, |slice| u64::from(slice.urls));
         let mut left: HashMap<&str, u64> = HashMap::new();
         {
@@ -171,7 +172,9 @@ impl Datasets {
             let standing = self.shares().standing(self.now(), site, budget);
             let SiteYield { all, lately } = self.state().yields.site(&dataset.id, site);
             let lately = lately.unwrap_or_default();
+            // Rounds before the last ones asked for the same URLs.
             let of_it = dataset.deal.large().filter(|(name, _)| &***name == site).flat_map(|(_, shards)| shards);
+            let of_it = of_it.filter(|shard| *shard >= first);
             pb::LargeSite {
                 site: site.to_owned(),
                 urls: of_it.map(urls).sum(),
