@@ -1,6 +1,6 @@
 //! What people and programs read: data on standard output, chatter and progress on standard error.
 
-use std::fmt::Display;
+use std::fmt::{self, Display, Write as _};
 use std::io::{ErrorKind, IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -22,7 +22,7 @@ pub(crate) enum Format {
 
 /// One line of data.
 pub(crate) fn say(line: impl Display) {
-    match writeln!(std::io::stdout().lock(), "{line}") {
+    match writeln!(std::io::stdout().lock(), "{}", Harmless(line)) {
         Ok(()) => {}
         // Whoever read it has gone (`| head`): there is nobody left to work for. As a shell reports a SIGPIPE.
         Err(error) if error.kind() == ErrorKind::BrokenPipe => std::process::exit(141),
@@ -51,7 +51,23 @@ pub(crate) fn note(line: impl Display) {
 /// One line that is said in any case.
 pub(crate) fn complain(line: impl Display) {
     // Without standard error there is no place to complain to.
-    let _ = writeln!(std::io::stderr().lock(), "{line}");
+    let _ = writeln!(std::io::stderr().lock(), "{}", Harmless(line));
+}
+
+/// A text without what would steer a terminal: lists and servers are others' words.
+struct Harmless<T>(T);
+
+impl<T: Display> Display for Harmless<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for c in self.0.to_string().chars() {
+            match c {
+                '\n' | '\t' => f.write_char(c)?,
+                c if c.is_control() => write!(f, "{}", c.escape_default())?,
+                c => f.write_char(c)?,
+            }
+        }
+        Ok(())
+    }
 }
 
 /// One JSON document, indented.
@@ -165,6 +181,12 @@ pub(crate) fn unfold_spec(value: &mut serde_json::Value) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nothing_that_is_said_steers_a_terminal() {
+        let said = Harmless("http://a/\u{1b}[31mX\u{1b}]0;hi\u{7}\r.jpg\tкошка\n").to_string();
+        assert_eq!(said, "http://a/\\u{1b}[31mX\\u{1b}]0;hi\\u{7}\\r.jpg\tкошка\n");
+    }
 
     #[test]
     fn numbers_stand_to_the_right_and_words_to_the_left() {
