@@ -43,6 +43,16 @@ pub(crate) struct TimeoutArgs {
     pub(crate) timeout: Option<Duration>,
 }
 
+impl TimeoutArgs {
+    /// Refuses an end of what is not waited for.
+    pub(crate) fn only_if(&self, waits: bool) -> Result<()> {
+        match self.timeout {
+            Some(_) if !waits => Err(Ended::usage("--timeout ends a wait: --wait has to stand beside it".to_owned())),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// Clients of one coordinator. They connect by themselves, again after each loss.
 #[derive(Debug, Clone)]
 pub(crate) struct Cluster {

@@ -4,6 +4,7 @@ mod control;
 mod create;
 pub(crate) mod diff;
 pub(crate) mod export;
+mod form;
 mod import;
 mod outcomes;
 mod preview;

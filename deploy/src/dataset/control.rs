@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::Result;
 use proto::pb::control_dataset_request::{Decision, Finish, Pause, Resume};
 use proto::pb::{ControlDatasetRequest, Dataset, Priority};
+use proto::rejection::KEPT;
 
 use super::{NameArgs, to_json, wait};
 use crate::client::{Cluster, TimeoutArgs, answer, duration, insist};
@@ -50,37 +51,45 @@ impl Share {
 
 pub(super) async fn pause(of: NameArgs) -> Result<()> {
     let text = format!("{} is paused: what is leased is finished, and nothing more is begun", of.name);
-    decide(&of, Decision::Pause(Pause {}), &text).await
+    decide(&of, Decision::Pause(Pause {}), |_| text).await
 }
 
 pub(super) async fn resume(of: NameArgs) -> Result<()> {
-    let text = format!("{} goes on", of.name);
-    decide(&of, Decision::Resume(Resume {}), &text).await
+    let text = |dataset: &Dataset| match dataset.finishes_after_millis {
+        Some(0) => format!("{0} is finished with what it has: gleaner dataset refresh {0} fetches the rest", of.name),
+        _ => format!("{} goes on", of.name),
+    };
+    decide(&of, Decision::Resume(Resume {}), text).await
 }
 
 pub(super) async fn priority(of: NameArgs, share: Share) -> Result<()> {
     let text = format!("{}: priority {}", of.name, format!("{share:?}").to_lowercase());
-    decide(&of, share.decision(), &text).await
+    decide(&of, share.decision(), |_| text).await
 }
 
 pub(super) async fn finish(args: FinishArgs) -> Result<()> {
+    args.timeout.only_if(args.wait)?;
     let after = args.after.unwrap_or_default();
     let when = if after.is_zero() { "now".to_owned() } else { format!("in {}", humantime::format_duration(after)) };
     let name = &args.of.name;
-    let text = format!("{name} is finished with what it has {when}; gleaner dataset refresh {name} fetches the rest");
+    let text = |dataset: &Dataset| {
+        let kept = dataset.outcomes.get(KEPT).copied().unwrap_or_default();
+        let nothing = if after.is_zero() && kept == 0 { ", which is nothing yet, so that it fails" } else { "" };
+        format!("{name} is finished with what it has {when}{nothing}; gleaner dataset refresh {name} fetches the rest")
+    };
     let after_millis = u64::try_from(after.as_millis()).unwrap_or(u64::MAX);
-    decide(&args.of, Decision::Finish(Finish { after_millis }), &text).await?;
+    decide(&args.of, Decision::Finish(Finish { after_millis }), text).await?;
     if args.wait { wait(&args.of, args.timeout.timeout, false).await } else { Ok(()) }
 }
 
-async fn decide(of: &NameArgs, decision: Decision, text: &str) -> Result<()> {
+async fn decide(of: &NameArgs, decision: Decision, text: impl FnOnce(&Dataset) -> String) -> Result<()> {
     let client = Cluster::new(&of.cluster)?.datasets;
     let request = ControlDatasetRequest { name: of.name.clone(), decision: Some(decision) };
     let dataset = insist(async || answer(client.clone().control_dataset(request.clone())).await).await?;
     match of.cluster.output {
         Format::Json => say_json(&to_json(&dataset)?),
         Format::Table => {
-            say(text);
+            say(text(&dataset));
             Ok(())
         }
     }

@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 use tonic::Status;
 use uuid::Uuid;
 
+use super::form::ListForm;
 use super::spec::{SpecArgs, classes};
 use super::{NameArgs, preview};
 use crate::client::{Cluster, ClusterArgs, TimeoutArgs, answer, insist};
@@ -129,45 +130,13 @@ pub(crate) struct ListArgs {
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     columns: Vec<String>,
     /// Take a sample of so many URLs, which the seed chooses
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
-    limit: u64,
-}
-
-/// How a list is written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub(crate) enum ListForm {
-    /// By the first line and the file's name
-    Auto,
-    /// `n01440764<TAB>http://...`
-    SynsetUrl,
-    /// `n01440764_10026<TAB>http://...`
-    WnidIdUrl,
-    /// With a header line
-    Csv,
-    /// With a header line
-    Tsv,
-    /// A JSON object a line
-    Jsonl,
-    /// Parquet
-    Parquet,
-}
-
-impl From<ListForm> for ListFormat {
-    fn from(form: ListForm) -> Self {
-        match form {
-            ListForm::Auto => Self::Auto,
-            ListForm::SynsetUrl => Self::SynsetUrl,
-            ListForm::WnidIdUrl => Self::WnidIdUrl,
-            ListForm::Csv => Self::Csv,
-            ListForm::Tsv => Self::Tsv,
-            ListForm::Jsonl => Self::Jsonl,
-            ListForm::Parquet => Self::Parquet,
-        }
-    }
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    limit: Option<u64>,
 }
 
 /// Makes a dataset.
 pub(super) async fn create(args: CreateArgs) -> Result<()> {
+    args.timeout.only_if(args.wait)?;
     let (start, sources) = prepare(&args)?;
     let of = NameArgs { name: args.name, cluster: args.cluster };
     let round = open_round(&of, Call::Create, &start, &sources).await?;
@@ -182,6 +151,7 @@ pub(super) async fn create(args: CreateArgs) -> Result<()> {
 
 /// Opens another round of a dataset.
 pub(super) async fn refresh(args: RefreshArgs) -> Result<()> {
+    args.timeout.only_if(args.wait)?;
     let mut sources = args.lists.urls.iter().map(|text| Source::parse(text)).collect::<Result<Vec<_>>>()?;
     let mut start = Start { accept_damage: args.accept_damage, all: args.all, ..args.lists.start(&args.name) };
     let of = NameArgs { name: args.name, cluster: args.cluster };
@@ -190,9 +160,9 @@ pub(super) async fn refresh(args: RefreshArgs) -> Result<()> {
         let dataset = answer(client.get_dataset(GetDatasetRequest { name: of.name.clone() })).await?;
         let spec = DatasetSpec::from_json(&dataset.spec_json)?;
         if !spec.files || !sources.is_empty() || !start.store_keys.is_empty() {
-            let name = &of.name;
             return Err(Ended::usage(format!(
-                "--import is for datasets that were imported ({name}), and for no lists beside"
+                "--import is for datasets that were imported ({}), and for no lists beside",
+                of.name
             )));
         }
         sources.push(Source::Files(Box::new(args.columns.files(&args.import, &spec)?)));
@@ -335,7 +305,7 @@ impl ListArgs {
             url_format: self.url_format.clone().unwrap_or_default(),
             store_keys: self.store_key.clone(),
             columns: self.columns.clone(),
-            limit: self.limit,
+            limit: self.limit.unwrap_or_default(),
             ..Start::default()
         }
     }

@@ -75,6 +75,7 @@ enum SplitsFrom {
 
 /// Makes a dataset.
 pub(super) async fn import(args: ImportArgs) -> Result<()> {
+    args.timeout.only_if(args.wait)?;
     check_name(&args.name)?;
     let mut table = args.spec.table()?;
     if args.unlabelled {

@@ -46,7 +46,7 @@ pub(super) struct SpecArgs {
     #[arg(long, value_name = "N")]
     slice_urls: Option<u32>,
     /// Stop fetching a class that has so many images; the dataset keeps the first N of it [default: all]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     per_class: Option<u32>,
     /// Smaller files are no photos: 5000, 5kB, 8KiB [default: 5000]
     #[arg(long, value_name = "SIZE")]

@@ -25,6 +25,7 @@ pub(crate) struct Args {
 
 /// Runs the command.
 pub(super) async fn run(args: &Args) -> Result<()> {
+    args.timeout.only_if(args.wait)?;
     let Args { of, epochs, .. } = args;
     let client = Cluster::new(&of.cluster)?.runs;
     let request_id = Uuid::new_v4().to_string();

@@ -24,6 +24,7 @@ pub(crate) struct Args {
 
 /// Runs the command.
 pub(super) async fn run(args: &Args) -> Result<()> {
+    args.timeout.only_if(args.wait)?;
     let Args { of, .. } = args;
     let client = Cluster::new(&of.cluster)?.runs;
     let request =

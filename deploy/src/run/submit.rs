@@ -58,6 +58,7 @@ pub(crate) struct Args {
 
 /// Runs the command.
 pub(super) async fn run(args: Args) -> Result<()> {
+    args.timeout.only_if(args.wait || args.follow)?;
     let spec = spec(&args)?;
     spec.warnings().iter().for_each(|warning| note(format!("warning: {warning}")));
     if args.dry_run {
