@@ -345,8 +345,10 @@ async fn until_over(term: &Term, cluster: &str, store: &Store, datasets: &Datase
                 }
             },
             () = tokio::time::sleep(period) => {
-                if let Err(error) = term.check(store).await {
-                    warn!(%error, "cannot read whether a higher term has begun");
+                match term.check(store).await {
+                    // What was read ends it, and is told as its reason.
+                    Ok(()) | Err(Error::Fenced { .. }) => {}
+                    Err(error) => warn!(%error, "cannot read whether a higher term has begun"),
                 }
                 if let Ok(false) = cluster::is_at(store, cluster).await {
                     term.end(format!("the store is no longer that of cluster {cluster}: it has been replaced"));

@@ -89,6 +89,10 @@ fn of_status(status: &Status) -> (Exit, String) {
         );
         return (Exit::Unavailable, message);
     }
+    if status.message().starts_with("grpc-status header missing") {
+        let message = "what listens there is no coordinator; --coordinator or GLEANER_COORDINATOR names another";
+        return (Exit::Unavailable, message.to_owned());
+    }
     let exit = match status.code() {
         Code::InvalidArgument | Code::OutOfRange => Exit::Usage,
         Code::NotFound => Exit::NotFound,

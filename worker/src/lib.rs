@@ -330,7 +330,7 @@ async fn next_lease(coordinator: &Coordinator, way_out: &WayOut, failures: &Atom
             Err(status) => {
                 // It may be away for long, so each kind of failure is logged once.
                 if logged.replace(status.code()) != Some(status.code()) {
-                    tracing::warn!(%status, "no response to the request for a lease; trying again");
+                    tracing::warn!(%status, "no lease from the coordinator; trying again");
                 }
                 tokio::time::sleep(retries.next().unwrap_or_default()).await;
             }

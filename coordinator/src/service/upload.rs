@@ -105,7 +105,7 @@ pub(super) async fn create(
         let _name = name;
         let (spec, round, shown) = made?;
         datasets.commit(&id, spec, round.clone()).await?;
-        uncommitted.is_there();
+        uncommitted.stays();
         Ok(with_shown(response(&id, &round), shown))
     };
     tokio::spawn(finish.in_current_span()).await?
@@ -118,7 +118,7 @@ struct Uncommitted {
 }
 
 impl Uncommitted {
-    fn is_there(mut self) {
+    fn stays(mut self) {
         self.id = None;
     }
 }
