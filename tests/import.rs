@@ -14,7 +14,8 @@ use proto::{Manifest, Split, Stored};
 use support::Cluster;
 use support::dataset::picture;
 
-const SMALL: [&str; 6] = ["--size", "64", "--min-bytes", "500", "--timeout", "120s"];
+const SMALL: [&str; 4] = ["--size", "64", "--min-bytes", "500"];
+const WAIT: [&str; 3] = ["--wait", "--timeout", "120s"];
 
 fn import(cluster: &Cluster, name: &str, path: &Path, more: &[&str]) -> Output {
     let path = path.display().to_string();
@@ -22,7 +23,7 @@ fn import(cluster: &Cluster, name: &str, path: &Path, more: &[&str]) -> Output {
 }
 
 fn imported(cluster: &Cluster, name: &str, path: &Path, more: &[&str]) -> Manifest {
-    let output = import(cluster, name, path, &[&["--wait"], more].concat());
+    let output = import(cluster, name, path, &[&WAIT, more].concat());
     assert!(output.status.success(), "{name}: {}", said(&output));
     manifest(cluster, name)
 }
@@ -76,7 +77,7 @@ fn a_folder_becomes_a_dataset_with_one_outcome_for_each_file_and_its_own_splits(
 
     let dry = said(&import(&cluster, "birds", &root, &["--dry-run"]));
     assert!(dry.contains("nothing was created") && dry.contains("golden eagle"), "{dry}");
-    let output = import(&cluster, "birds", &root, &["--wait"]);
+    let output = import(&cluster, "birds", &root, &WAIT);
     assert!(output.status.success(), "{}", said(&output));
     for note in ["its folders are splits", "1 files have no class", "1 links are passed over"] {
         assert!(said(&output).contains(note), "{note}: {}", said(&output));
