@@ -4,11 +4,13 @@ use std::collections::HashMap;
 
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
+use proto::columns::has_several_classes;
+use proto::dataset_spec::UNLABELLED;
 use proto::gist::Gist;
 use proto::index::Tar;
 use proto::outcomes::OutcomeRow;
 use proto::round::Round;
-use proto::shard::{RawSample, sha256_hex, split_block};
+use proto::shard::{sha256_hex, split_block};
 use proto::{DatasetId, OutcomeCounts, ShardIndex, Split, keys, slice};
 use sha2::{Digest, Sha256};
 
@@ -126,7 +128,13 @@ impl Audit {
     ) -> Result<(), StoreError> {
         let samples: Option<HashMap<u64, u32>> = rows.map(|rows| {
             let of_split = rows.iter().filter(|row| row.split() == Some(split));
-            let label = |row: &OutcomeRow| labels.get(row.synset.as_str()).copied().unwrap_or(u32::MAX);
+            // Samples of no class, or of several, say none.
+            let unlabelled = labels.len() == 1 && labels.contains_key(UNLABELLED);
+            let says_none = |row: &OutcomeRow| unlabelled || row.columns.as_deref().is_some_and(has_several_classes);
+            let label = |row: &OutcomeRow| match says_none(row) {
+                true => u32::MAX,
+                false => labels.get(row.synset.as_str()).copied().unwrap_or(u32::MAX),
+            };
             of_split.map(|row| (row.key.max(0) as u64, label(row))).collect()
         });
         let mut wrong = String::new();
@@ -179,12 +187,7 @@ fn check_block(bytes: &Bytes, samples: u32, rows: Option<&HashMap<u64, u32>>) ->
     if found.len() as u64 != u64::from(samples) {
         return Err(format!("a block has {} samples, and its index names {samples}", found.len()));
     }
-    // Those of no class, or of several, say none.
-    let is_of = |sample: &RawSample, label: u32| sample.label == label || sample.label == u32::MAX;
-    let is_strange = |sample: &&RawSample| {
-        rows.is_some_and(|rows| !rows.get(&sample.key).is_some_and(|&label| is_of(sample, label)))
-    };
-    let stranger = found.iter().find(is_strange);
+    let stranger = found.iter().find(|sample| rows.is_some_and(|rows| rows.get(&sample.key) != Some(&sample.label)));
     match stranger {
         Some(sample) => Err(format!("sample {} of label {} is not in its outcomes", sample.key, sample.label)),
         None => Ok(()),
